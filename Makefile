@@ -1,0 +1,46 @@
+# Every target works on a machine that has only Python >= 3.11, make and pip: `install` makes .venv when it is missing or outdated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test check bench clean docs
+help:
+	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
+	@echo "make test     every test that CI runs"
+	@echo "make check    format, lint, types, import rules, unit and simulation tests (under a minute)"
+	@echo "make bench    this machine's round figures"
+	@echo "make install  make $(VENV) and install Syncline into it"
+	@echo "make docs     write docs/protocol.md anew from the code"
+	@echo "make clean    remove $(VENV) and caches"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Syncline needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (the first time takes a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: install
+	@$(BIN)/syncline demo
+
+test: check
+	$(BIN)/python -m pytest tests/bus tests/system
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit tests/sim
+
+bench: install
+	@$(BIN)/syncline bench round
+
+docs: install
+	@$(BIN)/python -m syncline.wire.reference > docs/protocol.md
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,266 @@
+"""Who may do what on the bus: keys, and the nats-server configuration that knows them. Knows no connection and no process.
+
+One code path for the demo and for production: the embedded broker and an operator's own nats-server get the same text.
+
+* `CORE`: the coordinators and the people in charge. Holds JetStream; nothing in it is restricted.
+* `FLEET`: the agents. No JetStream of its own; what it imports from CORE is all that an agent can reach there.
+* `WATCH`: people and dashboards. Reads metrics and events, publishes nothing.
+
+Three accounts and not one, because a permission guards the subject of a message and not its *reply* subject: in a single
+account an agent has JetStream itself write wherever it likes, by naming `head` as the reply to a put of its own. Across
+an account border a reply stays in the account that asked. Two consequences of that remain:
+
+* An agent that names `syncline.v1.<run>.notify` as its reply has the *genuine answer* to its request (a put's
+  acknowledgement, a head record, a model chunk) delivered to the other agents as if it were a notify. It chooses when,
+  not what: a notify is a typed hint to re-read head, never a fact.
+* The same holds for any subject that somebody in FLEET or WATCH listens to, such as another agent's metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import nkeys
+
+from syncline.errors import ConfigError
+from syncline.wire.subjects import COORDINATOR, PREFIX, RUNS_BUCKET, checked_name
+
+Account = Literal["CORE", "FLEET", "WATCH"]
+WATCH = "watch"
+SUFFIX = ".nk"
+MAX_PAYLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk of 1 MiB, its frame and its headers
+_ACCOUNT_OF: dict[str, Account] = {COORDINATOR: "CORE", WATCH: "WATCH"}  # all other names are agents
+LOG_BYTES = 16 << 20  # the server begins a new log file there, and keeps three: nobody can fill the disk with refusals
+_SEED_BYTES = 4096  # a seed has 58; whatever is longer than this is not read
+
+_AGENTS_SAY = f"{PREFIX}.*.agent.>"
+_GET_MODEL = f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>"
+_GET_RUNS = f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>"
+_NOTIFY = f"{PREFIX}.*.notify"
+_METRICS = f"{PREFIX}.*.metrics.>"
+_EVENTS = f"{PREFIX}.*.events.*"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A name that the broker knows by its public key."""
+
+    name: str
+    account: Account
+    public_key: str
+    seed: str = field(repr=False)  # the private half
+
+    @classmethod
+    def of(cls, name: str, seed: str) -> Identity:
+        return cls(name, _ACCOUNT_OF.get(name, "FLEET"), public_key_of(seed), seed)
+
+    @classmethod
+    def new(cls, name: str) -> Identity:
+        return cls.of(name, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
+
+    def sign(self, data: bytes) -> bytes:
+        return bytes(nkeys.from_seed(bytearray(self.seed.encode())).sign(data))
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """What a nats-server for Syncline must be told besides its accounts."""
+
+    store_dir: Path
+    port: int = 4222
+    host: str = "127.0.0.1"
+    name: str = "syncline"
+    max_payload_bytes: int = MAX_PAYLOAD_BYTES
+    max_file_store_bytes: int | None = None  # None: what the server takes by itself, three quarters of the disk
+    sync_interval: str = ""  # how often writes are synced to disk: "always", "10s"; empty: the server's two minutes
+    log_path: Path | None = None  # None: standard error
+    pid_path: Path | None = None
+
+
+class Keyring:
+    """A directory with one seed file `<name>.nk` per identity: `coordinator`, `watch`, and every agent.
+
+    The name says the account: `coordinator` is of CORE, `watch` of WATCH, and all others are agents.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._read: dict[str, Identity] = {}
+        self._names: dict[str, str] = {}
+
+    def create(self, agents: Sequence[str] = ()) -> Keyring:
+        """Makes the keys that are missing and keeps those that are there. Raises ConfigError for a name that is none."""
+        for name in (COORDINATOR, WATCH, *(checked_name("agent", a) for a in agents)):
+            self._ensure(name)
+        return self
+
+    def add_agent(self, name: str) -> Identity:
+        """The agent's identity, made now if it has none."""
+        return self._ensure(checked_name("agent", name))
+
+    @property
+    def agents(self) -> list[str]:
+        """Every agent that has a key, sorted. Raises ConfigError for a key file whose name is no agent's."""
+        stems = sorted(path.name.removesuffix(SUFFIX) for path in self.directory.glob(f"*{SUFFIX}"))
+        return [checked_name(f"key file in {self.directory}", stem) for stem in stems if stem not in _ACCOUNT_OF]
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name}{SUFFIX}"
+
+    def identity(self, name: str) -> Identity:
+        """Raises ConfigError where the file is missing, is no seed, or may be read by others."""
+        if name not in self._read:
+            if name not in _ACCOUNT_OF:
+                checked_name("agent", name)
+            made = Identity.of(name, read_seed(self.path(name)))
+            self._read[name] = made
+            self._names[made.public_key] = name
+        return self._read[name]
+
+    def identities(self) -> list[Identity]:
+        return [self.identity(name) for name in (COORDINATOR, WATCH, *self.agents)]
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Public key → name, a live view: the broker's log knows clients by their keys alone."""
+        self.identities()
+        return MappingProxyType(self._names)
+
+    def agent_of_key(self, public_key: str) -> str | None:
+        """Whose key it is, or None for a stranger's."""
+        return self.names.get(public_key)
+
+    def _ensure(self, name: str) -> Identity:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.path(name).exists():
+            write_private(self.path(name), Identity.new(name).seed + "\n")
+        return self.identity(name)
+
+
+def read_seed(path: Path) -> str:
+    """The user seed in a key file. Raises ConfigError where it is missing, is no seed, or may be read by others."""
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read(_SEED_BYTES)
+    except OSError as error:
+        mend = "Name the key file that was made for this broker and this name"
+        raise ConfigError("key file", f"{path}: {error.strerror or error}", mend) from None
+    if mode & 0o077:
+        problem = f"{path} can be read or written by other users (mode {mode:04o})"
+        raise ConfigError("key file", problem, f"Run: chmod 600 {path}")
+    seed = content.decode("ascii", "replace").strip()
+    try:
+        public_key_of(seed)
+    except ValueError:  # and not a word of what the file holds
+        mend = "It should hold one line that begins with SU. Copy it again, or make a new key"
+        raise ConfigError("key file", f"{path} holds no nkey user seed", mend) from None
+    return seed
+
+
+def public_key_of(seed: str) -> str:
+    """`U…` of a seed `SU…`. Raises ValueError for anything but a user's seed, with a mistyped one among it."""
+    try:
+        prefix, raw = nkeys.decode_seed(seed.encode())
+        whole = nkeys.encode_seed(bytes(raw), prefix).decode()  # nkeys does not check the checksum; writing it anew does
+        public = nkeys.from_seed(bytearray(seed.encode())).public_key.decode()
+    except (nkeys.NkeysError, ValueError) as error:
+        raise ValueError("not a seed") from error
+    if prefix != nkeys.PREFIX_BYTE_USER or whole != seed:
+        raise ValueError("not a user's seed")
+    return str(public)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only its owner may read, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def accounts_config(identities: Iterable[Identity]) -> str:
+    """The `accounts` block of a nats-server configuration. Public keys only: it is no secret."""
+    of: dict[Account, list[Identity]] = {"CORE": [], "FLEET": [], "WATCH": []}
+    for identity in identities:
+        of[identity.account].append(identity)
+    services = (_AGENTS_SAY, _GET_MODEL, _GET_RUNS)
+    feeds = (_METRICS, _EVENTS)
+    core = {
+        "users": [f"{{nkey: {i.public_key}}}" for i in of["CORE"]],
+        "exports": [f'{{service: "{s}"}}' for s in services] + [f'{{stream: "{s}"}}' for s in (_NOTIFY, *feeds)],
+    }
+    fleet = {
+        "users": [_user(i.public_key, f"allow: {_subjects(*_says(i.name))}", _hears(i.name)) for i in of["FLEET"]],
+        "imports": [_from("CORE", "service", s) for s in services] + [_from("CORE", "stream", _NOTIFY)],
+        "exports": [f'{{stream: "{s}"}}' for s in feeds],
+    }
+    watch = {
+        "users": [_user(i.public_key, 'deny: ">"', feeds) for i in of["WATCH"]],
+        "imports": [_from(account, "stream", s) for account in ("CORE", "FLEET") for s in feeds],
+    }
+    body = "".join([_account("CORE", core, "jetstream: enabled"), _account("FLEET", fleet), _account("WATCH", watch)])
+    return f"accounts {{\n{body}}}\n"
+
+
+def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> str:
+    """A whole nats-server configuration: `nats-server -c` takes it, and takes it anew on SIGHUP."""
+    jetstream = [f"store_dir: {_quoted(settings.store_dir)}"]
+    if settings.max_file_store_bytes is not None:
+        jetstream.append(f"max_file_store: {settings.max_file_store_bytes}")
+    if settings.sync_interval:
+        jetstream.append(f"sync_interval: {_quoted(settings.sync_interval)}")
+    lines = [
+        f"server_name: {_quoted(settings.name)}",
+        f"listen: {_quoted(f'{settings.host}:{settings.port}')}",
+        f"max_payload: {settings.max_payload_bytes}",
+        'write_deadline: "60s"  # a slow link may take so long for a window of chunks before it is cut off',
+    ]
+    if settings.log_path is not None:
+        lines += [f"log_file: {_quoted(settings.log_path)}", f"logfile_size_limit: {LOG_BYTES}", "logfile_max_num: 3"]
+    if settings.pid_path is not None:
+        lines.append(f"pid_file: {_quoted(settings.pid_path)}")
+    return "\n".join([*lines, "jetstream {", *(f"  {line}" for line in jetstream), "}", accounts_config(identities)])
+
+
+def _says(agent: str) -> tuple[str, ...]:
+    """What an agent may publish: its own subjects, and the questions that CORE answers."""
+    own = (f"{PREFIX}.*.agent.{agent}.>", f"{PREFIX}.*.metrics.{agent}.>", f"{PREFIX}.*.events.{agent}")
+    return (*own, _GET_MODEL, _GET_RUNS)
+
+
+def _hears(agent: str) -> tuple[str, ...]:
+    return (f"_INBOX.{agent}.>", _NOTIFY)
+
+
+def _user(public_key: str, publish: str, subscribe: Iterable[str]) -> str:
+    return f"{{nkey: {public_key}, permissions: {{publish: {{{publish}}}, subscribe: {{allow: {_subjects(*subscribe)}}}}}}}"
+
+
+def _from(account: Account, kind: Literal["service", "stream"], subject: str) -> str:
+    return f'{{{kind}: {{account: {account}, subject: "{subject}"}}}}'
+
+
+def _account(name: Account, lists: Mapping[str, Sequence[str]], *settings: str) -> str:
+    body = [f"    {s}\n" for s in settings]
+    for key, items in lists.items():
+        body.append(f"    {key}: [\n" + "".join(f"      {item}\n" for item in items) + "    ]\n")
+    return f"  {name} {{\n{''.join(body)}  }}\n"
+
+
+def _subjects(*subjects: str) -> str:
+    return json.dumps(subjects)
+
+
+def _quoted(value: Path | str) -> str:
+    return json.dumps(str(value), ensure_ascii=False)

@@ -1,0 +1,138 @@
+"""Bulk over the bus: a blob is put chunk by chunk with a window of acknowledgements in flight, and got the same way.
+
+Nobody is pushed a tensor. A writer retries a chunk until it is held; a reader asks again for what did not come, and a chunk
+that is there already counts as put, because a chunk's subject is written once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from syncline.bus.base import Bus
+from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
+from syncline.wire.chunks import BlobDigest, new_blob_id, pack_chunk, unpack_chunk
+from syncline.wire.messages import BlobRef
+
+RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
+PATIENCE_S = 60.0
+T = TypeVar("T")
+Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
+RAW = "raw"  # the codec name of blobs that hold a record
+
+
+class BlobGone(PeerError):
+    """A chunk of the blob is not on the bus: never put, or purged since. Read head again."""
+
+
+async def put_blob(
+    bus: Bus,
+    prefix: Prefix,
+    data: memoryview,
+    chunk_bytes: int,
+    *,
+    blob: str = "",
+    codec: str = RAW,
+    window: int = 8,
+    patience_s: float = PATIENCE_S,
+) -> tuple[BlobRef, bytes]:
+    """Puts all of `data` under `prefix(blob)`.k and returns its reference and digest once the bus holds every chunk."""
+    blob = blob or new_blob_id()
+    data = data.cast("B")
+    n = max(1, -(-len(data) // chunk_bytes))
+    digest = BlobDigest()
+
+    async def put(k: int) -> None:
+        part = data[k * chunk_bytes : (k + 1) * chunk_bytes]
+        await put_chunk(bus, f"{prefix(blob)}.{k}", pack_chunk(blob, k, n, codec, part), patience_s=patience_s)
+
+    for k in range(n):
+        digest.add(data[k * chunk_bytes : (k + 1) * chunk_bytes])
+    await windowed(n, window, put)
+    return BlobRef(id=blob, size=len(data), chunks=n), digest.digest()
+
+
+async def get_blob(
+    bus: Bus,
+    stream: str,
+    prefix: Prefix,
+    ref: BlobRef,
+    into: memoryview,
+    chunk_bytes: int,
+    *,
+    codec: str = RAW,
+    window: int = 8,
+) -> None:
+    """Fills `into` (exactly `ref.size` bytes). Raises BlobGone for a chunk that is not there, PeerError for a bad one."""
+    into = into.cast("B")
+    if len(into) != ref.size or ref.chunks != max(1, -(-ref.size // chunk_bytes)):
+        raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes in {ref.chunks} chunks, expected {len(into)} bytes")
+
+    async def get(k: int) -> None:
+        place = into[k * chunk_bytes : (k + 1) * chunk_bytes]
+        place[:] = await get_chunk(bus, stream, prefix, ref, k, len(place), codec)
+
+    await windowed(ref.chunks, window, get)
+
+
+async def get_small_blob(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, chunk_bytes: int, limit: int) -> bytes:
+    """A record kept as a blob. Raises PeerError where it is larger than `limit` bytes."""
+    if ref.size > limit:
+        raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes are more than the {limit} allowed")
+    into = bytearray(ref.size)
+    await get_blob(bus, stream, prefix, ref, memoryview(into), chunk_bytes)
+    return bytes(into)
+
+
+async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int, size: int, codec: str) -> bytes:
+    """The `size` bytes of chunk k."""
+    stored = await patiently(lambda: bus.get(stream, f"{prefix(ref.id)}.{k}", bulk=True))
+    if stored is None:
+        raise BlobGone(f"chunk {k} of blob {ref.id[:8]} is not on the bus")
+    return unpack_chunk(stored.data, blob=ref.id, k=k, n=ref.chunks, codec=codec, size=size)
+
+
+async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = PATIENCE_S) -> None:
+    """Puts one frame; one that is there already was put by an earlier try of ours."""
+    try:
+        await patiently(lambda: bus.put(subject, frame, bulk=True), patience_s=patience_s)
+    except AlreadyPut:
+        pass
+
+
+async def patiently(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
+    """Asks again, with growing pauses, while the bus is out of reach; what will not pass is raised at once."""
+    deadline = asyncio.get_running_loop().time() + patience_s
+    for attempt in itertools.count():
+        try:
+            return await ask()
+        except (AlreadyPut, Denied, StreamFull, Unavailable):
+            raise
+        except BusError as error:
+            pause = RETRY_S[min(attempt, len(RETRY_S) - 1)]
+            if asyncio.get_running_loop().time() + pause > deadline:
+                raise Unreachable(f"gave up after {patience_s:g} s: {error}") from error
+            await asyncio.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+async def windowed(n: int, window: int, work: Callable[[int], Awaitable[None]]) -> None:
+    """`work(0)` … `work(n − 1)`, at most `window` at once; the first error cancels the rest."""
+    if n == 1:
+        await work(0)
+        return
+    todo = iter(range(n))
+
+    async def worker() -> None:
+        for k in todo:
+            await work(k)
+
+    tasks = [asyncio.create_task(worker()) for _ in range(min(window, n))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

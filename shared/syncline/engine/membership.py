@@ -1,0 +1,104 @@
+"""Who is there: sessions, signs of life, and the numbers of a run's agents. Pure: time is an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STALLED_PERIODS = 3  # median periods without a training step after which a training agent counts as hung
+
+
+@dataclass(slots=True)
+class Life:
+    """One live session of an agent."""
+
+    session: str
+    heard_at_s: float
+    progress: int = 0
+    moved_at_s: float = 0.0  # when progress last changed, or work last began
+    training: bool = False
+
+
+@dataclass(slots=True)
+class Membership:
+    """Sessions of a fleet: one live session per agent id, the one that said hello last."""
+
+    lost_after_s: float
+    lives: dict[str, Life] = field(default_factory=dict)
+    superseded: dict[str, str] = field(default_factory=dict)  # old session → the one that took over
+
+    def claim(self, agent: str, session: str, now_s: float) -> str:
+        """A hello. Returns the session it replaces, or ''. A superseded session cannot claim again."""
+        if session in self.superseded:
+            return ""
+        known = self.lives.get(agent)
+        if known is not None and known.session == session:
+            known.heard_at_s = known.moved_at_s = now_s
+            return ""
+        old = known.session if known is not None else ""
+        if old:
+            self._supersede(old, session)
+        self.lives[agent] = Life(session, now_s, moved_at_s=now_s)
+        return old
+
+    def holds(self, agent: str, session: str) -> bool:
+        """Whether this is the live session of the agent."""
+        life = self.lives.get(agent)
+        return life is not None and life.session == session
+
+    def heard(self, agent: str, session: str, progress: int, training: bool, now_s: float) -> bool:
+        """A heartbeat; False where the session is not the live one."""
+        if not self.holds(agent, session):
+            return False
+        life = self.lives[agent]
+        life.heard_at_s = now_s
+        if progress != life.progress or training != life.training or not training:
+            life.progress, life.training, life.moved_at_s = progress, training, now_s
+        return True
+
+    def expired(self, now_s: float, period_s: float = 0.0) -> list[tuple[str, str]]:
+        """Agents to be counted as lost, with the reason; they are forgotten here. `period_s`: the median local period."""
+        stalled_after_s = max(self.lost_after_s, STALLED_PERIODS * period_s)
+        lost = []
+        for agent, life in sorted(self.lives.items()):
+            silent_s, still_s = now_s - life.heard_at_s, now_s - life.moved_at_s
+            if silent_s > self.lost_after_s:
+                lost.append((agent, f"not heard of for {silent_s:.1f} s"))
+            elif life.training and still_s > stalled_after_s:
+                lost.append((agent, f"no training step for {still_s:.1f} s"))
+        for agent, _ in lost:
+            del self.lives[agent]
+        return lost
+
+    def next_expiry_s(self) -> float | None:
+        """When `expired` can first have something to say."""
+        return min((life.heard_at_s + self.lost_after_s for life in self.lives.values()), default=None)
+
+    def _supersede(self, old: str, new: str) -> None:
+        self.superseded[old] = new
+        while len(self.superseded) > 10_000:  # bounded: the oldest claims are forgotten first
+            del self.superseded[next(iter(self.superseded))]
+
+
+@dataclass(slots=True)
+class Numbering:
+    """The agents of a run, numbered for good; number i trains on part i of `parts`."""
+
+    names: list[str] = field(default_factory=list)
+    fixed_parts: int | None = None  # a setting; else one part per agent
+    max_agents: int | None = None
+
+    @property
+    def parts(self) -> int:
+        return self.fixed_parts or max(1, len(self.names))
+
+    def admit(self, agents: list[str]) -> list[tuple[str, str]]:
+        """Numbers new agents in the order of their names; returns those there is no place for, with the reason."""
+        refused = []
+        for agent in sorted(set(agents) - set(self.names)):
+            if self.max_agents is not None and len(self.names) >= self.max_agents:
+                refused.append((agent, f"the run has its agents.max = {self.max_agents} agents"))
+            elif self.fixed_parts is not None and len(self.names) >= self.fixed_parts:
+                refused.append((agent, f"all partition.parts = {self.fixed_parts} parts have an agent"))
+            else:
+                self.names.append(agent)
+        return refused

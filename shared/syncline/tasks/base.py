@@ -1,0 +1,260 @@
+"""What a task is: the user's model, data and loss. Knows no bus, no run and no agent; loads code from this disk only.
+
+A task is one small class, `syncline.tasks.digits` is one. Beside it: finding the class that a run names (`load_task`), the
+order in which an agent sees its rows (`batches`), and held-out metrics (`evaluate`).
+"""
+
+from __future__ import annotations
+
+import abc
+import difflib
+import fnmatch
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from syncline.data.partition import Part
+from syncline.errors import ConfigError
+
+DEFAULT_ALLOWED = ("syncline.tasks.*",)
+_READY_MADE = "syncline.tasks"
+
+
+class Task(abc.ABC):
+    """Subclass it and write `model`, `dataset` and `loss`; the rest has defaults.
+
+    A batch is what rows of the data set collate to (`torch.utils.data.default_collate`), on the agent's device.
+    """
+
+    local: Sequence[str] = ()  # name patterns of tensors that stay with the agent, as "*.running_mean"
+
+    @abc.abstractmethod
+    def model(self) -> nn.Module:
+        """A new model. Random initial values come from torch's generator, which the caller has seeded."""
+
+    @abc.abstractmethod
+    def dataset(self, part: Part) -> Dataset[Any]:
+        """The common test set if `part.held_out`, else this agent's rows: `part.rows(len(labels), label=labels)` of all."""
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The scalar to minimise, a mean over the rows of the batch."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """Means over the rows of the batch. Called without gradients, the model in evaluation mode."""
+        return {"loss": float(self.loss(model, batch))}
+
+    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """The agent's optimiser. None: the one of the run's settings."""
+        return None
+
+
+# -- finding the class ------------------------------------------------------------------------------------------------
+
+
+def load_task(path: str, options: Mapping[str, Any], allowed: Sequence[str], base_dir: Path) -> Task:
+    """The task at `package.module:Class`, or at `file.py:Class` under `base_dir`, made with `options`.
+
+    Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass.
+    Raises ConfigError.
+    """
+    module_path, _, name = path.rpartition(":")
+    if not module_path or not name.isidentifier():
+        raise ConfigError("task", f"{path!r} names no class", "Write `package.module:Class` or `file.py:Class`")
+    if not _is_allowed(path, allowed):
+        raise ConfigError(
+            "task",
+            f"{path!r} is not on this agent's allow-list ({', '.join(allowed) or 'which is empty'})",
+            f"If you trust it, start the agent with `--allow-task '{path}'`",
+        )
+    module = _load_file(path, base_dir / module_path) if _is_file(module_path) else _load_module(path, module_path)
+    return _make(path, _find_class(path, module, name), options)
+
+
+def _is_file(module_path: str) -> bool:
+    return module_path.endswith(".py") or "/" in module_path or "\\" in module_path
+
+
+def _is_allowed(path: str, allowed: Sequence[str]) -> bool:
+    """A pattern of modules admits no file (only "*" does both), and no wildcard climbs out of its folder by `..`."""
+    module_path = path.rpartition(":")[0]
+    if path in allowed or module_path in allowed:
+        return True
+    if ".." in PurePath(module_path.replace("\\", "/")).parts:
+        return False
+    same_kind = [p for p in allowed if p == "*" or _is_file(p.partition(":")[0]) == _is_file(module_path)]
+    return any(fnmatch.fnmatchcase(text, p) for p in same_kind for text in (path, module_path))
+
+
+def _load_module(path: str, module_path: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
+            raise _broken(path, error) from error  # the module is there; one that it imports is not
+    except Exception as error:  # whatever the user's code raises
+        raise _broken(path, error) from error
+    ready_made = {name: f"{_READY_MADE}.{name}" for name in _ready_made()}
+    near = difflib.get_close_matches(module_path.rpartition(".")[2], ready_made, n=1)
+    mend = f"Did you mean `{ready_made[near[0]]}`?" if near else f"Ready-made ones: {', '.join(ready_made.values())}"
+    raise ConfigError("task", f"{path!r}: there is no module {module_path!r} on this machine", mend)
+
+
+def _load_file(path: str, file: Path) -> ModuleType:
+    file = file.resolve()
+    if not file.is_file():
+        raise ConfigError("task", f"{path!r}: there is no file {file}", "Put it there, or mend the path")
+    name = f"_syncline_task_{hashlib.sha256(bytes(file)).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError("task", f"{path!r}: {file} is no Python file", "Name a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        del sys.modules[name]
+        raise _broken(path, error) from error
+    return module
+
+
+def _broken(path: str, error: Exception) -> ConfigError:
+    if isinstance(error, ModuleNotFoundError):
+        problem = f"{path!r} needs the module {error.name!r}, which is not installed here"
+        return ConfigError("task", problem, "Install it in the Python of the agent")
+    return ConfigError("task", f"{path!r} cannot be loaded: {type(error).__name__}: {error}", "Mend the task's code")
+
+
+def _find_class(path: str, module: ModuleType, name: str) -> type[Task]:
+    """The class, checked to be a task. One that is not derived from Task gets its defaults."""
+    classes = [n for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__]
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        problem = "there is no such class" if found is None else f"{name} is a {type(found).__name__}, not a class"
+        mend = _suggestion(name, classes) or f"Classes there: {', '.join(classes) or 'none'}"
+        raise ConfigError("task", f"{path!r}: {problem}", mend)
+    required = sorted(Task.__abstractmethods__)
+    missing = [n for n in required if n in getattr(found, "__abstractmethods__", ()) or not hasattr(found, n)]
+    if missing:
+        missing_text = ", ".join(f"{n}()" for n in missing)
+        raise ConfigError(
+            "task", f"{path!r} is no task: it lacks {missing_text}", "Derive it from syncline.tasks.base.Task"
+        )
+    if issubclass(found, Task):
+        return found
+    return cast(type[Task], type(name, (found, Task), {"__module__": found.__module__}))
+
+
+def _make(path: str, task_class: type[Task], options: Mapping[str, Any]) -> Task:
+    parameters = inspect.signature(task_class).parameters
+    known = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    has_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in options:
+        if name not in known and not has_any:
+            mend = _suggestion(name, known) or (f"Known here: {', '.join(known)}" if known else "It takes none")
+            raise ConfigError(f"task_options.{name}", f"{path!r} has no such option", mend)
+    try:
+        return task_class(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError("task_options", f"{path!r} does not accept {dict(options)}: {error}", "Mend them") from error
+
+
+def _ready_made() -> list[str]:
+    package = importlib.import_module(_READY_MADE)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean `{near[0]}`?" if near else ""
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batches(
+    dataset: Dataset[Any], batch_size: int | Literal["all"], seed: int, part_index: int, first_step: int
+) -> Iterator[Any]:
+    """Batches of global steps `first_step`, `first_step` + 1, … without end; each a pure function of (seed, part, step).
+
+    So an agent that starts again, or joins late, sees what it would have seen. Every epoch is a new permutation of the rows;
+    its last batch may be short. `all`: the whole data set in its own order, each step.
+    """
+    rows = _rows(dataset)
+    if rows == 0:
+        raise ConfigError("task", f"dataset() returned no rows for part {part_index}", "Give every part a row at least")
+    size = rows if batch_size == "all" else batch_size
+    steps_per_epoch = -(-rows // size)
+    order, ordered_epoch = np.arange(rows), -1
+    step = first_step
+    while True:
+        epoch, k = divmod(step, steps_per_epoch)
+        if batch_size != "all" and epoch != ordered_epoch:
+            words = np.random.SeedSequence((seed, part_index, epoch))
+            order, ordered_epoch = np.random.default_rng(words).permutation(rows), epoch
+        yield _collate(dataset, order[k * size : (k + 1) * size])
+        step += 1
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """The batch with its tensors on the device; tuples, lists and dicts are followed, anything else stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def evaluate(
+    task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: int, device: torch.device | str
+) -> dict[str, float]:
+    """The task's metrics over all rows: means of the batches, weighted by their rows. Leaves the model as it was."""
+    rows = _rows(dataset)
+    sums: dict[str, float] = {}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, rows, batch_size):
+                chosen = np.arange(start, min(start + batch_size, rows))
+                batch = to_device(_collate(dataset, chosen), device)
+                for name, value in task.metrics(model, batch).items():
+                    sums[name] = sums.get(name, 0.0) + value * len(chosen)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return {name: total / rows for name, total in sums.items()}
+
+
+def _rows(dataset: Dataset[Any]) -> int:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        kind = type(dataset).__name__
+        raise ConfigError("task", f"dataset() returned a {kind} without len() and [row]", "Return a map-style data set")
+    return len(dataset)
+
+
+def _collate(dataset: Dataset[Any], rows: NDArray[np.int64]) -> Any:
+    """The rows as one batch; a TensorDataset is indexed at once, which is a hundred times faster than row by row."""
+    if type(dataset) is TensorDataset:
+        index = torch.from_numpy(rows)
+        return tuple(tensor[index] for tensor in dataset.tensors)
+    if hasattr(dataset, "__getitems__"):
+        return default_collate(dataset.__getitems__(rows.tolist()))
+    return default_collate([dataset[row] for row in rows.tolist()])

@@ -1,0 +1,67 @@
+"""Handwritten digits: real data that scikit-learn brings along, so that a first run needs no network.
+
+1,797 images of 8 × 8 pixels in ten classes (E. Alpaydin, C. Kaynak, UCI, 1998); a fixed fifth of each class is held out.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from syncline.data.partition import Part
+from syncline.tasks.base import Task
+
+_SPLIT_SEED = 1998  # of the held-out rows; not the run's, so that runs can be compared
+_BRIGHTEST = 16.0
+
+
+class Digits(Task):
+    """A small network and cross-entropy. Batch: images (B, 64) float32 in 0 … 1, labels (B,) int64."""
+
+    def __init__(self, hidden: int = 64) -> None:
+        self.hidden = hidden
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 10))
+
+    def dataset(self, part: Part) -> TensorDataset:
+        images_train, images_test, labels_train, labels_test = self._data
+        if part.held_out:
+            return _tensors(images_test, labels_test)
+        rows = part.rows(len(labels_train), label=labels_train)
+        return _tensors(images_train[rows], labels_train[rows])
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        images, labels = batch
+        return functional.cross_entropy(model(images), labels)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        images, labels = batch
+        scores = model(images)
+        right = (scores.argmax(dim=1) == labels).double().mean()
+        return {"loss": float(functional.cross_entropy(scores, labels)), "accuracy": float(right)}
+
+    @cached_property
+    def _data(self) -> list[NDArray[Any]]:
+        """Images and labels: train, test, train, test."""
+        from sklearn.datasets import load_digits  # a second to import, and only agents and evaluation need it
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        parts: list[NDArray[Any]] = train_test_split(
+            images, labels, test_size=0.2, stratify=labels, random_state=_SPLIT_SEED
+        )
+        return parts
+
+
+def _tensors(images: NDArray[Any], labels: NDArray[Any]) -> TensorDataset:
+    return TensorDataset(
+        torch.from_numpy((images / _BRIGHTEST).astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
+    )

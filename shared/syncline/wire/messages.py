@@ -1,0 +1,305 @@
+"""Control records: what services say to each other, as msgpack maps of frozen pydantic models.
+
+Every record carries `t` (its type) and `v` (its major version). Unknown fields are ignored, so that a newer minor version
+may add some; another type or a newer major version is refused with a clear error. Decoders have hard limits on every
+length. The type tag matters for safety: a reply subject chosen by an attacker can make the broker deliver a genuine record
+of one kind where another is expected, and the tag makes that a refused record instead of a confused one.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from syncline.errors import PeerError
+
+VERSION = 1
+MAX_RECORD_BYTES = 1 << 20
+MAX_HEAD_BYTES = 4096
+INLINE_BYTES = 1024  # a record up to this size travels inside head; a larger one as a blob that head names
+
+Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]+$")]
+BlobId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Text = Annotated[str, Field(max_length=2000)]
+
+
+class Record(BaseModel):
+    """Base of everything that travels as a map. Subclasses with a `kind` are whole messages, others parts of them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    kind: ClassVar[str] = ""
+
+
+class BlobRef(Record):
+    """An immutable byte object: `chunks` frames under a random 128-bit id."""
+
+    id: BlobId
+    size: Count = Field(description="bytes of content, before coding")
+    chunks: Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class Hello(Record):
+    """An agent introduces itself, and claims the one live session of its id. Sent again until it is given a run."""
+
+    kind: ClassVar[str] = "hello"
+    session: BlobId = Field(description="random id of this process life")
+    public_key: Annotated[str, Field(max_length=64)] = Field("", description="nkey that signs this agent's offers")
+    tasks: list[Annotated[str, Field(max_length=200)]] = Field(
+        default_factory=list, max_length=100, description="patterns of the tasks this agent allows"
+    )
+    device: Annotated[str, Field(max_length=200)] = ""
+    version: Annotated[str, Field(max_length=40)] = Field("", description="Syncline's version")
+
+
+class Welcome(Record):
+    """The coordinator's answer to a hello or a heartbeat."""
+
+    kind: ClassVar[str] = "welcome"
+    run: Annotated[str, Field(max_length=63)] = Field("", description="the run to take part in; empty: wait")
+    superseded: bool = Field(False, description="another process claimed this id later: exit")
+    unknown: bool = Field(False, description="the coordinator does not know this session: say hello again")
+    reason: Text = ""
+
+
+class Heartbeat(Record):
+    """A sign of life, and of progress, during a run."""
+
+    kind: ClassVar[str] = "heartbeat"
+    session: BlobId
+    clock: Count = Field(description="local periods finished")
+    progress: Count = Field(description="training steps since the process started; stands still when it hangs")
+    state: Literal["fetching", "training", "sending", "waiting", "evaluating", "starting"] = "waiting"
+    seen_term: Count = 0
+    seen_version: Count = 0
+
+
+class Offer(Record):
+    """The small signed record that says: this update is complete, judge it."""
+
+    kind: ClassVar[str] = "offer"
+    session: BlobId
+    clock: Annotated[int, Field(ge=1, lt=1 << 63)]
+    base: Count = Field(description="version of the center that the update deviates from")
+    term: Count = Field(description="term under which that version was read")
+    samples: Count = Field(description="rows of the agent's part")
+    steps: Count = Field(description="local steps in the update")
+    blob: BlobRef
+    digest: Annotated[bytes, Field(min_length=16, max_length=16)] = Field(description="over the frames' checksums")
+    signature: Annotated[bytes, Field(max_length=64)] = Field(b"", description="nkey signature of `signed_bytes()`")
+
+    def signed_bytes(self, run: str, agent: str) -> bytes:
+        """What the agent signs: all that decides what the update is and whose."""
+        said = ["offer", run, agent, self.session, self.clock, self.base, self.samples, self.steps]
+        return _pack([*said, self.blob.id, self.blob.size, self.blob.chunks, self.digest])
+
+
+class PlanEntry(Record):
+    """One update in a merge."""
+
+    agent: Name
+    clock: Count
+    lag: Count = 0
+    weight: float
+    blob: BlobRef
+    digest: Annotated[bytes, Field(min_length=16, max_length=16)]
+    samples: Count = 0
+    steps: Count = 0
+
+
+class Plan(Record):
+    """What the next merge contains, decided before it starts; whoever is coordinator executes exactly this."""
+
+    kind: ClassVar[str] = "plan"
+    version: Count = Field(description="version the merge will make")
+    reason: Text = Field(description="what closed the round")
+    merged: Annotated[list[PlanEntry], Field(max_length=100_000)]
+    late: Annotated[list[Name], Field(max_length=100_000)] = Field(
+        default_factory=list, description="participants that were not waited for"
+    )
+
+
+class Verdict(IntEnum):
+    """What became of an agent's last judged update. The words of the reason are in the events and the commit record."""
+
+    NONE = 0
+    MERGED = 1
+    LATE = 2
+    BROKEN = 3
+    REFUSED = 4
+
+
+class Roster(Record):
+    """The agents of a run, numbered for good: the list only grows. Columns, so that an agent costs little beside its name.
+
+    A flag byte holds: bit 0 live, bit 1 participant of the round that this roster opens, from bit 2 on the verdict.
+    """
+
+    kind: ClassVar[str] = "roster"
+    parts: Annotated[int, Field(ge=1)] = Field(
+        description="parts the data is split in; agent number i trains on part i"
+    )
+    agents: Annotated[list[Name], Field(max_length=100_000)] = Field(description="names by number")
+    clocks: Annotated[list[Count], Field(max_length=100_000)] = Field(description="last judged clock of each")
+    flags: Annotated[bytes, Field(max_length=100_000)] = Field(description="live, participant and verdict of each")
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Roster:
+        if not len(self.agents) == len(self.clocks) == len(self.flags):
+            raise ValueError("agents, clocks and flags differ in length")
+        return self
+
+    def number(self, agent: str) -> int | None:
+        return self.agents.index(agent) if agent in self.agents else None
+
+    def live(self, number: int) -> bool:
+        return bool(self.flags[number] & 1)
+
+    def participant(self, number: int) -> bool:
+        return bool(self.flags[number] & 2)
+
+    def verdict(self, number: int) -> Verdict:
+        return Verdict(self.flags[number] >> 2)
+
+    @staticmethod
+    def flag(live: bool, participant: bool, verdict: Verdict) -> int:
+        return live | participant << 1 | verdict << 2
+
+
+Phase = Literal["waiting", "training", "merging", "done", "failed", "refused"]
+ENDED: frozenset[str] = frozenset({"done", "failed", "refused"})
+
+
+class Head(Record):
+    """The one small record that says which version is current. Changed by compare-and-set alone; under 4 KB always."""
+
+    kind: ClassVar[str] = "head"
+    run: Name
+    term: Annotated[int, Field(ge=1)] = Field(description="fencing number of the coordinator in charge")
+    version: Count = Field(description="commits so far")
+    round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
+    phase: Phase
+    digest: Annotated[str, Field(max_length=32)] = Field("", description="xxh3-128 over the center's bytes")
+    model: BlobRef | None = None
+    previous: BlobRef | None = Field(None, description="the model one version back")
+    manifest: BlobRef | None = None
+    roster: BlobRef | None = None
+    plan: bytes | BlobRef | None = Field(
+        None, description="the merge under way: a Plan record, or the blob that holds it"
+    )
+    offers_seq: Count = Field(0, description="offers up to this sequence number were judged by this version")
+    reason: Text = Field("", description="what closed the last round, or ended the run")
+
+
+class Notify(Record):
+    """«Head has moved»: sent after every change. A hint only: whoever misses it reads head again in a few seconds."""
+
+    kind: ClassVar[str] = "notify"
+    head: Annotated[bytes, Field(max_length=MAX_HEAD_BYTES)]
+    roster: Annotated[bytes, Field(max_length=64 * 1024)] = Field(b"", description="the roster, where it is small")
+
+
+class Submit(Record):
+    """A run spec for the coordinator's queue."""
+
+    kind: ClassVar[str] = "submit"
+    spec: dict[str, Any]
+
+
+class Submitted(Record):
+    """The answer: accepted, or what to mend."""
+
+    kind: ClassVar[str] = "submitted"
+    run: Annotated[str, Field(max_length=63)] = ""
+    setting: Text = ""
+    problem: Text = ""
+    mend: Text = ""
+    warnings: list[Text] = Field(default_factory=list, max_length=100)
+
+
+class Dropped(Record):
+    """An update that was judged and not merged."""
+
+    agent: Name
+    clock: Count
+    reason: Text
+
+
+class Committed(Record):
+    """The commit record: everything that `why` and a replay need to know about one version."""
+
+    kind: ClassVar[str] = "committed"
+    run: Name
+    term: Count
+    version: Count
+    digest: Annotated[str, Field(max_length=32)]
+    model: BlobRef
+    plan: Plan
+    dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(default_factory=list)
+    bytes_up: Count
+    bytes_down: Count
+    phases_s: dict[str, float] = Field(description="seconds: collect, merge")
+
+
+MESSAGES: tuple[type[Record], ...] = (
+    Hello,
+    Welcome,
+    Heartbeat,
+    Offer,
+    Plan,
+    Roster,
+    Head,
+    Notify,
+    Submit,
+    Submitted,
+    Committed,
+)
+
+R = TypeVar("R", bound=Record)
+
+
+def encode(record: Record) -> bytes:
+    """The record as it travels."""
+    assert record.kind, f"{type(record).__name__} is a part, not a message"
+    return _pack({"t": record.kind, "v": VERSION, **record.model_dump()})
+
+
+def decode(model: type[R], data: bytes, *, limit: int = MAX_RECORD_BYTES) -> R:
+    """The record in `data`, or a PeerError that says what is wrong with it."""
+    what = model.kind
+    if len(data) > limit:
+        raise PeerError(f"{what}: {len(data)} bytes are more than the {limit} allowed")
+    try:
+        fields = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=64 * 1024,
+            max_bin_len=limit,
+            max_array_len=100_000,
+            max_map_len=1_000,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException) as error:  # msgpack's own errors derive from either
+        raise PeerError(f"{what}: not msgpack: {str(error) or type(error).__name__}") from None
+    if not isinstance(fields, dict):
+        raise PeerError(f"{what}: a {type(fields).__name__}, not a map")
+    if fields.get("t") != what:
+        raise PeerError(f"{what}: a record of type {str(fields.get('t'))[:40]!r}")
+    version = fields.get("v")
+    if version != VERSION:
+        raise PeerError(f"{what}: version {str(version)[:20]}, this Syncline reads version {VERSION}")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PeerError(f"{what}: {where}: {first['msg']}") from None
+
+
+def _pack(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
