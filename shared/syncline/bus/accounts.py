@@ -8,12 +8,15 @@ One code path for the demo and for production: the embedded broker and an operat
 
 Three accounts and not one, because a permission guards the subject of a message and not its *reply* subject: in a single
 account an agent has JetStream itself write wherever it likes, by naming `head` as the reply to a put of its own. Across
-an account border a reply stays in the account that asked. Two consequences of that remain:
+an account border the answer stays in the account that asked, and reaches only who listens there. What remains, and what
+agents and coordinators must therefore do (`tests/bus/test_stolen_key.py` tries all of it):
 
-* An agent that names `syncline.v1.<run>.notify` as its reply has the *genuine answer* to its request (a put's
+* An agent that names `syncline.v1.<run>.notify` as its reply subject has the *genuine answer* to its request (a put's
   acknowledgement, a head record, a model chunk) delivered to the other agents as if it were a notify. It chooses when,
-  not what: a notify is a typed hint to re-read head, never a fact.
-* The same holds for any subject that somebody in FLEET or WATCH listens to, such as another agent's metrics.
+  not what. A notify is a typed hint to read head again, never a fact, and one that does not parse is dropped.
+* The same goes for the exact inbox of another agent. Inboxes end in random tokens, and nobody else can listen there.
+* The broker lets any token stand for the run, `*` and `>` too. Who reads a name out of a subject checks that it is one.
+* Streams that agents write to allow no roll-ups, per-message lifetimes or schedules: those are commands in a header.
 """
 
 from __future__ import annotations
@@ -169,7 +172,7 @@ def public_key_of(seed: str) -> str:
     """`U…` of a seed `SU…`. Raises ValueError for anything but a user's seed, with a mistyped one among it."""
     try:
         prefix, raw = nkeys.decode_seed(seed.encode())
-        whole = nkeys.encode_seed(bytes(raw), prefix).decode()  # nkeys does not check the checksum; writing it anew does
+        whole = nkeys.encode_seed(bytes(raw), prefix).decode()  # nkeys checks no checksum; writing it anew does
         public = nkeys.from_seed(bytearray(seed.encode())).public_key.decode()
     except (nkeys.NkeysError, ValueError) as error:
         raise ValueError("not a seed") from error
@@ -182,11 +185,15 @@ def write_private(path: Path, text: str) -> None:
     """Writes a file that only its owner may read, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def accounts_config(identities: Iterable[Identity]) -> str:

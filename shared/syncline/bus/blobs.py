@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from syncline.bus.base import Bus
 from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
-from syncline.wire.chunks import BlobDigest, new_blob_id, pack_chunk, unpack_chunk
+from syncline.wire.chunks import blob_digest, checksum, new_blob_id, pack_chunk, unpack_chunk
 from syncline.wire.messages import BlobRef
 
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
@@ -42,16 +42,15 @@ async def put_blob(
     blob = blob or new_blob_id()
     data = data.cast("B")
     n = max(1, -(-len(data) // chunk_bytes))
-    digest = BlobDigest()
+    checksums = [0] * n
 
     async def put(k: int) -> None:
         part = data[k * chunk_bytes : (k + 1) * chunk_bytes]
+        checksums[k] = checksum(part)
         await put_chunk(bus, f"{prefix(blob)}.{k}", pack_chunk(blob, k, n, codec, part), patience_s=patience_s)
 
-    for k in range(n):
-        digest.add(data[k * chunk_bytes : (k + 1) * chunk_bytes])
     await windowed(n, window, put)
-    return BlobRef(id=blob, size=len(data), chunks=n), digest.digest()
+    return BlobRef(id=blob, size=len(data), chunks=n), blob_digest(checksums)
 
 
 async def get_blob(

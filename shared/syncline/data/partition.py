@@ -89,7 +89,7 @@ def _iid(rows: int, parts: int, rng: np.random.Generator) -> Rows:
 
 
 def _dirichlet(labels: Rows, parts: int, alpha: float, rng: np.random.Generator) -> Rows:
-    """Every label is dealt out by its own proportions from Dir(alpha) over the parts (arXiv:1905.12022, §3)."""
+    """Every label is dealt out by its own proportions from Dir(alpha) over the parts (arXiv:1905.12022)."""
     owner = np.empty(len(labels), np.int64)
     for rows_of_label in _groups(labels, int(labels.max()) + 1):
         shares = rng.dirichlet(np.full(parts, alpha))
@@ -99,7 +99,7 @@ def _dirichlet(labels: Rows, parts: int, alpha: float, rng: np.random.Generator)
 
 
 def _shards(labels: Rows, parts: int, per_agent: int, rng: np.random.Generator) -> Rows:
-    """Rows sorted by label are cut in parts × per_agent shards of nearly equal size and dealt out (arXiv:1602.05629, §3)."""
+    """Rows sorted by label are cut in parts × per_agent shards of nearly equal size and dealt out (arXiv:1602.05629)."""
     rows, shards = len(labels), parts * per_agent
     if shards > rows:
         raise ConfigError(
@@ -125,7 +125,7 @@ def _natural(labels: Rows, parts: int, column: str) -> Rows:
             f"Use at most {len(sizes)} agents, or name another partition.column",
         )
     smallest = [(0, part) for part in range(parts)]  # a heap
-    owner_of_group: Rows = np.empty(len(sizes), np.int64)
+    owner_of_group = np.empty(len(sizes), np.int64)
     for group in np.argsort(-sizes, kind="stable"):
         size, part = smallest[0]
         heapq.heapreplace(smallest, (size + int(sizes[group]), part))
@@ -137,7 +137,7 @@ def _natural(labels: Rows, parts: int, column: str) -> Rows:
 def _largest_remainder(shares: NDArray[np.float64], total: int) -> Rows:
     """Whole numbers nearest to shares × total that add up to the total (Hamilton's method); ties go to the first."""
     exact = shares / shares.sum() * total
-    counts = np.floor(exact).astype(np.int64)
+    counts: Rows = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
     return counts
 

@@ -17,6 +17,7 @@ class AgentJoined:
 class AgentLost:
     agent: str
     reason: str
+    failed: bool = False  # it said itself that it cannot train
 
 
 @dataclass(frozen=True, slots=True)

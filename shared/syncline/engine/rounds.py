@@ -68,6 +68,7 @@ class Rounds:
     closes_at_s: float | None = None  # end of the grace period, once it runs
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OVER_ROUNDS))
     lost: dict[str, str] = field(default_factory=dict)  # participants lost in this round, and why
+    failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
     stop: str = ""  # why to finish at the next commit
 
     def handle(self, fact: Fact, now_s: float) -> list[Command]:
@@ -77,13 +78,11 @@ class Rounds:
         match fact:
             case AgentJoined(agent):
                 self.live.add(agent)
+                self.failed.pop(agent, None)
                 self.lost.pop(agent, None)
                 return self._go_on(now_s)
-            case AgentLost(agent, reason):
-                self.live.discard(agent)
-                if agent in self.participants:
-                    self.lost[agent] = reason
-                return self._go_on(now_s)
+            case AgentLost(agent, reason, failed):
+                return self._lost(agent, reason, failed, now_s)
             case OfferReady():
                 return self._offer(fact, now_s)
             case UpdateBroken(agent, clock, why):
@@ -96,24 +95,38 @@ class Rounds:
             case Tick():
                 return self._go_on(now_s)
 
-    def resume(self, version: int, participants: tuple[str, ...], now_s: float) -> list[Command]:
+    def resume(self, version: int, participants: tuple[str, ...], now_s: float) -> None:
         """A coordinator takes over an open round; offers are told again as facts."""
         self.version, self.participants, self.started = version, participants, True
         self.state, self.opened_at_s = "open" if participants else "waiting", now_s
-        return []
+
+    def resume_merge(self, offers: dict[str, OfferReady]) -> None:
+        """After `resume`: the plan that was found is being executed."""
+        self.offers, self.state = offers, "merging"
+        self.participants = tuple(sorted({*self.participants, *offers}))
 
     # -- one fact each -------------------------------------------------------------------------------------------------
+    def _lost(self, agent: str, reason: str, failed: bool, now_s: float) -> list[Command]:
+        self.live.discard(agent)
+        if agent in self.participants:
+            self.lost[agent] = reason
+        if failed:
+            self.failed[agent] = reason
+        if self.failed and not self.live and not self.offers and self.state != "merging":
+            return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+        return self._go_on(now_s)
+
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         agent = offer.agent
         if offer.base > self.version:
             raise PeerError(f"{agent}: base {offer.base} is newer than version {self.version}")
+        known = self.offers.get(agent)
+        if known is not None and known.clock >= offer.clock:
+            return []  # told twice
         if offer.base < self.version or self.state == "merging":
             return [Drop(agent, offer.clock, f"late: the round of version {offer.base} is closed")]
         if agent not in self.participants:
             return [Drop(agent, offer.clock, f"not a participant of the round of version {self.version}")]
-        known = self.offers.get(agent)
-        if known is not None and known.clock >= offer.clock:
-            return []
         self.offers[agent] = offer
         replaced: list[Command] = (
             [] if known is None else [Drop(agent, known.clock, f"replaced by clock {offer.clock} of the same agent")]

@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 
-DEFAULT_ALLOWED = ("syncline.tasks.*",)
+
 _READY_MADE = "syncline.tasks"
 
 
@@ -60,6 +60,29 @@ class Task(abc.ABC):
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
         """The agent's optimiser. None: the one of the run's settings."""
         return None
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Any],
+        on_step: Callable[[int], bool],
+    ) -> float | None:
+        """One local period: a step for each batch. Override it for full control.
+
+        Call `on_step(rows)` after every step, and stop when it returns False. Returns the mean loss, or None.
+        """
+        model.train()
+        total, steps = torch.zeros(()), 0
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total, steps = total.to(loss.device) + loss.detach(), steps + 1
+            if not on_step(batch_rows(batch)):
+                break
+        return float(total) / steps if steps else None
 
 
 # -- finding the class ------------------------------------------------------------------------------------------------
@@ -222,6 +245,14 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return batch
 
 
+def batch_rows(batch: Any) -> int:
+    """Rows of a batch: the length of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((rows for value in values if (rows := batch_rows(value))), 0)
+
+
 def evaluate(
     task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: int, device: torch.device | str
 ) -> dict[str, float]:
@@ -245,13 +276,13 @@ def evaluate(
 
 def _rows(dataset: Dataset[Any]) -> int:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        kind = type(dataset).__name__
-        raise ConfigError("task", f"dataset() returned a {kind} without len() and [row]", "Return a map-style data set")
+        problem = f"dataset() returned {type(dataset).__name__}, which has no len() and [row]"
+        raise ConfigError("task", problem, "Return a map-style data set")
     return len(dataset)
 
 
 def _collate(dataset: Dataset[Any], rows: NDArray[np.int64]) -> Any:
-    """The rows as one batch; a TensorDataset is indexed at once, which is a hundred times faster than row by row."""
+    """The rows as one batch; a TensorDataset is indexed at once, which is far faster than row by row."""
     if type(dataset) is TensorDataset:
         index = torch.from_numpy(rows)
         return tuple(tensor[index] for tensor in dataset.tensors)

@@ -20,16 +20,36 @@ from syncline.tasks.base import Task
 
 _SPLIT_SEED = 1998  # of the held-out rows; not the run's, so that runs can be compared
 _BRIGHTEST = 16.0
+_MEAN, _DEVIATION = 0.3, 0.4  # of a pixel in 0 … 1
+
+
+class Centred(nn.Module):
+    """Pixels (B, 64) in 0 … 1 → images (B, 1, 8, 8) of about zero mean and unit deviation, which trains faster."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return ((pixels - _MEAN) / _DEVIATION).view(-1, 1, 8, 8)
 
 
 class Digits(Task):
-    """A small network and cross-entropy. Batch: images (B, 64) float32 in 0 … 1, labels (B,) int64."""
+    """A small convolutional network and cross-entropy. Batch: pixels (B, 64) float32 in 0 … 1, labels (B,) int64."""
 
-    def __init__(self, hidden: int = 64) -> None:
+    def __init__(self, hidden: int = 32) -> None:
+        if hidden < 2:
+            raise ValueError(f"hidden is {hidden}, and the layers need at least 2 channels")
         self.hidden = hidden
 
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(64, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 10))
+        """Two convolutions, the second of `hidden` channels, and a linear layer: 9,930 parameters by default."""
+        return nn.Sequential(
+            Centred(),
+            nn.Conv2d(1, self.hidden // 2, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(self.hidden // 2, self.hidden, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * self.hidden, 10),
+        )
 
     def dataset(self, part: Part) -> TensorDataset:
         images_train, images_test, labels_train, labels_test = self._data

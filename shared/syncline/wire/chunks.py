@@ -7,6 +7,7 @@ so that a frame under a wrong subject is refused; blobs have random ids, so that
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 
 import msgpack
 import xxhash
@@ -60,14 +61,6 @@ def checksum(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-class BlobDigest:
-    """xxh3-128 over the checksums of a blob's chunks, added in order."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-
-    def add(self, data: bytes | memoryview) -> None:
-        self._hash.update(checksum(data).to_bytes(8, "little"))
-
-    def digest(self) -> bytes:
-        return self._hash.digest()
+def blob_digest(checksums: Iterable[int]) -> bytes:
+    """xxh3-128 over the checksums of a blob's chunks, in their order."""
+    return xxhash.xxh3_128_digest(b"".join(c.to_bytes(8, "little") for c in checksums))

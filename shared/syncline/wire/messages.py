@@ -72,7 +72,10 @@ class Heartbeat(Record):
     session: BlobId
     clock: Count = Field(description="local periods finished")
     progress: Count = Field(description="training steps since the process started; stands still when it hangs")
-    state: Literal["fetching", "training", "sending", "waiting", "evaluating", "starting"] = "waiting"
+    state: Literal["fetching", "training", "sending", "waiting", "evaluating", "starting", "failed", "leaving"] = (
+        "waiting"
+    )
+    reason: Text = Field("", description="why it failed")
     seen_term: Count = 0
     seen_version: Count = 0
 

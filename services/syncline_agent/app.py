@@ -1,0 +1,86 @@
+"""The agent as a process: from settings to a running service."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from syncline.bus.accounts import read_seed
+from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.errors import BusError
+from syncline.nursery import Nursery
+from syncline.service import FAILED, run_service, set_up_logging
+from syncline.wire.signing import Signer
+from syncline.wire.subjects import checked_name
+from syncline_agent.service import Agent, AgentSettings
+from syncline_agent.session import Superseded
+from syncline_agent.training import ChildTraining, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """The flags of `syncline agent`, as plain values."""
+
+    name: str
+    connect: str
+    key: str = ""  # path of the key file; empty: no authentication
+    state_dir: str = "."
+    device: str = "auto"
+    threads: int = 0
+    allow_task: tuple[str, ...] = ()
+    task_dir: str = "."
+    patience_s: float = 60.0
+    log_file: str | None = None
+
+
+def run(options: AgentOptions) -> int:
+    """Serves until a signal. Returns the exit code."""
+    set_up_logging(options.log_file)
+    checked_name("--name", options.name)
+    seed = read_seed(Path(options.key)) if options.key else ""
+    nursery = Nursery.start(("torch",))
+    serving: list[Agent] = []
+
+    async def work() -> int:
+        nursery.open()
+        try:
+            return await _serve(options, seed, nursery, serving)
+        finally:
+            await nursery.close()
+
+    async def drain() -> None:
+        for agent in serving:
+            await agent.leave()
+
+    return run_service(work, drain=drain)
+
+
+async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: list[Agent]) -> int:
+    try:
+        bus = await NatsBus.connect(Connection(options.connect, options.name, seed, options.patience_s))
+    except BusError as error:
+        raise mended(error, options.connect) from None
+    training = ChildTraining(
+        nursery,
+        TrainerSettings(options.device, options.threads, options.allow_task, Path(options.task_dir)),
+    )
+    settings = AgentSettings(options.name, Path(options.state_dir), options.allow_task, Signer(seed) if seed else None)
+    agent = Agent(bus, settings, training)
+    serving.append(agent)
+    try:
+        await agent.serve()
+    except Superseded as error:
+        log.error("%s; exiting", error)
+        return FAILED
+    finally:
+        await bus.close()
+    return 0
+
+
+def run_forked(options: dict[str, Any]) -> int:
+    """The same, as a nursery calls it."""
+    return run(AgentOptions(**{**options, "allow_task": tuple(options.get("allow_task", ()))}))

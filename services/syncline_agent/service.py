@@ -1,0 +1,127 @@
+"""The agent service: says hello, takes part in the run it is given, and goes on with the next. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import syncline
+from syncline.bus.base import Bus, Delivery
+from syncline.errors import BusError, PeerError
+from syncline.wire import subjects
+from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
+from syncline.wire.signing import Signer
+from syncline_agent.session import Me, Session, Superseded
+from syncline_agent.training import Training
+
+log = logging.getLogger(__name__)
+
+HELLO_S = 3.0
+HELLO_ANSWER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    name: str
+    state_dir: Path
+    allowed_tasks: tuple[str, ...]
+    signer: Signer | None = None
+
+
+class Agent:
+    """`serve` until cancelled. Raises Superseded when another process claims the name."""
+
+    def __init__(self, bus: Bus, settings: AgentSettings, training: Training) -> None:
+        self._bus, self._settings, self._training = bus, settings, training
+        self._me = Me(settings.name, secrets.token_hex(16), settings.state_dir, settings.signer)
+        self._session: Session | None = None
+        self._news = asyncio.Event()
+        self._device = ""
+
+    async def serve(self) -> None:
+        subscription = await self._bus.subscribe(subjects.notify("*"), self._on_notify)
+        self._bus.when_reconnected(self._on_reconnect)
+        self._device = str((await self._training.describe())["device"])
+        log.info("agent %s on %s", self._me.agent, self._device)
+        try:
+            while True:
+                run = await self._hello()
+                if run:
+                    await self._take_part(run)
+                else:
+                    await self._wait()
+        finally:
+            await self._training.close()
+            try:
+                await subscription.unsubscribe()
+            except BusError:
+                pass
+
+    async def leave(self) -> None:
+        """On the way out: nobody has to wait for this agent."""
+        if self._session is not None:
+            await self._session.leave()
+
+    async def _take_part(self, run: str) -> None:
+        log.info("taking part in run %s", run)
+        self._session = Session(self._bus, run, self._me, self._training, self._hello)
+        try:
+            await self._session.follow()
+        finally:
+            if asyncio.current_task() is not None and not _being_cancelled():
+                self._session = None
+
+    async def _hello(self) -> str:
+        """The run to take part in, or ''."""
+        self._news.clear()
+        signer = self._settings.signer
+        hello = Hello(
+            session=self._me.session,
+            public_key=signer.public_key if signer is not None else "",
+            tasks=list(self._settings.allowed_tasks),
+            device=self._device[:200],
+            version=syncline.__version__,
+        )
+        try:
+            answer = await self._bus.request(subjects.hello(self._me.agent), encode(hello), HELLO_ANSWER_S)
+            welcome = decode(Welcome, answer)
+        except (BusError, PeerError) as error:
+            log.debug("hello: %s", error)
+            return ""
+        if welcome.superseded:
+            raise Superseded(welcome.reason)
+        return welcome.run
+
+    async def _wait(self) -> None:
+        """Until there may be a run: a notify of one, or some seconds."""
+        try:
+            await asyncio.wait_for(self._news.wait(), HELLO_S * random.uniform(0.7, 1.3))
+        except TimeoutError:
+            pass
+
+    async def _on_notify(self, delivery: Delivery) -> None:
+        session = self._session
+        if session is not None:
+            await session.on_notify(delivery)
+            return
+        try:
+            head = decode(Head, decode(Notify, delivery.data).head)
+        except PeerError:
+            return
+        if head.phase not in ENDED:
+            self._news.set()
+
+    def _on_reconnect(self) -> None:
+        if self._session is not None:
+            self._session.look_again()
+        self._news.set()
+
+
+def _being_cancelled() -> bool:
+    task: asyncio.Task[Any] | None = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

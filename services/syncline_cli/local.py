@@ -1,0 +1,135 @@
+"""A whole fleet on this machine: the embedded broker, a coordinator and agents, each a process of its own.
+
+Used by `syncline demo`, `run --local`, `bench` and the tests. One nursery imports torch once and forks all services; when
+this process goes, however it goes, all of them go, and the temporary directory with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from syncline.bus.embedded import EmbeddedBroker
+from syncline.bus.nats import Connection, NatsBus
+from syncline.nursery import Nursery, NurseryDied, Worker
+from syncline.tasks import DEFAULT_ALLOWED
+from syncline.wire.subjects import COORDINATOR
+from syncline_agent.app import AgentOptions
+from syncline_coordinator.app import CoordinatorOptions
+
+PRELOAD = ("torch", "syncline_agent.app", "syncline_agent.trainer", "syncline_coordinator.app", "syncline_coordinator.evaluator")
+STOP_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """What the fleet looks like. `directory` None: a temporary one, removed at the end."""
+
+    agents: tuple[str, ...]
+    directory: Path | None = None
+    port: int = 0
+    allow_task: tuple[str, ...] = DEFAULT_ALLOWED
+    task_dir: Path = field(default_factory=Path.cwd)
+    threads: int = 1
+    device: str = "auto"
+
+
+class LocalFleet:
+    """An async context manager. `preload()` starts importing torch; call it as early as possible, outside the loop."""
+
+    def __init__(self, settings: FleetSettings, nursery: Nursery) -> None:
+        self.settings, self._nursery = settings, nursery
+        self.broker = EmbeddedBroker(settings.directory, port=settings.port)
+        self.workers: dict[str, Worker] = {}
+
+    @staticmethod
+    def preload(*modules: str) -> Nursery:
+        return Nursery.start((*PRELOAD, *modules))
+
+    async def __aenter__(self) -> LocalFleet:
+        self._nursery.open()
+        try:
+            await self.broker.start()
+            await self.broker.add_agents(self.settings.agents)
+            for sub in ("logs", "state"):
+                (self.broker.directory / sub).mkdir(exist_ok=True)
+            await self.start_coordinator()
+            await asyncio.gather(*(self.start_agent(name) for name in self.settings.agents))
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Everything ends: services first, then the broker."""
+        try:
+            await self._nursery.close(STOP_S)
+        finally:
+            await self.broker.stop()
+
+    # -- services ------------------------------------------------------------------------------------------------------
+    async def start_coordinator(self) -> Worker:
+        settings, keys = self.settings, self.broker.keyring
+        options = CoordinatorOptions(
+            connect=self.broker.url,
+            key=str(keys.path(COORDINATOR)),
+            threads=settings.threads,
+            allow_task=settings.allow_task,
+            task_dir=str(settings.task_dir),
+            broker_log=str(self.broker.log_path),
+            keys=str(keys.directory),
+            log_file=self._log(COORDINATOR),
+        )
+        return await self._start(COORDINATOR, "syncline_coordinator.app:run_forked", asdict(options))
+
+    async def start_agent(self, name: str, **changes: Any) -> Worker:
+        settings, keys = self.settings, self.broker.keyring
+        options = AgentOptions(
+            name=name,
+            connect=self.broker.url,
+            key=str(keys.path(name)),
+            state_dir=str(self.broker.directory / "state"),
+            device=settings.device,
+            threads=settings.threads,
+            allow_task=settings.allow_task,
+            task_dir=str(settings.task_dir),
+            log_file=self._log(name),
+        )
+        return await self._start(name, "syncline_agent.app:run_forked", {**asdict(options), **changes})
+
+    async def _start(self, name: str, target: str, options: dict[str, Any]) -> Worker:
+        worker = self.workers[name] = await self._nursery.fork(target, options)
+        return worker
+
+    def signal(self, name: str, which: signal.Signals) -> None:
+        try:
+            self.workers[name].signal(which)
+        except NurseryDied:
+            pass
+
+    async def kill(self, name: str) -> None:
+        self.signal(name, signal.SIGKILL)
+        await self.workers[name].exited
+
+    def _log(self, name: str) -> str:
+        return str(self.broker.directory / "logs" / f"{name}.log")
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+    async def connect(self, name: str) -> NatsBus:
+        """A bus connection as the coordinator, as `watch`, or as an agent."""
+        identity = self.broker.keyring.identity(name)
+        return await NatsBus.connect(Connection(self.broker.url, name, identity.seed))
+
+
+def agent_names(count: int) -> Sequence[str]:
+    return [f"a{i}" for i in range(1, count + 1)]

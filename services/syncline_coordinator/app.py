@@ -1,0 +1,71 @@
+"""The coordinator as a process: from settings to a running service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from syncline.bus.accounts import Keyring, read_seed
+from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.errors import BusError
+from syncline.nursery import Nursery
+from syncline.service import run_service, set_up_logging
+from syncline.wire.subjects import COORDINATOR
+from syncline_coordinator.service import Coordinator, CoordinatorSettings
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorOptions:
+    """The flags of `syncline coordinator`, as plain values."""
+
+    connect: str
+    key: str = ""  # path of the key file; empty: no authentication
+    threads: int = 0
+    allow_task: tuple[str, ...] = ()
+    task_dir: str = "."
+    broker_log: str = ""  # permission violations in this log are told as events
+    keys: str = ""  # directory of the fleet's keys, to name the agents in that log
+    patience_s: float = 60.0
+    log_file: str | None = None
+
+
+def run(options: CoordinatorOptions) -> int:
+    """Serves until a signal. Returns the exit code."""
+    set_up_logging(options.log_file)
+    seed = read_seed(Path(options.key)) if options.key else ""
+    nursery = Nursery.start(("torch",))
+
+    async def work() -> None:
+        nursery.open()
+        try:
+            await _serve(options, seed, nursery)
+        finally:
+            await nursery.close()
+
+    return run_service(work)
+
+
+async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> None:
+    try:
+        bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s))
+    except BusError as error:
+        raise mended(error, options.connect) from None
+    settings = CoordinatorSettings(
+        allowed_tasks=options.allow_task,
+        task_dir=Path(options.task_dir),
+        threads=options.threads,
+        broker_log=Path(options.broker_log) if options.broker_log else None,
+        key_names=dict(Keyring(Path(options.keys)).names) if options.keys else {},
+    )
+    try:
+        await Coordinator(bus, nursery, settings).serve()
+    except BusError as error:
+        raise mended(error, options.connect) from None
+    finally:
+        await bus.close()
+
+
+def run_forked(options: dict[str, Any]) -> int:
+    """The same, as a nursery calls it."""
+    return run(CoordinatorOptions(**{**options, "allow_task": tuple(options.get("allow_task", ()))}))

@@ -1,0 +1,68 @@
+"""Held-out evaluation of the center beside the merging: a version that comes while one is evaluated is skipped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from syncline.child import Child, ChildDied, ChildFailed
+from syncline.telemetry import CenterEval, Telemetry, numbers
+
+Start = Callable[[], Awaitable[Child]]
+Report = Callable[[int, dict[str, float]], None]
+
+
+class Evaluation:
+    """Asks the child process; makes a new one when it died."""
+
+    def __init__(self, child: Child, start: Start, telemetry: Telemetry, report: Report) -> None:
+        self._child, self._start, self._telemetry, self._report = child, start, telemetry, report
+        self._copied = asyncio.Event()
+        self._copied.set()
+        self._running: asyncio.Task[None] | None = None
+        self.evaluated = -1
+
+    def offer(self, version: int, buffer: int) -> None:
+        """The center of `version` lies in `buffer`: evaluate it if nothing else is being evaluated."""
+        if self._running is None or self._running.done():
+            self._copied.clear()
+            self._running = asyncio.create_task(self._evaluate(version, buffer))
+
+    async def copied(self) -> None:
+        """Waits until the child has taken its copy, so that the buffer may be written."""
+        await self._copied.wait()
+
+    async def last(self, version: int, buffer: int) -> None:
+        """Evaluates this version for sure."""
+        if self._running is not None:
+            await self._running
+        if self.evaluated != version:
+            self.offer(version, buffer)
+            assert self._running is not None
+            await self._running
+
+    async def close(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        await self._child.close()
+
+    async def _evaluate(self, version: int, buffer: int) -> None:
+        try:
+            await self._child.ask("copy", buffer=buffer)
+            self._copied.set()
+            answer = await self._child.ask("evaluate")
+        except ChildFailed as error:
+            await self._telemetry.event("evaluation-failed", f"version {version}: {error}", level="warning")
+            return
+        except ChildDied as error:
+            await self._telemetry.event("evaluation-failed", f"version {version}: {error}", level="warning")
+            await self._child.close()
+            self._child = await self._start()
+            return
+        finally:
+            self._copied.set()
+        self.evaluated = version
+        metric = CenterEval(version=version, metrics=numbers(answer["metrics"]), seconds=answer["seconds"])
+        await self._telemetry.metric(metric)
+        self._report(version, answer["metrics"])

@@ -1,0 +1,75 @@
+"""The coordinator's child process: makes the initial model, and evaluates the center on the held-out data.
+
+It shares the center's memory. Evaluation never holds up merging: the child copies the center first, which is quick, says
+so, and then takes its time.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from syncline.child import serve
+from syncline.data.partition import Part
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec, parse
+from syncline.tasks.base import Task, evaluate, load_task
+from syncline.wire.manifest import FlatModel, Manifest, manifest_of
+from syncline.wire.messages import decode, encode
+
+BATCH_ROWS = 512
+
+
+class Evaluator:
+    """The questions of the coordinator, each a method."""
+
+    def __init__(self, memory: SharedMemory, allowed: list[str], task_dir: Path) -> None:
+        self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
+        self._task: Task | None = None
+        self._flat: FlatModel | None = None
+
+    def describe(self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"") -> dict[str, Any]:
+        """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one."""
+        settings = parse(RunSpec, spec)
+        task = load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+        torch.manual_seed(settings.seed)
+        model = task.model()
+        layout = decode(Manifest, manifest) if manifest else manifest_of(model, chunk_bytes, task.local)
+        self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local), layout
+        self._dataset = task.dataset(Part.test())
+        return {"manifest": encode(layout)}
+
+    def initial(self) -> dict[str, Any]:
+        """Writes version 0 of the center."""
+        assert self._flat is not None
+        self._buffer(0).copy_(self._flat.flat_P)
+        return {}
+
+    def copy(self, buffer: int) -> dict[str, Any]:
+        """Takes over the center in one of the two buffers."""
+        assert self._flat is not None
+        self._flat.flat_P.copy_(self._buffer(buffer))
+        self._flat.load()
+        return {}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out metrics of the center copied last."""
+        assert self._flat is not None and self._task is not None
+        began = time.perf_counter()
+        metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, torch.device("cpu"))
+        return {"metrics": metrics, "seconds": time.perf_counter() - began}
+
+    def _buffer(self, which: int) -> torch.Tensor:
+        view, layout = self._memory.view(), self._layout
+        return torch.frombuffer(view, dtype=layout.torch_dtype, count=layout.elements, offset=which * layout.nbytes)
+
+
+def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:
+    if threads:
+        torch.set_num_threads(threads)
+    evaluator = Evaluator(SharedMemory(memory_fd), allowed, Path(task_dir))
+    questions = (evaluator.describe, evaluator.initial, evaluator.copy, evaluator.evaluate)
+    return serve(end_fd, {question.__name__: question for question in questions})

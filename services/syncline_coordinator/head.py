@@ -1,0 +1,73 @@
+"""Head, changed by compare-and-set alone, and told to everybody after every change."""
+
+from __future__ import annotations
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import patiently
+from syncline.errors import BusError, Conflict, SynclineError, Unreachable
+from syncline.wire import subjects
+from syncline.wire.messages import MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
+
+NOTIFY_ROSTER_BYTES = 64 * 1024
+
+
+class Deposed(SynclineError):
+    """Another coordinator has written head: this one must stop, and has changed nothing."""
+
+
+class HeadKeeper:
+    """The current head of a run, as this coordinator wrote it last."""
+
+    def __init__(self, bus: Bus, head: Head, revision: int) -> None:
+        self._bus, self.head, self._revision = bus, head, revision
+
+    @classmethod
+    async def create(cls, bus: Bus, head: Head) -> HeadKeeper:
+        """The first head of a run. Raises Conflict where there is one."""
+        revision = await bus.kv_create(subjects.RUNS_BUCKET, subjects.head_key(head.run), _encoded(head))
+        return cls(bus, head, revision)
+
+    @classmethod
+    async def read(cls, bus: Bus, run: str) -> HeadKeeper | None:
+        entry = await patiently(lambda: bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run)))
+        return None if entry is None else cls(bus, decode(Head, entry.value), entry.revision)
+
+    async def write(self, head: Head, roster: Roster | None = None) -> None:
+        """Moves head on, and tells everybody. Raises Deposed where another coordinator was faster.
+
+        An answer that does not come is *unknown*: head is read again, and is ours if it holds what we wrote.
+        """
+        key, value = subjects.head_key(head.run), _encoded(head)
+        try:
+            self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
+        except (Conflict, Unreachable):
+            self._revision = await patiently(lambda: self._write_again(key, value))
+        self.head = head
+        await self.notify(roster)
+
+    async def notify(self, roster: Roster | None = None) -> None:
+        """A hint; whoever misses it reads head again in a few seconds."""
+        said = encode(roster) if roster is not None else b""
+        note = Notify(head=_encoded(self.head), roster=said if len(said) <= NOTIFY_ROSTER_BYTES else b"")
+        try:
+            await self._bus.publish(subjects.notify(self.head.run), encode(note))
+        except BusError:
+            pass
+
+    async def _write_again(self, key: str, value: bytes) -> int:
+        entry = await self._bus.kv_get(subjects.RUNS_BUCKET, key)
+        if entry is not None and entry.value == value:
+            return entry.revision
+        if entry is None or entry.revision != self._revision:
+            there = "nothing" if entry is None else f"term {decode(Head, entry.value).term}"
+            raise Deposed(f"{key} holds {there}: another coordinator is in charge of this run")
+        try:
+            return await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
+        except Conflict as error:
+            raise Unreachable(str(error)) from None  # read once more: it may be our own first try
+
+
+def _encoded(head: Head) -> bytes:
+    data = encode(head)
+    assert len(data) <= MAX_HEAD_BYTES, f"head has {len(data)} bytes"
+    return data

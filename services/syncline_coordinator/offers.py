@@ -1,0 +1,73 @@
+"""Reads the offers of a run in stream order, and lets through only those that are what they claim to be.
+
+A core message wakes the reader at once; the stream is the truth, and is read again every few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from syncline.bus.base import Bus, Delivery, Stored
+from syncline.bus.blobs import patiently
+from syncline.errors import BusError, PeerError
+from syncline.wire import subjects
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import Offer, decode
+from syncline.wire.signing import verify
+
+log = logging.getLogger(__name__)
+
+READ_AT_ONCE = 256
+READ_AGAIN_S = 2.0
+
+
+class OfferReader:
+    """`public_key(agent)`: the key the agent said hello with, or '' where it has not yet."""
+
+    def __init__(self, bus: Bus, run: str, manifest: Manifest, public_key: Callable[[str], str]) -> None:
+        self._bus, self._run, self._manifest, self._public_key = bus, run, manifest, public_key
+        self._woken = asyncio.Event()
+
+    async def read(self, after_seq: int) -> AsyncIterator[tuple[Stored, Offer | PeerError]]:
+        """Every offer after that sequence number, without end; a bad one as the error that says why."""
+        subscription = await self._bus.subscribe(subjects.offer(self._run, "*"), self._wake, limit=64)
+        stream, next_seq = subjects.offers_stream(self._run), after_seq + 1
+        try:
+            while True:
+                self._woken.clear()
+                found = await patiently(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
+                for stored in found:
+                    next_seq = stored.seq + 1
+                    yield stored, self._checked(stored)
+                if not found:
+                    try:
+                        await asyncio.wait_for(self._woken.wait(), READ_AGAIN_S)
+                    except TimeoutError:
+                        pass
+        finally:
+            try:
+                await subscription.unsubscribe()
+            except BusError:
+                pass
+
+    async def _wake(self, _: Delivery) -> None:
+        self._woken.set()
+
+    def _checked(self, stored: Stored) -> Offer | PeerError:
+        try:
+            agent = subjects.agent_of(stored.subject)
+            offer = decode(Offer, stored.data, limit=16 * 1024)
+            if offer.blob.size != self._manifest.nbytes or offer.blob.chunks != self._manifest.chunks:
+                raise PeerError(
+                    f"offer: a blob of {offer.blob.size} bytes in {offer.blob.chunks} chunks, "
+                    f"expected {self._manifest.nbytes} bytes in {self._manifest.chunks}"
+                )
+            key = self._public_key(agent)
+            if key and not verify(key, offer.signed_bytes(self._run, agent), offer.signature):
+                raise PeerError("offer: the signature is not by the key this agent said hello with")
+            return offer
+        except PeerError as error:
+            return error

@@ -1,0 +1,39 @@
+"""Removes blobs that nobody needs any more: updates that were judged, models older than those that are kept.
+
+Purges name blobs, never "all but". They run beside the rounds, and a purge that fails is tried again with the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from syncline.bus.base import Bus
+from syncline.errors import BusError
+
+AT_ONCE = 4
+PAUSE_S = 0.02
+
+
+class Purger:
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._due: deque[tuple[str, str]] = deque(maxlen=100_000)
+        self._woken = asyncio.Event()
+
+    def add(self, stream: str, prefix: str) -> None:
+        """The blob whose chunks lie under `prefix`."""
+        self._due.append((stream, f"{prefix}.>"))
+        self._woken.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._woken.wait()
+            self._woken.clear()
+            while self._due:
+                batch = [self._due.popleft() for _ in range(min(AT_ONCE, len(self._due)))]
+                results = await asyncio.gather(*(self._bus.purge(s, p) for s, p in batch), return_exceptions=True)
+                self._due.extend(b for b, r in zip(batch, results, strict=True) if isinstance(r, BusError))
+                if any(isinstance(r, BusError) for r in results):
+                    await asyncio.sleep(1.0)
+            await asyncio.sleep(PAUSE_S)

@@ -1,0 +1,203 @@
+"""Streams the updates of a plan through the merge rule, chunk by chunk, into the next version of the center.
+
+Memory is two models, in shared memory that the evaluator reads too, and `depth` chunks of every update: the chunk size is
+fixed at submit so that those stay within `STAGING_BYTES` for the largest number of agents. Nothing here decides anything:
+the plan says what is merged, with which weights, in which order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import xxhash
+from torch import Tensor
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import get_chunk, put_chunk, windowed
+from syncline.engine.merge import RULES, finite
+from syncline.engine.outer import OUTERS, Outer
+from syncline.errors import PeerError, SynclineError
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec
+from syncline.wire import subjects
+from syncline.wire.chunks import blob_digest, checksum, new_blob_id, pack_chunk
+from syncline.wire.codecs import CODECS
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import BlobRef, Plan, PlanEntry
+
+T = TypeVar("T")
+
+STAGING_BYTES = 64 << 20  # for chunks of updates under way, all agents together
+INLINE_BYTES = 64 * 1024  # a chunk up to this size is reduced on the event loop: handing it over costs more
+
+
+class UpdateUnusable(SynclineError):
+    """One update of the plan cannot be merged."""
+
+    def __init__(self, agent: str, clock: int, why: str) -> None:
+        self.agent, self.clock, self.why = agent, clock, why
+        super().__init__(f"{agent}: {why}")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The next version as it lies on the bus."""
+
+    model: BlobRef
+    digest: str
+    bytes_got: int
+    bytes_put: int
+
+
+def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int, overhead: int) -> int:
+    """Bytes of tensor in a chunk: what a message holds, less where many agents would not fit into the staging memory."""
+    allowed = max_payload - overhead
+    wanted = spec.wire.chunk_bytes or min(allowed, STAGING_BYTES // max(1, agents * spec.wire.window))
+    return max(4096, min(wanted, allowed))
+
+
+class Center:
+    """W, and the place where the next W is made: two flat vectors in shared memory, taken in turns."""
+
+    def __init__(self, manifest: Manifest, memory: SharedMemory) -> None:
+        memory.grow(2 * manifest.nbytes)
+        view, dtype = memory.view(), manifest.torch_dtype
+        self._both = [
+            torch.frombuffer(view, dtype=dtype, count=manifest.elements, offset=i * manifest.nbytes) for i in (0, 1)
+        ]
+        self.current = 0
+
+    @property
+    def now_P(self) -> Tensor:
+        return self._both[self.current]
+
+    @property
+    def next_P(self) -> Tensor:
+        return self._both[1 - self.current]
+
+    def advance(self) -> None:
+        self.current = 1 - self.current
+
+
+class Reducer:
+    """`executor` runs the arithmetic; without one it runs inline, which makes simulated time deterministic."""
+
+    def __init__(
+        self, bus: Bus, spec: RunSpec, manifest: Manifest, center: Center, executor: Executor | None = None
+    ) -> None:
+        self._executor = executor
+        self._bus, self._spec, self._manifest, self._center = bus, spec, manifest, center
+        self._codec = CODECS[manifest.dtype]
+        self._rule = RULES[spec.merge.rule]
+        self._outer: Outer = OUTERS[spec.outer.kind](spec.outer.lr)
+
+    async def merge(self, plan: Plan) -> Merged:
+        """The next center, put on the bus and in `center.next_P`. Raises UpdateUnusable for an update it cannot merge.
+
+        Every update is checked as it passes: frame, checksum, digest as signed, no NaN.
+        """
+        blob, chunks = new_blob_id(), self._manifest.chunks
+        weights = [entry.weight for entry in plan.merged]
+        checksums = [[0] * chunks for _ in plan.merged]
+        put = 0
+
+        async def one(k: int) -> None:
+            nonlocal put
+            datas = await asyncio.gather(*(self._get(entry, k) for entry in plan.merged))
+            frame = await self._off_loop(self._reduce, plan, weights, datas, checksums, blob, k)
+            put += len(frame)
+            await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
+
+        await windowed(chunks, self._spec.wire.window, one)
+        for entry, sums in zip(plan.merged, checksums, strict=True):
+            if blob_digest(sums) != entry.digest:
+                raise UpdateUnusable(entry.agent, entry.clock, "its content is not what it signed")
+        nbytes = self._manifest.nbytes
+        digest = await self._off_loop(digest_of, self._center.next_P)
+        return Merged(BlobRef(id=blob, size=nbytes, chunks=chunks), digest, nbytes * len(plan.merged), put)
+
+    async def put_center(self) -> Merged:
+        """The current center as a blob: version 0."""
+        blob, chunks = new_blob_id(), self._manifest.chunks
+        put = 0
+
+        async def one(k: int) -> None:
+            nonlocal put
+            frame = self._frame(self._center.now_P[self._manifest.chunk(k)], blob, k)
+            put += len(frame)
+            await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
+
+        await windowed(chunks, self._spec.wire.window, one)
+        return Merged(
+            BlobRef(id=blob, size=self._manifest.nbytes, chunks=chunks), digest_of(self._center.now_P), 0, put
+        )
+
+    async def get_center(self, ref: BlobRef) -> None:
+        """Fills the current center from a blob."""
+
+        async def one(k: int) -> None:
+            part_E = self._center.now_P[self._manifest.chunk(k)]
+            stream, prefix = subjects.model_stream(self._spec.name), partial(subjects.model_prefix, self._spec.name)
+            size = self._codec.nbytes(part_E.numel())
+            self._codec.decode(await get_chunk(self._bus, stream, prefix, ref, k, size, self._codec.name), part_E)
+
+        await windowed(ref.chunks, self._spec.wire.window, one)
+
+    async def _get(self, entry: PlanEntry, k: int) -> bytes:
+        run, part = self._spec.name, self._manifest.chunk(k)
+        prefix = partial(subjects.update_prefix, run, entry.agent)
+        size = self._codec.nbytes(part.stop - part.start)
+        try:
+            return await get_chunk(
+                self._bus, subjects.updates_stream(run), prefix, entry.blob, k, size, self._codec.name
+            )
+        except PeerError as error:
+            raise UpdateUnusable(entry.agent, entry.clock, str(error)) from None
+
+    def _reduce(
+        self,
+        plan: Plan,
+        weights: Sequence[float],
+        datas: Sequence[bytes],
+        checksums: Sequence[list[int]],
+        blob: str,
+        k: int,
+    ) -> bytes:
+        """Chunk k: decode, merge, step, encode. Returns its frame."""
+        part = self._manifest.chunk(k)
+        elements = part.stop - part.start
+        staged_NE = torch.empty((len(datas), elements), dtype=self._manifest.torch_dtype)
+        for row_E, data, sums in zip(staged_NE, datas, checksums, strict=True):
+            self._codec.decode(data, row_E)
+            sums[k] = checksum(data)
+        merged_E = torch.empty(elements, dtype=self._manifest.torch_dtype)
+        self._rule(list(staged_NE), weights, merged_E)
+        if not finite(merged_E):
+            worst = next((i for i, row_E in enumerate(staged_NE) if not finite(row_E)), 0)
+            entry = plan.merged[worst]
+            raise UpdateUnusable(entry.agent, entry.clock, "it holds NaN or infinite values: its training diverged")
+        next_E = self._center.next_P[part]
+        self._outer(self._center.now_P[part], merged_E, next_E)
+        return self._frame(next_E, blob, k)
+
+    def _frame(self, part_E: Tensor, blob: str, k: int) -> bytes:
+        coded = bytearray(self._codec.nbytes(part_E.numel()))
+        self._codec.encode(part_E, memoryview(coded))
+        return pack_chunk(blob, k, self._manifest.chunks, self._codec.name, memoryview(coded))
+
+    async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs it in the executor; on the event loop where the whole model is so small that handing over costs more."""
+        if self._executor is None or self._manifest.nbytes <= INLINE_BYTES:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+
+
+def digest_of(center_P: Tensor) -> str:
+    """xxh3-128 over the center's bytes."""
+    return xxhash.xxh3_128_hexdigest(center_P.numpy().data)

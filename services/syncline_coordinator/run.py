@@ -1,0 +1,472 @@
+"""One run at the coordinator: the shell around the policy. It gathers facts, does what commands say, and decides nothing.
+
+Decide, merge, commit: participants go into head by compare-and-set before an agent trains; the plan goes into head before
+the first chunk is reduced; the commit is the compare-and-set that moves head to the next version. A coordinator that starts
+again reads head and goes on from there: it executes the very plan it finds, and judges offers from where head stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.engine.events import (
+    AgentJoined,
+    AgentLost,
+    Command,
+    Committed,
+    Drop,
+    Fact,
+    Finish,
+    Merge,
+    OfferReady,
+    StartRound,
+    TargetReached,
+    Tick,
+    UpdateBroken,
+    WakeAt,
+)
+from syncline.engine.membership import Numbering
+from syncline.engine.rounds import Rounds
+from syncline.errors import PeerError
+from syncline.spec import RunSpec
+from syncline.telemetry import Pace, Round, Telemetry
+from syncline.wire import subjects
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import (
+    INLINE_BYTES,
+    MAX_RECORD_BYTES,
+    BlobRef,
+    Dropped,
+    Head,
+    Offer,
+    Phase,
+    Plan,
+    PlanEntry,
+    Roster,
+    Verdict,
+    decode,
+    encode,
+)
+from syncline.wire.messages import Committed as CommitRecord
+from syncline_coordinator.evaluation import Evaluation
+from syncline_coordinator.head import HeadKeeper
+from syncline_coordinator.offers import OfferReader
+from syncline_coordinator.purge import Purger
+from syncline_coordinator.reducer import Center, Merged, Reducer, UpdateUnusable
+
+log = logging.getLogger(__name__)
+
+RECORD_CHUNK_BYTES = 512 * 1024  # of rosters and plans that are too large for one message
+INBOX_FACTS = 10_000
+LATE_NAMED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _MergeDone:
+    plan: Plan
+    merged: Merged
+    seconds: float
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the run has moved so far."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    opened_at_s: float = 0.0
+    collect_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a run is made of; the coordinator puts it together, a simulation puts in its own."""
+
+    bus: Bus
+    spec: RunSpec
+    manifest: Manifest
+    center: Center
+    reducer: Reducer
+    telemetry: Telemetry
+    offers: OfferReader
+    evaluation: Evaluation | None
+    max_agents: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """An update as a plan will name it, but for its weight; and where its offer stands in the stream."""
+
+    entry: PlanEntry
+    seq: int
+
+
+@dataclass(slots=True)
+class _Judged:
+    clock: int = 0
+    verdict: Verdict = Verdict.NONE
+
+
+class Run:
+    """`start` or `resume`, then `pump` until the run has ended."""
+
+    def __init__(self, parts: Parts, keeper: HeadKeeper) -> None:
+        spec = parts.spec
+        self.parts, self.keeper = parts, keeper
+        self.policy = policy_of(spec)
+        self.numbering = Numbering(fixed_parts=spec.partition.parts, max_agents=parts.max_agents)
+        self.judged: dict[str, _Judged] = {}
+        self.present: set[str] = set()
+        self.ended = asyncio.Event()
+        self._inbox: asyncio.Queue[Fact | _MergeDone] = asyncio.Queue(INBOX_FACTS)
+        self._updates: dict[tuple[str, int], _Offered] = {}  # offered and not judged
+        self._dropped: list[Dropped] = []
+        self._totals = Totals()
+        self._round_pace = Pace(0.1)
+        self._wake_at_s: float | None = None
+        self._read_up_to = keeper.head.offers_seq
+        self._purger = Purger(parts.bus)
+        self._kept: list[BlobRef] = [b for b in (keeper.head.previous, keeper.head.model) if b is not None]
+        self._work: set[asyncio.Task[None]] = set()
+
+    # -- facts from outside --------------------------------------------------------------------------------------------
+    def room_for(self, agent: str) -> str:
+        """'' where the agent can take part, else why not."""
+        if agent in self.numbering.names:
+            return ""
+        trial = Numbering([*self.numbering.names], self.numbering.fixed_parts, self.numbering.max_agents)
+        waiting = [a for a in self.present if a not in trial.names]
+        trial.admit(waiting)
+        return next((why for _, why in trial.admit([agent])), "")
+
+    async def joined(self, agent: str) -> None:
+        if agent not in self.present:
+            self.present.add(agent)
+            if self.policy.started:
+                self.numbering.admit([agent])
+            await self.parts.telemetry.event("agent-joined", f"{agent} joined", agent=agent)
+            await self._inbox.put(AgentJoined(agent))
+
+    async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
+        if agent in self.present:
+            self.present.discard(agent)
+            await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
+            await self._inbox.put(AgentLost(agent, reason, failed))
+        elif failed:
+            await self._inbox.put(AgentLost(agent, reason, failed))
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+    async def resume(self) -> None:
+        """Goes on from head, as a restarted coordinator: same round, same plan, offers from where head stopped."""
+        head = self.keeper.head
+        if head.roster is None:
+            return
+        roster = decode(Roster, await self._record(head.roster))
+        self.numbering.names = list(roster.agents)
+        for i, agent in enumerate(roster.agents):
+            self.judged[agent] = _Judged(roster.clocks[i], roster.verdict(i))
+        participants = tuple(a for i, a in enumerate(roster.agents) if roster.participant(i))
+        self.policy.resume(head.version, participants, _now())
+        if head.plan is not None:
+            plan = decode(Plan, head.plan if isinstance(head.plan, bytes) else await self._record(head.plan))
+            offers = [OfferReady(e.agent, e.clock, head.version - e.lag, e.samples, e.steps) for e in plan.merged]
+            self.policy.resume_merge({o.agent: o for o in offers})
+            self._updates = {(e.agent, e.clock): _Offered(e, head.offers_seq + 1) for e in plan.merged}
+            self._begin(self._merge(plan))
+
+    async def pump(self) -> None:
+        """Feeds the policy until the run has ended. Raises Deposed where another coordinator took over."""
+        try:
+            self._begin(self._read_offers())
+            self._begin(self._purger.run())
+            while not self.ended.is_set():
+                fact = await self._next()
+                if isinstance(fact, _MergeDone):
+                    await self._commit(fact)
+                    continue
+                try:
+                    commands = self.policy.handle(fact, _now())
+                except PeerError as error:
+                    await self.parts.telemetry.event("offer-refused", str(error), level="warning")
+                    continue
+                for command in commands:
+                    await self._execute(command)
+        finally:
+            for task in self._work:
+                task.cancel()
+            await asyncio.gather(*self._work, return_exceptions=True)
+
+    async def _next(self) -> Fact | _MergeDone:
+        """The next fact; a Tick when the policy's time has come. A background task's error is raised here."""
+        if not self._inbox.empty():
+            return self._inbox.get_nowait()
+        get = asyncio.ensure_future(self._inbox.get())
+        timeout = None if self._wake_at_s is None else max(0.0, self._wake_at_s - _now())
+        try:
+            await asyncio.wait({get, *self._work}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for task in [t for t in self._work if t.done()]:
+                self._work.discard(task)
+                task.result()
+            if get.done():
+                return get.result()
+            if self._wake_at_s is not None and _now() >= self._wake_at_s:
+                self._wake_at_s = None
+            return Tick()
+        finally:
+            get.cancel()
+
+    def _begin(self, work: object) -> None:
+        self._work.add(asyncio.ensure_future(work))  # type: ignore[call-overload]
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+    async def _execute(self, command: Command) -> None:
+        match command:
+            case StartRound(_, participants):
+                await self._start_round(participants)
+            case Merge():
+                await self._decide(command)
+            case Drop():
+                await self._drop(command)
+            case WakeAt(at_s):
+                self._wake_at_s = at_s
+            case Finish(reason, failed):
+                await self._finish(reason, "failed" if failed else "done")
+
+    async def _start_round(self, participants: tuple[str, ...]) -> None:
+        roster, ref = await self._put_roster(participants)
+        head = self.keeper.head
+        moved = {"roster": ref, "phase": "training", "round": head.round + 1, "offers_seq": self._judged_up_to()}
+        await self.keeper.write(head.model_copy(update=moved), roster)
+        self._forget_record(head.roster)
+        self._totals.opened_at_s = _now()
+
+    async def _decide(self, merge: Merge) -> None:
+        """The plan goes into head; then it is executed."""
+        entries = [
+            self._updates[c.agent, c.clock].entry.model_copy(update={"lag": c.lag, "weight": c.weight})
+            for c in merge.updates
+        ]
+        head = self.keeper.head
+        plan = Plan(version=head.version + 1, reason=merge.reason, merged=entries, late=list(merge.late))
+        self._totals.collect_s = _now() - self._totals.opened_at_s
+        packed = encode(plan)
+        held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
+        await self.keeper.write(head.model_copy(update={"plan": held, "phase": "merging"}))
+        self._begin(self._merge(plan))
+
+    async def _merge(self, plan: Plan) -> None:
+        if self.parts.evaluation is not None:
+            await self.parts.evaluation.copied()
+        began = _now()
+        try:
+            merged = await self.parts.reducer.merge(plan)
+        except UpdateUnusable as error:
+            await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
+            return
+        await self._inbox.put(_MergeDone(plan, merged, _now() - began))
+
+    async def _commit(self, done: _MergeDone) -> None:
+        """Version v + 1: roster and record on the bus, then the compare-and-set that makes it so."""
+        parts, head, plan, totals = self.parts, self.keeper.head, done.plan, self._totals
+        parts.center.advance()
+        for entry in plan.merged:
+            self._judge(entry.agent, entry.clock, Verdict.MERGED)
+        totals.bytes_up += done.merged.bytes_got
+        totals.bytes_down += done.merged.bytes_put
+        seconds = _now() - totals.opened_at_s
+        commands = self.policy.handle(Committed(plan.version), _now())
+        start = next((c for c in commands if isinstance(c, StartRound)), None)
+        (roster, ref), _ = await asyncio.gather(
+            self._put_roster(start.participants if start else ()), self._put_commit_record(done)
+        )
+        moved = {
+            "version": plan.version,
+            "digest": done.merged.digest,
+            "model": done.merged.model,
+            "previous": head.model,
+            "roster": ref,
+            "plan": None,
+            "phase": "training" if start else "waiting",
+            "round": head.round + bool(start),
+            "offers_seq": self._judged_up_to(),
+            "reason": plan.reason[:2000],
+        }
+        await self.keeper.write(head.model_copy(update=moved), roster)
+        totals.opened_at_s = _now()
+        self._forget(head, plan, done.merged.model)
+        if parts.evaluation is not None:
+            parts.evaluation.offer(plan.version, parts.center.current)
+        if self._round_pace.due(_now()) or not start:
+            await parts.telemetry.metric(self._round_metric(done, seconds))
+        for command in commands:
+            if command is not start:
+                await self._execute(command)
+
+    async def _drop(self, drop: Drop) -> None:
+        self._judge(drop.agent, drop.clock, Verdict.BROKEN if drop.broken else Verdict.LATE)
+        self._dropped.append(Dropped(agent=drop.agent, clock=drop.clock, reason=drop.reason[:2000]))
+        offered = self._updates.pop((drop.agent, drop.clock), None)
+        if offered is not None:
+            self._forget_update(drop.agent, offered.entry.blob)
+        text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
+        await self.parts.telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
+
+    async def _finish(self, reason: str, phase: Phase) -> None:
+        head = self.keeper.head
+        if self.parts.evaluation is not None and phase == "done":
+            await self.parts.evaluation.last(head.version, self.parts.center.current)
+        await self.keeper.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
+        level = "info" if phase == "done" else "error"
+        await self.parts.telemetry.event(f"run-{phase}", f"run {head.run}: {reason}", level=level)  # type: ignore[arg-type]
+        self.ended.set()
+
+    # -- offers --------------------------------------------------------------------------------------------------------
+    async def _read_offers(self) -> None:
+        async for stored, offer in self.parts.offers.read(self._read_up_to):
+            self._read_up_to = stored.seq
+            agent = subjects.agent_of(stored.subject)
+            problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
+            if problem is not None:
+                await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
+            elif isinstance(offer, Offer) and offer.clock > self._judged(agent).clock:
+                self._updates.setdefault((agent, offer.clock), _Offered(_entry(agent, offer), stored.seq))
+                fact = OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps)
+                await self._inbox.put(fact)
+
+    def _judged_up_to(self) -> int:
+        """The sequence number up to which every offer was judged: where a restarted coordinator begins to read."""
+        return min((u.seq - 1 for u in self._updates.values()), default=self._read_up_to)
+
+    def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
+        if agent not in self.numbering.names:
+            return PeerError("offer: not an agent of this run")
+        if offer.term > self.keeper.head.term:
+            return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")
+        return None
+
+    # -- records -------------------------------------------------------------------------------------------------------
+    async def _put_roster(self, participants: tuple[str, ...]) -> tuple[Roster, BlobRef]:
+        self.numbering.admit([a for a in self.present if a not in self.numbering.names])
+        names = self.numbering.names
+        flags = [
+            Roster.flag(a in self.present, a in participants, judged.verdict)
+            for a in names
+            for judged in (self._judged(a),)
+        ]
+        clocks = [self._judged(a).clock for a in names]
+        roster = Roster(parts=self.numbering.parts, agents=list(names), clocks=clocks, flags=bytes(flags))
+        return roster, await self._put_record(encode(roster))
+
+    async def _put_record(self, data: bytes) -> BlobRef:
+        prefix = partial(subjects.model_prefix, self.parts.spec.name)
+        return (await put_blob(self.parts.bus, prefix, memoryview(data), RECORD_CHUNK_BYTES))[0]
+
+    async def _record(self, ref: BlobRef) -> bytes:
+        run = self.parts.spec.name
+        prefix = partial(subjects.model_prefix, run)
+        return await get_small_blob(
+            self.parts.bus, subjects.model_stream(run), prefix, ref, RECORD_CHUNK_BYTES, 64 * MAX_RECORD_BYTES
+        )
+
+    async def _put_commit_record(self, done: _MergeDone) -> None:
+        head, plan = self.keeper.head, done.plan
+        record = CommitRecord(
+            run=head.run,
+            term=head.term,
+            version=plan.version,
+            digest=done.merged.digest,
+            model=done.merged.model,
+            plan=plan,
+            dropped=self._dropped,
+            bytes_up=done.merged.bytes_got,
+            bytes_down=done.merged.bytes_put,
+            phases_s={"collect": self._totals.collect_s, "merge": done.seconds},
+        )
+        subject = subjects.log_record(head.run, plan.version, head.term)
+        await patiently(lambda: self.parts.bus.put(subject, encode(record)))
+        self._dropped = []
+
+    def _round_metric(self, done: _MergeDone, seconds: float) -> Round:
+        totals = self._totals
+        return Round(
+            version=done.plan.version,
+            closed_by=done.plan.reason,
+            merged=len(done.plan.merged),
+            late=done.plan.late[:LATE_NAMED],
+            seconds=seconds,
+            collect_s=totals.collect_s,
+            merge_s=done.seconds,
+            bytes_up=totals.bytes_up,
+            bytes_down=totals.bytes_down,
+        )
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+    def _judged(self, agent: str) -> _Judged:
+        return self.judged.get(agent, _Judged())
+
+    def _judge(self, agent: str, clock: int, verdict: Verdict) -> None:
+        if clock > self._judged(agent).clock:
+            self.judged[agent] = _Judged(clock, verdict)
+
+    def _forget(self, before: Head, plan: Plan, model: BlobRef) -> None:
+        """What this commit made superfluous goes: its updates, the old roster and plan, models beyond those kept."""
+        for entry in plan.merged:
+            self._updates.pop((entry.agent, entry.clock), None)
+            self._forget_update(entry.agent, entry.blob)
+        self._forget_record(before.roster)
+        if isinstance(before.plan, BlobRef):
+            self._forget_record(before.plan)
+        self._kept.append(model)
+        while len(self._kept) > self.parts.spec.keep_models:
+            self._forget_record(self._kept.pop(0))
+
+    def _forget_update(self, agent: str, blob: BlobRef) -> None:
+        run = self.parts.spec.name
+        self._purger.add(subjects.updates_stream(run), subjects.update_prefix(run, agent, blob.id))
+
+    def _forget_record(self, ref: BlobRef | None) -> None:
+        if ref is not None:
+            run = self.parts.spec.name
+            self._purger.add(subjects.model_stream(run), subjects.model_prefix(run, ref.id))
+
+    def evaluated(self, version: int, metrics: dict[str, float]) -> None:
+        """A held-out result is in: perhaps the target is reached."""
+        target = self.parts.spec.stop.target
+        value = metrics.get(target.metric) if target is not None else None
+        if target is not None and value is not None and target.reached(value) and not self._inbox.full():
+            why = f"target reached: {target.metric} = {value:.4g} at version {version}"
+            self._inbox.put_nowait(TargetReached(why))
+
+
+def _entry(agent: str, offer: Offer) -> PlanEntry:
+    return PlanEntry(
+        agent=agent,
+        clock=offer.clock,
+        weight=0.0,
+        blob=offer.blob,
+        digest=offer.digest,
+        samples=offer.samples,
+        steps=offer.steps,
+    )
+
+
+def policy_of(spec: RunSpec) -> Rounds:
+    """The policy that a spec asks for."""
+    return Rounds(
+        min_agents=spec.agents.min,
+        quorum=None if spec.sync.quorum == "all" else spec.sync.quorum,
+        grace_s=spec.sync.grace_s,
+        sample=spec.sync.sample,
+        weights=spec.merge.weights,
+        versions=spec.stop.versions,
+        seed=spec.seed,
+    )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,350 @@
+"""The coordinator service: knows the fleet, takes runs, and drives one after the other, the oldest first.
+
+It holds nothing that it could not read again: specs and heads are in the key-value bucket, everything else of a run hangs on
+its head. Heavy work happens elsewhere: reducing in a thread, models and evaluation in a child process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from syncline.bus.base import BucketConfig, Bus, Delivery
+from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.bus.violations import ViolationLog
+from syncline.child import Child, ChildDied, ChildFailed
+from syncline.engine.membership import Membership
+from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
+from syncline.nursery import Nursery
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec, parse
+from syncline.telemetry import Telemetry
+from syncline.wire import subjects
+from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import (
+    ENDED,
+    MAX_HEAD_BYTES,
+    Head,
+    Heartbeat,
+    Hello,
+    Submit,
+    Submitted,
+    Welcome,
+    decode,
+    encode,
+)
+from syncline_coordinator.evaluation import Evaluation
+from syncline_coordinator.head import Deposed, HeadKeeper
+from syncline_coordinator.offers import OfferReader
+from syncline_coordinator.reducer import Center, Reducer, chunk_bytes_for
+from syncline_coordinator.run import RECORD_CHUNK_BYTES, Parts, Run
+from syncline_coordinator.space import most_agents, release, reserve
+
+log = logging.getLogger(__name__)
+
+EVALUATOR = "syncline_coordinator.evaluator:main"
+RUNS_BYTES = 64 << 20
+SPEC_BYTES = 256 * 1024
+LOOK_S = 0.25  # how often silence is looked for
+IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
+QUEUE_AGAIN_S = 5.0
+QUEUED_RUNS = 64
+PROCESS_REDUCERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    allowed_tasks: tuple[str, ...]
+    task_dir: Path
+    threads: int = 0  # of the evaluator; 0: torch decides
+    broker_log: Path | None = None  # tell permission violations that the broker logs
+    key_names: dict[str, str] = field(default_factory=dict)  # public key → name, for those
+
+
+class Coordinator:
+    """`serve` until cancelled."""
+
+    def __init__(self, bus: Bus, nursery: Nursery, settings: CoordinatorSettings) -> None:
+        self._bus, self._nursery, self._settings = bus, nursery, settings
+        self._fleet = Membership(IDLE_LOST_AFTER_S)
+        self._hellos: dict[str, Hello] = {}
+        self._active: Run | None = None
+        self._queue_changed = asyncio.Event()
+        self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
+        self._reducers = ThreadPoolExecutor(PROCESS_REDUCERS, thread_name_prefix="reduce")
+
+    async def serve(self) -> None:
+        await self._bus.ensure_bucket(BucketConfig(subjects.RUNS_BUCKET, RUNS_BYTES, SPEC_BYTES))
+        agents = f"{subjects.PREFIX}.*.agent.*"
+        await self._bus.subscribe(f"{agents}.hello", self._on_hello)
+        await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
+        await self._bus.subscribe(subjects.submit(), self._on_submit)
+        await self._fleet_events.event("coordinator-started", "the coordinator is up")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch_silence())
+                tasks.create_task(self._watch_broker_log())
+                tasks.create_task(self._take_runs())
+        finally:
+            self._reducers.shutdown(wait=False, cancel_futures=True)
+
+    # -- the fleet -----------------------------------------------------------------------------------------------------
+    async def _on_hello(self, delivery: Delivery) -> None:
+        try:
+            agent = subjects.checked_name("agent", subjects.agent_of(delivery.subject))
+            hello = decode(Hello, delivery.data, limit=32 * 1024)
+        except (PeerError, ConfigError) as error:
+            await self._bad(delivery, error)
+            return
+        replaced = self._fleet.claim(agent, hello.session, _now())
+        if not self._fleet.holds(agent, hello.session):
+            await self._answer(delivery, _superseded(agent))
+            return
+        if replaced and self._active is not None:
+            await self._active.lost(agent, "its name was claimed by a newer process")
+        if agent not in self._hellos or replaced:
+            text = f"{agent} is here: {hello.device or 'no device named'}"
+            await self._fleet_events.event("agent-here", text, agent=agent)
+        self._hellos[agent] = hello
+        await self._answer(delivery, self._welcome(agent))
+
+    def _welcome(self, agent: str) -> Welcome:
+        run = self._active
+        if run is None:
+            return Welcome(reason="no run is waiting")
+        if not _allows(self._hellos[agent].tasks, run.parts.spec.task):
+            return Welcome(reason=f"task {run.parts.spec.task} is not allowed on this agent")
+        why_not = run.room_for(agent)
+        return Welcome(reason=why_not) if why_not else Welcome(run=run.parts.spec.name)
+
+    async def _on_heartbeat(self, delivery: Delivery) -> None:
+        try:
+            agent, name = subjects.agent_of(delivery.subject), subjects.run_of(delivery.subject)
+            beat = decode(Heartbeat, delivery.data, limit=8 * 1024)
+        except PeerError as error:
+            await self._bad(delivery, error)
+            return
+        if not self._fleet.heard(agent, beat.session, beat.progress, beat.state == "training", _now()):
+            known = beat.session in self._fleet.superseded
+            await self._answer(delivery, _superseded(agent) if known else Welcome(unknown=True))
+            return
+        await self._answer(delivery, Welcome(run=name))
+        run = self._active
+        if run is None or run.parts.spec.name != name or beat.state == "starting":
+            return
+        if beat.state == "failed":
+            await run.lost(agent, beat.reason or "it cannot train", failed=True)
+        elif beat.state == "leaving":
+            await run.lost(agent, "it left")
+        else:
+            await run.joined(agent)
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            run = self._active
+            self._fleet.lost_after_s = run.parts.spec.agents.lost_after_s if run else IDLE_LOST_AFTER_S
+            period_s = run.policy.grace() if run and run.policy.durations_s else 0.0
+            for agent, reason in self._fleet.expired(_now(), period_s):
+                self._hellos.pop(agent, None)
+                if run is not None:
+                    await run.lost(agent, reason)
+
+    async def _watch_broker_log(self) -> None:
+        """What the broker refused is said in the events, with the agent's name."""
+        if self._settings.broker_log is None:
+            return
+        violations = ViolationLog(self._settings.broker_log, self._settings.key_names)
+        while True:
+            for violation in violations.read():
+                text = f"{violation.who}: {violation.what} on {violation.subject} was refused by the broker"
+                await self._fleet_events.event("refused", text, level="warning", agent=violation.who)
+            await asyncio.sleep(LOOK_S)
+
+    async def _bad(self, delivery: Delivery, error: Exception) -> None:
+        tokens = delivery.subject.split(".")
+        who = tokens[4] if len(tokens) > 4 else "somebody"
+        await self._fleet_events.event("bad-message", f"{who}: {error}", level="warning", agent=who)
+
+    async def _answer(self, delivery: Delivery, record: Welcome | Submitted) -> None:
+        if delivery.reply:
+            try:
+                await self._bus.publish(delivery.reply, encode(record))
+            except BusError as error:
+                log.debug("%s: %s", delivery.reply, error)
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+    async def _on_submit(self, delivery: Delivery) -> None:
+        try:
+            submit = decode(Submit, delivery.data, limit=SPEC_BYTES)
+            spec = parse(RunSpec, submit.spec)
+            await self._accept(spec)
+        except ConfigError as error:
+            refused = Submitted(setting=error.setting, problem=error.problem[:2000], mend=error.mend[:2000])
+            await self._answer(delivery, refused)
+        except (PeerError, BusError, ChildDied) as error:
+            await self._answer(delivery, Submitted(setting="spec", problem=str(error)[:2000]))
+        else:
+            await self._answer(delivery, Submitted(run=spec.name, warnings=spec.warnings))
+
+    async def _accept(self, spec: RunSpec) -> None:
+        """Checks all that can be checked before a run starts, and queues it. Raises ConfigError."""
+        if await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(spec.name)) is not None:
+            raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name")
+        child, manifest = await self._model_of(spec, SharedMemory())
+        await child.close()
+        await reserve(self._bus, spec, manifest)
+        try:
+            await self._bus.kv_create(
+                subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(Submit(spec=spec.model_dump(mode="json")))
+            )
+            await HeadKeeper.create(self._bus, Head(run=spec.name, term=1, version=0, phase="waiting"))
+        except Conflict:
+            raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name") from None
+        await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
+        self._queue_changed.set()
+
+    async def _model_of(self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"") -> tuple[Child, Manifest]:
+        """A child process with the task's model. Raises ConfigError for a task that cannot be used."""
+        child = await self._start_child(memory)
+        chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload, FRAME_OVERHEAD_BYTES)
+        try:
+            answer = await child.ask(
+                "describe", spec=spec.model_dump(mode="json"), chunk_bytes=chunk, manifest=manifest
+            )
+            return child, decode(Manifest, answer["manifest"], limit=64 << 20)
+        except ChildFailed as error:
+            await child.close()
+            raise error.config or ConfigError("task", error.problem, "Mend the task's code") from None
+        except BaseException:
+            await child.close()
+            raise
+
+    async def _start_child(self, memory: SharedMemory) -> Child:
+        settings = self._settings
+        return await Child.start(
+            self._nursery, EVALUATOR, memory, settings.threads, list(settings.allowed_tasks), str(settings.task_dir)
+        )
+
+    async def _take_runs(self) -> None:
+        while True:
+            self._queue_changed.clear()
+            name = await self._next_run()
+            if name is not None:
+                await self._drive(name)
+                continue
+            try:
+                await asyncio.wait_for(self._queue_changed.wait(), QUEUE_AGAIN_S)
+            except TimeoutError:
+                pass
+
+    async def _next_run(self) -> str | None:
+        """The oldest run that has not ended."""
+        keys = await patiently(partial(self._bus.kv_keys, subjects.RUNS_BUCKET))
+        waiting = []
+        for key in keys:
+            name, _, kind = key.rpartition(".")
+            if kind != "spec":
+                continue
+            keeper = await HeadKeeper.read(self._bus, name)
+            entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
+            if keeper is not None and entry is not None and keeper.head.phase not in ENDED:
+                waiting.append((entry.revision, name))
+        return min(waiting)[1] if waiting else None
+
+    async def _drive(self, name: str) -> None:
+        """One run from its start, or from where head stands, to its end."""
+        telemetry = Telemetry(self._bus, name, subjects.COORDINATOR)
+        memory = SharedMemory()
+        run: Run | None = None
+        try:
+            run = await self._open(name, memory, telemetry)
+            self._active = run
+            await run.keeper.notify()
+            await run.pump()
+        except Deposed as error:
+            log.warning("run %s: %s", name, error)
+        except (ConfigError, Unavailable, PeerError) as error:
+            await telemetry.event("run-failed", f"run {name}: {error}", level="error")
+            await self._give_up(name, str(error))
+        finally:
+            self._active = None
+            if run is not None and run.parts.evaluation is not None:
+                await run.parts.evaluation.close()
+            memory.close()
+
+    async def _open(self, name: str, memory: SharedMemory, telemetry: Telemetry) -> Run:
+        keeper = await HeadKeeper.read(self._bus, name)
+        entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
+        assert keeper is not None and entry is not None
+        spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
+        known = b"" if keeper.head.manifest is None else await self._manifest_blob(keeper.head)
+        child, manifest = await self._model_of(spec, memory, known)
+        center = Center(manifest, memory)
+        reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
+        if keeper.head.model is None:
+            await child.ask("initial")
+            await self._commit_initial(keeper, reducer, manifest)
+        else:
+            await reducer.get_center(keeper.head.model)
+            await keeper.write(keeper.head.model_copy(update={"term": keeper.head.term + 1}))
+        offers = OfferReader(self._bus, name, manifest, self._public_key)
+        parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))
+        run = Run(parts, keeper)
+        if spec.evaluate.center:
+            start = partial(self._fresh_evaluator, spec, memory, encode(manifest))
+            parts.evaluation = Evaluation(child, start, telemetry, run.evaluated)
+        else:
+            await child.close()
+        await run.resume()
+        return run
+
+    async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Child:
+        return (await self._model_of(spec, memory, manifest))[0]
+
+    async def _commit_initial(self, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest) -> None:
+        """Version 0: the model as the task makes it under the run's seed."""
+        merged = await reducer.put_center()
+        prefix = partial(subjects.model_prefix, keeper.head.run)
+        layout, _ = await put_blob(self._bus, prefix, memoryview(encode(manifest)), RECORD_CHUNK_BYTES)
+        moved = {"model": merged.model, "digest": merged.digest, "manifest": layout}
+        await keeper.write(keeper.head.model_copy(update=moved))
+
+    async def _manifest_blob(self, head: Head) -> bytes:
+        assert head.manifest is not None
+        prefix = partial(subjects.model_prefix, head.run)
+        return await get_small_blob(
+            self._bus, subjects.model_stream(head.run), prefix, head.manifest, RECORD_CHUNK_BYTES, 64 << 20
+        )
+
+    async def _give_up(self, name: str, reason: str) -> None:
+        keeper = await HeadKeeper.read(self._bus, name)
+        if keeper is not None and keeper.head.phase not in ENDED:
+            await keeper.write(keeper.head.model_copy(update={"phase": "failed", "reason": reason[:2000]}))
+
+    def _public_key(self, agent: str) -> str:
+        hello = self._hellos.get(agent)
+        return hello.public_key if hello is not None else ""
+
+
+def _allows(patterns: Sequence[str], task: str) -> bool:
+    module = task.rpartition(":")[0]
+    return any(fnmatch.fnmatchcase(task, p) or fnmatch.fnmatchcase(module, p) for p in patterns)
+
+
+def _superseded(agent: str) -> Welcome:
+    return Welcome(superseded=True, reason=f"another process has claimed the name {agent}")
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+__all__ = ["MAX_HEAD_BYTES", "Coordinator", "CoordinatorSettings", "release"]

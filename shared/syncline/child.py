@@ -1,0 +1,160 @@
+"""A child process that does the heavy work of a service: asked over a socket, with its tensors in shared memory.
+
+The service stays responsive whatever the child does: a step that holds the interpreter, crashes or is killed for memory
+stops neither heartbeats nor Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import struct
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from syncline.errors import ConfigError, PeerError, SynclineError
+from syncline.nursery import Nursery, NurseryDied, Worker
+from syncline.shm import SharedMemory
+
+MAX_MESSAGE_BYTES = 64 << 20  # a manifest of a very large model, with room
+_LENGTH = struct.Struct("<I")
+
+Handler = Callable[..., dict[str, Any]]
+
+
+class ChildDied(SynclineError):
+    """The process is gone, with the reason; what it held is lost."""
+
+
+class ChildFailed(SynclineError):
+    """The child answered with an error. `config`: the user's input is at fault; else its code."""
+
+    def __init__(self, problem: str, *, setting: str = "", mend: str = "") -> None:
+        self.setting, self.problem, self.mend = setting, problem, mend
+        super().__init__(f"{setting}: {problem}. {mend}" if setting else problem)
+
+    @property
+    def config(self) -> ConfigError | None:
+        return ConfigError(self.setting, self.problem, self.mend) if self.setting else None
+
+
+class Child:
+    """The service's side: one question at a time."""
+
+    def __init__(self, worker: Worker, end: socket.socket) -> None:
+        self.worker = worker
+        self._end = end
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def start(cls, nursery: Nursery, target: str, memory: SharedMemory, *args: Any) -> Child:
+        """Forks `target(*args, socket_fd, memory_fd)`."""
+        ours, theirs = socket.socketpair()
+        try:
+            worker = await nursery.fork(target, *args, fds=[theirs.fileno(), memory.fd])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        return cls(worker, ours)
+
+    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
+        """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
+        loop = asyncio.get_running_loop()
+        data = msgpack.packb({"ask": question, **fields})
+        async with self._lock:
+            try:
+                await loop.sock_sendall(self._end, _LENGTH.pack(len(data)) + data)
+                (size,) = _LENGTH.unpack(await self._receive(_LENGTH.size))
+                answer: dict[str, Any] = msgpack.unpackb(await self._receive(size), strict_map_key=False)
+            except (OSError, EOFError):
+                raise ChildDied(await self._obituary()) from None
+        if "error" in answer:
+            raise ChildFailed(answer["error"], setting=answer.get("setting", ""), mend=answer.get("mend", ""))
+        return answer
+
+    async def close(self) -> None:
+        """Kills the process and waits for its end."""
+        try:
+            self.worker.signal(signal.SIGKILL)
+            await self.worker.exited
+        except NurseryDied:
+            pass
+        self._end.close()
+
+    async def _receive(self, size: int) -> bytes:
+        loop, parts, missing = asyncio.get_running_loop(), [], size
+        while missing:
+            part = await loop.sock_recv(self._end, min(missing, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    async def _obituary(self) -> str:
+        code = await self.worker.exited
+        if code >= 0:
+            return f"process {self.worker.pid} exited with code {code}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        hint = " (perhaps the kernel ran out of memory)" if -code == signal.SIGKILL else ""
+        return f"process {self.worker.pid} was killed by {name}{hint}"
+
+
+def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
+    """The child's side: answers until the service hangs up. Returns the exit code."""
+    with socket.socket(fileno=end_fd) as end:
+        end.setblocking(True)
+        while (question := _read(end)) is not None:
+            data = msgpack.packb(_answer(handlers, question))
+            try:
+                end.sendall(_LENGTH.pack(len(data)) + data)
+            except OSError:
+                return 0
+    return 0
+
+
+def _answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return handlers[question.pop("ask")](**question)
+    except ConfigError as error:
+        return {"error": error.problem, "setting": error.setting, "mend": error.mend}
+    except PeerError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        return {"error": f"{type(error).__name__}: {str(error)[:1000]} ({place})"}
+
+
+def _read(end: socket.socket) -> dict[str, Any] | None:
+    header = _read_exactly(end, _LENGTH.size)
+    if header is None:
+        return None
+    (size,) = _LENGTH.unpack(header)
+    data = _read_exactly(end, size)
+    if data is None:
+        return None
+    question: dict[str, Any] = msgpack.unpackb(data, max_bin_len=MAX_MESSAGE_BYTES, strict_map_key=False)
+    return question
+
+
+def _read_exactly(end: socket.socket, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        try:
+            part = end.recv(size - len(data))
+        except OSError:
+            return None
+        if not part:
+            return None
+        data += part
+    return bytes(data)

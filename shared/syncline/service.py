@@ -1,0 +1,77 @@
+"""What every service process does around its work: logging, the event loop, signals, and errors a person can read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from syncline.errors import BusError, ConfigError, SynclineError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+log = logging.getLogger(__name__)
+
+
+def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
+    """To standard error, or to a file; standard output is for results."""
+    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("nats").setLevel(logging.CRITICAL)  # the bus reports what matters
+
+
+def loop_factory() -> asyncio.AbstractEventLoop:
+    """uvloop where it is to be had: faster, and with write back-pressure on every Python version."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run_service(work: Callable[[], Awaitable[Any]], *, drain: Callable[[], Awaitable[None]] | None = None) -> int:
+    """Runs `work` until it ends or a signal comes; `drain` is what to do before going. Returns the exit code."""
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        try:
+            return runner.run(_until_signal(work, drain))
+        except ConfigError as error:
+            return complain(error)
+
+
+def complain(error: Exception) -> int:
+    """Says what is wrong without a traceback, and returns the exit code that fits."""
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    return WRONG_INPUT if isinstance(error, ConfigError) else FAILED
+
+
+async def _until_signal(work: Callable[[], Awaitable[Any]], drain: Callable[[], Awaitable[None]] | None) -> int:
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    for which in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(which, asked.set)
+    working, waiting = asyncio.ensure_future(work()), asyncio.ensure_future(asked.wait())
+    await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not working.done():
+        log.info("asked to stop")
+        if drain is not None:
+            await drain()
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return DONE
+    try:
+        result = working.result()
+    except ConfigError:
+        raise
+    except (BusError, SynclineError) as error:
+        return complain(error)
+    return result if isinstance(result, int) else DONE
+
+
+def state_dir(given: str | None) -> Path:
+    """Where a service keeps what must survive it."""
+    return Path(given) if given else Path.home() / ".local" / "state" / "syncline"

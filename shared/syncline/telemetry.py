@@ -1,0 +1,140 @@
+"""Metrics and events: JSON on public subjects, for people and dashboards. Core messages: a lost one is a gap in a plot.
+
+`syncline.v1.<run>.metrics.<who>.<what>` and `syncline.v1.<run>.events.<who>`; who: an agent's id, `coordinator` or `broker`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from syncline.bus.base import Bus
+from syncline.errors import BusError
+from syncline.wire import subjects
+
+log = logging.getLogger(__name__)
+
+
+class Published(BaseModel):
+    """What every metric and event says."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+    what: ClassVar[str] = ""
+    time_s: float = Field(
+        default_factory=time.time, description="when, in seconds since the epoch, by the sender's clock"
+    )
+
+
+class Train(Published):
+    """An agent at work. At most 10 a second, and one when a period ends."""
+
+    what: ClassVar[str] = "train"
+    state: str = Field(description="starting, waiting, fetching, training, evaluating, sending or failed")
+    version: int = Field(description="version of the center it trains from")
+    clock: int = Field(description="local periods finished")
+    step: int = Field(description="steps done in this period")
+    steps: int = Field(description="steps of this period")
+    loss: float | None = Field(None, description="mean training loss of the last period")
+    samples_per_s: float | None = Field(None, description="rows trained on a second, in the last period")
+    part: int = Field(description="number of its part of the data")
+    rows: int = Field(description="rows of that part")
+    bytes_up: int = Field(description="update bytes put since the session began")
+    bytes_down: int = Field(description="model bytes got since the session began")
+
+
+class AgentEval(Published):
+    """An agent's own W_i on the held-out data, after a period; only with `evaluate: {agents: true}`."""
+
+    what: ClassVar[str] = "eval"
+    version: int = Field(description="version of the center it trained from")
+    clock: int
+    metrics: dict[str, float | None]
+
+
+class CenterEval(Published):
+    """The center on the held-out data."""
+
+    what: ClassVar[str] = "eval"
+    version: int
+    metrics: dict[str, float | None]
+    seconds: float
+
+
+class Round(Published):
+    """A version was committed. At most 10 a second."""
+
+    what: ClassVar[str] = "round"
+    version: int
+    closed_by: str
+    merged: int = Field(description="updates in the merge")
+    late: list[str] = Field(max_length=100)
+    seconds: float = Field(description="from the opening of the round to its commit")
+    collect_s: float
+    merge_s: float
+    bytes_up: int = Field(description="update bytes got since the run began")
+    bytes_down: int = Field(description="model bytes put since the run began")
+
+
+class Event(Published):
+    """Something happened that a person may want to know."""
+
+    event: str = Field(description="its kind, for programs: agent-joined, agent-lost, update-dropped, …")
+    level: Literal["info", "warning", "error"]
+    text: str = Field(description="the same for people, with the mend where there is one")
+    agent: str = Field("", description="whom it concerns")
+
+
+METRICS: tuple[tuple[str, type[Published]], ...] = (
+    ("<agent>", Train),
+    ("<agent>", AgentEval),
+    ("coordinator", Round),
+    ("coordinator", CenterEval),
+)
+
+
+class Telemetry:
+    """Publishes for one service in one run. Never raises: a run does not stop because nobody could be told."""
+
+    def __init__(self, bus: Bus, run: str, who: str) -> None:
+        self._bus, self._run, self._who = bus, run, who
+
+    async def metric(self, metric: Published) -> None:
+        await self._say(subjects.metrics(self._run, self._who, metric.what), metric)
+
+    async def event(
+        self, event: str, text: str, *, level: Literal["info", "warning", "error"] = "info", agent: str = ""
+    ) -> None:
+        log.log(_LEVELS[level], "%s: %s", event, text)
+        await self._say(
+            subjects.events(self._run, self._who), Event(event=event, level=level, text=text[:2000], agent=agent)
+        )
+
+    async def _say(self, subject: str, published: Published) -> None:
+        try:
+            await self._bus.publish(subject, published.model_dump_json().encode())
+        except BusError as error:
+            log.debug("%s: %s", subject, error)
+
+
+class Pace:
+    """Lets something through at most so often."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._next_s = every_s, 0.0
+
+    def due(self, now_s: float) -> bool:
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + self._every_s
+        return True
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: NaN and Inf become null."""
+    return {k: v if v == v and abs(v) != float("inf") else None for k, v in metrics.items()}
+
+
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

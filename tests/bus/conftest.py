@@ -1,0 +1,67 @@
+"""A real nats-server per test, on a free port, owned by the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+import nats
+import pytest
+from nats.aio.client import Client
+
+from syncline.bus.accounts import Identity
+from syncline.bus.embedded import EmbeddedBroker
+
+
+async def until(true: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 10.0) -> None:
+    """Returns as soon as it is so, and fails the test where it does not become so."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        answer = true()
+        if answer if isinstance(answer, bool) else await answer:
+            return
+        assert asyncio.get_running_loop().time() < deadline, f"not within {timeout_s:g} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+class Connect(Protocol):
+    """Connects a bare client; `refused` collects what the broker tells it."""
+
+    async def __call__(
+        self, broker: EmbeddedBroker, who: str | Identity, refused: list[str] | None = None
+    ) -> Client: ...
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Awaitable[None]]:
+    return until
+
+
+@pytest.fixture
+async def broker() -> AsyncIterator[EmbeddedBroker]:
+    async with EmbeddedBroker(agents=["a1", "a2"]) as started:
+        yield started
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    clients: list[Client] = []
+
+    async def connected(broker: EmbeddedBroker, who: str | Identity, refused: list[str] | None = None) -> Client:
+        identity = broker.keyring.identity(who) if isinstance(who, str) else who
+
+        async def note(error: Exception) -> None:
+            if refused is not None:
+                refused.append(str(error))
+
+        options: dict[str, Any] = {"nkeys_seed_str": identity.seed, "inbox_prefix": f"_INBOX.{identity.name}".encode()}
+        client = await nats.connect(
+            broker.url, name=identity.name, error_cb=note, allow_reconnect=False, connect_timeout=5, **options
+        )
+        clients.append(client)
+        return client
+
+    yield connected
+    for client in clients:
+        await client.close()
