@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,12 @@ from syncline.nursery import Nursery
 from syncline.service import FAILED, run_service, set_up_logging
 from syncline.wire.signing import Signer
 from syncline.wire.subjects import checked_name
+from syncline_agent.options import AgentOptions
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.session import Superseded
 from syncline_agent.training import ChildTraining, TrainerSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AgentOptions:
-    """The flags of `syncline agent`, as plain values."""
-
-    name: str
-    connect: str
-    key: str = ""  # path of the key file; empty: no authentication
-    state_dir: str = "."
-    device: str = "auto"
-    threads: int = 0
-    allow_task: tuple[str, ...] = ()
-    task_dir: str = "."
-    patience_s: float = 60.0
-    log_file: str | None = None
 
 
 def run(options: AgentOptions) -> int:

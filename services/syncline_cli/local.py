@@ -16,13 +16,20 @@ from typing import Any
 
 from syncline.bus.embedded import EmbeddedBroker
 from syncline.bus.nats import Connection, NatsBus
+from syncline.errors import NoResponders
 from syncline.nursery import Nursery, NurseryDied, Worker
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline.wire.subjects import COORDINATOR
-from syncline_agent.app import AgentOptions
-from syncline_coordinator.app import CoordinatorOptions
+from syncline_agent.options import AgentOptions
+from syncline_coordinator.options import CoordinatorOptions
 
-PRELOAD = ("torch", "syncline_agent.app", "syncline_agent.trainer", "syncline_coordinator.app", "syncline_coordinator.evaluator")
+PRELOAD = (
+    "torch",
+    "syncline_agent.app",
+    "syncline_agent.trainer",
+    "syncline_coordinator.app",
+    "syncline_coordinator.evaluator",
+)
 STOP_S = 3.0
 
 
@@ -129,6 +136,18 @@ class LocalFleet:
         """A bus connection as the coordinator, as `watch`, or as an agent."""
         identity = self.broker.keyring.identity(name)
         return await NatsBus.connect(Connection(self.broker.url, name, identity.seed))
+
+    @staticmethod
+    async def ask_coordinator(bus: NatsBus, subject: str, question: bytes, patience_s: float = 60.0) -> bytes:
+        """One question to the coordinator, asked again while it is still coming up. Raises NoResponders after that."""
+        deadline = asyncio.get_running_loop().time() + patience_s
+        while True:
+            try:
+                return await bus.request(subject, question, patience_s)
+            except NoResponders:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(0.05)
 
 
 def agent_names(count: int) -> Sequence[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,8 @@ from syncline.errors import BusError
 from syncline.nursery import Nursery
 from syncline.service import run_service, set_up_logging
 from syncline.wire.subjects import COORDINATOR
+from syncline_coordinator.options import CoordinatorOptions
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinatorOptions:
-    """The flags of `syncline coordinator`, as plain values."""
-
-    connect: str
-    key: str = ""  # path of the key file; empty: no authentication
-    threads: int = 0
-    allow_task: tuple[str, ...] = ()
-    task_dir: str = "."
-    broker_log: str = ""  # permission violations in this log are told as events
-    keys: str = ""  # directory of the fleet's keys, to name the agents in that log
-    patience_s: float = 60.0
-    log_file: str | None = None
 
 
 def run(options: CoordinatorOptions) -> int:

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 READ_AT_ONCE = 256
 READ_AGAIN_S = 2.0
+SOON_S = (0.0005, 0.001, 0.002, 0.005, 0.02, 0.1)
 
 
 class OfferReader:
@@ -30,6 +31,7 @@ class OfferReader:
     def __init__(self, bus: Bus, run: str, manifest: Manifest, public_key: Callable[[str], str]) -> None:
         self._bus, self._run, self._manifest, self._public_key = bus, run, manifest, public_key
         self._woken = asyncio.Event()
+        self._told = self._looks = 0  # offers told of by core messages and not read yet; times looked for them in vain
 
     async def read(self, after_seq: int) -> AsyncIterator[tuple[Stored, Offer | PeerError]]:
         """Every offer after that sequence number, without end; a bad one as the error that says why."""
@@ -39,14 +41,14 @@ class OfferReader:
             while True:
                 self._woken.clear()
                 found = await patiently(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
+                self._told = max(0, self._told - len(found))
                 for stored in found:
                     next_seq = stored.seq + 1
                     yield stored, self._checked(stored)
                 if not found:
-                    try:
-                        await asyncio.wait_for(self._woken.wait(), READ_AGAIN_S)
-                    except TimeoutError:
-                        pass
+                    await self._wait()
+                    continue
+                self._looks = 0
         finally:
             try:
                 await subscription.unsubscribe()
@@ -54,7 +56,20 @@ class OfferReader:
                 pass
 
     async def _wake(self, _: Delivery) -> None:
+        self._told += 1
         self._woken.set()
+
+    async def _wait(self) -> None:
+        """Until there may be more. Core messages run ahead of the stream: one told of and not yet there is looked for soon."""
+        pause = READ_AGAIN_S
+        if self._told and self._looks < len(SOON_S):
+            pause, self._looks = SOON_S[self._looks], self._looks + 1
+        else:
+            self._told = self._looks = 0
+        try:
+            await asyncio.wait_for(self._woken.wait(), pause)
+        except TimeoutError:
+            pass
 
     def _checked(self, stored: Stored) -> Offer | PeerError:
         try:

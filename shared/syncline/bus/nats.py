@@ -79,6 +79,7 @@ class _Lane:
         self._next_id = 0
         self._silent = 0
         self._last_error = ""
+        self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
         self._closing = False
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
@@ -128,7 +129,7 @@ class _Lane:
                 raise Denied(f"the broker at {url} does not know this key") from None
             raise Unreachable(f"no broker answers at {url}: {why}") from None
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
-        await client.subscribe(f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0)
+        self._listening = False
         self._live = {i: await self._start(client, i) for i in self._handlers}
         self._client, self._silent = client, 0
 
@@ -219,6 +220,11 @@ class _Lane:
         self._waiting[token] = waiting
         timer = loop.call_later(timeout_s, _time_out, waiting, f"{subject}: no answer within {timeout_s:g} s")
         try:
+            if not self._listening:
+                self._listening = True
+                await self._client.subscribe(
+                    f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
+                )
             await self.publish(subject, data, f"{self._inbox}.{token}", headers)
             await waiting.done
         except Unreachable:

@@ -29,7 +29,6 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 
-
 _READY_MADE = "syncline.tasks"
 
 

@@ -1,0 +1,21 @@
+"""The flags of `syncline agent`, as plain values. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """The flags of `syncline agent`, as plain values."""
+
+    name: str
+    connect: str
+    key: str = ""  # path of the key file; empty: no authentication
+    state_dir: str = "."
+    device: str = "auto"
+    threads: int = 0
+    allow_task: tuple[str, ...] = ()
+    task_dir: str = "."
+    patience_s: float = 60.0
+    log_file: str | None = None
