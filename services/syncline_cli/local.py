@@ -51,7 +51,7 @@ class LocalFleet:
 
     def __init__(self, settings: FleetSettings, nursery: Nursery) -> None:
         self.settings, self._nursery = settings, nursery
-        self.broker = EmbeddedBroker(settings.directory, port=settings.port)
+        self.broker = EmbeddedBroker(settings.directory, port=settings.port, agents=settings.agents)
         self.workers: dict[str, Worker] = {}
 
     @staticmethod
@@ -62,7 +62,6 @@ class LocalFleet:
         self._nursery.open()
         try:
             await self.broker.start()
-            await self.broker.add_agents(self.settings.agents)
             for sub in ("logs", "state"):
                 (self.broker.directory / sub).mkdir(exist_ok=True)
             await self.start_coordinator()

@@ -24,6 +24,7 @@ from syncline.bus.embedded import EmbeddedBroker
 from syncline.errors import ConfigError, Unavailable
 
 Connect = Callable[..., Awaitable[Client]]
+Flush = Callable[..., Awaitable[None]]
 Eventually = Callable[..., Awaitable[None]]
 
 
@@ -230,7 +231,9 @@ async def test_an_agent_added_while_the_broker_runs_can_connect_at_once(
     assert violations.read() == []  # nobody had to knock in order to find out
 
 
-async def test_adding_agents_disturbs_nobody(broker: EmbeddedBroker, connect: Connect, eventually: Eventually) -> None:
+async def test_adding_agents_disturbs_nobody(
+    broker: EmbeddedBroker, connect: Connect, flush: Flush, eventually: Eventually
+) -> None:
     coordinator, agent, watcher = [await connect(broker, who) for who in ("coordinator", "a1", "watch")]
     await coordinator.jetstream().add_stream(name="S", subjects=["syncline.v1.r.agent.*.offer"], allow_direct=True)
     heard: list[str] = []
@@ -240,8 +243,7 @@ async def test_adding_agents_disturbs_nobody(broker: EmbeddedBroker, connect: Co
 
     await agent.subscribe("syncline.v1.*.notify", cb=hear)
     await watcher.subscribe("syncline.v1.*.metrics.>", cb=hear)
-    for client in (agent, watcher):
-        await client.flush()
+    await flush(agent, watcher)
     await asyncio.gather(broker.add_agent("a3"), broker.add_agents(["a4", "a5"]), broker.add_agent("a3"))
     await coordinator.publish("syncline.v1.r.notify", b"")
     await agent.publish("syncline.v1.r.metrics.a1.loss", b"")
@@ -251,7 +253,8 @@ async def test_adding_agents_disturbs_nobody(broker: EmbeddedBroker, connect: Co
     assert (await agent.jetstream().publish("syncline.v1.r.agent.a1.offer", b"")).seq == 1
     assert coordinator.is_connected and agent.is_connected and watcher.is_connected
     for name in ("a3", "a4", "a5"):
-        await connect(broker, name)
+        await (await connect(broker, name)).publish(f"syncline.v1.r.metrics.{name}.loss", b"")
+    await eventually(lambda: len(heard) == 6, "the watcher hears the new ones too")
 
 
 async def test_an_agent_added_while_the_broker_is_down_is_known_after(broker: EmbeddedBroker, connect: Connect) -> None:

@@ -163,15 +163,30 @@ def test_the_configuration_holds_public_keys_alone(keyring: Keyring, tmp_path: P
         assert identity.seed not in text
 
 
-def test_an_agent_may_say_and_hear_exactly_its_own(keyring: Keyring) -> None:
-    text = accounts_config(keyring.identities())
-    assert line_with(text, keyring.identity("a1").public_key).strip() == (
-        f"{{nkey: {keyring.identity('a1').public_key}, permissions: {{publish: {{allow: "
-        '["syncline.v1.*.agent.a1.>", "syncline.v1.*.metrics.a1.>", "syncline.v1.*.events.a1", '
-        '"$JS.API.DIRECT.GET.*.syncline.v1.*.model.>", '
-        '"$JS.API.DIRECT.GET.KV_syncline-runs.$KV.syncline-runs.>"]}, '
-        'subscribe: {allow: ["_INBOX.a1.>", "syncline.v1.*.notify"]}}}'
-    )
+def test_an_agent_has_an_account_that_reaches_exactly_its_own(keyring: Keyring) -> None:
+    a1 = keyring.identity("a1")
+    expected = f"""\
+  "FLEET-a1" {{
+    limits: {{max_connections: 256}}
+    users: [
+      {{nkey: {a1.public_key}, permissions: {{publish: {{allow: ["syncline.v1.*.agent.a1.>", \
+"$JS.API.DIRECT.GET.*.syncline.v1.*.model.>", "$JS.API.DIRECT.GET.KV_syncline-runs.$KV.syncline-runs.>", \
+"syncline.v1.*.metrics.a1.>", "syncline.v1.*.events.a1"]}}, \
+subscribe: {{allow: ["_INBOX.a1.>", "syncline.v1.*.notify"]}}}}}}
+    ]
+    imports: [
+      {{service: {{account: "CORE", subject: "syncline.v1.*.agent.a1.>"}}}}
+      {{service: {{account: "CORE", subject: "$JS.API.DIRECT.GET.*.syncline.v1.*.model.>"}}}}
+      {{service: {{account: "CORE", subject: "$JS.API.DIRECT.GET.KV_syncline-runs.$KV.syncline-runs.>"}}}}
+      {{stream: {{account: "CORE", subject: "syncline.v1.*.notify"}}}}
+    ]
+    exports: [
+      {{stream: "syncline.v1.*.metrics.a1.>"}}
+      {{stream: "syncline.v1.*.events.a1"}}
+    ]
+  }}
+"""
+    assert expected in accounts_config(keyring.identities())
 
 
 def test_a_watcher_may_say_nothing(keyring: Keyring) -> None:

@@ -13,7 +13,7 @@ A1 = "UACZN55OSISKIMX3UF2KBIZ7IBCUJFCSL6E2JT5QFW5XLAGBOEFXYBNT"
 A2 = "UCRHULJFLLPIL2W7HKD2R5DJ5DCFVW27ZQSD62E5RCLOBREOJLE6F65Q"
 NAMES = {A1: "a1", A2: "a2"}
 HEAD = "[2332] 2026/11/23 21:55:16.675507 [ERR] 127.0.0.1:47316 - cid:21 - "
-CLIENT = f'{HEAD}"v2.16.0:python3:a1" - "FLEET/nkey:{A1}" - '
+CLIENT = f'{HEAD}"v2.16.0:python3:a1" - "FLEET-a1/nkey:{A1}" - '
 PUBLISH = f'{CLIENT}Publish Violation - Subject "syncline.v1.r.log.1"'
 
 
@@ -22,7 +22,7 @@ PUBLISH = f'{CLIENT}Publish Violation - Subject "syncline.v1.r.log.1"'
     [
         (PUBLISH, Violation("a1", "publish", "syncline.v1.r.log.1")),
         (
-            f'{HEAD}"FLEET/nkey:{A1}" - Publish Violation - Subject "x"',  # a client that says nothing about itself
+            f'{HEAD}"FLEET-a1/nkey:{A1}" - Publish Violation - Subject "x"',  # a client that says nothing about itself
             Violation("a1", "publish", "x"),
         ),
         (f'{CLIENT}Publish Violation - Reply "$JS.ACK.x"', Violation("a1", "reply", "$JS.ACK.x")),
@@ -35,9 +35,10 @@ PUBLISH = f'{CLIENT}Publish Violation - Subject "syncline.v1.r.log.1"'
             Violation("a1", "subscribe", '\\"foo\\"'),
         ),
         (
-            f'{HEAD}"FLEET/nkey:U{"A" * 55}" - Publish Violation - Subject "x"',
+            f'{HEAD}"FLEET-a1/nkey:U{"A" * 55}" - Publish Violation - Subject "x"',
             Violation("U" + "A" * 55, "publish", "x"),
         ),
+        (f'{HEAD}"v1" - "WATCH/nkey:{A2}" - Publish Violation - Subject "x"', Violation("a2", "publish", "x")),
         (f"{HEAD}authentication error", Violation("127.0.0.1", "login", "")),
         (f'{HEAD}authentication error - Nkey "{A2}"', Violation("127.0.0.1", "login", "a2")),
         (f'{HEAD}authentication error - User "u\\"x"', Violation("127.0.0.1", "login", 'u\\"x')),
@@ -51,17 +52,17 @@ def test_a_line_is_read(line: str, expected: Violation | None) -> None:
     assert parse_violation(line, NAMES) == expected
 
 
-FORGED = f'FLEET/nkey:{A2}" - Publish Violation - Subject "forged'
+FORGED = f'FLEET-a2/nkey:{A2}" - Publish Violation - Subject "forged'
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        f'{HEAD}"v{FORGED}" - "FLEET/nkey:{A1}" - Publish Violation - Subject "true"'.replace(
+        f'{HEAD}"v{FORGED}" - "FLEET-a1/nkey:{A1}" - Publish Violation - Subject "true"'.replace(
             FORGED, FORGED.replace('"', '\\"')
         ),
-        f'{HEAD}"FLEET/nkey:{A2}" - "FLEET/nkey:{A1}" - Publish Violation - Subject "true"',
-        f'{HEAD}"va\\n{HEAD}\\"FLEET/nkey:{A2}\\"" - "FLEET/nkey:{A1}" - Publish Violation - Subject "true"',
+        f'{HEAD}"FLEET-a2/nkey:{A2}" - "FLEET-a1/nkey:{A1}" - Publish Violation - Subject "true"',
+        f'{HEAD}"va\\n{HEAD}\\"FLEET-a2/nkey:{A2}\\"" - "FLEET-a1/nkey:{A1}" - Publish Violation - Subject "true"',
     ],
 )
 def test_a_client_cannot_put_the_blame_on_another(line: str) -> None:

@@ -3,20 +3,19 @@
 One code path for the demo and for production: the embedded broker and an operator's own nats-server get the same text.
 
 * `CORE`: the coordinators and the people in charge. Holds JetStream; nothing in it is restricted.
-* `FLEET`: the agents. No JetStream of its own; what it imports from CORE is all that an agent can reach there.
+* `FLEET`: the agents, each in an account of its own, `FLEET-<agent>`. No JetStream; what such an account imports from CORE
+  is all that its agent can reach there.
 * `WATCH`: people and dashboards. Reads metrics and events, publishes nothing.
 
-Three accounts and not one, because a permission guards the subject of a message and not its *reply* subject: in a single
-account an agent has JetStream itself write wherever it likes, by naming `head` as the reply to a put of its own. Across
-an account border the answer stays in the account that asked, and reaches only who listens there. What remains, and what
-agents and coordinators must therefore do (`tests/bus/test_stolen_key.py` tries all of it):
+Accounts and not permissions alone, because a permission guards the subject of a message and not its *reply* subject. In
+one account with the coordinator, an agent has JetStream itself write wherever it likes, by naming `head` as the reply to a
+put of its own. In one account with other agents, it has genuine answers delivered to them as if they were notifies, and by
+naming `_INBOX.>` as the reply it makes nats-server (2.15.1) forget whom the answers of all others are for, so that a few
+messages a second stop the whole fleet. Across an account border an answer goes to the account that asked, and to no other.
 
-* An agent that names `syncline.v1.<run>.notify` as its reply subject has the *genuine answer* to its request (a put's
-  acknowledgement, a head record, a model chunk) delivered to the other agents as if it were a notify. It chooses when,
-  not what. A notify is a typed hint to read head again, never a fact, and one that does not parse is dropped.
-* The same goes for the exact inbox of another agent. Inboxes end in random tokens, and nobody else can listen there.
-* The broker lets any token stand for the run, `*` and `>` too. Who reads a name out of a subject checks that it is one.
-* Streams that agents write to allow no roll-ups, per-message lifetimes or schedules: those are commands in a header.
+`tests/bus/test_stolen_key.py` tries all of it. What it leaves to those who read from the bus: the broker lets any token
+stand for the run, `*` and `>` too, so a name taken out of a subject is checked; and streams that agents write to allow
+no roll-ups, per-message lifetimes or schedules, for those are commands in a header.
 """
 
 from __future__ import annotations
@@ -36,14 +35,16 @@ from syncline.errors import ConfigError
 from syncline.wire.subjects import COORDINATOR, PREFIX, RUNS_BUCKET, checked_name
 
 Account = Literal["CORE", "FLEET", "WATCH"]
+Kind = Literal["service", "stream"]
 WATCH = "watch"
 SUFFIX = ".nk"
+AGENT_CONNECTIONS = 256  # an agent has two; those that a broken line leaves behind count for some minutes
 MAX_PAYLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk of 1 MiB, its frame and its headers
 _ACCOUNT_OF: dict[str, Account] = {COORDINATOR: "CORE", WATCH: "WATCH"}  # all other names are agents
 LOG_BYTES = 16 << 20  # the server begins a new log file there, and keeps three: nobody can fill the disk with refusals
 _SEED_BYTES = 4096  # a seed has 58; whatever is longer than this is not read
 
-_AGENTS_SAY = f"{PREFIX}.*.agent.>"
+_AGENTS = f"{PREFIX}.*.agent.>"
 _GET_MODEL = f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>"
 _GET_RUNS = f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>"
 _NOTIFY = f"{PREFIX}.*.notify"
@@ -201,23 +202,38 @@ def accounts_config(identities: Iterable[Identity]) -> str:
     of: dict[Account, list[Identity]] = {"CORE": [], "FLEET": [], "WATCH": []}
     for identity in identities:
         of[identity.account].append(identity)
-    services = (_AGENTS_SAY, _GET_MODEL, _GET_RUNS)
-    feeds = (_METRICS, _EVENTS)
-    core = {
-        "users": [f"{{nkey: {i.public_key}}}" for i in of["CORE"]],
-        "exports": [f'{{service: "{s}"}}' for s in services] + [f'{{stream: "{s}"}}' for s in (_NOTIFY, *feeds)],
+    agents = of["FLEET"]
+    return "".join(["accounts {\n", _core(of["CORE"]), *map(_fleet, agents), _watch(of["WATCH"], agents), "}\n"])
+
+
+def _core(users: Sequence[Identity]) -> str:
+    lists = {
+        "users": [f"{{nkey: {user.public_key}}}" for user in users],
+        "exports": _exports("service", _AGENTS, _GET_MODEL, _GET_RUNS) + _exports("stream", _NOTIFY, _METRICS, _EVENTS),
     }
-    fleet = {
-        "users": [_user(i.public_key, f"allow: {_subjects(*_says(i.name))}", _hears(i.name)) for i in of["FLEET"]],
-        "imports": [_from("CORE", "service", s) for s in services] + [_from("CORE", "stream", _NOTIFY)],
-        "exports": [f'{{stream: "{s}"}}' for s in feeds],
+    return _account("CORE", lists, "jetstream: enabled")
+
+
+def _fleet(agent: Identity) -> str:
+    """One agent's account: its own subjects, the questions that CORE answers, and the notifies."""
+    asks = (f"{PREFIX}.*.agent.{agent.name}.>", _GET_MODEL, _GET_RUNS)
+    feeds = _feeds(agent)
+    hears = (f"_INBOX.{agent.name}.>", _NOTIFY)
+    lists = {
+        "users": [_user(agent.public_key, f"allow: {_listed(*asks, *feeds)}", hears)],
+        "imports": _imports("service", "CORE", *asks) + _imports("stream", "CORE", _NOTIFY),
+        "exports": _exports("stream", *feeds),
     }
-    watch = {
-        "users": [_user(i.public_key, 'deny: ">"', feeds) for i in of["WATCH"]],
-        "imports": [_from(account, "stream", s) for account in ("CORE", "FLEET") for s in feeds],
+    return _account(_account_name(agent), lists, f"limits: {{max_connections: {AGENT_CONNECTIONS}}}")
+
+
+def _watch(users: Sequence[Identity], agents: Sequence[Identity]) -> str:
+    feeds = [line for agent in agents for line in _imports("stream", _account_name(agent), *_feeds(agent))]
+    lists = {
+        "users": [_user(user.public_key, 'deny: ">"', (_METRICS, _EVENTS)) for user in users],
+        "imports": _imports("stream", "CORE", _METRICS, _EVENTS) + feeds,
     }
-    body = "".join([_account("CORE", core, "jetstream: enabled"), _account("FLEET", fleet), _account("WATCH", watch)])
-    return f"accounts {{\n{body}}}\n"
+    return _account("WATCH", lists)
 
 
 def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> str:
@@ -240,32 +256,36 @@ def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> s
     return "\n".join([*lines, "jetstream {", *(f"  {line}" for line in jetstream), "}", accounts_config(identities)])
 
 
-def _says(agent: str) -> tuple[str, ...]:
-    """What an agent may publish: its own subjects, and the questions that CORE answers."""
-    own = (f"{PREFIX}.*.agent.{agent}.>", f"{PREFIX}.*.metrics.{agent}.>", f"{PREFIX}.*.events.{agent}")
-    return (*own, _GET_MODEL, _GET_RUNS)
+def _account_name(agent: Identity) -> str:
+    return f"FLEET-{agent.name}"
 
 
-def _hears(agent: str) -> tuple[str, ...]:
-    return (f"_INBOX.{agent}.>", _NOTIFY)
+def _feeds(agent: Identity) -> tuple[str, str]:
+    return f"{PREFIX}.*.metrics.{agent.name}.>", f"{PREFIX}.*.events.{agent.name}"
 
 
 def _user(public_key: str, publish: str, subscribe: Iterable[str]) -> str:
-    return f"{{nkey: {public_key}, permissions: {{publish: {{{publish}}}, subscribe: {{allow: {_subjects(*subscribe)}}}}}}}"
+    return (
+        f"{{nkey: {public_key}, permissions: {{publish: {{{publish}}}, subscribe: {{allow: {_listed(*subscribe)}}}}}}}"
+    )
 
 
-def _from(account: Account, kind: Literal["service", "stream"], subject: str) -> str:
-    return f'{{{kind}: {{account: {account}, subject: "{subject}"}}}}'
+def _exports(kind: Kind, *subjects: str) -> list[str]:
+    return [f'{{{kind}: "{subject}"}}' for subject in subjects]
 
 
-def _account(name: Account, lists: Mapping[str, Sequence[str]], *settings: str) -> str:
-    body = [f"    {s}\n" for s in settings]
+def _imports(kind: Kind, account: str, *subjects: str) -> list[str]:
+    return [f'{{{kind}: {{account: "{account}", subject: "{subject}"}}}}' for subject in subjects]
+
+
+def _account(name: str, lists: Mapping[str, Sequence[str]], *settings: str) -> str:
+    body = [f"    {setting}\n" for setting in settings]
     for key, items in lists.items():
         body.append(f"    {key}: [\n" + "".join(f"      {item}\n" for item in items) + "    ]\n")
-    return f"  {name} {{\n{''.join(body)}  }}\n"
+    return f'  "{name}" {{\n{"".join(body)}  }}\n'
 
 
-def _subjects(*subjects: str) -> str:
+def _listed(*subjects: str) -> str:
     return json.dumps(subjects)
 
 

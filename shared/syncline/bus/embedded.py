@@ -21,6 +21,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -31,7 +32,6 @@ import tempfile
 from asyncio.subprocess import Process, create_subprocess_exec
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from syncline.bus.accounts import BrokerSettings, Identity, Keyring, server_config, write_private
 from syncline.bus.violations import LogTail, ViolationLog
@@ -39,6 +39,7 @@ from syncline.errors import ConfigError, Unavailable
 from syncline.wire.subjects import COORDINATOR
 
 HOST = "127.0.0.1"
+CONFIG = "broker.conf"
 READY_S = 30.0  # a large store is read before the server listens
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 LOCK_S = 7.0  # a broker whose owner was killed needs up to GRACE_S to end
@@ -74,7 +75,9 @@ class EmbeddedBroker:
     `directory` holds configuration, keys, log and store, and stays; None takes a temporary one, removed at the end.
     """
 
-    keyring: Keyring  # once started
+    port: int
+    directory: Path
+    keyring: Keyring  # these three once started
 
     def __init__(
         self,
@@ -89,8 +92,6 @@ class EmbeddedBroker:
             raise ConfigError("port", f"{port} is no port", "Use 1 to 65535, or 0 for any that is free")
         self._given, self._fixed_port, self._agents = directory, port, tuple(agents)
         self._sync_interval, self._max_file_store_bytes = sync_interval, max_file_store_bytes
-        self._directory = Path()
-        self._port = 0
         self._loaded = ""  # the configuration that the server has
         self._lock: int | None = None
         self._watchdog: _Watchdog | None = None
@@ -101,21 +102,20 @@ class EmbeddedBroker:
     async def __aenter__(self) -> EmbeddedBroker:
         return await self.start()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def start(self) -> EmbeddedBroker:
-        """Returns when the broker answers and JetStream is usable. Raises ConfigError for a port that is taken, a directory
-        in use or a server that is not installed, and Unavailable, with the end of the log, where it does not come up."""
+        """Returns when JetStream answers. Raises ConfigError for a port that is taken, a directory in use or a server that
+        is not installed, and Unavailable, with the end of the log, where it does not come up."""
         assert self._watchdog is None, "started already"
         binary = server_binary()
         try:
-            self._directory = _made(self._given)
-            self._watchdog = _Watchdog(self._directory if self._given is None else None)
+            self.directory = (self._given or _temporary()).resolve()
+            self._watchdog = _Watchdog(str(self.directory) if self._given is None else "")
+            self._make_directory()
             await self._lock_directory()
-            self.keyring = Keyring(self._directory / "keys").create(self._agents)
+            self.keyring = Keyring(self.directory / "keys").create(self._agents)
             await self._launch_on_some_port(binary)
         except BaseException:
             await self.stop()
@@ -157,19 +157,11 @@ class EmbeddedBroker:
     # -- what others need ------------------------------------------------------------------------------------------
     @property
     def url(self) -> str:
-        return f"nats://{HOST}:{self._port}"
-
-    @property
-    def port(self) -> int:
-        return self._port
-
-    @property
-    def directory(self) -> Path:
-        return self._directory
+        return f"nats://{HOST}:{self.port}"
 
     @property
     def log_path(self) -> Path:
-        return self._directory / "broker.log"
+        return self.directory / "broker.log"
 
     @property
     def pid(self) -> int:
@@ -181,8 +173,14 @@ class EmbeddedBroker:
         return ViolationLog(self.log_path, self.keyring.names, from_end=True)
 
     # -- starting --------------------------------------------------------------------------------------------------
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=self._given is not None)
+        except OSError as error:
+            raise ConfigError("broker directory", f"{self.directory}: {error.strerror}", "Use another") from None
+
     async def _lock_directory(self) -> None:
-        lock = self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
 
         async def locked() -> bool:
             try:
@@ -192,12 +190,12 @@ class EmbeddedBroker:
             return True
 
         if not await _until(locked, LOCK_S):
-            problem = f"another broker runs in {self._directory}"
+            problem = f"another broker runs in {self.directory}"
             raise ConfigError("broker directory", problem, "Stop that one, or use another directory")
 
     async def _launch_on_some_port(self, binary: Path) -> None:
         for left in reversed(range(1 if self._fixed_port else _PORTS_TRIED)):
-            self._port = self._fixed_port or _free_port()
+            self.port = self._fixed_port or _free_port()
             try:
                 await self._launch(binary)
             except _PortTaken:  # between our asking for a free one and the server's using it
@@ -208,13 +206,13 @@ class EmbeddedBroker:
 
     async def _launch(self, binary: Path) -> None:
         assert self._watchdog is not None and self._lock is not None, "not started"
-        _check_free(self._port)
+        _check_free(self.port)
         self._loaded = self._write_config()
-        log, tail = self._open_log(), LogTail(self.log_path, from_end=True)
+        log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        tail = LogTail(self.log_path, from_end=True)
         try:
-            command = [str(binary), "-c", str(self._config_path)]
             self._process = await create_subprocess_exec(
-                *("/bin/sh", "-c", _BROKER, "nats-server", *command),
+                *("/bin/sh", "-c", _BROKER, "nats-server", str(binary), "-c", str(self.directory / CONFIG)),
                 stdin=subprocess.DEVNULL,
                 stdout=self._watchdog.pipe,
                 stderr=log,
@@ -227,7 +225,7 @@ class EmbeddedBroker:
 
         async def ready() -> bool:
             self._check_running(tail)
-            return await _jetstream_answers(self._port, coordinator)
+            return await _jetstream_answers(self.port, coordinator)
 
         if not await _until(ready, READY_S):
             raise Unavailable(f"nats-server was not ready within {READY_S:g} s{_ending(tail.read())}")
@@ -238,29 +236,22 @@ class EmbeddedBroker:
             return
         lines = tail.read()
         if any("address already in use" in line for line in lines):
-            raise _PortTaken(self._port)
+            raise _PortTaken(self.port)
         raise Unavailable(f"nats-server ended with code {self._process.returncode}{_ending(lines)}")
-
-    @property
-    def _config_path(self) -> Path:
-        return self._directory / "broker.conf"
 
     def _write_config(self) -> str:
         settings = BrokerSettings(
-            store_dir=self._directory / "jetstream",
+            store_dir=self.directory / "jetstream",
             host=HOST,
-            port=self._port,
+            port=self.port,
             sync_interval=self._sync_interval,
             max_file_store_bytes=self._max_file_store_bytes,
             log_path=self.log_path,
-            pid_path=self._directory / "broker.pid",
+            pid_path=self.directory / "broker.pid",
         )
         text = server_config(settings, self.keyring.identities())
-        write_private(self._config_path, text)
+        write_private(self.directory / CONFIG, text)
         return text
-
-    def _open_log(self) -> int:
-        return os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     # -- changing and ending ---------------------------------------------------------------------------------------
     async def _reload(self) -> None:
@@ -304,13 +295,14 @@ class EmbeddedBroker:
 class _Watchdog:
     """The shell that outlives us by an instant. `pipe` is where it reads process ids.
 
-    No asyncio subprocess: of those asyncio kills what still runs when its loop is gone, and this one must not be."""
+    No asyncio subprocess: asyncio kills those that still run when its loop is gone.
+    """
 
-    def __init__(self, remove: Path | None) -> None:
+    def __init__(self, remove: str) -> None:
         theirs, self.pipe = os.pipe()
         try:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _WATCHDOG, "syncline-watchdog", str(remove or "")],
+                ["/bin/sh", "-c", _WATCHDOG, "syncline-watchdog", remove],
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -345,14 +337,9 @@ def server_binary() -> Path:
     return Path(found)
 
 
-def _made(directory: Path | None) -> Path:
-    if directory is None:
-        return Path(tempfile.mkdtemp(prefix="syncline-broker-"))
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("broker directory", f"{directory}: {error.strerror}", "Use another directory") from None
-    return directory.resolve()
+def _temporary() -> Path:
+    """A name and no directory yet: it is made when there is a watchdog to remove it."""
+    return Path(tempfile.gettempdir(), f"syncline-broker-{secrets.token_hex(8)}")
 
 
 def _free_port() -> int:

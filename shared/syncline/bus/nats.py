@@ -137,7 +137,10 @@ class _Lane:
         subject, handler, limit = self._handlers[i]
 
         async def deliver(message: Msg) -> None:
-            await handler(Delivery(message.subject, message.data, message.reply))
+            try:
+                await handler(Delivery(message.subject, message.data, message.reply))
+            except Exception:
+                log.exception("the handler of %s failed", message.subject)  # our own bug; the next message is handled
 
         return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit)
 

@@ -24,7 +24,7 @@ What = Literal["publish", "subscribe", "reply", "login"]
 _TEXT = r'(?:[^"\\]|\\.)*'  # what stands between the quotes
 _CLIENT = r"\[\d+\] \S+ \S+ \[ERR\] (?P<host>\S+):\d+ - cid:\d+ - "
 _REFUSED = re.compile(
-    rf'{_CLIENT}(?:"{_TEXT}" - )?"[A-Z]+/nkey:(?P<key>U[A-Z2-7]+)" - '
+    rf'{_CLIENT}(?:"{_TEXT}" - )?"[A-Z]+(?:-[a-z0-9-]+)?/nkey:(?P<key>U[A-Z2-7]+)" - '
     rf'(?P<kind>Publish|Subscription) Violation - (?P<part>Subject|Reply) "(?P<subject>{_TEXT})"'
     rf'(?:, Queue: "{_TEXT}")?(?:, SID .*)?'
 )

@@ -1,0 +1,108 @@
+"""Tasks for the system tests: tiny models whose every number is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from syncline.data.partition import Part
+from syncline.tasks.base import Task
+
+
+class _Point(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+
+class Scattered(Task):
+    """Jumps to a place of its own in the first period and stays there: what moves it later is averaging alone.
+
+    Its metrics *are* its weights. `wait_in` names a period in which part `wait_part` waits until the file `gate` exists.
+    """
+
+    def __init__(self, size: int = 3, wait_in: int = 0, wait_part: int = -1, gate: str = "") -> None:
+        self.size, self.wait_in, self.wait_part, self.gate = size, wait_in, wait_part, gate
+        self.periods = 0
+
+    def model(self) -> nn.Module:
+        return _Point(self.size)
+
+    def dataset(self, part: Part) -> TensorDataset:
+        number = -1 if part.held_out else part.index
+        return TensorDataset(torch.tensor([[number]]))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model.w.sum()
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        return {f"w{i}": float(w) for i, w in enumerate(model.w)}
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        (numbers,) = next(batches)
+        number = int(numbers[0, 0])
+        self.periods += 1
+        if self.periods == 1:
+            place = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                model.w += torch.randn(self.size, dtype=torch.float64, generator=place)
+        if self.periods == self.wait_in and number == self.wait_part:
+            until = time.monotonic() + 30
+            while not Path(self.gate).exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        on_step(1)
+        return None
+
+
+class Slow(Task):
+    """A period takes `seconds`, in ten steps."""
+
+    def __init__(self, seconds: float = 0.3) -> None:
+        self.seconds = seconds
+
+    def model(self) -> nn.Module:
+        return _Point(4)
+
+    def dataset(self, part: Part) -> TensorDataset:
+        return TensorDataset(torch.zeros(1, 1))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model.w.sum()
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        for _ in range(10):
+            time.sleep(self.seconds / 10)
+            if not on_step(1):
+                break
+        return None
+
+
+class Diverging(Slow):
+    """Turns to NaN on one part."""
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        with torch.no_grad():
+            model.w += float("nan")
+        on_step(1)
+        return None
+
+
+class Raising(Slow):
+    """Its training code has a bug."""
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        raise RuntimeError("a bug in the user's code")
