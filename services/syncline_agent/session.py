@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 READ_AGAIN_S = 3.0
 HEARTBEAT_S = 1.0
+HEARTBEATS_TO_MISS = 5  # in a row, before this agent counts as lost
 METRICS_S = 0.2
 DEATHS_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
 RECORD_CHUNK_BYTES = 512 * 1024
@@ -97,6 +98,7 @@ class Session:
         self._bytes_up = self._bytes_down = 0
         self._metrics = Pace(0.1)
         self._announced = False
+        self._heartbeat_s = HEARTBEAT_S
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def follow(self) -> None:
@@ -209,6 +211,7 @@ class Session:
         if entry is None:
             raise CannotTrain(f"run {self._run} has no spec on the bus")
         self._spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
+        self._heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
         while (await self._newest()).head.manifest is None:
             self._moved.clear()
             await self._wait()
@@ -353,15 +356,18 @@ class Session:
                 answer = decode(Welcome, await self._bus.request(subject, encode(self._sign_of_life()), 5.0))
                 if answer.superseded:
                     raise Superseded(answer.reason)
-                if answer.unknown and await self._hello() not in ("", self._run):
-                    return  # the coordinator was restarted, or counted us as lost, and has other plans
+                if answer.unknown:  # the coordinator was restarted, or counted us as lost
+                    if await self._hello() not in ("", self._run):
+                        return  # it has other plans for us
+                    await asyncio.sleep(0.05)
+                    continue
             except BusError as error:
                 log.debug("heartbeat: %s", error)
             except PeerError as error:
                 log.warning("heartbeat: %s", error)
-            pause = asyncio.get_running_loop().time() + HEARTBEAT_S * random.uniform(0.8, 1.0)
-            while asyncio.get_running_loop().time() < pause:
-                await asyncio.sleep(0.02 if not announced else 0.2)
+            next_s = asyncio.get_running_loop().time() + self._heartbeat_s * random.uniform(0.8, 1.0)
+            while asyncio.get_running_loop().time() < next_s:
+                await asyncio.sleep(0.02 if not announced else min(0.2, self._heartbeat_s / 4))
                 if announced != self._announced or failed != (self._state == "failed"):
                     break  # ready, or of no use: that is news
 

@@ -231,6 +231,24 @@ async def test_an_agent_added_while_the_broker_runs_can_connect_at_once(
     assert violations.read() == []  # nobody had to knock in order to find out
 
 
+async def test_an_agent_added_while_the_broker_runs_reaches_whoever_listened_before_and_after(
+    broker: EmbeddedBroker, connect: Connect, flush: Flush
+) -> None:
+    async def answer(message: Msg) -> None:
+        await message.respond(b"welcome")
+
+    before = await connect(broker, "coordinator")
+    await before.subscribe("syncline.v1.*.agent.*.hello", cb=answer)
+    await flush(before)
+    await broker.add_agent("a3")
+    agent = await connect(broker, "a3")
+    assert (await agent.request("syncline.v1.fleet.agent.a3.hello", timeout=5)).data == b"welcome"
+    after = await connect(broker, "coordinator")
+    await after.subscribe("syncline.v1.*.agent.*.heartbeat", cb=answer)
+    await flush(after)
+    assert (await agent.request("syncline.v1.r.agent.a3.heartbeat", timeout=5)).data == b"welcome"
+
+
 async def test_adding_agents_disturbs_nobody(
     broker: EmbeddedBroker, connect: Connect, flush: Flush, eventually: Eventually
 ) -> None:

@@ -256,12 +256,19 @@ class EmbeddedBroker:
 
     # -- changing and ending ---------------------------------------------------------------------------------------
     async def _reload(self) -> None:
+        """Twice: with the first reload nats-server 2.15 knows a new account, but its service imports reach nobody in CORE
+        who subscribed; with the second they do (the same family as nats-server issue 8560)."""
         tail = LogTail(self.log_path, from_end=True)
         text = self._write_config()
         if self._process is None or text == self._loaded:
             return  # it is read at the next start, or read already
+        for _ in range(2):
+            await self._reload_once(self._process, tail)
+        self._loaded = text
+
+    async def _reload_once(self, process: Process, tail: LogTail) -> None:
         self._check_running(tail)
-        self._process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
 
         async def reloaded() -> bool:
             lines = tail.read()
@@ -272,7 +279,6 @@ class EmbeddedBroker:
 
         if not await _until(reloaded, READY_S):
             raise Unavailable(f"the broker did not take the new agents within {READY_S:g} s")
-        self._loaded = text
 
     async def _end(self, by: signal.Signals) -> None:
         process, self._process = self._process, None

@@ -1,0 +1,75 @@
+"""`syncline agent`: the agent service in the foreground."""
+
+from __future__ import annotations
+
+import re
+import socket
+from typing import Annotated
+
+import typer
+
+from syncline_cli.options import (
+    DEFAULT_URL,
+    HELP_NAMES,
+    AllowTask,
+    Connect,
+    Key,
+    LogFile,
+    Patience,
+    TaskDir,
+    Threads,
+    new_app,
+)
+
+app = new_app()
+
+
+@app.command(
+    context_settings=HELP_NAMES,
+    epilog="Example: syncline agent --connect nats://hub:4222 --name edge-7 --key edge-7.nk",
+)
+def agent(
+    connect: Connect = DEFAULT_URL,
+    name: Annotated[
+        str, typer.Option(envvar="SYNCLINE_NAME", metavar="NAME", help="Its name on the bus; default: the host's.")
+    ] = "",
+    key: Key = "",
+    state_dir: Annotated[
+        str,
+        typer.Option(
+            envvar="SYNCLINE_STATE_DIR", metavar="DIR", help="What survives it; default: ~/.local/state/syncline."
+        ),
+    ] = "",
+    device: Annotated[
+        str, typer.Option(envvar="SYNCLINE_DEVICE", metavar="DEVICE", help="auto, cpu, cuda:0 or mps.")
+    ] = "auto",
+    threads: Threads = 0,
+    allow_task: AllowTask = None,
+    task_dir: TaskDir = ".",
+    log_file: LogFile = None,
+    patience: Patience = 60.0,
+) -> None:
+    """Train on this machine: takes part in the runs that it is given. Serves until SIGINT or SIGTERM, then drains."""
+    from syncline.service import state_dir as default_state_dir
+    from syncline.tasks import DEFAULT_ALLOWED
+    from syncline_agent.app import run
+    from syncline_agent.options import AgentOptions
+
+    options = AgentOptions(
+        name=name or name_of_host(socket.gethostname()),
+        connect=connect,
+        key=key,
+        state_dir=str(default_state_dir(state_dir)),
+        device=device,
+        threads=threads,
+        allow_task=(*DEFAULT_ALLOWED, *(allow_task or ())),
+        task_dir=task_dir,
+        patience_s=patience,
+        log_file=log_file,
+    )
+    raise typer.Exit(run(options))
+
+
+def name_of_host(host: str) -> str:
+    """The host's name without its domain, as a name on the bus."""
+    return re.sub(r"[^a-z0-9-]+", "-", host.partition(".")[0].lower()).strip("-")[:63] or "agent"

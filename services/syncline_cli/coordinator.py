@@ -1,0 +1,57 @@
+"""`syncline coordinator`: the coordinator service in the foreground."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from syncline_cli.options import (
+    DEFAULT_URL,
+    HELP_NAMES,
+    AllowTask,
+    Connect,
+    Key,
+    LogFile,
+    Patience,
+    TaskDir,
+    Threads,
+    new_app,
+)
+
+app = new_app()
+
+
+@app.command(
+    context_settings=HELP_NAMES, epilog="Example: syncline coordinator --connect nats://hub:4222 --key coordinator.nk"
+)
+def coordinator(
+    connect: Connect = DEFAULT_URL,
+    key: Key = "",
+    threads: Threads = 0,
+    allow_task: AllowTask = None,
+    task_dir: TaskDir = ".",
+    broker_log: Annotated[
+        str, typer.Option(metavar="FILE", help="The broker's log: what it refuses is told as events.")
+    ] = "",
+    keys: Annotated[str, typer.Option(metavar="DIR", help="Directory of the fleet's keys, to name agents.")] = "",
+    log_file: LogFile = None,
+    patience: Patience = 60.0,
+) -> None:
+    """Merge the agents' models: takes runs, and drives one after the other. Serves until SIGINT or SIGTERM."""
+    from syncline.tasks import DEFAULT_ALLOWED
+    from syncline_coordinator.app import run
+    from syncline_coordinator.options import CoordinatorOptions
+
+    options = CoordinatorOptions(
+        connect=connect,
+        key=key,
+        threads=threads,
+        allow_task=(*DEFAULT_ALLOWED, *(allow_task or ())),
+        task_dir=task_dir,
+        broker_log=broker_log,
+        keys=keys,
+        patience_s=patience,
+        log_file=log_file,
+    )
+    raise typer.Exit(run(options))

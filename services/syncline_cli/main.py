@@ -1,0 +1,91 @@
+"""The command `syncline`. Knows the names of the commands and their exit codes; each command is a module, imported when used.
+
+Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated, Any, cast
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+import syncline
+from syncline_cli.options import HELP_NAMES
+from syncline_cli.process import Interrupted
+
+INTERRUPTED = 130
+
+COMMANDS = {  # name → module with a typer `app`
+    "demo": "syncline_cli.demo",
+    "run": "syncline_cli.run",
+    "coordinator": "syncline_cli.coordinator",
+    "agent": "syncline_cli.agent",
+    "bench": "syncline_cli.bench",
+}
+
+
+class _Commands(TyperGroup):
+    """Imports the module of a command when it is asked for, so that each starts as fast as it can."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = cast(Any, dict.fromkeys(COMMANDS))  # the names, for «did you mean»
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        module = COMMANDS.get(cmd_name)
+        return None if module is None else get_command(importlib.import_module(module).app)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=HELP_NAMES,
+    epilog="First try: syncline demo",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"syncline {syncline.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _syncline(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train one PyTorch model on many machines that talk only over a NATS message bus."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code; what is wrong is said on standard error, without a traceback."""
+    from syncline.errors import SynclineError
+
+    try:
+        app(argv, prog_name="syncline")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except SynclineError as error:
+        from syncline.service import complain
+
+        return complain(error)
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        print(f"interrupted{interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

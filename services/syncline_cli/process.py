@@ -1,0 +1,68 @@
+"""This process: how old it is, and how it is interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """The user, or the system, wants this command to end. Its text follows the word «interrupted»."""
+
+
+def _age_s() -> float:
+    """Seconds since the process was created, as the kernel knows it; 0 where it does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began_s)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+
+
+_BEGAN_S = time.monotonic() - _age_s()
+
+
+def since_start_s() -> float:
+    """Seconds since this process was created; since this module was imported, where the system does not tell."""
+    return time.monotonic() - _BEGAN_S
+
+
+def run_interruptible(work: Callable[[], Awaitable[int]], *, on_signal: Callable[[], None] = lambda: None) -> int:
+    """Runs `work`; the first signal cancels it, so that it can clean up, and the second one ends the process at once.
+
+    Raises Interrupted where a signal ended it. `on_signal` is called right when the first one comes.
+    """
+    from syncline.service import loop_factory
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_until_signal(work, on_signal))
+
+
+async def _until_signal(work: Callable[[], Awaitable[int]], on_signal: Callable[[], None]) -> int:
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work())
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        if asked:
+            os._exit(INTERRUPTED)  # what we started ends with us, whatever we do
+        asked = True
+        on_signal()
+        task.cancel()
+
+    for which in STOP_SIGNALS:
+        loop.add_signal_handler(which, stop)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if asked:
+            raise Interrupted from None
+        raise
