@@ -268,7 +268,7 @@ class Session:
             return
         self._state = "fetching"
         layout = self._manifest
-        chunk_bytes = layout.chunk_elements * layout.torch_dtype.itemsize
+        chunk_bytes = layout.chunk_bytes
         prefix, stream = partial(subjects.model_prefix, self._run), subjects.model_stream(self._run)
         into = self._training.inbox(layout.nbytes)
         window = self._spec.wire.window
@@ -289,7 +289,7 @@ class Session:
         self._state = "sending"
         me, layout, blob = self._me, self._manifest, new_blob_id()
         prefix = partial(subjects.update_prefix, self._run, me.agent)
-        chunk_bytes = layout.chunk_elements * layout.torch_dtype.itemsize
+        chunk_bytes = layout.chunk_bytes
         update = self._training.outbox(layout.nbytes)
         window = self._spec.wire.window
         try:

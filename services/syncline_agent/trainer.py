@@ -27,7 +27,8 @@ from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, batches, evaluate, load_task, to_device
 from syncline.wire.codecs import CODECS
-from syncline.wire.manifest import FlatModel, Manifest
+from syncline.wire.flat import DTYPES, FlatModel
+from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
 from syncline_agent.device import claim_device
 from syncline_agent.state import Kept, load_state, save_state
@@ -117,7 +118,7 @@ class Trainer:
 
     def _mix(self) -> None:
         """W_i ← W_i + α (W − W_i); an agent without a W_i of its own begins with W."""
-        center_P = torch.empty(self._layout.elements, dtype=self._layout.torch_dtype)
+        center_P = torch.empty(self._layout.elements, dtype=DTYPES[self._layout.dtype])
         self._codec.decode(self._box(0), center_P)
         self._center_P.copy_(center_P)
         self._flat.store()

@@ -17,7 +17,8 @@ from syncline.data.partition import Part
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, load_task
-from syncline.wire.manifest import FlatModel, Manifest, manifest_of
+from syncline.wire.flat import DTYPES, FlatModel, manifest_of
+from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode, encode
 
 BATCH_ROWS = 512
@@ -64,7 +65,7 @@ class Evaluator:
 
     def _buffer(self, which: int) -> torch.Tensor:
         view, layout = self._memory.view(), self._layout
-        return torch.frombuffer(view, dtype=layout.torch_dtype, count=layout.elements, offset=which * layout.nbytes)
+        return torch.frombuffer(view, dtype=DTYPES[layout.dtype], count=layout.elements, offset=which * layout.nbytes)
 
 
 def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:

@@ -28,6 +28,7 @@ from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.chunks import blob_digest, checksum, new_blob_id, pack_chunk
 from syncline.wire.codecs import CODECS
+from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import BlobRef, Plan, PlanEntry
 
@@ -67,7 +68,7 @@ class Center:
 
     def __init__(self, manifest: Manifest, memory: SharedMemory) -> None:
         memory.grow(2 * manifest.nbytes)
-        view, dtype = memory.view(), manifest.torch_dtype
+        view, dtype = memory.view(), DTYPES[manifest.dtype]
         self._both = [
             torch.frombuffer(view, dtype=dtype, count=manifest.elements, offset=i * manifest.nbytes) for i in (0, 1)
         ]
@@ -172,11 +173,11 @@ class Reducer:
         """Chunk k: decode, merge, step, encode. Returns its frame."""
         part = self._manifest.chunk(k)
         elements = part.stop - part.start
-        staged_NE = torch.empty((len(datas), elements), dtype=self._manifest.torch_dtype)
+        staged_NE = torch.empty((len(datas), elements), dtype=DTYPES[self._manifest.dtype])
         for row_E, data, sums in zip(staged_NE, datas, checksums, strict=True):
             self._codec.decode(data, row_E)
             sums[k] = checksum(data)
-        merged_E = torch.empty(elements, dtype=self._manifest.torch_dtype)
+        merged_E = torch.empty(elements, dtype=DTYPES[self._manifest.dtype])
         self._rule(list(staged_NE), weights, merged_E)
         if not finite(merged_E):
             worst = next((i for i, row_E in enumerate(staged_NE) if not finite(row_E)), 0)

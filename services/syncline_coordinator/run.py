@@ -30,7 +30,6 @@ from syncline.engine.events import (
     UpdateBroken,
     WakeAt,
 )
-from syncline.engine.membership import Numbering
 from syncline.engine.rounds import Rounds
 from syncline.errors import PeerError
 from syncline.spec import RunSpec
@@ -41,12 +40,10 @@ from syncline.wire.messages import (
     INLINE_BYTES,
     MAX_RECORD_BYTES,
     BlobRef,
-    Dropped,
     Head,
     Offer,
     Phase,
     Plan,
-    PlanEntry,
     Roster,
     Verdict,
     decode,
@@ -55,6 +52,7 @@ from syncline.wire.messages import (
 from syncline.wire.messages import Committed as CommitRecord
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
+from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.reducer import Center, Merged, Reducer, UpdateUnusable
@@ -98,20 +96,6 @@ class Parts:
     max_agents: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Offered:
-    """An update as a plan will name it, but for its weight; and where its offer stands in the stream."""
-
-    entry: PlanEntry
-    seq: int
-
-
-@dataclass(slots=True)
-class _Judged:
-    clock: int = 0
-    verdict: Verdict = Verdict.NONE
-
-
 class Run:
     """`start` or `resume`, then `pump` until the run has ended."""
 
@@ -119,36 +103,26 @@ class Run:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
         self.policy = policy_of(spec)
-        self.numbering = Numbering(fixed_parts=spec.partition.parts, max_agents=parts.max_agents)
-        self.judged: dict[str, _Judged] = {}
         self.present: set[str] = set()
         self.ended = asyncio.Event()
         self._inbox: asyncio.Queue[Fact | _MergeDone] = asyncio.Queue(INBOX_FACTS)
-        self._updates: dict[tuple[str, int], _Offered] = {}  # offered and not judged
-        self._dropped: list[Dropped] = []
         self._totals = Totals()
         self._round_pace = Pace(0.1)
         self._wake_at_s: float | None = None
-        self._read_up_to = keeper.head.offers_seq
         self._purger = Purger(parts.bus)
-        self._kept: list[BlobRef] = [b for b in (keeper.head.previous, keeper.head.model) if b is not None]
+        self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
         self._work: set[asyncio.Task[None]] = set()
 
     # -- facts from outside --------------------------------------------------------------------------------------------
     def room_for(self, agent: str) -> str:
         """'' where the agent can take part, else why not."""
-        if agent in self.numbering.names:
-            return ""
-        trial = Numbering([*self.numbering.names], self.numbering.fixed_parts, self.numbering.max_agents)
-        waiting = [a for a in self.present if a not in trial.names]
-        trial.admit(waiting)
-        return next((why for _, why in trial.admit([agent])), "")
+        return self.ledger.room_for(agent, self.present)
 
     async def joined(self, agent: str) -> None:
         if agent not in self.present:
             self.present.add(agent)
             if self.policy.started:
-                self.numbering.admit([agent])
+                self.ledger.numbering.admit([agent])
             await self.parts.telemetry.event("agent-joined", f"{agent} joined", agent=agent)
             await self._inbox.put(AgentJoined(agent))
 
@@ -167,16 +141,14 @@ class Run:
         if head.roster is None:
             return
         roster = decode(Roster, await self._record(head.roster))
-        self.numbering.names = list(roster.agents)
-        for i, agent in enumerate(roster.agents):
-            self.judged[agent] = _Judged(roster.clocks[i], roster.verdict(i))
-        participants = tuple(a for i, a in enumerate(roster.agents) if roster.participant(i))
-        self.policy.resume(head.version, participants, _now())
+        participants = self.ledger.restore(roster)
+        self.present = {a for i, a in enumerate(roster.agents) if roster.live(i)}
+        self.policy.resume(head.version, participants, self.present, _now())
         if head.plan is not None:
             plan = decode(Plan, head.plan if isinstance(head.plan, bytes) else await self._record(head.plan))
             offers = [OfferReady(e.agent, e.clock, head.version - e.lag, e.samples, e.steps) for e in plan.merged]
             self.policy.resume_merge({o.agent: o for o in offers})
-            self._updates = {(e.agent, e.clock): _Offered(e, head.offers_seq + 1) for e in plan.merged}
+            self.ledger.planned(plan, head.offers_seq + 1)
             self._begin(self._merge(plan))
 
     async def pump(self) -> None:
@@ -238,17 +210,22 @@ class Run:
                 await self._finish(reason, "failed" if failed else "done")
 
     async def _start_round(self, participants: tuple[str, ...]) -> None:
+        before = self.keeper.head
         roster, ref = await self._put_roster(participants)
-        head = self.keeper.head
-        moved = {"roster": ref, "phase": "training", "round": head.round + 1, "offers_seq": self._judged_up_to()}
-        await self.keeper.write(head.model_copy(update=moved), roster)
-        self._forget_record(head.roster)
+        moved = {"roster": ref, "phase": "training", "round": before.round + 1}
+        await self._move(before.model_copy(update={**moved, "offers_seq": self.ledger.judged_up_to()}), roster)
         self._totals.opened_at_s = _now()
+
+    async def _move(self, head: Head, roster: Roster) -> None:
+        """Head goes on, and what only the older one needed can go."""
+        before = self.keeper.head
+        await self.keeper.write(head, roster)
+        self.ledger.settled(before, head)
 
     async def _decide(self, merge: Merge) -> None:
         """The plan goes into head; then it is executed."""
         entries = [
-            self._updates[c.agent, c.clock].entry.model_copy(update={"lag": c.lag, "weight": c.weight})
+            self.ledger.entry(c.agent, c.clock).model_copy(update={"lag": c.lag, "weight": c.weight})
             for c in merge.updates
         ]
         head = self.keeper.head
@@ -274,8 +251,7 @@ class Run:
         """Version v + 1: roster and record on the bus, then the compare-and-set that makes it so."""
         parts, head, plan, totals = self.parts, self.keeper.head, done.plan, self._totals
         parts.center.advance()
-        for entry in plan.merged:
-            self._judge(entry.agent, entry.clock, Verdict.MERGED)
+        self.ledger.merged(plan)
         totals.bytes_up += done.merged.bytes_got
         totals.bytes_down += done.merged.bytes_put
         seconds = _now() - totals.opened_at_s
@@ -293,12 +269,11 @@ class Run:
             "plan": None,
             "phase": "training" if start else "waiting",
             "round": head.round + bool(start),
-            "offers_seq": self._judged_up_to(),
+            "offers_seq": self.ledger.judged_up_to(),
             "reason": plan.reason[:2000],
         }
-        await self.keeper.write(head.model_copy(update=moved), roster)
+        await self._move(head.model_copy(update=moved), roster)
         totals.opened_at_s = _now()
-        self._forget(head, plan, done.merged.model)
         if parts.evaluation is not None:
             parts.evaluation.offer(plan.version, parts.center.current)
         if self._round_pace.due(_now()) or not start:
@@ -308,11 +283,7 @@ class Run:
                 await self._execute(command)
 
     async def _drop(self, drop: Drop) -> None:
-        self._judge(drop.agent, drop.clock, Verdict.BROKEN if drop.broken else Verdict.LATE)
-        self._dropped.append(Dropped(agent=drop.agent, clock=drop.clock, reason=drop.reason[:2000]))
-        offered = self._updates.pop((drop.agent, drop.clock), None)
-        if offered is not None:
-            self._forget_update(drop.agent, offered.entry.blob)
+        self.ledger.drop(drop.agent, drop.clock, drop.reason, Verdict.BROKEN if drop.broken else Verdict.LATE)
         text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
         await self.parts.telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
 
@@ -327,23 +298,17 @@ class Run:
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
-        async for stored, offer in self.parts.offers.read(self._read_up_to):
-            self._read_up_to = stored.seq
+        async for stored, offer in self.parts.offers.read(self.ledger.read_up_to):
+            self.ledger.read_up_to = stored.seq
             agent = subjects.agent_of(stored.subject)
             problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
             if problem is not None:
                 await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
-            elif isinstance(offer, Offer) and offer.clock > self._judged(agent).clock:
-                self._updates.setdefault((agent, offer.clock), _Offered(_entry(agent, offer), stored.seq))
-                fact = OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps)
-                await self._inbox.put(fact)
-
-    def _judged_up_to(self) -> int:
-        """The sequence number up to which every offer was judged: where a restarted coordinator begins to read."""
-        return min((u.seq - 1 for u in self._updates.values()), default=self._read_up_to)
+            elif isinstance(offer, Offer) and self.ledger.offer(agent, offer, stored.seq):
+                await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
-        if agent not in self.numbering.names:
+        if agent not in self.ledger.numbering.names:
             return PeerError("offer: not an agent of this run")
         if offer.term > self.keeper.head.term:
             return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")
@@ -351,15 +316,7 @@ class Run:
 
     # -- records -------------------------------------------------------------------------------------------------------
     async def _put_roster(self, participants: tuple[str, ...]) -> tuple[Roster, BlobRef]:
-        self.numbering.admit([a for a in self.present if a not in self.numbering.names])
-        names = self.numbering.names
-        flags = [
-            Roster.flag(a in self.present, a in participants, judged.verdict)
-            for a in names
-            for judged in (self._judged(a),)
-        ]
-        clocks = [self._judged(a).clock for a in names]
-        roster = Roster(parts=self.numbering.parts, agents=list(names), clocks=clocks, flags=bytes(flags))
+        roster = self.ledger.roster(self.present, participants)
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:
@@ -382,14 +339,14 @@ class Run:
             digest=done.merged.digest,
             model=done.merged.model,
             plan=plan,
-            dropped=self._dropped,
+            dropped=self.ledger.dropped,
             bytes_up=done.merged.bytes_got,
             bytes_down=done.merged.bytes_put,
             phases_s={"collect": self._totals.collect_s, "merge": done.seconds},
         )
         subject = subjects.log_record(head.run, plan.version, head.term)
         await patiently(lambda: self.parts.bus.put(subject, encode(record)))
-        self._dropped = []
+        self.ledger.dropped = []
 
     def _round_metric(self, done: _MergeDone, seconds: float) -> Round:
         totals = self._totals
@@ -405,35 +362,6 @@ class Run:
             bytes_down=totals.bytes_down,
         )
 
-    # -- bookkeeping ---------------------------------------------------------------------------------------------------
-    def _judged(self, agent: str) -> _Judged:
-        return self.judged.get(agent, _Judged())
-
-    def _judge(self, agent: str, clock: int, verdict: Verdict) -> None:
-        if clock > self._judged(agent).clock:
-            self.judged[agent] = _Judged(clock, verdict)
-
-    def _forget(self, before: Head, plan: Plan, model: BlobRef) -> None:
-        """What this commit made superfluous goes: its updates, the old roster and plan, models beyond those kept."""
-        for entry in plan.merged:
-            self._updates.pop((entry.agent, entry.clock), None)
-            self._forget_update(entry.agent, entry.blob)
-        self._forget_record(before.roster)
-        if isinstance(before.plan, BlobRef):
-            self._forget_record(before.plan)
-        self._kept.append(model)
-        while len(self._kept) > self.parts.spec.keep_models:
-            self._forget_record(self._kept.pop(0))
-
-    def _forget_update(self, agent: str, blob: BlobRef) -> None:
-        run = self.parts.spec.name
-        self._purger.add(subjects.updates_stream(run), subjects.update_prefix(run, agent, blob.id))
-
-    def _forget_record(self, ref: BlobRef | None) -> None:
-        if ref is not None:
-            run = self.parts.spec.name
-            self._purger.add(subjects.model_stream(run), subjects.model_prefix(run, ref.id))
-
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
         """A held-out result is in: perhaps the target is reached."""
         target = self.parts.spec.stop.target
@@ -441,18 +369,6 @@ class Run:
         if target is not None and value is not None and target.reached(value) and not self._inbox.full():
             why = f"target reached: {target.metric} = {value:.4g} at version {version}"
             self._inbox.put_nowait(TargetReached(why))
-
-
-def _entry(agent: str, offer: Offer) -> PlanEntry:
-    return PlanEntry(
-        agent=agent,
-        clock=offer.clock,
-        weight=0.0,
-        blob=offer.blob,
-        digest=offer.digest,
-        samples=offer.samples,
-        steps=offer.steps,
-    )
 
 
 def policy_of(spec: RunSpec) -> Rounds:

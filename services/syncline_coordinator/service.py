@@ -266,6 +266,8 @@ class Coordinator:
         run: Run | None = None
         try:
             run = await self._open(name, memory, telemetry)
+            for agent in sorted(run.present):
+                self._fleet.expect(agent, _now())
             self._active = run
             await run.keeper.notify()
             await run.pump()

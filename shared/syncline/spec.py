@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -279,9 +279,10 @@ def load_spec(path: Path, **overrides: Any) -> RunSpec:
 
 def _explain(model: type[BaseModel], item: Any) -> ConfigError:
     """Pydantic's finding in the words of the user: setting, value, mend."""
-    path = [str(p) for p in item["loc"] if str(p) not in _UNION_TAGS]
+    kind, value, loc = item["type"], item.get("input"), [str(p) for p in item["loc"]]
+    own = len(loc) - (kind == "extra_forbidden")  # the last name is the user's then, and may read like a tag
+    path = [p for i, p in enumerate(loc) if i >= own or p not in _UNION_TAGS]
     setting = ".".join(path) or "spec"
-    kind, value = item["type"], item.get("input")
     if kind == "extra_forbidden":
         known = _settings_at(model, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
@@ -290,7 +291,8 @@ def _explain(model: type[BaseModel], item: Any) -> ConfigError:
     if kind == "missing":
         return ConfigError(setting, "is missing", "Add it")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return ConfigError(f"{setting}.kind", item["msg"], "Choose one of them")
+        problem = "is missing" if kind == "union_tag_not_found" else f"{value.get('kind')!r} is not accepted"
+        return ConfigError(f"{setting}.kind", problem, f"Use one of {', '.join(_kinds_at(model, path))}")
     if kind == "value_error":
         return ConfigError(setting, str(item["ctx"]["error"]), "")
     message = item["msg"][:1].lower() + item["msg"][1:]
@@ -304,10 +306,19 @@ _UNION_TAGS = frozenset(
 
 def _settings_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The names of the settings of a section, for «did you mean»."""
+    return sorted({name for section in _sections_at(model, path) for name in section.model_fields})
+
+
+def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The values of `kind` that a section can have."""
+    return [kind for section in _sections_at(model, path) for kind in get_args(section.model_fields["kind"].annotation)]
+
+
+def _sections_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     found: list[type[BaseModel]] = [model]
     for name in path:
         found = [m for section in found if (f := section.model_fields.get(name)) for m in _models_in(f.annotation)]
-    return sorted({name for section in found for name in section.model_fields})
+    return found
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

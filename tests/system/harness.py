@@ -18,6 +18,7 @@ from syncline.bus.base import Delivery
 from syncline.bus.blobs import get_blob, get_small_blob
 from syncline.bus.nats import NatsBus
 from syncline.wire import subjects
+from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import ENDED, Committed, Head, Roster, Submit, Submitted, decode, encode
 from syncline_cli.local import FleetSettings, LocalFleet
@@ -101,9 +102,9 @@ class Fleet:
         data = await get_small_blob(self.bus, stream, prefix, head.manifest, RECORD_CHUNK_BYTES, 64 << 20)
         layout = decode(Manifest, data)
         flat = bytearray(layout.nbytes)
-        chunk = layout.chunk_elements * layout.torch_dtype.itemsize
+        chunk = layout.chunk_bytes
         await get_blob(self.bus, stream, prefix, head.model, memoryview(flat), chunk, codec=layout.dtype)
-        return torch.frombuffer(flat, dtype=layout.torch_dtype)
+        return torch.frombuffer(flat, dtype=DTYPES[layout.dtype])
 
     async def roster(self, head: Head) -> Roster:
         assert head.roster is not None

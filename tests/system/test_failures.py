@@ -151,6 +151,7 @@ async def test_a_coordinator_killed_in_the_middle_goes_on_where_head_stands(flee
     judged = [(e.agent, e.clock) for r in records for e in r.plan.merged]
     assert len(set(judged)) == len(judged), "an update was merged twice"
     assert [r.version for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [len(r.plan.merged) for r in records] == [4] * 6, "it did not wait for those it had not heard of yet"
 
 
 async def test_rubbish_on_an_agents_subjects_is_counted_reported_and_harmless(fleet: Fleet) -> None:

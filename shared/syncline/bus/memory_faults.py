@@ -14,7 +14,8 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -77,6 +78,34 @@ class Operation:
 
 
 Hook = Callable[[Operation], None]
+
+
+class Hooks:
+    """Tells of each operation, in the order in which the hooks were added."""
+
+    def __init__(self) -> None:
+        self._hooks: list[Hook] = []
+        self._count = 0
+
+    def add(self, hook: Hook) -> None:
+        self._hooks.append(hook)
+
+    @contextmanager
+    def around(self, who: str, name: str, arguments: tuple[object, ...]) -> Iterator[Operation]:
+        self._count += 1
+        now = Operation(self._count, who, name, arguments)
+        self.tell(now, "before")
+        try:
+            yield now
+        except BaseException as error:
+            self.tell(replace(now, error=error), "after")
+            raise
+        self.tell(now, "after")
+
+    def tell(self, now: Operation | None, phase: Literal["before", "done", "after"]) -> None:
+        if now is not None:
+            for hook in self._hooks:
+                hook(replace(now, phase=phase))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +241,7 @@ class Lane:
         self._waiting: dict[str, _Waiting] = {}  # by reply subject
         self._asked = 0
         self._buffer = _Buffer()
-        self._mending = self._closed = False
+        self._mending = self.closed = False
 
     # -- talking ---------------------------------------------------------------------------------------------------
     def publish(self, message: Message, kind: str) -> None:
@@ -229,7 +258,7 @@ class Lane:
         timer = loop.call_later(timeout_s, _fail, waiting, late)
         try:
             if self._inbox not in self._ears:  # with the first request: a mere listener may not have an inbox
-                self.add(self._inbox)
+                self._add(self._inbox)
             self.publish(replace(message, reply=reply), kind)
             answer = await waiting.answer
         finally:
@@ -239,10 +268,16 @@ class Lane:
             raise answer.result
         return answer
 
-    def add(self, ear: Ear) -> None:
+    def listen(self, pattern: str, handler: Handler, limit: int) -> Listener:
+        self._check_open()
+        listener = Listener(self, pattern, handler, limit)
+        self._add(listener)
+        return listener
+
+    def _add(self, ear: Ear) -> None:
         self._check_open()
         self._ears[ear] = None
-        if self.up:  # otherwise it is told when the connection is back
+        if self.up:  # otherwise the broker is told when the connection is back
             self._send("subscribe", 0, partial(self._server.listen, ear))
 
     def drop(self, ear: Listener) -> None:
@@ -250,7 +285,7 @@ class Lane:
             return
         del self._ears[ear]
         ear.end()
-        if self.up and not self._closed:
+        if self.up and not self.closed:
             self._send("unsubscribe", 0, partial(self._server.unlisten, ear))
 
     def _send(self, kind: str, size: int, arrive: Callable[[], None]) -> None:
@@ -266,7 +301,7 @@ class Lane:
             self._outgoing.send(delay_s, arrive)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise Unreachable("the connection is closed")
 
     # -- hearing: what the broker calls --------------------------------------------------------------------------
@@ -310,7 +345,7 @@ class Lane:
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     def mend(self) -> None:
-        if self.up or self._mending or self._closed:
+        if self.up or self._mending or self.closed:
             return
         self._mending = True
         self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect") or 0.0, self._connected)
@@ -335,9 +370,9 @@ class Lane:
 
     async def close(self) -> None:
         """What was published before still goes out; what waits for an answer fails."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         self._fail_all(Unreachable("the connection is closed"))
         if self.up:
             self._outgoing.send(0.0, partial(self._server.forget, self))

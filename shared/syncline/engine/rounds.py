@@ -13,8 +13,12 @@ It closes
 * `grace_s` after the quorum was reached ("quorum 3 of 4 + 2.0 s"), the rest being named as late.
 
 An agent that joins takes part from the next round; one that comes back takes part at once in the round it was in. When
-nobody is left to wait for and the quorum is not reached, whoever is live is asked to train for this round. An update that is
-late is dropped with that reason, and the agent goes on from the newest version.
+nobody is left to wait for and the quorum is not reached, whoever else is live is asked to train for this round; where nobody
+is, the round closes with what is in. An update that is late is dropped with that reason, and the agent goes on from the
+newest version. When all updates of a merge turn out to be unusable, the round is opened again for those that have sent none.
+
+A coordinator that takes over a round presumes its participants to be live until it has heard of them, for `presume_s`: else
+the first update that is told would close the round.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ from syncline.engine.events import (
 from syncline.errors import PeerError
 
 MEDIAN_OVER_ROUNDS = 9
+REASON_CHARS = 1000  # reasons travel in records with limits, and some of the words in them are the agents' own
+ABSENT_NAMED, ABSENT_CHARS = 5, 100
 
 
 @dataclass(slots=True)
@@ -58,6 +64,7 @@ class Rounds:
     weights: Literal["uniform", "samples"]
     versions: int  # commits after which the run is done
     seed: int
+    presume_s: float = 10.0  # so long a taken-over round waits for participants that were not heard of yet
     version: int = 0
     state: Literal["waiting", "open", "merging", "ended"] = "waiting"
     live: set[str] = field(default_factory=set)
@@ -67,7 +74,13 @@ class Rounds:
     opened_at_s: float = 0.0
     closes_at_s: float | None = None  # end of the grace period, once it runs
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OVER_ROUNDS))
+    closed_by: str = ""  # what closed the round that is merging
     lost: dict[str, str] = field(default_factory=dict)  # participants lost in this round, and why
+    spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
+    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
+    presumed: set[str] = field(default_factory=set)  # live agents that were not heard of since a take-over
+    presumed_until_s: float = 0.0
+    away: set[str] = field(default_factory=set)  # agents that were lost and may come back
     failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
     stop: str = ""  # why to finish at the next commit
 
@@ -78,8 +91,10 @@ class Rounds:
         match fact:
             case AgentJoined(agent):
                 self.live.add(agent)
-                self.failed.pop(agent, None)
-                self.lost.pop(agent, None)
+                for gone in (self.presumed, self.away):
+                    gone.discard(agent)
+                for why in (self.failed, self.lost):
+                    why.pop(agent, None)
                 return self._go_on(now_s)
             case AgentLost(agent, reason, failed):
                 return self._lost(agent, reason, failed, now_s)
@@ -95,25 +110,31 @@ class Rounds:
             case Tick():
                 return self._go_on(now_s)
 
-    def resume(self, version: int, participants: tuple[str, ...], now_s: float) -> None:
-        """A coordinator takes over an open round; offers are told again as facts."""
+    def resume(self, version: int, participants: tuple[str, ...], live: set[str], now_s: float) -> None:
+        """A coordinator takes over an open round; offers are told again as facts, and losses of those that do not return."""
+        self.live = set(live)
         self.version, self.participants, self.started = version, participants, True
         self.state, self.opened_at_s = "open" if participants else "waiting", now_s
+        self.live.update(participants)
+        self.presumed, self.presumed_until_s = set(participants), now_s + self.presume_s
 
     def resume_merge(self, offers: dict[str, OfferReady]) -> None:
         """After `resume`: the plan that was found is being executed."""
         self.offers, self.state = offers, "merging"
         self.participants = tuple(sorted({*self.participants, *offers}))
+        self.closed_by = self._count()
 
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _lost(self, agent: str, reason: str, failed: bool, now_s: float) -> list[Command]:
         self.live.discard(agent)
+        self.presumed.discard(agent)
         if agent in self.participants:
             self.lost[agent] = reason
         if failed:
             self.failed[agent] = reason
-        if self.failed and not self.live and not self.offers and self.state != "merging":
-            return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+            self.away.discard(agent)
+        elif agent not in self.failed:
+            self.away.add(agent)
         return self._go_on(now_s)
 
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
@@ -121,14 +142,15 @@ class Rounds:
         if offer.base > self.version:
             raise PeerError(f"{agent}: base {offer.base} is newer than version {self.version}")
         known = self.offers.get(agent)
-        if known is not None and known.clock >= offer.clock:
+        if offer.clock <= (known.clock if known is not None else self.judged.get(agent, 0)):
             return []  # told twice
         if offer.base < self.version or self.state == "merging":
-            return [Drop(agent, offer.clock, f"late: the round of version {offer.base} is closed")]
+            return [self._drop(offer, f"late: the round of version {offer.base} is closed")]
         if agent not in self.participants:
-            return [Drop(agent, offer.clock, f"not a participant of the round of version {self.version}")]
+            return [self._drop(offer, f"not a participant of the round of version {self.version}")]
         self.offers[agent] = offer
-        replaced: list[Command] = (
+        self.spent.discard(agent)
+        replaced = (
             [] if known is None else [Drop(agent, known.clock, f"replaced by clock {offer.clock} of the same agent")]
         )
         return [*replaced, *self._go_on(now_s)]
@@ -138,70 +160,109 @@ class Rounds:
         if offer is None or offer.clock != clock:
             return []
         del self.offers[agent]
-        dropped = Drop(agent, clock, why, broken=True)
-        if not self.offers:
+        dropped = self._drop(offer, why, broken=True)
+        if self.state == "merging" and self.offers:
+            return [dropped, self._merge(f"{self.closed_by}; without {agent}: {_brief(why)}")]
+        if not self.offers and not self._awaited() and not self._others():
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
-            return [dropped, *self._finish(every, failed=True)]
+            return [dropped, *(self._finish(self.stop) if self.stop else self._finish(every, failed=True))]
         if self.state == "merging":
-            return [dropped, self._merge(f"{len(self.offers)} of {len(self.participants)}, without {agent}: {why}")]
-        self.participants = tuple(p for p in self.participants if p != agent)
+            if self.stop:
+                return [dropped, *self._finish(self.stop)]
+            self.state = "open"
+            return [dropped, self._ask_others(), *self._go_on(now_s)]
         return [dropped, *self._go_on(now_s)]
 
     def _committed(self, version: int, now_s: float) -> list[Command]:
         assert version == self.version + 1, f"commit of version {version} after {self.version}"
+        assert self.state == "merging", f"commit of version {version} in a round that is {self.state}"
         self.durations_s.append(now_s - self.opened_at_s)
+        for offer in self.offers.values():
+            self.judged[offer.agent] = offer.clock
         self.version, self.state = version, "waiting"
-        self.participants, self.offers, self.lost, self.closes_at_s = (), {}, {}, None
-        if self.stop or version >= self.versions:
-            return self._finish(self.stop or f"{self.versions} versions")
+        self.participants, self.offers, self.lost, self.spent = (), {}, {}, set()
+        if self.stop:
+            return self._finish(self.stop)
         return self._go_on(now_s)
 
     # -- what follows --------------------------------------------------------------------------------------------------
     def _go_on(self, now_s: float) -> list[Command]:
         """Opens or closes the round if it is time."""
-        if self.state == "waiting":
-            ready = len(self.live) >= (1 if self.started else self.min_agents)
-            return self._open(now_s) if ready else []
-        if self.state != "open":
+        if self.state in ("merging", "ended"):
             return []
-        missing = [p for p in self.participants if p not in self.offers and p in self.live]
-        needed = len(self.offers) + len(missing) if self.quorum is None else self.quorum
-        if len(self.offers) >= max(1, needed):
-            if not missing:
-                return [self._merge(self._count() + self._absent())]
-            return self._grace(now_s)
-        if not missing:
-            return self._ask_others(now_s)
-        return []
-
-    def _grace(self, now_s: float) -> list[Command]:
-        if self.closes_at_s is None:
-            self.closes_at_s = now_s + self.grace()
-        if now_s < self.closes_at_s:
-            return [WakeAt(self.closes_at_s)]
-        return [self._merge(f"quorum {self._count()} + {self.grace():.1f} s" + self._absent())]
+        self._presume_no_longer(now_s)
+        if not self.offers and not self.live and not self.away and len(self.failed) >= self.min_agents:
+            return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+        commands = self._open(now_s) if self.state == "waiting" else self._close(now_s)
+        return [*commands, *self._wake()]
 
     def _open(self, now_s: float) -> list[Command]:
+        if self.version >= self.versions:
+            return self._finish(f"{self.versions} versions")
+        if len(self.live) < (1 if self.started else self.min_agents):
+            return []
         self.state, self.started, self.opened_at_s = "open", True, now_s
         self.participants = self._draw()
         return [StartRound(self.version, self.participants)]
 
-    def _ask_others(self, now_s: float) -> list[Command]:
-        """Nobody is left to wait for and the quorum is not reached: whoever else is live trains for this round."""
-        others = tuple(sorted(self.live - set(self.participants)))
-        if not others:
+    def _close(self, now_s: float) -> list[Command]:
+        reached = len(self.offers) >= (self.quorum or 1)
+        if not self._awaited():
+            if self.offers and (reached or not self._others()):
+                return [self._merge(self._count() + self._absent())]
+            return [self._ask_others()] if self._others() else []
+        if self.quorum is None or not reached:
+            self.closes_at_s = None
             return []
-        self.participants = tuple(sorted({*self.offers, *others}))
-        return [StartRound(self.version, self.participants)]
+        if self.closes_at_s is None:
+            self.closes_at_s = now_s + self.grace()
+        if now_s < self.closes_at_s:
+            return []
+        return [self._merge(f"quorum {self._count()} + {self.grace():.1f} s" + self._absent())]
+
+    def _wake(self) -> list[Command]:
+        """A Tick at the end of the grace period, or when those who were presumed live are to be presumed lost."""
+        if self.state != "open":
+            return []
+        times = [self.closes_at_s] if self.closes_at_s is not None else []
+        times += [self.presumed_until_s] if self.presumed else []
+        return [WakeAt(min(times))] if times else []
+
+    def _presume_no_longer(self, now_s: float) -> None:
+        if self.presumed and now_s >= self.presumed_until_s:
+            self.live -= self.presumed
+            self.away |= self.presumed
+            self.lost.update(dict.fromkeys(self.presumed & {*self.participants}, "not heard of since the take-over"))
+            self.presumed = set()
+
+    def _awaited(self) -> list[str]:
+        """Participants whose update is still to come."""
+        return [p for p in self.participants if p in self.live and p not in self.offers and p not in self.spent]
+
+    def _others(self) -> set[str]:
+        """Who else could train for this round."""
+        return self.live - {*self.participants} - self.spent
+
+    def _ask_others(self) -> StartRound:
+        """Nobody is left to wait for and the quorum is not reached: whoever else is live trains for this round."""
+        self.participants = tuple(sorted({*self.participants, *self._others()}))
+        return StartRound(self.version, self.participants)
 
     def _merge(self, reason: str) -> Merge:
-        self.state = "merging"
+        self.state, self.closes_at_s, self.closed_by = "merging", None, _brief(reason, REASON_CHARS)
         offers = [self.offers[agent] for agent in sorted(self.offers)]
         total = sum(o.samples for o in offers)
         chosen = tuple(
             Chosen(o.agent, o.clock, self.version - o.base, self._weight(o, len(offers), total)) for o in offers
         )
-        return Merge(chosen, reason, tuple(p for p in self.participants if p not in self.offers))
+        late = tuple(p for p in self.participants if p not in self.offers and p not in self.spent)
+        return Merge(chosen, self.closed_by, late)
+
+    def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
+        self.judged[offer.agent] = offer.clock
+        if offer.base == self.version:
+            self.spent.add(offer.agent)
+        return Drop(offer.agent, offer.clock, reason, broken)
 
     def _weight(self, offer: OfferReady, n: int, total: int) -> float:
         return 1.0 / n if self.weights == "uniform" or total == 0 else offer.samples / total
@@ -220,8 +281,9 @@ class Rounds:
         return f"{len(self.offers)} of {len(self.participants)}"
 
     def _absent(self) -> str:
-        gone = [f"{a} {why}" for a, why in sorted(self.lost.items()) if a not in self.offers]
-        return f" ({'; '.join(gone)})" if gone else ""
+        gone = [f"{a} {_brief(why)}" for a, why in sorted(self.lost.items()) if a not in self.offers]
+        more = [f"and {len(gone) - ABSENT_NAMED} more"] if len(gone) > ABSENT_NAMED else []
+        return f" ({'; '.join([*gone[:ABSENT_NAMED], *more])})" if gone else ""
 
     def _draw(self) -> tuple[str, ...]:
         """The participants of a round: all live agents, or a share drawn by the seed and the version alone."""
@@ -238,6 +300,16 @@ class Rounds:
         assert (self.state == "open") <= bool(self.participants), "an open round without participants"
         assert (self.state == "merging") <= bool(self.offers), "a merge of nothing"
         assert self.started or self.state in ("waiting", "ended"), "a round before the start"
+        assert not self.spent & set(self.offers), "an update both dropped and offered"
+        assert all(self.judged.get(a, 0) < o.clock for a, o in self.offers.items()), "an update to be judged twice"
+        assert self.presumed <= self.live and not self.live & {*self.away, *self.failed}, "live and not"
+        if self.state == "open":
+            assert self._awaited() or not (self.offers or self._others()), "a round that could close or ask others"
+        assert self.closes_at_s is None or self.state == "open" and self.quorum is not None, "a grace period of nothing"
+
+
+def _brief(text: str, chars: int = ABSENT_CHARS) -> str:
+    return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
 def _lot(seed: int, version: int, agent: str) -> bytes:

@@ -13,7 +13,7 @@ import msgpack
 import xxhash
 
 from syncline.errors import PeerError
-from syncline.wire.messages import VERSION
+from syncline.wire.messages import VERSION, shown
 
 FRAME_OVERHEAD_BYTES = 16 * 1024  # what a message may need beside the tensor bytes: frame, subject, headers, slack
 DIGEST_BYTES = 16
@@ -45,10 +45,10 @@ def unpack_chunk(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: i
     if not isinstance(fields, dict) or fields.get("t") != "chunk":
         raise PeerError(f"{what}: not a chunk")
     if fields.get("v") != VERSION:
-        raise PeerError(f"{what}: version {str(fields.get('v'))[:20]}, this Syncline reads version {VERSION}")
+        raise PeerError(f"{what}: version {shown(fields.get('v'))}, this Syncline reads version {VERSION}")
     for field, expected in (("blob", blob), ("k", k), ("n", n), ("codec", codec)):
         if fields.get(field) != expected:
-            raise PeerError(f"{what}: {field} is {str(fields.get(field))[:40]}, expected {expected}")
+            raise PeerError(f"{what}: {field} is {shown(fields.get(field))}, expected {expected!r}")
     data = fields.get("data")
     if not isinstance(data, bytes) or len(data) != size:
         raise PeerError(f"{what}: {len(data) if isinstance(data, bytes) else 'no'} bytes of data, expected {size}")

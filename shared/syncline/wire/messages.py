@@ -12,26 +12,34 @@ from enum import IntEnum
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from syncline.errors import PeerError
 
 VERSION = 1
 MAX_RECORD_BYTES = 1 << 20
+MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and so travel as blobs
 MAX_HEAD_BYTES = 4096
 INLINE_BYTES = 1024  # a record up to this size travels inside head; a larger one as a blob that head names
+HEAD_REASON_BYTES = 2000  # of UTF-8: with the largest value in every other field too, head stays below its limit
 
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]+$")]
 BlobId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Text = Annotated[str, Field(max_length=2000)]
+
+
+def _clipped(text: str) -> str:
+    return text.encode(errors="replace")[:HEAD_REASON_BYTES].decode(errors="ignore")
 
 
 class Record(BaseModel):
     """Base of everything that travels as a map. Subclasses with a `kind` are whole messages, others parts of them."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
     kind: ClassVar[str] = ""
+    max_bytes: ClassVar[int] = MAX_RECORD_BYTES
 
 
 class BlobRef(Record):
@@ -117,6 +125,7 @@ class Plan(Record):
     """What the next merge contains, decided before it starts; whoever is coordinator executes exactly this."""
 
     kind: ClassVar[str] = "plan"
+    max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
     version: Count = Field(description="version the merge will make")
     reason: Text = Field(description="what closed the round")
     merged: Annotated[list[PlanEntry], Field(max_length=100_000)]
@@ -142,6 +151,7 @@ class Roster(Record):
     """
 
     kind: ClassVar[str] = "roster"
+    max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
     parts: Annotated[int, Field(ge=1)] = Field(
         description="parts the data is split in; agent number i trains on part i"
     )
@@ -153,6 +163,8 @@ class Roster(Record):
     def _same_length(self) -> Roster:
         if not len(self.agents) == len(self.clocks) == len(self.flags):
             raise ValueError("agents, clocks and flags differ in length")
+        if self.flags and max(self.flags) >> 2 > max(Verdict):
+            raise ValueError(f"flags hold the verdict {max(self.flags) >> 2}, which is none")
         return self
 
     def number(self, agent: str) -> int | None:
@@ -180,21 +192,24 @@ class Head(Record):
     """The one small record that says which version is current. Changed by compare-and-set alone; under 4 KB always."""
 
     kind: ClassVar[str] = "head"
+    max_bytes: ClassVar[int] = MAX_HEAD_BYTES
     run: Name
     term: Annotated[int, Field(ge=1)] = Field(description="fencing number of the coordinator in charge")
     version: Count = Field(description="commits so far")
     round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
     phase: Phase
-    digest: Annotated[str, Field(max_length=32)] = Field("", description="xxh3-128 over the center's bytes")
+    digest: Digest = Field("", description="xxh3-128 over the center's bytes")
     model: BlobRef | None = None
     previous: BlobRef | None = Field(None, description="the model one version back")
     manifest: BlobRef | None = None
     roster: BlobRef | None = None
-    plan: bytes | BlobRef | None = Field(
+    plan: Annotated[bytes, Field(max_length=INLINE_BYTES)] | BlobRef | None = Field(
         None, description="the merge under way: a Plan record, or the blob that holds it"
     )
     offers_seq: Count = Field(0, description="offers up to this sequence number were judged by this version")
-    reason: Text = Field("", description="what closed the last round, or ended the run")
+    reason: Annotated[str, Field(max_length=HEAD_REASON_BYTES), PlainSerializer(_clipped)] = Field(
+        "", description="what closed the last round, or ended the run; cut off where it is longer"
+    )
 
 
 class Notify(Record):
@@ -235,10 +250,11 @@ class Committed(Record):
     """The commit record: everything that `why` and a replay need to know about one version."""
 
     kind: ClassVar[str] = "committed"
+    max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
     run: Name
     term: Count
     version: Count
-    digest: Annotated[str, Field(max_length=32)]
+    digest: Digest
     model: BlobRef
     plan: Plan
     dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(default_factory=list)
@@ -270,9 +286,9 @@ def encode(record: Record) -> bytes:
     return _pack({"t": record.kind, "v": VERSION, **record.model_dump()})
 
 
-def decode(model: type[R], data: bytes, *, limit: int = MAX_RECORD_BYTES) -> R:
-    """The record in `data`, or a PeerError that says what is wrong with it."""
-    what = model.kind
+def decode(model: type[R], data: bytes, *, limit: int | None = None) -> R:
+    """The record in `data`, or a PeerError that says what is wrong with it. `limit`: bytes; default: the record's own."""
+    what, limit = model.kind, model.max_bytes if limit is None else limit
     if len(data) > limit:
         raise PeerError(f"{what}: {len(data)} bytes are more than the {limit} allowed")
     try:
@@ -291,16 +307,19 @@ def decode(model: type[R], data: bytes, *, limit: int = MAX_RECORD_BYTES) -> R:
     if not isinstance(fields, dict):
         raise PeerError(f"{what}: a {type(fields).__name__}, not a map")
     if fields.get("t") != what:
-        raise PeerError(f"{what}: a record of type {str(fields.get('t'))[:40]!r}")
-    version = fields.get("v")
-    if version != VERSION:
-        raise PeerError(f"{what}: version {str(version)[:20]}, this Syncline reads version {VERSION}")
+        raise PeerError(f"{what}: a record of type {shown(fields.get('t'))}")
+    if fields.get("v") != VERSION:
+        raise PeerError(f"{what}: version {shown(fields.get('v'))}, this Syncline reads version {VERSION}")
     try:
         return model.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise PeerError(f"{what}: {where}: {first['msg']}") from None
+        raise PeerError(": ".join((what, *filter(None, [".".join(map(str, first["loc"]))]), first["msg"]))) from None
+
+
+def shown(value: Any) -> str:
+    """What a peer sent, for an error's text: short, and safe where it is nested so deeply that `repr` would give up."""
+    return repr(value)[:40] if isinstance(value, str | int | float | bytes | None) else f"a {type(value).__name__}"
 
 
 def _pack(value: Any) -> bytes:

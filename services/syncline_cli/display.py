@@ -1,0 +1,231 @@
+"""How a run looks: a live picture on a terminal, a plain line now and then elsewhere. Draws what a RunState holds."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from syncline_cli.process import since_start_s
+from syncline_cli.state import AgentState, RunState
+
+FRAME_S = 0.125
+LINE_S = 10.0  # a plain line at least so often, while something moves
+WIDEST = 100
+TENTHS = 10
+STYLES = {"info": "", "warning": "yellow", "error": "red"}
+
+
+class View(Protocol):
+    """Something to look at while it goes on."""
+
+    def picture(self, width: int, height: int) -> RenderableType: ...
+    def line(self) -> str: ...
+    def progress(self) -> float:
+        """0 … 1."""
+        ...
+
+
+@dataclass(slots=True)
+class Message:
+    """Nothing moves yet."""
+
+    text: str
+
+    def picture(self, width: int, height: int) -> RenderableType:
+        return _titled(self.text, "", width)
+
+    def line(self) -> str:
+        return self.text
+
+    def progress(self) -> float:
+        return 0.0
+
+
+@dataclass(slots=True)
+class RunView:
+    """A run: its agents, and the shared model; with `summary`, that instead of the shared model."""
+
+    title: str
+    state: RunState
+    summary: str = ""
+    about: str = ""
+
+    def picture(self, width: int, height: int) -> RenderableType:
+        below = [Text(self.summary)] if self.summary else [_shared(self.state, width - 2)]
+        room = max(1, height - 8 - len(self.state.metrics))
+        parts: list[RenderableType] = [_titled(self.title, self.about, width)]
+        if self.state.agents:
+            parts.append(Padding(_agents(self.state, width - 2, room), (0, 0, 1, 2)))
+        return Group(*parts, Padding(Group(*below), (0, 0, 0, 2)))
+
+    def line(self) -> str:
+        if self.summary:
+            return f"{self.title}: {self.progress():.0%}"
+        state = self.state
+        if not state.version:
+            return ""
+        metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.shown_metrics()[:3]]
+        traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
+        return "  ".join([f"round {state.version}/{state.versions}", *metrics, traffic, f"{since_start_s():.1f} s"])
+
+    def progress(self) -> float:
+        if not self.summary:
+            return self.state.version / self.state.versions
+        pairs = [self.state.steps_of(agent) for agent in self.state.agents.values()]
+        return sum(done for done, _ in pairs) / max(1, sum(steps for _, steps in pairs))
+
+
+def _titled(title: str, about: str, width: int) -> RenderableType:
+    head = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    head.add_column(no_wrap=True)
+    head.add_column(no_wrap=True, ratio=1, style="dim", overflow="ellipsis")
+    head.add_column(no_wrap=True, justify="right", style="dim")
+    head.add_row(Text(title, "bold"), about, f"{since_start_s():.1f} s")
+    return Padding(head, (0, 0, 1, 0), expand=False)
+
+
+def _agents(state: RunState, width: int, room: int) -> RenderableType:
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(no_wrap=True, max_width=16, overflow="ellipsis")
+    table.add_column(ratio=1)
+    for _ in _FIGURES[: _figures_that_fit(width)]:
+        table.add_column(no_wrap=True, justify="right")
+    names = sorted(state.agents, key=natural)
+    for name in names[:room]:
+        table.add_row(name, *_agent(state, state.agents[name], _figures_that_fit(width)))
+    if len(names) > room:
+        table.add_row("…", Text(f"and {len(names) - room} more agents", "dim"))
+    return table
+
+
+def _agent(state: RunState, agent: AgentState, figures: int) -> list[RenderableType]:
+    train, (done, steps) = agent.train, state.steps_of(agent)
+    if agent.lost or agent.failed:
+        return [Text("cannot train" if agent.failed else "lost", "yellow")]
+    if train is None or not steps:
+        return [Text("starting", "dim")]
+    bar = ProgressBar(total=steps, completed=done, complete_style="cyan", finished_style="cyan")
+    shown = [
+        Text(f"{done}/{steps}".rjust(2 * len(str(steps)) + 1)),
+        Text.assemble(("loss ", "dim"), number("loss", train.loss).rjust(6)),
+        Text.assemble(f"{train.samples_per_s or 0:,.0f}".rjust(7), (" rows/s", "dim")),
+        Text.assemble(("v", "dim"), str(train.version).rjust(4)),
+    ]
+    return [bar, *shown[:figures]]
+
+
+_FIGURES = ("steps", "loss", "rate", "version")
+
+
+def _figures_that_fit(width: int) -> int:
+    return 4 if width >= 70 else 2 if width >= 44 else 1
+
+
+def _shared(state: RunState, width: int) -> RenderableType:
+    """Rounds, metrics and traffic of the shared model."""
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, no_wrap=True)
+    rounds = f"{state.version:,} of {state.versions:,}"
+    bar = ProgressBar(total=state.versions, completed=state.version, complete_style="green", finished_style="green")
+    table.add_row("rounds", rounds, bar)
+    for name in state.shown_metrics()[:4]:
+        spark = state.curves[name].sparkline(max(8, min(60, width - 34))) if name in state.curves else ""
+        style = "bold" if name == "accuracy" else ""
+        table.add_row(name, Text(number(name, state.metrics[name]), style), Text(spark, "green"))
+    traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
+    return Group(table, Text.assemble(("traffic  ", "dim"), traffic)) if state.round else table
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def number(name: str, value: float | None) -> str:
+    if value is None:
+        return "—"
+    if name == "accuracy":
+        return f"{value:.3f}"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def natural(name: str) -> tuple[str, int, str]:
+    """a2 before a10."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0), name
+
+
+# -- the screen -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Screen:
+    """Shows one view after the other; an async context manager."""
+
+    console: Console
+    view: View = field(default_factory=lambda: Message(""))
+    _live: Live | None = None
+    _drawing: asyncio.Task[None] | None = None
+    _said: tuple[int, float] = (-1, 0.0)  # tenths and seconds of the last plain line
+    _line: str = ""
+
+    async def __aenter__(self) -> Screen:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._drawing = asyncio.create_task(self._draw())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._drawing is not None:
+            self._drawing.cancel()
+            await asyncio.gather(self._drawing, return_exceptions=True)
+        self.drain()
+        if self._live is not None:
+            self._live.update("")
+            self._live.stop()
+
+    def show(self, view: View) -> None:
+        self.drain()
+        self.view, self._said = view, (-1, 0.0)
+
+    def say(self, level: str, text: str) -> None:
+        """A line above the picture."""
+        self.console.print(Text(text, STYLES.get(level, "")), soft_wrap=True)
+
+    def drain(self) -> None:
+        """Warnings and errors of the run that is shown."""
+        if isinstance(self.view, RunView):
+            for event in self.view.state.take_events():
+                self.say(event.level, event.text)
+
+    async def _draw(self) -> None:
+        while True:
+            self.drain()
+            if self._live is not None:
+                width = min(self.console.width, WIDEST)
+                picture = self.view.picture(width, self.console.height)
+                self._live.update(Padding(picture, (1, 0, 0, 0)), refresh=True)
+            else:
+                self._plain()
+            await asyncio.sleep(FRAME_S)
+
+    def _plain(self) -> None:
+        """A line when another tenth is done, and now and then in between."""
+        now, tenths, line = since_start_s(), int(self.view.progress() * TENTHS), self.view.line()
+        due = tenths > self._said[0] or (now - self._said[1] > LINE_S and line != self._line)
+        if line and due:
+            self._said, self._line = (tenths, now), line
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,172 @@
+"""Submitting a run and following it: head is the truth, notifies wake up, metrics and events are what is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from syncline.bus.base import Bus, Delivery
+from syncline.bus.nats import mended
+from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerError, RunFailed, Unavailable
+from syncline.spec import RunSpec
+from syncline.wire import subjects
+from syncline.wire.messages import ENDED, Head, Notify, Submit, Submitted, decode, encode
+from syncline_cli.process import since_start_s
+from syncline_cli.state import RunState
+
+READ_AGAIN_S = 2.0
+SUBMIT_S = 120.0  # the coordinator loads the task and makes the model before it answers
+LAST_METRICS_S = 2.0
+
+
+async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0) -> Submitted:
+    """Hands the run to the coordinator, asking again while it comes up. Raises ConfigError with what it refuses, and
+    NoResponders where there is no coordinator."""
+    question = encode(Submit(spec=spec.model_dump(mode="json")))
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            answer = decode(Submitted, await bus.request(subjects.submit(), question, SUBMIT_S))
+            break
+        except NoResponders:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.05)
+    if not answer.run:
+        raise ConfigError(answer.setting, answer.problem, answer.mend)
+    return answer
+
+
+async def submit_remote(bus: Bus, spec: RunSpec, url: str) -> Submitted:
+    """The same with a broker that somebody else runs: whatever is wrong with it is said as a ConfigError."""
+    try:
+        return await submit(bus, spec, patience_s=5.0)
+    except NoResponders:
+        await _check_jetstream(bus, url)
+        mend = f"Start one with `syncline coordinator --connect {url}`, or name another broker with --connect"
+        raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None
+    except Denied as error:
+        raise ConfigError("--key", f"it may not submit runs: {error}", "Use the coordinator's key") from None
+    except BusError as error:
+        raise mended(error, url) from None
+
+
+async def _check_jetstream(bus: Bus, url: str) -> None:
+    """Raises ConfigError where the broker stores nothing: then no coordinator can ever come up there."""
+    try:
+        await bus.state(f"KV_{subjects.RUNS_BUCKET}")
+    except Unavailable as error:
+        if "JetStream" in str(error):
+            raise mended(error, url) from None
+    except BusError:
+        pass
+
+
+class Follower:
+    """Follows one run to its end."""
+
+    def __init__(self, bus: Bus, run: str) -> None:
+        self._bus, self._run = bus, run
+        self._moved = asyncio.Event()
+        self.head: Head | None = None
+        self.began_s = time.monotonic()
+        self.first_commit_s: float | None = None  # since this process was created
+        self.seconds = 0.0
+        self.trouble = ""  # why head cannot be read at the moment
+
+    @property
+    def opened(self) -> bool:
+        """Whether a first round has been opened: from then on the run goes on with whoever is left."""
+        return self.head is not None and (self.head.round > 0 or self.head.version > 0)
+
+    async def until_ended(self) -> Head:
+        """The last head. Raises RunFailed where the run is gone from the bus."""
+        watching = await self._bus.subscribe(subjects.notify(self._run), self._on_notify)
+        try:
+            while not await self._look():
+                try:
+                    await asyncio.wait_for(self._moved.wait(), READ_AGAIN_S)
+                except TimeoutError:
+                    pass
+                self._moved.clear()
+        finally:
+            self.seconds = time.monotonic() - self.began_s
+            try:
+                await watching.unsubscribe()
+            except BusError:
+                pass
+        assert self.head is not None
+        return self.head
+
+    async def _look(self) -> bool:
+        """Reads head; True when the run has ended."""
+        try:
+            entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(self._run))
+        except BusError as error:
+            self.trouble = str(error)
+            return False
+        self.trouble = ""
+        if entry is None:
+            raise RunFailed(f"run {self._run} is gone from the bus: its head was deleted")
+        try:
+            self._see(decode(Head, entry.value))
+        except PeerError as error:
+            raise RunFailed(f"run {self._run} has a head that this Syncline cannot read: {error}") from None
+        return self.head is not None and self.head.phase in ENDED
+
+    async def _on_notify(self, delivery: Delivery) -> None:
+        try:
+            head = decode(Head, decode(Notify, delivery.data).head)
+        except PeerError:
+            return
+        self._see(head)
+        if head.phase in ENDED:
+            self._moved.set()
+
+    def _see(self, head: Head) -> None:
+        if self.head is not None and (head.term, head.version, head.round) < (
+            self.head.term,
+            self.head.version,
+            self.head.round,
+        ):
+            return
+        self.head = head
+        if head.version and self.first_commit_s is None:
+            self.first_commit_s = since_start_s()
+
+
+class Feed:
+    """Passes the public metrics and events of one run on to its state. Missing ones are a gap in a plot, nothing more."""
+
+    def __init__(self, bus: Bus, state: RunState) -> None:
+        self._bus, self.state = bus, state
+        self._news = asyncio.Event()
+
+    async def open(self) -> None:
+        run = self.state.run
+        await self._bus.subscribe(f"{subjects.PREFIX}.{run}.metrics.>", self._on_metric)
+        for whose in (run, subjects.FLEET):
+            await self._bus.subscribe(f"{subjects.PREFIX}.{whose}.events.*", self._on_event)
+
+    async def _on_metric(self, delivery: Delivery) -> None:
+        tokens = delivery.subject.split(".")
+        if len(tokens) == 6:
+            self.state.on_metric(tokens[4], tokens[5], delivery.data)
+            self._news.set()
+
+    async def _on_event(self, delivery: Delivery) -> None:
+        self.state.on_event(subjects.run_of(delivery.subject), delivery.data)
+
+    async def last(self, version: int, *, evaluated: bool, agents: int = 0) -> None:
+        """Waits a moment for the metrics of the end: they travel on another connection than head."""
+        try:
+            async with asyncio.timeout(LAST_METRICS_S):
+                while not self._complete(version, evaluated, agents):
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            pass
+
+    def _complete(self, version: int, evaluated: bool, agents: int) -> bool:
+        own = sum(1 for agent in self.state.agents.values() if agent.metrics)
+        return self.state.complete(version, evaluated) and own >= agents

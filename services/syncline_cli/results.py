@@ -1,0 +1,30 @@
+"""What a finished run is reported as: the JSON object that scripts rely on. Pure."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from syncline.wire.messages import Head
+from syncline_cli.follow import Follower
+from syncline_cli.state import RunState
+
+
+def result_of(head: Head, follower: Follower, state: RunState) -> dict[str, Any]:
+    """The keys that `demo` and `run` share. A metric that was not measured, or is not finite, is null."""
+    current = state.metrics if state.evaluated == head.version else {}
+    return {
+        "run": head.run,
+        "versions": head.version,
+        "seconds": round(follower.seconds, 3),
+        "accuracy": current.get("accuracy"),
+        "metrics": current,
+        "bytes_up": state.bytes_up,
+        "bytes_down": state.bytes_down,
+        "digest": head.digest,
+        "reason": head.reason,
+    }
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, allow_nan=False), flush=True)

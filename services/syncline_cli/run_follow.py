@@ -1,0 +1,105 @@
+"""A run that `syncline run` follows: what it looks like, and what came of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from syncline.bus.base import Bus
+from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.errors import BusError
+from syncline.service import DONE, FAILED
+from syncline.spec import RunSpec
+from syncline.wire.messages import Head
+from syncline.wire.subjects import COORDINATOR
+from syncline_cli.display import Message, RunView, Screen, megabytes, number
+from syncline_cli.follow import Feed, Follower, submit, submit_remote
+from syncline_cli.local import LocalFleet
+from syncline_cli.results import print_json, result_of
+from syncline_cli.state import RunState
+from syncline_cli.supervise import until_ended
+
+
+class RunWatch:
+    """The screen and the state of one run; then `report`."""
+
+    def __init__(self, spec: RunSpec, as_json: bool, text: str = "") -> None:
+        self.spec, self.as_json = spec, as_json
+        self.console = Console(stderr=as_json, highlight=False)
+        steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
+        self.state = RunState(spec.name, spec.stop.versions, steps)
+        self.screen = Screen(self.console, Message(text or f"submitting run {spec.name}"))
+        self.submitted = False
+        self.result: dict[str, Any] = {}
+
+    def follows(self, warnings: list[str]) -> None:
+        self.submitted = True
+        for warning in warnings:
+            self.screen.say("warning", warning)
+        self.screen.show(RunView(f"run {self.spec.name}", self.state, about=self.spec.task))
+
+    def ended(self, head: Head, follower: Follower) -> None:
+        self.result = result_of(head, follower, self.state)
+
+    def report(self) -> int:
+        """What came of it; nothing where the run was not followed to its end."""
+        if not self.result:
+            return DONE
+        if self.as_json:
+            print_json(self.result)
+            return DONE
+        r = self.result
+        metrics = [f"{name} {number(name, r['metrics'][name])}" for name in self.state.shown_metrics() if r["metrics"]]
+        traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
+        said = [f"run {r['run']}: {r['reason']}", *metrics, f"{r['seconds']:.1f} s", traffic, f"digest {r['digest']}"]
+        self.console.print(Text(", ".join(said)), soft_wrap=True)
+        return DONE
+
+
+async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
+    """On a fleet of our own. Raises RunFailed."""
+    bus, feed_bus = await fleet.connect(COORDINATOR), await fleet.connect("watch")
+    try:
+        feed = Feed(feed_bus, watch.state)
+        await feed.open()
+        watch.follows((await submit(bus, watch.spec)).warnings)
+        follower = Follower(bus, watch.spec.name)
+        head = await until_ended(fleet, follower, watch.state, watch.spec.agents.min, watch.screen.say)
+        await feed.last(head.version, evaluated=watch.spec.evaluate.center)
+        watch.ended(head, follower)
+    finally:
+        await feed_bus.close()
+        await bus.close()
+    return DONE
+
+
+async def follow_remote(watch: RunWatch, url: str, seed: str) -> int:
+    """On a broker that somebody else runs. Returns FAILED for a run that failed."""
+    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
+    bus = await _connect(url, seed)
+    try:
+        async with watch.screen:
+            return await _follow_remote(watch, bus, url)
+    finally:
+        await bus.close()
+
+
+async def _connect(url: str, seed: str) -> NatsBus:
+    try:
+        return await NatsBus.connect(Connection(url, "cli", seed))
+    except BusError as error:
+        raise mended(error, url) from None
+
+
+async def _follow_remote(watch: RunWatch, bus: Bus, url: str) -> int:
+    feed = Feed(bus, watch.state)
+    await feed.open()
+    watch.follows((await submit_remote(bus, watch.spec, url)).warnings)
+    follower = Follower(bus, watch.spec.name)
+    head = await follower.until_ended()
+    await feed.last(head.version, evaluated=watch.spec.evaluate.center and head.phase == "done")
+    watch.ended(head, follower)
+    return DONE if head.phase == "done" else FAILED

@@ -1,0 +1,132 @@
+"""The books of a run: who has which number, what was judged and how, what is offered and not judged, what can be purged.
+
+Everything here can be read again from the bus: the roster blob and the offers after `judged_up_to`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from syncline.engine.membership import Numbering
+from syncline.spec import RunSpec
+from syncline.wire import subjects
+from syncline.wire.messages import BlobRef, Dropped, Head, Offer, Plan, PlanEntry, Roster, Verdict
+from syncline_coordinator.purge import Purger
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """An update as a plan will name it, but for its weight; and where its offer stands in the stream."""
+
+    entry: PlanEntry
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The last judged clock of an agent, and the verdict on it."""
+
+    clock: int = 0
+    verdict: Verdict = Verdict.NONE
+
+
+class Ledger:
+    def __init__(self, spec: RunSpec, max_agents: int, head: Head, purger: Purger) -> None:
+        self._run, self._keep_models, self._purger = spec.name, spec.keep_models, purger
+        self.numbering = Numbering(fixed_parts=spec.partition.parts, max_agents=max_agents)
+        self.dropped: list[Dropped] = []  # since the last commit
+        self.read_up_to = head.offers_seq
+        self._judged: dict[str, Judged] = {}
+        self._offered: dict[tuple[str, int], Offered] = {}
+        self._purge_later: list[tuple[str, BlobRef]] = []
+        self._kept = [model for model in (head.previous, head.model) if model is not None]
+
+    # -- rosters -------------------------------------------------------------------------------------------------------
+    def restore(self, roster: Roster) -> tuple[str, ...]:
+        """Takes over what a roster says; returns the participants of its round."""
+        self.numbering.names = list(roster.agents)
+        self._judged = {a: Judged(roster.clocks[i], roster.verdict(i)) for i, a in enumerate(roster.agents)}
+        return tuple(a for i, a in enumerate(roster.agents) if roster.participant(i))
+
+    def roster(self, present: set[str], participants: tuple[str, ...]) -> Roster:
+        """The roster that opens a round; agents that are new get their numbers."""
+        self.numbering.admit([a for a in present if a not in self.numbering.names])
+        names = list(self.numbering.names)
+        flags = bytes(Roster.flag(a in present, a in participants, self.judged(a).verdict) for a in names)
+        return Roster(
+            parts=self.numbering.parts, agents=names, clocks=[self.judged(a).clock for a in names], flags=flags
+        )
+
+    def room_for(self, agent: str, present: set[str]) -> str:
+        """'' where the agent can take part, else why not."""
+        numbering = self.numbering
+        if agent in numbering.names:
+            return ""
+        trial = Numbering([*numbering.names], numbering.fixed_parts, numbering.max_agents)
+        trial.admit([a for a in present if a not in trial.names])
+        return next((why for _, why in trial.admit([agent])), "")
+
+    # -- offers and verdicts -------------------------------------------------------------------------------------------
+    def judged(self, agent: str) -> Judged:
+        return self._judged.get(agent, Judged())
+
+    def judged_up_to(self) -> int:
+        """The sequence number up to which every offer was judged: where a restarted coordinator begins to read."""
+        return min((o.seq - 1 for o in self._offered.values()), default=self.read_up_to)
+
+    def offer(self, agent: str, offer: Offer, seq: int) -> bool:
+        """Notes an offer; False where its clock was judged already, however often it is told."""
+        if offer.clock <= self.judged(agent).clock:
+            return False
+        entry = PlanEntry(
+            agent=agent,
+            clock=offer.clock,
+            weight=0.0,
+            blob=offer.blob,
+            digest=offer.digest,
+            samples=offer.samples,
+            steps=offer.steps,
+        )
+        self._offered.setdefault((agent, offer.clock), Offered(entry, seq))
+        return True
+
+    def planned(self, plan: Plan, seq: int) -> None:
+        """A plan that was found in head: its updates are offered, from `seq` on."""
+        self._offered |= {(e.agent, e.clock): Offered(e, seq) for e in plan.merged}
+
+    def entry(self, agent: str, clock: int) -> PlanEntry:
+        return self._offered[agent, clock].entry
+
+    def merged(self, plan: Plan) -> None:
+        for entry in plan.merged:
+            self._judge(entry.agent, entry.clock, Verdict.MERGED)
+
+    def drop(self, agent: str, clock: int, reason: str, verdict: Verdict) -> None:
+        self._judge(agent, clock, verdict)
+        self.dropped.append(Dropped(agent=agent, clock=clock, reason=reason[:2000]))
+
+    def _judge(self, agent: str, clock: int, verdict: Verdict) -> None:
+        offered = self._offered.pop((agent, clock), None)
+        if offered is not None:
+            self._purge_later.append((agent, offered.entry.blob))
+        if clock > self.judged(agent).clock:
+            self._judged[agent] = Judged(clock, verdict)
+
+    # -- what can go ---------------------------------------------------------------------------------------------------
+    def settled(self, before: Head, after: Head) -> None:
+        """Head has moved, so that what only the older one named can be purged: judged updates, roster, plan, old models."""
+        for agent, blob in self._purge_later:
+            self._purger.add(subjects.updates_stream(self._run), subjects.update_prefix(self._run, agent, blob.id))
+        self._purge_later.clear()
+        if before.roster != after.roster:
+            self._purge_record(before.roster)
+        if isinstance(before.plan, BlobRef) and before.plan != after.plan:
+            self._purge_record(before.plan)
+        if after.model is not None and after.model not in self._kept:
+            self._kept.append(after.model)
+        while len(self._kept) > self._keep_models:
+            self._purge_record(self._kept.pop(0))
+
+    def _purge_record(self, ref: BlobRef | None) -> None:
+        if ref is not None:
+            self._purger.add(subjects.model_stream(self._run), subjects.model_prefix(self._run, ref.id))

@@ -1,0 +1,414 @@
+"""The bus port in memory: a whole broker with its streams and accounts, in one event loop, and deterministic.
+
+No mock: it does what nats-server 2.15 does behind `NatsBus`, down to the bytes that a message takes in a stream, and both
+pass one contract suite (`tests/bus/contract.py`). Services run on it unchanged, on real time or on a loop with virtual time.
+
+It uses no thread, no real time and no randomness. Time is the event loop's, the order of everything is the order in which
+it was asked, and delays and losses come from a `Network` that is given. What a test may do to it besides: cut a client off,
+stop the broker, set its store back to an earlier fsync, and look at every operation before and after it is done.
+
+*Which comes first?* As on a real server, a message on a stream's subject goes to the core subscribers and, on its own way,
+into the stream. A subscriber may be told before the stream holds it, and a `get` right behind a `publish` may miss it; only
+the acknowledgement of a `put` says that it is held. `Network.delay("broker", stream, "store")` moves the two apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TypeVar, cast
+
+from syncline.bus.accounts import MAX_PAYLOAD_BYTES, WATCH, Account
+from syncline.bus.base import BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState, Subscription
+from syncline.bus.memory_faults import (
+    BROKER,
+    Ear,
+    Hook,
+    Hooks,
+    Instant,
+    Lane,
+    Message,
+    Network,
+    Operation,
+    Pipe,
+    Who,
+)
+from syncline.bus.memory_store import CAS_HEADER_BYTES, Shape, Stream, Tenant, checked, collide
+from syncline.bus.violations import Violation
+from syncline.errors import BusError, NoResponders, StreamFull, Unavailable, Unreachable
+
+T = TypeVar("T")
+ANSWER_S = 5.0  # how long the broker may take to acknowledge
+EPOCH_S = 1.7e9  # what the event loop's time is added to
+SHORTEST_TTL_S = 0.1  # that JetStream takes
+OPEN_REPLIES = 4096  # questions of FLEET that may wait for CORE's answer; beyond, the oldest stay without
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What had reached the disk."""
+
+    streams: dict[str, Stream]
+
+
+class MemoryBroker:
+    """The server. Clients come from `connect`; whatever time it takes passes in the running event loop."""
+
+    stream_type: type[Stream] = Stream
+
+    def __init__(
+        self,
+        network: Network | None = None,
+        *,
+        clock: Callable[[], float] | None = None,
+        max_payload: int = MAX_PAYLOAD_BYTES,
+        max_store_bytes: int | None = None,
+    ) -> None:
+        """`clock` gives seconds since the epoch; by default the event loop's time and a constant."""
+        self.network: Network = network or Instant()
+        self.max_payload = max_payload
+        self.violations: list[Violation] = []
+        self._clock, self._max_store_bytes = clock, max_store_bytes
+        self._streams: dict[str, Stream] = {}
+        self._storing: dict[str, Pipe] = {}  # the way of messages into each stream
+        self._core = Tenant("CORE", "")
+        self._tenants: dict[str, Tenant] = {"CORE": self._core}
+        self._lanes: dict[Lane, None] = {}
+        self._replies: dict[str, tuple[Tenant, str]] = {}  # a reply subject in CORE → where the agent who asked listens
+        self.hooks = Hooks()
+        self._lane_numbers, self._reply_numbers = itertools.count(1), itertools.count(1)
+        self._cut: dict[str, None] = {}
+        self._running = True
+
+    # -- what tests do to it ---------------------------------------------------------------------------------------
+    def connect(self, name: str, account: Account = "CORE", identity: str = "", *, inbox: str = "") -> MemoryBus:
+        """A client, by whatever name it can be told from others. `identity` is whose key it holds, by default `name`'s;
+        `inbox` the name it hears answers by, by default its identity's. Raises Unreachable where the broker is stopped."""
+        if not self._running or name in self._cut:
+            raise Unreachable("no broker answers")
+        who = Who(name, account, identity or (WATCH if account == "WATCH" else name))
+        return MemoryBus(self, self._lane(who, inbox), self._lane(who, inbox))
+
+    def before_op(self, hook: Hook) -> None:
+        """`hook(operation)` before each bus operation, and again when it is done, and after it."""
+        self.hooks.add(hook)
+
+    def cut(self, name: str) -> None:
+        """The connection `name` is lost, and cannot come back until `mend`."""
+        self._cut[name] = None
+        for lane in self._named(name):
+            lane.cut()
+
+    def mend(self, name: str) -> None:
+        self._cut.pop(name, None)
+        for lane in self._named(name):
+            if self._running:
+                lane.mend()
+
+    def stop(self) -> None:
+        """All connections are lost, and what was still on its way into a stream; what the streams hold stays."""
+        self._running = False
+        for pipe in self._storing.values():
+            pipe.cut()
+        self._replies.clear()
+        for lane in list(self._lanes):
+            lane.cut()
+
+    def start(self) -> None:
+        self._running = True
+        for lane in list(self._lanes):
+            if lane.who.name not in self._cut:
+                lane.mend()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def snapshot(self) -> Snapshot:
+        """What a power failure from now on would leave, if this were the last fsync."""
+        return Snapshot({name: stream.copy() for name, stream in self._streams.items()})
+
+    def roll_back(self, to: Snapshot) -> None:
+        """A power failure: a restart with the store of an earlier fsync. Acknowledged writes since then are lost."""
+        self.stop()
+        self._streams = {name: stream.copy() for name, stream in to.streams.items()}
+        self._storing = {name: Pipe() for name in self._streams}
+        self.start()
+
+    def _named(self, name: str) -> list[Lane]:
+        return [lane for lane in self._lanes if lane.who.name == name]
+
+    def now(self) -> float:
+        return self._clock() if self._clock else EPOCH_S + asyncio.get_running_loop().time()
+
+    # -- connections -----------------------------------------------------------------------------------------------
+    def _lane(self, who: Who, inbox: str) -> Lane:
+        lane = Lane(self, who, f"_INBOX.{inbox or who.identity}.{next(self._lane_numbers)}")
+        self._lanes[lane] = None
+        return lane
+
+    def listen(self, ear: Ear) -> None:
+        tenant = self._tenant(ear.lane.who)
+        if tenant.may_hear(ear.pattern):
+            tenant.ears.add(ear)
+        else:
+            self.violations.append(Violation(ear.lane.who.identity, "subscribe", ear.pattern))
+            ear.lane.refuse("subscribe", ear.pattern)
+
+    def unlisten(self, ear: Ear) -> None:
+        self._tenant(ear.lane.who).ears.remove(ear)
+
+    def forget(self, lane: Lane) -> None:
+        self._tenant(lane.who).ears.remove_all(lane)
+        if lane.closed:
+            self._lanes.pop(lane, None)
+
+    def arrive(self, lane: Lane, message: Message) -> None:
+        """One message of a client's is here."""
+        tenant = self._tenant(lane.who)
+        if not tenant.may_say(message.subject):
+            self.violations.append(Violation(lane.who.identity, "publish", message.subject))
+            lane.refuse("publish", message.subject)
+        elif message.ask is None:
+            self._take(tenant, message)
+        else:
+            self._answer(tenant, message, message.ask)
+
+    def _tenant(self, who: Who) -> Tenant:
+        name = f"FLEET-{who.identity}" if who.account == "FLEET" else who.account
+        if name not in self._tenants:
+            self._tenants[name] = Tenant(who.account, who.identity)
+        return self._tenants[name]
+
+    # -- routing ---------------------------------------------------------------------------------------------------
+    def _answer(self, tenant: Tenant, message: Message, ask: Callable[[], object]) -> None:
+        try:
+            result = ask()
+        except BusError as error:
+            result = error
+        self.hooks.tell(message.operation, "done")
+        self._take(tenant, Message(message.reply, result=result))
+
+    def _take(self, tenant: Tenant, message: Message) -> None:
+        """Everyone who listens is told, in other accounts too, and the stream that takes the subject gets it."""
+        if tenant is self._core and message.subject in self._replies:
+            tenant, reply = self._replies.pop(message.subject)
+            message = replace(message, subject=reply)
+        heard = self._deliver(tenant, message)
+        for other in self._tenants.values():
+            if other.is_told(tenant, message.subject):
+                heard += self._deliver(other, replace(message, reply=""))
+        if tenant.asks_core(message.subject):
+            tenant, message = self._core, replace(message, reply=self._mapped(tenant, message.reply))
+            heard += self._deliver(tenant, message)
+        stream = next((s for s in self._streams.values() if s.takes(message.subject)), None)
+        if stream is not None and tenant is self._core:
+            delay_s = self.network.delay(BROKER, stream.name, "store")
+            if delay_s is not None:
+                self._storing[stream.name].send(delay_s, partial(self._store, stream, message))
+            return
+        self.hooks.tell(message.operation, "done")
+        if not heard and message.reply:
+            self._take(tenant, Message(message.reply, result=NoResponders(f"{message.subject}: nobody listens")))
+
+    def _deliver(self, tenant: Tenant, message: Message) -> int:
+        ears = tenant.ears.of(message.subject)
+        for ear in ears:
+            ear.lane.deliver(ear, message)
+        return len(ears)
+
+    def _mapped(self, asks: Tenant, reply: str) -> str:
+        """In CORE a question of an agent's is answered to a subject of its own, once."""
+        if not reply:
+            return ""
+        if len(self._replies) >= OPEN_REPLIES:
+            del self._replies[next(iter(self._replies))]
+        mapped = f"_R_.{next(self._reply_numbers)}"
+        self._replies[mapped] = asks, reply
+        return mapped
+
+    def _store(self, stream: Stream, message: Message) -> None:
+        now = self.now()
+        stream.expire(now)
+        result: int | BusError
+        try:
+            result = stream.store(message.subject, message.data, now, message.expected)
+            said: dict[str, object] = {"stream": stream.name, "seq": result}
+        except BusError as error:
+            result, said = error, {"stream": stream.name, "error": {"description": str(error)}}
+        self.hooks.tell(message.operation, "done")
+        if message.reply:
+            self._take(self._core, Message(message.reply, json.dumps(said).encode(), result=result))
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+    def stream(self, name: str, missing: type[BusError]) -> Stream:
+        """As it is now. Direct gets of a stream that is not there meet nobody; JetStream itself says that it is not."""
+        found = self._streams.get(name)
+        if found is None:
+            raise missing(f"{name}: stream not found")
+        found.expire(self.now())
+        return found
+
+    def ensure(self, name: str, shape: Shape) -> None:
+        there = self._streams.get(name)
+        if there is not None:
+            wanted, has = asdict(shape), asdict(there.shape)
+            differ = [f"{k} is {has[k]!r}, wanted {wanted[k]!r}" for k in wanted if has[k] != wanted[k]]
+            if differ:
+                raise Unavailable(f"stream {name} exists with another configuration: {'; '.join(differ)}")
+            return
+        if 0 < shape.ttl_s < SHORTEST_TTL_S:
+            raise Unavailable(f"{name}: max age needs to be >= {SHORTEST_TTL_S} s")
+        for i, subject in enumerate(shape.subjects):
+            others = (*shape.subjects[:i], *(s for stream in self._streams.values() for s in stream.shape.subjects))
+            if any(collide(subject, other) for other in others):
+                raise Unavailable(f"{name}: subjects overlap with an existing stream, or each other: {subject}")
+        reserved = sum(stream.shape.max_bytes for stream in self._streams.values()) + shape.max_bytes
+        if self._max_store_bytes is not None and reserved > self._max_store_bytes:
+            raise StreamFull(f"{name}: insufficient storage resources available")
+        self._streams[name] = self.stream_type(name, shape)
+        self._storing[name] = Pipe()
+
+    def delete(self, name: str) -> None:
+        if self._streams.pop(name, None) is not None:
+            self._storing.pop(name).cut()
+
+
+class MemoryBus:
+    """A client: the bus port on a `MemoryBroker`, which makes them. Like the NATS one, it has two connections."""
+
+    def __init__(self, broker: MemoryBroker, control: Lane, bulk: Lane) -> None:
+        self._broker, self._control, self._bulk = broker, control, bulk
+
+    async def close(self) -> None:
+        with self._operation("close"):
+            await asyncio.gather(self._control.close(), self._bulk.close())
+
+    @property
+    def max_payload(self) -> int:
+        return self._broker.max_payload
+
+    def when_reconnected(self, call: Callable[[], None]) -> None:
+        self._control.reconnected.append(call)
+
+    # -- key-value -------------------------------------------------------------------------------------------------
+    async def ensure_bucket(self, config: BucketConfig) -> None:
+        with self._operation("ensure_bucket", config) as now:
+            await self._ensure(now, f"KV_{config.name}", config)
+
+    async def kv_get(self, bucket: str, key: str) -> Entry | None:
+        with self._operation("kv_get", bucket, key) as now:
+            stored = await self._get(now, f"KV_{bucket}", f"$KV.{bucket}.{key}", self._control)
+            return None if stored is None else Entry(stored.data, stored.seq)
+
+    async def kv_create(self, bucket: str, key: str, value: bytes) -> int:
+        with self._operation("kv_create", bucket, key, value) as now:
+            return await self._put(now, f"$KV.{bucket}.{key}", value, self._control, 0)
+
+    async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
+        with self._operation("kv_update", bucket, key, value, revision) as now:
+            return await self._put(now, f"$KV.{bucket}.{key}", value, self._control, revision)
+
+    async def kv_delete(self, bucket: str, key: str) -> None:
+        with self._operation("kv_delete", bucket, key) as now:
+            await self._purge(now, f"KV_{bucket}", f"$KV.{bucket}.{key}")
+
+    async def kv_keys(self, bucket: str) -> list[str]:
+        with self._operation("kv_keys", bucket) as now:
+            prefix = f"$KV.{bucket}."
+            state = await self._state(now, f"KV_{bucket}", f"{prefix}>")
+            return sorted(subject.removeprefix(prefix) for subject in state.subjects)
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+    async def ensure_stream(self, config: StreamConfig) -> None:
+        with self._operation("ensure_stream", config) as now:
+            await self._ensure(now, config.name, config)
+
+    async def delete_stream(self, stream: str) -> None:
+        with self._operation("delete_stream", stream) as now:
+            await self._ask(now, f"$JS.API.STREAM.DELETE.{stream}", lambda: self._broker.delete(stream))
+
+    async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
+        with self._operation("put", subject, data) as now:
+            return await self._put(now, subject, data, self._bulk if bulk else self._control)
+
+    async def get(self, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
+        with self._operation("get", stream, subject) as now:
+            return await self._get(now, stream, subject, self._bulk if bulk else self._control)
+
+    async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
+        with self._operation("read", stream, from_seq, limit) as now:
+            held = partial(self._broker.stream, stream, NoResponders)
+            return await self._ask(now, f"$JS.API.DIRECT.GET.{stream}", lambda: held().read(from_seq, limit))
+
+    async def state(self, stream: str, subjects: str = "") -> StreamState:
+        with self._operation("state", stream, subjects) as now:
+            return await self._state(now, stream, subjects)
+
+    async def purge(self, stream: str, subject: str, *, up_to_seq: int | None = None) -> None:
+        with self._operation("purge", stream, subject, up_to_seq) as now:
+            await self._purge(now, stream, subject, up_to_seq)
+
+    # -- core ------------------------------------------------------------------------------------------------------
+    async def publish(self, subject: str, data: bytes) -> None:
+        with self._operation("publish", subject, data) as now:
+            self._check(subject, data)
+            self._control.publish(Message(subject, bytes(data), operation=now), now.name)
+
+    async def subscribe(self, subject: str, handler: Handler, *, limit: int = 4096) -> Subscription:
+        with self._operation("subscribe", subject):
+            return self._control.listen(checked(subject, pattern=True), handler, limit)
+
+    async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
+        with self._operation("request", subject, data, timeout_s) as now:
+            self._check(subject, data)
+            message = Message(subject, bytes(data), operation=now)
+            return (await self._control.request(message, now.name, timeout_s)).data
+
+    # -- the JetStream API -----------------------------------------------------------------------------------------
+    def _operation(self, name: str, *arguments: object) -> AbstractContextManager[Operation]:
+        return self._broker.hooks.around(self._control.who.name, name, arguments)
+
+    def _check(self, subject: str, data: bytes, headers: int = 0) -> None:
+        checked(subject)
+        if headers + len(data) > self.max_payload:
+            raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
+
+    async def _put(self, now: Operation, subject: str, data: bytes, lane: Lane, expected: int | None = None) -> int:
+        self._check(subject, data, 0 if expected is None else CAS_HEADER_BYTES)
+        message = Message(subject, bytes(data), expected=expected, operation=now)
+        result = (await lane.request(message, now.name, ANSWER_S)).result
+        if isinstance(result, BusError):
+            raise result
+        if not isinstance(result, int):
+            raise Unavailable(f"{subject}: somebody answers who is no stream")
+        return result
+
+    async def _get(self, now: Operation, stream: str, subject: str, lane: Lane) -> Stored | None:
+        held = partial(self._broker.stream, stream, NoResponders)
+        return await self._ask(now, f"$JS.API.DIRECT.GET.{stream}.{subject}", lambda: held().last(subject), lane)
+
+    async def _state(self, now: Operation, stream: str, subjects: str) -> StreamState:
+        held = partial(self._broker.stream, stream, Unavailable)
+        return await self._ask(now, f"$JS.API.STREAM.INFO.{stream}", lambda: held().state(subjects))
+
+    async def _purge(self, now: Operation, stream: str, subject: str, up_to_seq: int | None = None) -> None:
+        held = partial(self._broker.stream, stream, Unavailable)
+        await self._ask(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject, up_to_seq))
+
+    async def _ensure(self, now: Operation, name: str, config: StreamConfig | BucketConfig) -> None:
+        ensure = partial(self._broker.ensure, name, Shape.of(config))
+        await self._ask(now, f"$JS.API.STREAM.CREATE.{name}", ensure)
+
+    async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], lane: Lane | None = None) -> T:
+        """Has JetStream do something, where the permissions let us ask for it."""
+        message = Message(checked(subject), ask=ask, operation=now)
+        result = (await (lane or self._control).request(message, now.name, ANSWER_S)).result
+        if isinstance(result, BusError):
+            raise result
+        return cast(T, result)

@@ -1,0 +1,91 @@
+"""Between a model and its flat vector: makes the manifest of a model, and lets the model live in the vector."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from syncline.errors import ConfigError, PeerError
+from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = ()) -> Manifest:
+    """The layout of a model's averaged tensors, in the model's own order.
+
+    `local`: name patterns of tensors that stay with the agent. Raises ConfigError for a model with nothing to average.
+    """
+    travelling = list(_averaged(model, local))
+    if not any(isinstance(t, nn.Parameter) for _, t in travelling):
+        raise ConfigError(
+            "task", "the model has no trainable floating-point parameter to average", "Return a model with parameters"
+        )
+    dtype = "fp64" if any(t.dtype == torch.float64 for _, t in travelling) else "fp32"
+    itemsize = DTYPES[dtype].itemsize
+    tensors, offset = [], 0
+    for name, tensor in travelling:
+        tensors.append(Entry(name=name, shape=list(tensor.shape), offset=offset, elements=tensor.numel()))
+        offset += tensor.numel()
+    names = {name for name, _ in travelling}
+    return Manifest(
+        dtype=dtype,
+        elements=offset,
+        chunk_elements=max(ALIGN_ELEMENTS, chunk_bytes // itemsize // ALIGN_ELEMENTS * ALIGN_ELEMENTS),
+        tensors=tensors,
+        at_home=[n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n not in names],
+    )
+
+
+class FlatModel:
+    """A model whose averaged tensors are views of one flat vector, so that averaging is one operation on `flat_P`.
+
+    P: elements. Tensors of the vector's own dtype share its memory; others (half-precision weights under an fp32 center)
+    are copied by `store` and `load`.
+    """
+
+    def __init__(self, model: nn.Module, manifest: Manifest, local: Sequence[str] = ()) -> None:
+        self.model = model
+        tensors = dict(_averaged(model, local))
+        found = [(n, list(t.shape)) for n, t in tensors.items()]
+        expected = [(t.name, t.shape) for t in manifest.tensors]
+        if found != expected:
+            odd = next(
+                (f"{a} here, {b} in the run" for a, b in zip(found, expected, strict=False) if a != b), "another count"
+            )
+            raise PeerError(f"the task's model differs from the run's: {odd}. Is the task's code the same everywhere?")
+        device = next(iter(tensors.values())).device
+        self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
+        self._apart: list[tuple[Tensor, Tensor]] = []
+        for entry in manifest.tensors:
+            tensor = tensors[entry.name]
+            view = self.flat_P[entry.offset : entry.offset + entry.elements].view(entry.shape)
+            view.copy_(tensor.detach())
+            if tensor.dtype == self.flat_P.dtype:
+                tensor.data = view
+            else:
+                self._apart.append((tensor, view))
+
+    def store(self) -> None:
+        """Model → flat vector, for tensors that do not share its memory."""
+        for tensor, view in self._apart:
+            view.copy_(tensor.detach())
+
+    def load(self) -> None:
+        """Flat vector → model, for tensors that do not share its memory."""
+        with torch.no_grad():
+            for tensor, view in self._apart:
+                tensor.copy_(view)
+
+
+def _averaged(model: nn.Module, local: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters, then floating-point buffers that are saved; each shared tensor once."""
+    saved = model.state_dict(keep_vars=True)
+    parameters = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    buffers = ((n, b) for n, b in model.named_buffers() if n in saved)
+    for name, tensor in (*parameters, *buffers):
+        if tensor.is_floating_point() and not any(fnmatch.fnmatchcase(name, pattern) for pattern in local):
+            yield name, tensor
