@@ -100,7 +100,8 @@ class Agent:
     async def _wait(self) -> None:
         """Until there may be a run: a notify of one, or some seconds."""
         try:
-            await asyncio.wait_for(self._news.wait(), HELLO_S * random.uniform(0.7, 1.3))
+            async with asyncio.timeout(HELLO_S * random.uniform(0.7, 1.3)):
+                await self._news.wait()
         except TimeoutError:
             pass
 

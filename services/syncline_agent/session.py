@@ -98,6 +98,7 @@ class Session:
         self._bytes_up = self._bytes_down = 0
         self._metrics = Pace(0.1)
         self._announced = False
+        self._over = asyncio.Event()
         self._heartbeat_s = HEARTBEAT_S
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -106,14 +107,15 @@ class Session:
         beat = asyncio.create_task(self._beat())
         show = asyncio.create_task(self._show())
         work = asyncio.create_task(self._work())
+        over = asyncio.create_task(self._over.wait())
         try:
-            done, _ = await asyncio.wait({beat, show, work}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({beat, show, work, over}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            for task in (beat, show, work):
+            for task in (beat, show, work, over):
                 task.cancel()
-            await asyncio.gather(beat, show, work, return_exceptions=True)
+            await asyncio.gather(beat, show, work, over, return_exceptions=True)
             await self._training.close()
 
     async def leave(self) -> None:
@@ -154,6 +156,8 @@ class Session:
             self._seen.roster, self._seen.roster_blob = decode(Roster, roster), head.roster.id
         if self._state == "training" and head.version > self._version:
             self._training.stop_early()  # the round is over without us
+        if head.phase in ENDED:
+            self._over.set()  # whatever is under way, nobody wants it any more
         self._moved.set()
 
     async def _read_head(self) -> None:
@@ -176,7 +180,8 @@ class Session:
 
     async def _wait(self) -> None:
         try:
-            await asyncio.wait_for(self._moved.wait(), READ_AGAIN_S * random.uniform(0.7, 1.3))
+            async with asyncio.timeout(READ_AGAIN_S * random.uniform(0.7, 1.3)):
+                await self._moved.wait()
         except TimeoutError:
             await self._read_head()
 
@@ -194,8 +199,6 @@ class Session:
                 self._moved.clear()
                 try:
                     seen = await self._newest()
-                    if seen.head.phase in ENDED:
-                        return
                     if self._is_due(seen):
                         await self._one_period(seen)
                     else:
@@ -324,7 +327,7 @@ class Session:
         await self._telemetry.event("trainer-died", text, level="warning", agent=self._me.agent)
 
     async def _cannot(self, why: str) -> None:
-        """Says so, and waits for the end of the run: this agent is of no use in it."""
+        """Says so, and stays until the run is over: this agent is of no use in it."""
         self._state, self._why = "failed", why[:2000]
         text = f"{self._me.agent} cannot train: {why}"
         await self._telemetry.event("agent-failed", text, level="error", agent=self._me.agent)
@@ -332,8 +335,6 @@ class Session:
         while True:
             await self._wait()
             self._moved.clear()
-            if self._seen is not None and self._seen.head.phase in ENDED:
-                return
 
     # -- signs of life -------------------------------------------------------------------------------------------------
     def _sign_of_life(self) -> Heartbeat:

@@ -86,9 +86,12 @@ def demo(
     agents: Annotated[int, typer.Option(metavar="N", help="Agents, each a process with a part of the data.")] = 4,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds; 20 local steps each.")] = 40,
     alpha: Annotated[
-        float, typer.Option(metavar="A", help="How far an agent moves to the shared model: 0 not at all, 1 all the way.")
+        float,
+        typer.Option(metavar="A", help="How far an agent moves to the shared model: 0 not at all, 1 all the way."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the first weights, the split of the data, the batches.")] = 7,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the first weights, the split of the data, the batches.")
+    ] = 7,
     port: Annotated[int, typer.Option(metavar="PORT", help="Of the broker; 0: any that is free.")] = 0,
     directory: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new directory that keeps broker, keys and logs.")

@@ -6,7 +6,8 @@ import importlib.util
 import secrets
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +23,8 @@ from syncline_cli.results import print_json, result_of
 from syncline_cli.state import AgentState, RunState
 from syncline_cli.supervise import until_ended
 
-BAR = 24  # columns of the longest bar in the final table
+BAR = 30  # columns of the longest bar in the final table
+STALLED_S = 60.0
 
 
 class Demo:
@@ -32,9 +34,9 @@ class Demo:
         self.settings = settings
         self.console = Console(stderr=settings.as_json, highlight=False)
         n = settings.agents
-        about = f"handwritten digits, {n} agent{'s' if n > 1 else ''}, Dirichlet(0.5) parts, α {settings.alpha:g}"
-        self.about = about
-        self.screen = Screen(self.console, Message(f"starting a broker, a coordinator and {n} agents"))
+        agents = f"{n} agent{'s' if n > 1 else ''}"
+        self.about = f"handwritten digits, {agents}, Dirichlet(0.5), α {settings.alpha:g}"
+        self.screen = Screen(self.console, Message(f"starting a broker, a coordinator and {agents}"))
         self.result: dict[str, Any] = {}
         self.alone: dict[str, AgentState] = {}
         self.shared = RunState("", 1)
@@ -63,7 +65,9 @@ class Demo:
     async def _alone(self, fleet: LocalFleet, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         steps = spec.local.steps_for(0)
         state = RunState(spec.name, 1, steps)
-        done = f"shared model: accuracy {number('accuracy', self.result['accuracy'])} after {self.shared.version} rounds"
+        done = (
+            f"shared model: accuracy {number('accuracy', self.result['accuracy'])} after {self.shared.version} rounds"
+        )
         self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
         await self._follow(fleet, bus, watch, spec, state)
         self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural)}
@@ -75,7 +79,7 @@ class Demo:
         await feed.open()
         await submit(bus, spec)
         follower = Follower(bus, spec.name)
-        head = await until_ended(fleet, follower, state, spec.agents.min, self.screen.say)
+        head = await until_ended(fleet, follower, state, spec.agents.min, self.screen.say, stalled_s=STALLED_S)
         await feed.last(
             head.version, evaluated=spec.evaluate.center, agents=spec.agents.min if spec.evaluate.agents else 0
         )
@@ -86,8 +90,8 @@ class Demo:
         if self.settings.directory is not None:
             (broker.directory / "broker.url").write_text(f"{broker.url}\n")
         key = broker.keyring.path("watch")
-        self.screen.say("dim", "watch from a second terminal, with the nats command-line tool:")
-        self.screen.say("dim", f"  nats --server {broker.url} --nkey {key} sub 'syncline.v1.*.metrics.>'")
+        self.screen.say("hint", "watch from a second terminal, with the nats command-line tool:")
+        self.screen.say("hint", f"  nats --server {broker.url} --nkey {key} sub 'syncline.v1.*.metrics.>'")
 
     # -- what came of it -----------------------------------------------------------------------------------------------
     def report(self) -> int:
@@ -95,44 +99,48 @@ class Demo:
         if self.settings.as_json:
             print_json({key: self.result[key] for key in _KEYS})
             return 0
-        self.console.print()
-        self.console.print(self._table())
-        self.console.print()
-        for line in self._figures():
-            self.console.print(Text("  " + line))
-        self.console.print()
-        self._next()
+        self.console.print(Padding(Group(self._table(), "", self._figures(), "", self._next()), (1, 0, 1, 2)))
         return 0
 
     def _table(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        for justify in ("left", "right", "right", "left"):
-            table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_row("", Text("rows", "dim"), Text("accuracy", "dim"))
+        """Everybody's accuracy, and bars for what is missing to 1: the errors."""
+        table = Table.grid(padding=(0, 3, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True)
+        table.add_row("", *(Text(head, "dim") for head in ("rows", "accuracy", "errors")))
+        every = [agent.metrics.get("accuracy") for agent in self.alone.values()]
+        worst = max([1.0 - a for a in (*every, self.result["accuracy"]) if a is not None], default=1.0)
         rows = 0
-        for name, agent in self.alone.items():
-            part = agent.train.rows if agent.train is not None else 0
+        for (name, agent), accuracy in zip(self.alone.items(), every, strict=True):
+            part = self._rows(name, agent)
             rows += part
-            table.add_row(f"{name} alone", f"{part:,}", *_bar(agent.metrics.get("accuracy"), "cyan"))
-        table.add_row(Text("shared model", "bold"), f"{rows:,}", *_bar(self.result["accuracy"], "green"))
+            table.add_row(f"{name} alone", f"{part:,}", *_errors(accuracy, worst, "cyan"))
+        table.add_row(Text("shared model", "bold"), f"{rows:,}", *_errors(self.result["accuracy"], worst, "green"))
         return table
 
-    def _figures(self) -> list[str]:
-        r = self.result
-        traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
-        rounds = f"{r['versions']} round{'s' if r['versions'] > 1 else ''}"
-        return [
-            f"{rounds} in {r['seconds']:.1f} s, {traffic}; the first one committed {r['first_commit_s']:.1f} s after the start",
-        ]
+    def _rows(self, name: str, agent: AgentState) -> int:
+        """Of its part, which is the same in both runs."""
+        known = [a.train.rows for a in (agent, self.shared.agents.get(name)) if a is not None and a.train is not None]
+        return max(known, default=0)
 
-    def _next(self) -> None:
+    def _figures(self) -> Text:
+        r = self.result
+        rounds = f"{r['versions']} round{'s' if r['versions'] > 1 else ''}"
+        said = f"{rounds} in {r['seconds']:.1f} s, the first {r['first_commit_s']:.1f} s after the start"
+        return Text(f"{said}; {megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down")
+
+    def _next(self) -> Group:
         digits = importlib.util.find_spec("syncline.tasks.digits")
-        table = Table.grid(padding=(0, 2))
-        table.add_row(Text("next", "dim"))
-        table.add_row("syncline demo --alpha 0.5 --agents 8", Text("elastic mixing, more agents", "dim"))
-        table.add_row("syncline run SPEC.yaml --local 4", Text(f"your settings; one line will do: task: {TASK}", "dim"))
-        self.console.print(table)
-        self.console.print(Text(f"  a task of your own looks like {digits.origin if digits else ''}"), soft_wrap=True)
+        lines = (
+            "syncline demo --alpha 0.5 --agents 8",
+            f"echo 'task: {TASK}' > mine.yaml",
+            "syncline run mine.yaml --local 4",
+        )
+        own = f"a task of your own: start from {digits.origin}" if digits else ""
+        return Group(Text("next:", "dim"), *(Text(f"  {line}") for line in lines), Text(own, "dim", overflow="fold"))
 
 
 _KEYS = (
@@ -141,6 +149,11 @@ _KEYS = (
 )
 
 
-def _bar(value: float | None, style: str) -> tuple[Text, Text]:
-    figure = Text(number("accuracy", value), "bold" if style == "green" else "")
-    return figure, Text("█" * round(BAR * (value or 0.0)), style)
+def _errors(accuracy: float | None, worst: float, style: str) -> tuple[Text, Text, Text]:
+    """Accuracy, share of errors, and a bar for the errors."""
+    if accuracy is None:
+        return Text("—"), Text("—"), Text("")
+    errors = 1.0 - accuracy
+    strong = "bold" if style == "green" else ""
+    bar = "█" * max(1, round(BAR * errors / worst)) if errors and worst else ""
+    return Text(f"{accuracy:.3f}", strong), Text(f"{errors:.1%}", strong), Text(bar, style)

@@ -20,7 +20,7 @@ FRAME_S = 0.125
 LINE_S = 10.0  # a plain line at least so often, while something moves
 WIDEST = 100
 TENTHS = 10
-STYLES = {"info": "", "warning": "yellow", "error": "red"}
+STYLES = {"info": "", "hint": "dim", "warning": "yellow", "error": "red"}
 
 
 class View(Protocol):
@@ -84,12 +84,11 @@ class RunView:
 
 
 def _titled(title: str, about: str, width: int) -> RenderableType:
-    head = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    head.add_column(no_wrap=True)
-    head.add_column(no_wrap=True, ratio=1, style="dim", overflow="ellipsis")
-    head.add_column(no_wrap=True, justify="right", style="dim")
-    head.add_row(Text(title, "bold"), about, f"{since_start_s():.1f} s")
-    return Padding(head, (0, 0, 1, 0), expand=False)
+    """Bold title, dim explanation, and the time at the right end."""
+    clock = f"{since_start_s():.1f} s"
+    left = Text.assemble((title, "bold"), ("  " + about if about else "", "dim"))
+    left.truncate(max(0, width - len(clock) - 2), overflow="ellipsis", pad=True)
+    return Padding(Text.assemble(left, "  ", (clock, "dim")), (0, 0, 1, 0), expand=False)
 
 
 def _agents(state: RunState, width: int, room: int) -> RenderableType:
@@ -115,11 +114,17 @@ def _agent(state: RunState, agent: AgentState, figures: int) -> list[RenderableT
     bar = ProgressBar(total=steps, completed=done, complete_style="cyan", finished_style="cyan")
     shown = [
         Text(f"{done}/{steps}".rjust(2 * len(str(steps)) + 1)),
-        Text.assemble(("loss ", "dim"), number("loss", train.loss).rjust(6)),
-        Text.assemble(f"{train.samples_per_s or 0:,.0f}".rjust(7), (" rows/s", "dim")),
-        Text.assemble(("v", "dim"), str(train.version).rjust(4)),
+        _figure("loss ", number("loss", train.loss).rjust(6), "", train.loss is not None),
+        _figure("", f"{train.samples_per_s or 0:,.0f}".rjust(6), " rows/s", bool(train.samples_per_s)),
+        _figure("v", str(train.version).ljust(len(str(state.versions))), "", bool(train.version)),
     ]
     return [bar, *shown[:figures]]
+
+
+def _figure(before: str, value: str, after: str, known: bool) -> Text:
+    """A value with its dim name or unit; blank while it is not known."""
+    whole = Text.assemble((before, "dim"), value, (after, "dim"))
+    return whole if known else Text(" " * len(whole))
 
 
 _FIGURES = ("steps", "loss", "rate", "version")
@@ -131,19 +136,23 @@ def _figures_that_fit(width: int) -> int:
 
 def _shared(state: RunState, width: int) -> RenderableType:
     """Rounds, metrics and traffic of the shared model."""
-    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1, no_wrap=True)
+    metrics = state.shown_metrics()[:4]
     rounds = f"{state.version:,} of {state.versions:,}"
+    figures = [number(name, state.metrics[name]) for name in metrics]
+    names = max(len(name) for name in ("accuracy", "traffic", *metrics))
+    wide = max(8, width - names - max(len(f) for f in (rounds, *figures)) - 4)
+    done = max(1, round(wide * min(1.0, state.version / state.versions)))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim", min_width=names)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, width=wide)
     bar = ProgressBar(total=state.versions, completed=state.version, complete_style="green", finished_style="green")
     table.add_row("rounds", rounds, bar)
-    for name in state.shown_metrics()[:4]:
-        spark = state.curves[name].sparkline(max(8, min(60, width - 34))) if name in state.curves else ""
-        style = "bold" if name == "accuracy" else ""
-        table.add_row(name, Text(number(name, state.metrics[name]), style), Text(spark, "green"))
-    traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
-    return Group(table, Text.assemble(("traffic  ", "dim"), traffic)) if state.round else table
+    for name, figure in zip(metrics, figures, strict=True):
+        spark = state.curves[name].sparkline(done) if name in state.curves else ""
+        table.add_row(name, Text(figure, "bold" if name == "accuracy" else ""), Text(spark, "green"))
+    traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down" if state.round else ""
+    return Group(table, Text.assemble(("traffic".ljust(names + 2), "dim"), traffic))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

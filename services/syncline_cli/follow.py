@@ -85,7 +85,8 @@ class Follower:
         try:
             while not await self._look():
                 try:
-                    await asyncio.wait_for(self._moved.wait(), READ_AGAIN_S)
+                    async with asyncio.timeout(READ_AGAIN_S):
+                        await self._moved.wait()
                 except TimeoutError:
                     pass
                 self._moved.clear()

@@ -40,22 +40,19 @@ class Curve:
             self.points, self._every = self.points[::2], 2 * self._every
 
     def sparkline(self, width: int) -> str:
-        """One block per stretch of versions: the last value in it, between the lowest and the highest of all."""
+        """`width` blocks, each the last value up to its version, between the lowest and the highest of all."""
         if not self.points or width < 1:
             return ""
         first, last = self.points[0][0], self.points[-1][0]
-        columns = min(width, last - first + 1)
-        shown: list[float | None] = [None] * columns
-        for version, value in self.points:
-            shown[(version - first) * columns // (last - first + 1)] = value
         values = [value for _, value in self.points]
         low, span = min(values), max(values) - min(values)
-        line, level = [], 0
-        for value in shown:
-            if value is not None:  # an empty stretch shows the value before it
-                level = round((value - low) / span * (len(BLOCKS) - 1)) if span else 0
-            line.append(BLOCKS[level])
-        return "".join(line)
+        line, k = "", 0
+        for column in range(width):
+            up_to = first + (last - first) * (column + 1) / width
+            while k + 1 < len(self.points) and self.points[k + 1][0] <= up_to:
+                k += 1
+            line += BLOCKS[round((values[k] - low) / span * (len(BLOCKS) - 1)) if span else 0]
+        return line
 
 
 @dataclass(slots=True)

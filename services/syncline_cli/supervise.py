@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
@@ -67,18 +68,20 @@ def with_fleet(
         raise Interrupted from None
 
 
-async def until_ended(fleet: LocalFleet, follower: Follower, state: RunState, needed: int, say: Say) -> Head:
-    """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end."""
-    head = await _first(follower.until_ended(), _until_broken(fleet, follower, state, needed, say))
+async def until_ended(
+    fleet: LocalFleet, follower: Follower, state: RunState, needed: int, say: Say, *, stalled_s: float = math.inf
+) -> Head:
+    """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end, and
+    when nothing has moved for `stalled_s`."""
+    broken = _until_broken(fleet, follower, state, needed, say)
+    head = await _first(follower.until_ended(), broken, _until_stalled(fleet, follower, state, stalled_s))
     if head.phase != "done":
         culprits = sorted(state.failed) or [COORDINATOR]
         raise RunFailed(f"run {head.run}: {head.reason}{ends_of_logs(fleet, culprits[:2])}")
     return head
 
 
-async def _until_broken(
-    fleet: LocalFleet, follower: Follower, state: RunState, needed: int, say: Say
-) -> NoReturn:
+async def _until_broken(fleet: LocalFleet, follower: Follower, state: RunState, needed: int, say: Say) -> NoReturn:
     """Raises RunFailed when the coordinator is gone, or too few agents are left: nobody else will come to help."""
     gone: set[str] = set()
     loop = asyncio.get_running_loop()
@@ -104,6 +107,21 @@ async def _until_broken(
             joined = [a for a in state.agents.values() if a.train is not None and a.train.state != "starting"]
             if not follower.opened:
                 say("warning", f"still waiting for agents: {len(joined)} of {needed} are ready")
+        await asyncio.sleep(LOOK_S)
+
+
+async def _until_stalled(fleet: LocalFleet, follower: Follower, state: RunState, stalled_s: float) -> NoReturn:
+    """Raises RunFailed when nobody has made a step, and no round has closed, for so long."""
+    loop = asyncio.get_running_loop()
+    moved_at_s, seen = loop.time(), ""
+    while True:
+        trains = [(name, a.train and (a.train.state, a.train.clock, a.train.step)) for name, a in state.agents.items()]
+        now = repr((follower.head, trains))
+        if now != seen:
+            moved_at_s, seen = loop.time(), now
+        if loop.time() - moved_at_s > stalled_s:
+            text = f"run {state.run}: nothing has moved for {stalled_s:g} s; it stands at version {state.version}"
+            raise RunFailed(text + ends_of_logs(fleet, [COORDINATOR, *fleet.settings.agents[:1]]))
         await asyncio.sleep(LOOK_S)
 
 

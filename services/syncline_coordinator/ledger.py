@@ -94,6 +94,9 @@ class Ledger:
         """A plan that was found in head: its updates are offered, from `seq` on."""
         self._offered |= {(e.agent, e.clock): Offered(e, seq) for e in plan.merged}
 
+    def offered_blobs(self) -> set[str]:
+        return {o.entry.blob.id for o in self._offered.values()} | {blob.id for _, blob in self._purge_later}
+
     def entry(self, agent: str, clock: int) -> PlanEntry:
         return self._offered[agent, clock].entry
 

@@ -67,7 +67,8 @@ class OfferReader:
         else:
             self._told = self._looks = 0
         try:
-            await asyncio.wait_for(self._woken.wait(), pause)
+            async with asyncio.timeout(pause):
+                await self._woken.wait()
         except TimeoutError:
             pass
 

@@ -52,6 +52,7 @@ from syncline.wire.messages import (
 from syncline.wire.messages import Committed as CommitRecord
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
+from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.purge import Purger
@@ -111,6 +112,7 @@ class Run:
         self._wake_at_s: float | None = None
         self._purger = Purger(parts.bus)
         self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
+        self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.offered_blobs)
         self._work: set[asyncio.Task[None]] = set()
 
     # -- facts from outside --------------------------------------------------------------------------------------------
@@ -156,6 +158,7 @@ class Run:
         try:
             self._begin(self._read_offers())
             self._begin(self._purger.run())
+            self._begin(self._janitor.run())
             while not self.ended.is_set():
                 fact = await self._next()
                 if isinstance(fact, _MergeDone):

@@ -30,7 +30,6 @@ from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
-    MAX_HEAD_BYTES,
     Head,
     Heartbeat,
     Hello,
@@ -241,7 +240,8 @@ class Coordinator:
                 await self._drive(name)
                 continue
             try:
-                await asyncio.wait_for(self._queue_changed.wait(), QUEUE_AGAIN_S)
+                async with asyncio.timeout(QUEUE_AGAIN_S):
+                    await self._queue_changed.wait()
             except TimeoutError:
                 pass
 
@@ -276,6 +276,8 @@ class Coordinator:
         except (ConfigError, Unavailable, PeerError) as error:
             await telemetry.event("run-failed", f"run {name}: {error}", level="error")
             await self._give_up(name, str(error))
+        else:
+            await release(self._bus, name, ended=True)
         finally:
             self._active = None
             if run is not None and run.parts.evaluation is not None:
@@ -347,6 +349,3 @@ def _superseded(agent: str) -> Welcome:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-__all__ = ["MAX_HEAD_BYTES", "Coordinator", "CoordinatorSettings", "release"]

@@ -12,9 +12,10 @@ from syncline.wire.manifest import Manifest
 
 UPDATES_PER_AGENT = 2  # one that is judged, one on its way
 MESSAGE_OVERHEAD_BYTES = 512  # subject, headers, frame and the store's own record
-RECORDS_BYTES = 64 << 20  # rosters and plans beside the models, and blobs that wait to be purged
-OFFERS_BYTES = 16 << 20
-LOG_BYTES = 64 << 20
+UPDATES_SLACK_BYTES = 32 << 20  # judged updates that wait to be purged
+RECORDS_BYTES = 16 << 20  # rosters and plans beside the models, and models that wait to be purged
+OFFERS_BYTES = 8 << 20
+LOG_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Reservation:
     @classmethod
     def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
         blob = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
-        updates = UPDATES_PER_AGENT * agents * blob + RECORDS_BYTES
+        updates = UPDATES_PER_AGENT * agents * blob + UPDATES_SLACK_BYTES
         return cls(updates, (spec.keep_models + 1) * blob + RECORDS_BYTES)
 
     @property
@@ -68,9 +69,12 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
         ) from None
 
 
-async def release(bus: Bus, run: str) -> None:
-    """Deletes the run's streams with all they hold."""
-    for name in (subjects.updates_stream, subjects.offers_stream, subjects.model_stream, subjects.log_stream):
+async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
+    """Deletes the run's streams with all they hold. Of a run that has ended, models and log stay."""
+    names = [subjects.updates_stream, subjects.offers_stream]
+    if not ended:
+        names += [subjects.model_stream, subjects.log_stream]
+    for name in names:
         try:
             await bus.delete_stream(name(run))
         except BusError:

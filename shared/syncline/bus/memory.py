@@ -19,7 +19,7 @@ import itertools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -38,22 +38,14 @@ from syncline.bus.memory_faults import (
     Pipe,
     Who,
 )
-from syncline.bus.memory_store import CAS_HEADER_BYTES, Shape, Stream, Tenant, checked, collide
+from syncline.bus.memory_store import CAS_HEADER_BYTES, FEEDS, NOTIFY, Shape, Store, Stream, Tenant, checked, matches
 from syncline.bus.violations import Violation
-from syncline.errors import BusError, NoResponders, StreamFull, Unavailable, Unreachable
+from syncline.errors import BusError, NoResponders, Unavailable, Unreachable
 
 T = TypeVar("T")
 ANSWER_S = 5.0  # how long the broker may take to acknowledge
 EPOCH_S = 1.7e9  # what the event loop's time is added to
-SHORTEST_TTL_S = 0.1  # that JetStream takes
 OPEN_REPLIES = 4096  # questions of FLEET that may wait for CORE's answer; beyond, the oldest stay without
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What had reached the disk."""
-
-    streams: dict[str, Stream]
 
 
 class MemoryBroker:
@@ -73,14 +65,14 @@ class MemoryBroker:
         self.network: Network = network or Instant()
         self.max_payload = max_payload
         self.violations: list[Violation] = []
-        self._clock, self._max_store_bytes = clock, max_store_bytes
-        self._streams: dict[str, Stream] = {}
+        self.store = Store(self.stream_type, max_store_bytes)
+        self.hooks = Hooks()
+        self._clock = clock
         self._storing: dict[str, Pipe] = {}  # the way of messages into each stream
         self._core = Tenant("CORE", "")
         self._tenants: dict[str, Tenant] = {"CORE": self._core}
         self._lanes: dict[Lane, None] = {}
         self._replies: dict[str, tuple[Tenant, str]] = {}  # a reply subject in CORE → where the agent who asked listens
-        self.hooks = Hooks()
         self._lane_numbers, self._reply_numbers = itertools.count(1), itertools.count(1)
         self._cut: dict[str, None] = {}
         self._running = True
@@ -129,15 +121,14 @@ class MemoryBroker:
         self.stop()
         self.start()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> Store:
         """What a power failure from now on would leave, if this were the last fsync."""
-        return Snapshot({name: stream.copy() for name, stream in self._streams.items()})
+        return self.store.copy()
 
-    def roll_back(self, to: Snapshot) -> None:
+    def roll_back(self, to: Store) -> None:
         """A power failure: a restart with the store of an earlier fsync. Acknowledged writes since then are lost."""
         self.stop()
-        self._streams = {name: stream.copy() for name, stream in to.streams.items()}
-        self._storing = {name: Pipe() for name in self._streams}
+        self.store, self._storing = to.copy(), {}
         self.start()
 
     def _named(self, name: str) -> list[Lane]:
@@ -200,21 +191,28 @@ class MemoryBroker:
             tenant, reply = self._replies.pop(message.subject)
             message = replace(message, subject=reply)
         heard = self._deliver(tenant, message)
-        for other in self._tenants.values():
-            if other.is_told(tenant, message.subject):
-                heard += self._deliver(other, replace(message, reply=""))
+        for other in self._audience(tenant, message.subject):
+            heard += self._deliver(other, replace(message, reply=""))
         if tenant.asks_core(message.subject):
             tenant, message = self._core, replace(message, reply=self._mapped(tenant, message.reply))
             heard += self._deliver(tenant, message)
-        stream = next((s for s in self._streams.values() if s.takes(message.subject)), None)
-        if stream is not None and tenant is self._core:
+        stream = self.store.taking(message.subject) if tenant is self._core else None
+        if stream is not None:
             delay_s = self.network.delay(BROKER, stream.name, "store")
             if delay_s is not None:
-                self._storing[stream.name].send(delay_s, partial(self._store, stream, message))
+                self._storing.setdefault(stream.name, Pipe()).send(delay_s, partial(self._keep, stream, message))
             return
         self.hooks.tell(message.operation, "done")
         if not heard and message.reply:
             self._take(tenant, Message(message.reply, result=NoResponders(f"{message.subject}: nobody listens")))
+
+    def _audience(self, said_in: Tenant, subject: str) -> list[Tenant]:
+        """The other accounts that hear it."""
+        if said_in is self._core and matches(NOTIFY, subject):
+            return [tenant for tenant in self._tenants.values() if tenant.account == "FLEET"]
+        if said_in.account != "WATCH" and any(matches(feed, subject) for feed in FEEDS):
+            return [tenant for tenant in self._tenants.values() if tenant.account == "WATCH"]
+        return []
 
     def _deliver(self, tenant: Tenant, message: Message) -> int:
         ears = tenant.ears.of(message.subject)
@@ -232,7 +230,7 @@ class MemoryBroker:
         self._replies[mapped] = asks, reply
         return mapped
 
-    def _store(self, stream: Stream, message: Message) -> None:
+    def _keep(self, stream: Stream, message: Message) -> None:
         now = self.now()
         stream.expire(now)
         result: int | BusError
@@ -248,34 +246,15 @@ class MemoryBroker:
     # -- streams ---------------------------------------------------------------------------------------------------
     def stream(self, name: str, missing: type[BusError]) -> Stream:
         """As it is now. Direct gets of a stream that is not there meet nobody; JetStream itself says that it is not."""
-        found = self._streams.get(name)
+        found = self.store.streams.get(name)
         if found is None:
             raise missing(f"{name}: stream not found")
         found.expire(self.now())
         return found
 
-    def ensure(self, name: str, shape: Shape) -> None:
-        there = self._streams.get(name)
-        if there is not None:
-            wanted, has = asdict(shape), asdict(there.shape)
-            differ = [f"{k} is {has[k]!r}, wanted {wanted[k]!r}" for k in wanted if has[k] != wanted[k]]
-            if differ:
-                raise Unavailable(f"stream {name} exists with another configuration: {'; '.join(differ)}")
-            return
-        if 0 < shape.ttl_s < SHORTEST_TTL_S:
-            raise Unavailable(f"{name}: max age needs to be >= {SHORTEST_TTL_S} s")
-        for i, subject in enumerate(shape.subjects):
-            others = (*shape.subjects[:i], *(s for stream in self._streams.values() for s in stream.shape.subjects))
-            if any(collide(subject, other) for other in others):
-                raise Unavailable(f"{name}: subjects overlap with an existing stream, or each other: {subject}")
-        reserved = sum(stream.shape.max_bytes for stream in self._streams.values()) + shape.max_bytes
-        if self._max_store_bytes is not None and reserved > self._max_store_bytes:
-            raise StreamFull(f"{name}: insufficient storage resources available")
-        self._streams[name] = self.stream_type(name, shape)
-        self._storing[name] = Pipe()
-
     def delete(self, name: str) -> None:
-        if self._streams.pop(name, None) is not None:
+        self.store.streams.pop(name, None)
+        if name in self._storing:
             self._storing.pop(name).cut()
 
 
@@ -402,8 +381,8 @@ class MemoryBus:
         await self._ask(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject, up_to_seq))
 
     async def _ensure(self, now: Operation, name: str, config: StreamConfig | BucketConfig) -> None:
-        ensure = partial(self._broker.ensure, name, Shape.of(config))
-        await self._ask(now, f"$JS.API.STREAM.CREATE.{name}", ensure)
+        shape = Shape.of(config)
+        await self._ask(now, f"$JS.API.STREAM.CREATE.{name}", lambda: self._broker.store.ensure(name, shape))
 
     async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], lane: Lane | None = None) -> T:
         """Has JetStream do something, where the permissions let us ask for it."""

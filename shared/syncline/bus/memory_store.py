@@ -7,7 +7,7 @@ The accounts are those that `syncline.bus.accounts` configures; the contract sui
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from syncline.bus.accounts import Account
 from syncline.bus.base import BucketConfig, Stored, StreamConfig, StreamState
@@ -23,6 +23,7 @@ QUESTIONS = (
     f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>",
     f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>",
 )
+SHORTEST_TTL_S = 0.1  # that JetStream takes
 _NO_SUBJECT = re.compile(r"[ \t\r\n]|^$")
 
 
@@ -179,6 +180,42 @@ class Stream:
         return next(iter(self.messages), self.last_seq + 1 if self.last_seq else 0)
 
 
+class Store:
+    """All streams, and the room they may reserve."""
+
+    def __init__(self, stream_type: type[Stream], max_bytes: int | None) -> None:
+        self._stream_type, self._max_bytes = stream_type, max_bytes
+        self.streams: dict[str, Stream] = {}
+
+    def taking(self, subject: str) -> Stream | None:
+        return next((stream for stream in self.streams.values() if stream.takes(subject)), None)
+
+    def ensure(self, name: str, shape: Shape) -> None:
+        there = self.streams.get(name)
+        if there is not None:
+            wanted, has = asdict(shape), asdict(there.shape)
+            differ = [f"{k} is {has[k]!r}, wanted {wanted[k]!r}" for k in wanted if has[k] != wanted[k]]
+            if differ:
+                raise Unavailable(f"stream {name} exists with another configuration: {'; '.join(differ)}")
+            return
+        if 0 < shape.ttl_s < SHORTEST_TTL_S:
+            raise Unavailable(f"{name}: max age needs to be >= {SHORTEST_TTL_S} s")
+        taken = [subject for stream in self.streams.values() for subject in stream.shape.subjects]
+        for subject in shape.subjects:
+            if any(collide(subject, other) for other in taken):
+                raise Unavailable(f"{name}: {subject} overlaps with another subject of a stream")
+            taken.append(subject)
+        reserved = sum(stream.shape.max_bytes for stream in self.streams.values()) + shape.max_bytes
+        if self._max_bytes is not None and reserved > self._max_bytes:
+            raise StreamFull(f"{name}: insufficient storage resources available")
+        self.streams[name] = self._stream_type(name, shape)
+
+    def copy(self) -> Store:
+        other = Store(self._stream_type, self._max_bytes)
+        other.streams = {name: stream.copy() for name, stream in self.streams.items()}
+        return other
+
+
 class Ears:
     """Who listens in one account, by pattern: thousands of agents listen to few different ones."""
 
@@ -243,13 +280,3 @@ class Tenant:
 
     def asks_core(self, subject: str) -> bool:
         return any(matches(pattern, subject) for pattern in self.asks)
-
-    def is_told(self, of: Tenant, subject: str) -> bool:
-        """Whether it hears what is said in that other account."""
-        match (of.account, self.account):
-            case ("CORE", "FLEET"):
-                return matches(NOTIFY, subject)
-            case ("CORE", "WATCH") | ("FLEET", "WATCH"):
-                return any(matches(pattern, subject) for pattern in FEEDS)
-            case _:
-                return False

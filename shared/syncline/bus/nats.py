@@ -79,7 +79,7 @@ class _Lane:
         self._next_id = 0
         self._silent = 0
         self._last_error = ""
-        self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
+        self._ear: NatsSubscription | None = None  # the inbox, from the first request on: a mere listener may have none
         self._closing = False
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
@@ -129,8 +129,8 @@ class _Lane:
                 raise Denied(f"the broker at {url} does not know this key") from None
             raise Unreachable(f"no broker answers at {url}: {why}") from None
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
-        self._listening = False
-        self._live = {i: await self._start(client, i) for i in self._handlers}
+        self._ear = None
+        self._live = {i: await self._start(client, i) for i in list(self._handlers)}
         self._client, self._silent = client, 0
 
     async def _start(self, client: Client, i: int) -> NatsSubscription:
@@ -139,6 +139,11 @@ class _Lane:
         async def deliver(message: Msg) -> None:
             try:
                 await handler(Delivery(message.subject, message.data, message.reply))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                log.exception("the handler of %s was cancelled", message.subject)  # nats-py would end the subscription
             except Exception:
                 log.exception("the handler of %s failed", message.subject)  # our own bug; the next message is handled
 
@@ -178,9 +183,21 @@ class _Lane:
             return
         log.warning("%s connection: %s", self._lane, text)
         denied = Denied(f"the broker's permissions forbid {found[1]} on {found[2]!r}")
+        if found[2].lower() == f"{self._inbox}.*".lower():
+            await self._on_deaf()
+            return
         for waiting in self._waiting.values():
             if waiting.subject.lower() == found[2].lower() and not waiting.done.done():
                 waiting.done.set_exception(denied)
+
+    async def _on_deaf(self) -> None:
+        """No answer will ever come. The next request tries again, for permissions may be mended."""
+        ear, self._ear = self._ear, None
+        self._fail_all(
+            Denied(f"the broker lets this key hear no answers as {self._to.name!r}: it is another's, or a reader's")
+        )
+        if ear is not None:
+            await ear.unsubscribe()
 
     def _fail_all(self, error: BusError) -> None:
         for waiting in self._waiting.values():
@@ -196,7 +213,8 @@ class _Lane:
         if not self._client.is_connected and not self._client.is_reconnecting:
             return
         try:
-            await asyncio.wait_for(self._client.close(), 2.0)
+            async with asyncio.timeout(2.0):
+                await self._client.close()
         except (TimeoutError, nats.errors.Error, OSError):
             pass
 
@@ -206,32 +224,42 @@ class _Lane:
 
     # -- talking ---------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        if len(data) + _size(headers) > self.max_payload:  # nats-py forgets the headers, and the server then hangs up
+            raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
-        except nats.errors.MaxPayloadError:
-            raise BusError(f"{subject}: {len(data)} bytes are more than the broker's max_payload") from None
+        except nats.errors.BadSubjectError:
+            raise Unavailable(f"{subject!r} is no subject") from None
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {str(error) or type(error).__name__}") from None
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # nats-py swallows a cancellation that meets its flush
 
     async def request(
-        self, subject: str, data: bytes, timeout_s: float, headers: dict[str, str] | None = None, many: bool = False
+        self,
+        subject: str,
+        data: bytes,
+        timeout_s: float,
+        headers: dict[str, str] | None = None,
+        *,
+        many: bool = False,
+        of_broker: bool = True,
     ) -> list[Msg]:
-        """The answers: one, or with `many` all up to a status message. Raises NoResponders, Unreachable, Denied."""
+        """The answers: one, or with `many` all up to a status message. Raises NoResponders, Unreachable, Denied.
+        `of_broker`: it is the broker who answers, so that its silence says something about the connection."""
         token = secrets.token_hex(8)
         loop = asyncio.get_running_loop()
         waiting = _Waiting(subject, loop.create_future(), many)
         self._waiting[token] = waiting
         timer = loop.call_later(timeout_s, _time_out, waiting, f"{subject}: no answer within {timeout_s:g} s")
         try:
-            if not self._listening:
-                self._listening = True
-                await self._client.subscribe(
-                    f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
-                )
+            if self._ear is None:
+                await self._hear_answers()
             await self.publish(subject, data, f"{self._inbox}.{token}", headers)
             await waiting.done
         except Unreachable:
-            self._silent += 1
+            self._silent += of_broker
             if self._silent >= SILENT_ANSWERS and not self._closing:  # a read loop can die behind a live socket
                 self._silent = 0
                 await self._client.force_reconnect()
@@ -241,6 +269,15 @@ class _Lane:
             del self._waiting[token]
         self._silent = 0
         return waiting.answers
+
+    async def _hear_answers(self) -> None:
+        subject = f"{self._inbox}.*"
+        try:
+            self._ear = await self._client.subscribe(
+                subject, cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+        except nats.errors.Error as error:
+            raise Unreachable(f"no connection to the broker: {error}") from None
 
     async def _on_answer(self, message: Msg) -> None:
         waiting = self._waiting.get(message.subject.rpartition(".")[2])
@@ -255,10 +292,18 @@ class _Lane:
             waiting.done.set_result(None)
 
     async def subscribe(self, subject: str, handler: Handler, limit: int) -> int:
-        self._next_id += 1
-        self._handlers[self._next_id] = (subject, handler, limit)
-        self._live[self._next_id] = await self._start(self._client, self._next_id)
-        return self._next_id
+        if self._closing:
+            raise Unreachable("closed")
+        self._next_id = i = self._next_id + 1
+        self._handlers[i] = (subject, handler, limit)
+        try:
+            self._live[i] = await self._start(self._client, i)
+        except nats.errors.BadSubjectError:
+            del self._handlers[i]
+            raise Unavailable(f"{subject!r} is no subject") from None
+        except nats.errors.Error:
+            pass  # the client is built anew just now, and subscribes to all that has a handler
+        return i
 
     async def unsubscribe(self, i: int) -> None:
         self._handlers.pop(i, None)
@@ -314,7 +359,7 @@ class NatsBus:
                 "subjects": [f"$KV.{config.name}.>"],
                 "max_msgs_per_subject": 1,
                 "max_bytes": config.max_bytes,
-                "max_msg_size": config.max_value_bytes,
+                "max_msg_size": config.max_value_bytes + _size(_at(0)),
                 "max_age": round(config.ttl_s * 1e9),
                 "discard": "new",
                 "deny_delete": True,
@@ -330,8 +375,7 @@ class NatsBus:
         return await self.kv_update(bucket, key, value, 0)
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        return await self._put(self._control, f"$KV.{bucket}.{key}", value, headers)
+        return await self._put(self._control, f"$KV.{bucket}.{key}", value, _at(revision))
 
     async def kv_delete(self, bucket: str, key: str) -> None:
         await self.purge(f"KV_{bucket}", f"$KV.{bucket}.{key}")
@@ -357,8 +401,8 @@ class NatsBus:
     async def delete_stream(self, stream: str) -> None:
         try:
             await self._api(f"STREAM.DELETE.{stream}")
-        except Unavailable as error:
-            if error.args[-1] != _STREAM_NOT_FOUND:
+        except _Refused as error:
+            if error.code != _STREAM_NOT_FOUND:
                 raise
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
@@ -391,7 +435,9 @@ class NatsBus:
 
     async def purge(self, stream: str, subject: str, *, up_to_seq: int | None = None) -> None:
         ask: dict[str, Any] = {"filter": subject}
-        await self._api(f"STREAM.PURGE.{stream}", ask if up_to_seq is None else {**ask, "seq": up_to_seq})
+        if up_to_seq is not None:
+            ask["seq"] = max(1, up_to_seq)  # 0 would mean all
+        await self._api(f"STREAM.PURGE.{stream}", ask)
 
     # -- core ------------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes) -> None:
@@ -401,29 +447,36 @@ class NatsBus:
         return _Subscription(self._control, await self._control.subscribe(subject, handler, limit))
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
-        answer = (await self._control.request(subject, data, timeout_s))[0]
+        answer = (await self._control.request(subject, data, timeout_s, of_broker=False))[0]
         return bytes(answer.data)
 
     # -- the JetStream API -----------------------------------------------------------------------------------------
     async def _put(self, lane: _Lane, subject: str, data: bytes, headers: dict[str, str] | None = None) -> int:
-        answer = json.loads((await lane.request(subject, data, ANSWER_S, headers))[0].data)
-        if "error" in answer:
-            raise _error(subject, answer["error"])
-        return int(answer["seq"])
+        answered = (await lane.request(subject, data, ANSWER_S, headers))[0].data
+        try:
+            answer = json.loads(answered)
+            if "error" in answer:
+                raise _error(subject, answer["error"])
+            return int(answer["seq"])
+        except (ValueError, TypeError, KeyError):
+            raise Unavailable(f"{subject}: somebody answers who is no stream") from None
 
     async def _ensure(self, config: dict[str, Any]) -> None:
         wanted = {"retention": "limits", "storage": "file", "num_replicas": 1, "allow_direct": True, **config}
         try:
             await self._api(f"STREAM.CREATE.{config['name']}", wanted)
-        except Unavailable as error:
-            if error.args[-1] != _NAME_IN_USE:
+        except _Refused as error:
+            if error.code != _NAME_IN_USE:
                 raise
             there = (await self._api(f"STREAM.INFO.{config['name']}"))["config"]
-            differ = [f"{k} is {there.get(k)!r}, wanted {v!r}" for k, v in wanted.items() if there.get(k) != v]
+            differ = [
+                f"{k} is {there.get(k)!r}, wanted {v!r}"
+                for k, v in wanted.items()
+                if there.get(k) != v and (there.get(k) or v)
+            ]
             raise Unavailable(
                 f"stream {config['name']} exists with another configuration: {'; '.join(differ)}. "
-                "Delete it with `nats stream rm`, or use another name",
-                _NAME_IN_USE,
+                "Delete it with `nats stream rm`, or use another name"
             ) from None
 
     async def _api(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -445,18 +498,36 @@ _NO_SPACE = (10023, 10028, 10047)
 _JETSTREAM_OFF = (10039, 10076)
 
 
+class _Refused(Unavailable):
+    """JetStream's error, with its number."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def _at(revision: int) -> dict[str, str]:
+    """Compare-and-set. Padded, so that it takes the same room in a bucket whatever the revision."""
+    return {"Nats-Expected-Last-Subject-Sequence": f"{revision:020}"}
+
+
+def _size(headers: dict[str, str] | None) -> int:
+    """Bytes on the wire, and in a stream."""
+    return sum(len(name) + len(value) + 4 for name, value in headers.items()) + 12 if headers else 0
+
+
 def _error(what: str, error: dict[str, Any]) -> BusError:
-    """JetStream's error as one of ours; its number is the last argument."""
+    """JetStream's error as one of ours."""
     code, text = error.get("err_code", 0), str(error.get("description", error))
     if code in _WRONG_LAST_SEQUENCE:
-        return Conflict(f"{what}: {text}", code)
+        return Conflict(f"{what}: {text}")
     if "per subject exceeded" in text:
-        return AlreadyPut(f"{what}: {text}", code)
+        return AlreadyPut(f"{what}: {text}")
     if code in _NO_SPACE or "exceeded" in text or "no space" in text:
-        return StreamFull(f"{what}: {text}", code)
+        return StreamFull(f"{what}: {text}")
     if code in _JETSTREAM_OFF:
-        return Unavailable(_NO_JETSTREAM, code)
-    return Unavailable(f"{what}: {text}", code)
+        return Unavailable(_NO_JETSTREAM)
+    return _Refused(f"{what}: {text}", code)
 
 
 def _stored(message: Msg) -> Stored:

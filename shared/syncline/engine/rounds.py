@@ -16,9 +16,6 @@ An agent that joins takes part from the next round; one that comes back takes pa
 nobody is left to wait for and the quorum is not reached, whoever else is live is asked to train for this round; where nobody
 is, the round closes with what is in. An update that is late is dropped with that reason, and the agent goes on from the
 newest version. When all updates of a merge turn out to be unusable, the round is opened again for those that have sent none.
-
-A coordinator that takes over a round presumes its participants to be live until it has heard of them, for `presume_s`: else
-the first update that is told would close the round.
 """
 
 from __future__ import annotations
@@ -64,7 +61,6 @@ class Rounds:
     weights: Literal["uniform", "samples"]
     versions: int  # commits after which the run is done
     seed: int
-    presume_s: float = 10.0  # so long a taken-over round waits for participants that were not heard of yet
     version: int = 0
     state: Literal["waiting", "open", "merging", "ended"] = "waiting"
     live: set[str] = field(default_factory=set)
@@ -78,8 +74,6 @@ class Rounds:
     lost: dict[str, str] = field(default_factory=dict)  # participants lost in this round, and why
     spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
     judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
-    presumed: set[str] = field(default_factory=set)  # live agents that were not heard of since a take-over
-    presumed_until_s: float = 0.0
     away: set[str] = field(default_factory=set)  # agents that were lost and may come back
     failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
     stop: str = ""  # why to finish at the next commit
@@ -91,10 +85,9 @@ class Rounds:
         match fact:
             case AgentJoined(agent):
                 self.live.add(agent)
-                for gone in (self.presumed, self.away):
-                    gone.discard(agent)
-                for why in (self.failed, self.lost):
-                    why.pop(agent, None)
+                self.away.discard(agent)
+                self.failed.pop(agent, None)
+                self.lost.pop(agent, None)
                 return self._go_on(now_s)
             case AgentLost(agent, reason, failed):
                 return self._lost(agent, reason, failed, now_s)
@@ -115,8 +108,6 @@ class Rounds:
         self.live = set(live)
         self.version, self.participants, self.started = version, participants, True
         self.state, self.opened_at_s = "open" if participants else "waiting", now_s
-        self.live.update(participants)
-        self.presumed, self.presumed_until_s = set(participants), now_s + self.presume_s
 
     def resume_merge(self, offers: dict[str, OfferReady]) -> None:
         """After `resume`: the plan that was found is being executed."""
@@ -127,7 +118,6 @@ class Rounds:
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _lost(self, agent: str, reason: str, failed: bool, now_s: float) -> list[Command]:
         self.live.discard(agent)
-        self.presumed.discard(agent)
         if agent in self.participants:
             self.lost[agent] = reason
         if failed:
@@ -142,7 +132,7 @@ class Rounds:
         if offer.base > self.version:
             raise PeerError(f"{agent}: base {offer.base} is newer than version {self.version}")
         known = self.offers.get(agent)
-        if offer.clock <= (known.clock if known is not None else self.judged.get(agent, 0)):
+        if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
             return []  # told twice
         if offer.base < self.version or self.state == "merging":
             return [self._drop(offer, f"late: the round of version {offer.base} is closed")]
@@ -163,22 +153,22 @@ class Rounds:
         dropped = self._drop(offer, why, broken=True)
         if self.state == "merging" and self.offers:
             return [dropped, self._merge(f"{self.closed_by}; without {agent}: {_brief(why)}")]
-        if not self.offers and not self._awaited() and not self._others():
+        if self.stop:
+            return [dropped, *self._finish(self.stop)]
+        if not (self.offers or self._awaited() or self._others()):
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
-            return [dropped, *(self._finish(self.stop) if self.stop else self._finish(every, failed=True))]
-        if self.state == "merging":
-            if self.stop:
-                return [dropped, *self._finish(self.stop)]
-            self.state = "open"
-            return [dropped, self._ask_others(), *self._go_on(now_s)]
-        return [dropped, *self._go_on(now_s)]
+            return [dropped, *self._finish(every, failed=True)]
+        if self.state == "open":
+            return [dropped, *self._go_on(now_s)]
+        self.state = "open"
+        return [dropped, self._ask_others(), *self._go_on(now_s)]
 
     def _committed(self, version: int, now_s: float) -> list[Command]:
         assert version == self.version + 1, f"commit of version {version} after {self.version}"
         assert self.state == "merging", f"commit of version {version} in a round that is {self.state}"
         self.durations_s.append(now_s - self.opened_at_s)
         for offer in self.offers.values():
-            self.judged[offer.agent] = offer.clock
+            self._judge(offer)
         self.version, self.state = version, "waiting"
         self.participants, self.offers, self.lost, self.spent = (), {}, {}, set()
         if self.stop:
@@ -190,11 +180,9 @@ class Rounds:
         """Opens or closes the round if it is time."""
         if self.state in ("merging", "ended"):
             return []
-        self._presume_no_longer(now_s)
         if not self.offers and not self.live and not self.away and len(self.failed) >= self.min_agents:
             return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
-        commands = self._open(now_s) if self.state == "waiting" else self._close(now_s)
-        return [*commands, *self._wake()]
+        return self._open(now_s) if self.state == "waiting" else self._close(now_s)
 
     def _open(self, now_s: float) -> list[Command]:
         if self.version >= self.versions:
@@ -217,23 +205,8 @@ class Rounds:
         if self.closes_at_s is None:
             self.closes_at_s = now_s + self.grace()
         if now_s < self.closes_at_s:
-            return []
+            return [WakeAt(self.closes_at_s)]
         return [self._merge(f"quorum {self._count()} + {self.grace():.1f} s" + self._absent())]
-
-    def _wake(self) -> list[Command]:
-        """A Tick at the end of the grace period, or when those who were presumed live are to be presumed lost."""
-        if self.state != "open":
-            return []
-        times = [self.closes_at_s] if self.closes_at_s is not None else []
-        times += [self.presumed_until_s] if self.presumed else []
-        return [WakeAt(min(times))] if times else []
-
-    def _presume_no_longer(self, now_s: float) -> None:
-        if self.presumed and now_s >= self.presumed_until_s:
-            self.live -= self.presumed
-            self.away |= self.presumed
-            self.lost.update(dict.fromkeys(self.presumed & {*self.participants}, "not heard of since the take-over"))
-            self.presumed = set()
 
     def _awaited(self) -> list[str]:
         """Participants whose update is still to come."""
@@ -259,10 +232,13 @@ class Rounds:
         return Merge(chosen, self.closed_by, late)
 
     def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
-        self.judged[offer.agent] = offer.clock
-        if offer.base == self.version:
+        self._judge(offer)
+        if offer.base == self.version and offer.agent not in self.offers:
             self.spent.add(offer.agent)
         return Drop(offer.agent, offer.clock, reason, broken)
+
+    def _judge(self, offer: OfferReady) -> None:
+        self.judged[offer.agent] = max(offer.clock, self.judged.get(offer.agent, 0))
 
     def _weight(self, offer: OfferReady, n: int, total: int) -> float:
         return 1.0 / n if self.weights == "uniform" or total == 0 else offer.samples / total
@@ -301,11 +277,11 @@ class Rounds:
         assert (self.state == "merging") <= bool(self.offers), "a merge of nothing"
         assert self.started or self.state in ("waiting", "ended"), "a round before the start"
         assert not self.spent & set(self.offers), "an update both dropped and offered"
-        assert all(self.judged.get(a, 0) < o.clock for a, o in self.offers.items()), "an update to be judged twice"
-        assert self.presumed <= self.live and not self.live & {*self.away, *self.failed}, "live and not"
+        assert not self.live & {*self.away, *self.failed}, "somebody both here and gone"
         if self.state == "open":
+            assert all(self.judged.get(a, 0) < o.clock for a, o in self.offers.items()), "an update judged twice"
             assert self._awaited() or not (self.offers or self._others()), "a round that could close or ask others"
-        assert self.closes_at_s is None or self.state == "open" and self.quorum is not None, "a grace period of nothing"
+        assert self.closes_at_s is None or (self.state == "open" and self.quorum), "a grace period of nothing"
 
 
 def _brief(text: str, chars: int = ABSENT_CHARS) -> str:

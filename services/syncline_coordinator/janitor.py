@@ -1,0 +1,62 @@
+"""Keeps the updates stream clean: blobs that were put and never offered go after a time, and an agent over quota is named.
+
+An agent that was killed while it sent leaves such a blob behind; a stolen key could fill the stream with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from syncline.bus.base import Bus
+from syncline.errors import BusError, PeerError
+from syncline.telemetry import Telemetry
+from syncline.wire import subjects
+from syncline_coordinator.purge import Purger
+
+LOOK_S = 20.0
+UNOFFERED_S = 120.0  # how long a blob may be on its way
+QUOTA_BLOBS = 2  # of one agent, neither judged nor offered
+
+
+class Janitor:
+    """`offered()`: ids of the blobs that are offered and not judged."""
+
+    def __init__(
+        self, bus: Bus, run: str, purger: Purger, telemetry: Telemetry, offered: Callable[[], set[str]]
+    ) -> None:
+        self._bus, self._run, self._purger, self._telemetry, self._offered = bus, run, purger, telemetry, offered
+        self._seen_at_s: dict[tuple[str, str], float] = {}  # (agent, blob) → when it was first seen unoffered
+        self._named: set[str] = set()
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self.look(asyncio.get_running_loop().time())
+            except BusError:
+                pass  # looked at again soon
+
+    async def look(self, now_s: float) -> None:
+        """One look: purges what is too old, names who holds too much."""
+        every = f"{subjects.PREFIX}.{self._run}.agent.*.update.>"
+        state = await self._bus.state(subjects.updates_stream(self._run), every)
+        unoffered = {blob for blob in map(_blob_of, state.subjects) if blob and blob[1] not in self._offered()}
+        self._seen_at_s = {blob: self._seen_at_s.get(blob, now_s) for blob in sorted(unoffered)}
+        for (agent, blob), seen_at_s in self._seen_at_s.items():
+            if now_s - seen_at_s > UNOFFERED_S:
+                self._purger.add(subjects.updates_stream(self._run), subjects.update_prefix(self._run, agent, blob))
+        over = {agent for agent, count in Counter(a for a, _ in unoffered).items() if count > QUOTA_BLOBS}
+        for agent in sorted(over - self._named):
+            text = f"{agent} holds more than {QUOTA_BLOBS} blobs that it never offered; they go after {UNOFFERED_S:g} s"
+            await self._telemetry.event("over-quota", text, level="warning", agent=agent)
+        self._named = over
+
+
+def _blob_of(subject: str) -> tuple[str, str] | None:
+    tokens = subject.split(".")
+    try:
+        return subjects.agent_of(subject), tokens[6]
+    except (PeerError, IndexError):
+        return None
