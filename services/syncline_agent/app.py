@@ -8,17 +8,21 @@ from typing import Any
 
 from syncline.bus.accounts import read_seed
 from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.child import Child
 from syncline.errors import BusError
 from syncline.nursery import Nursery
 from syncline.service import FAILED, run_service, set_up_logging
+from syncline.shm import SharedMemory
 from syncline.wire.signing import Signer
 from syncline.wire.subjects import checked_name
 from syncline_agent.options import AgentOptions
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.session import Superseded
-from syncline_agent.training import ChildTraining, TrainerSettings
+from syncline_agent.training import ChildTraining
 
 log = logging.getLogger(__name__)
+
+TRAINER = "syncline_agent.trainer:main"
 
 
 def run(options: AgentOptions) -> int:
@@ -48,10 +52,12 @@ async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: li
         bus = await NatsBus.connect(Connection(options.connect, options.name, seed, options.patience_s))
     except BusError as error:
         raise mended(error, options.connect) from None
-    training = ChildTraining(
-        nursery,
-        TrainerSettings(options.device, options.threads, options.allow_task, Path(options.task_dir)),
-    )
+    arguments = (options.device, options.threads, list(options.allow_task), options.task_dir)
+
+    async def start_child(memory: SharedMemory) -> Child:
+        return await Child.start(nursery, TRAINER, memory, *arguments)
+
+    training = ChildTraining(start_child)
     settings = AgentSettings(options.name, Path(options.state_dir), options.allow_task, Signer(seed) if seed else None)
     agent = Agent(bus, settings, training)
     serving.append(agent)

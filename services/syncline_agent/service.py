@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import syncline
 from syncline.bus.base import Bus, Delivery
+from syncline.chance import jitter, new_id
 from syncline.errors import BusError, PeerError
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
@@ -38,7 +37,7 @@ class Agent:
 
     def __init__(self, bus: Bus, settings: AgentSettings, training: Training) -> None:
         self._bus, self._settings, self._training = bus, settings, training
-        self._me = Me(settings.name, secrets.token_hex(16), settings.state_dir, settings.signer)
+        self._me = Me(settings.name, new_id(), settings.state_dir, settings.signer)
         self._session: Session | None = None
         self._news = asyncio.Event()
         self._device = ""
@@ -100,7 +99,7 @@ class Agent:
     async def _wait(self) -> None:
         """Until there may be a run: a notify of one, or some seconds."""
         try:
-            async with asyncio.timeout(HELLO_S * random.uniform(0.7, 1.3)):
+            async with asyncio.timeout(jitter(HELLO_S)):
                 await self._news.wait()
         except TimeoutError:
             pass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +16,12 @@ from typing import Any
 
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone, get_blob, get_small_blob, patiently, put_blob
+from syncline.chance import jitter, new_id
 from syncline.child import ChildDied, ChildFailed
 from syncline.errors import BusError, ConfigError, PeerError, StreamFull, SynclineError
 from syncline.spec import RunSpec, parse
 from syncline.telemetry import AgentEval, Pace, Telemetry, Train, numbers
 from syncline.wire import subjects
-from syncline.wire.chunks import new_blob_id
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
@@ -180,7 +179,7 @@ class Session:
 
     async def _wait(self) -> None:
         try:
-            async with asyncio.timeout(READ_AGAIN_S * random.uniform(0.7, 1.3)):
+            async with asyncio.timeout(jitter(READ_AGAIN_S)):
                 await self._moved.wait()
         except TimeoutError:
             await self._read_head()
@@ -290,7 +289,7 @@ class Session:
 
     async def _offer(self, head: Head, report: dict[str, Any]) -> None:
         self._state = "sending"
-        me, layout, blob = self._me, self._manifest, new_blob_id()
+        me, layout, blob = self._me, self._manifest, new_id()
         prefix = partial(subjects.update_prefix, self._run, me.agent)
         chunk_bytes = layout.chunk_bytes
         update = self._training.outbox(layout.nbytes)
@@ -366,7 +365,7 @@ class Session:
                 log.debug("heartbeat: %s", error)
             except PeerError as error:
                 log.warning("heartbeat: %s", error)
-            next_s = asyncio.get_running_loop().time() + self._heartbeat_s * random.uniform(0.8, 1.0)
+            next_s = asyncio.get_running_loop().time() + jitter(self._heartbeat_s, 0.8, 1.0)
             while asyncio.get_running_loop().time() < next_s:
                 await asyncio.sleep(0.02 if not announced else min(0.2, self._heartbeat_s / 4))
                 if announced != self._announced or failed != (self._state == "failed"):

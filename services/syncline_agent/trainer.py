@@ -15,12 +15,13 @@ import hashlib
 import itertools
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from syncline.child import serve
+from syncline.child import Handler, serve
 from syncline.data.partition import Part
 from syncline.engine.mix import mix_
 from syncline.shm import SharedMemory
@@ -51,7 +52,15 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 class Trainer:
     """The questions of the service, each a method: `describe`, then `prepare` for a run, then `period` after `period`."""
 
-    def __init__(self, memory: SharedMemory, device: str, allowed: list[str], task_dir: Path) -> None:
+    def __init__(
+        self,
+        memory: SharedMemory,
+        device: str,
+        allowed: list[str],
+        task_dir: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._claim = claim_device(device)
         self._steps_ever = 0
@@ -88,9 +97,9 @@ class Trainer:
         self._mix()
         settings, rows = self._settings, len(self._dataset)
         torch.manual_seed(_seed(settings.seed, number, clock))
-        began = time.perf_counter()
+        began = self._clock()
         loss, steps, seen = self._train(settings.local.steps_for(rows), clock, number)
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
         answer: dict[str, Any] = {
             "steps": steps,
             "rows": rows,
@@ -103,10 +112,12 @@ class Trainer:
         update_P = (self._flat.flat_P - self._center_P).cpu()
         self._codec.encode(update_P, self._box(1))
         if settings.evaluate.agents:
-            device = self._claim.device
-            answer["metrics"] = evaluate(self._task, self._flat.model, self._held_out(), EVALUATION_ROWS, device)
+            answer["metrics"] = self._evaluate()
         self._save(clock)
         return {**answer, "stopped": False}
+
+    def questions(self) -> dict[str, Handler]:
+        return {"describe": self.describe, "prepare": self.prepare, "period": self.period}
 
     # -- the steps of a period -----------------------------------------------------------------------------------------
     def _take_part(self, number: int, parts: int) -> None:
@@ -150,12 +161,22 @@ class Trainer:
 
     def _save(self, clock: int) -> None:
         """Keeps W_i and the optimiser, at most every second and for a small share of the time."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s < self._save_after_s:
             return
         save_state(self._state_path, Kept.of(clock, self._flat.flat_P, self._optimizer), self._layout)
-        took_s = time.monotonic() - now_s
+        took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
+
+    def _evaluate(self) -> dict[str, float]:
+        """W_i on the held-out data; every batch counts as a sign of progress."""
+
+        def on_batch() -> None:
+            self._steps_ever += 1
+            struct.pack_into("<Q", self._view, 0, self._steps_ever)
+
+        device = self._claim.device
+        return evaluate(self._task, self._flat.model, self._held_out(), EVALUATION_ROWS, device, on_batch)
 
     def _held_out(self) -> Any:
         if not hasattr(self, "_test_set"):
@@ -181,4 +202,4 @@ def main(device: str, threads: int, allowed: list[str], task_dir: str, end_fd: i
     if threads:
         torch.set_num_threads(threads)
     trainer = Trainer(SharedMemory(memory_fd), device, allowed, Path(task_dir))
-    return serve(end_fd, {"describe": trainer.describe, "prepare": trainer.prepare, "period": trainer.period})
+    return serve(end_fd, trainer.questions())

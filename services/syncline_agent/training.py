@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from syncline.child import Child, ChildDied, ChildFailed
-from syncline.errors import ConfigError
-from syncline.nursery import Nursery
+from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.shm import SharedMemory
 
-TRAINER = "syncline_agent.trainer:main"
 PROGRESS_BYTES = 64  # the head of the shared memory: steps ever, steps of this period, stop early
 
 
-@dataclass(frozen=True, slots=True)
-class TrainerSettings:
-    device: str = "auto"
-    threads: int = 0  # 0: torch decides
-    allowed_tasks: tuple[str, ...] = ()
-    task_dir: Path = Path()
-
-
 class Training(Protocol):
-    """What a session needs of a trainer; a simulation runs one inline."""
+    """What a session needs of a trainer."""
 
     async def describe(self) -> dict[str, Any]: ...
     async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]: ...
@@ -37,17 +24,13 @@ class Training(Protocol):
 
 
 class ChildTraining:
-    """A child process with the tensors in shared memory. Raises ConfigError, ChildFailed or ChildDied."""
+    """A child with the tensors in shared memory. Raises ConfigError, ChildFailed or ChildDied."""
 
-    def __init__(self, nursery: Nursery, settings: TrainerSettings) -> None:
-        self._nursery, self._settings = nursery, settings
+    def __init__(self, start: Start) -> None:
+        self._start = start
         self._memory = SharedMemory()
         self._memory.grow(PROGRESS_BYTES)
-        self._child: Child | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._child is None else self._child.worker.pid
+        self._child: Asked | None = None
 
     async def describe(self) -> dict[str, Any]:
         return await self._ask("describe")
@@ -80,9 +63,7 @@ class ChildTraining:
 
     async def _ask(self, question: str, **fields: Any) -> dict[str, Any]:
         if self._child is None:
-            s = self._settings
-            arguments = (s.device, s.threads, list(s.allowed_tasks), str(s.task_dir))
-            self._child = await Child.start(self._nursery, TRAINER, self._memory, *arguments)
+            self._child = await self._start(self._memory)
         try:
             return await self._child.ask(question, **fields)
         except ChildFailed as error:
@@ -92,6 +73,3 @@ class ChildTraining:
         except ChildDied:
             await self.close()
             raise
-
-
-__all__ = ["ChildTraining", "ConfigError", "TrainerSettings", "Training"]

@@ -26,6 +26,7 @@ app = new_app()
 
 @app.command(
     context_settings=HELP_NAMES,
+    short_help="Train on this machine, for the runs on a broker.",
     epilog="Example: syncline agent --connect nats://hub:4222 --name edge-7 --key edge-7.nk",
 )
 def agent(

@@ -23,7 +23,9 @@ app = new_app()
 
 
 @app.command(
-    context_settings=HELP_NAMES, epilog="Example: syncline coordinator --connect nats://hub:4222 --key coordinator.nk"
+    context_settings=HELP_NAMES,
+    short_help="Merge the agents' models; one per broker.",
+    epilog="Example: syncline coordinator --connect nats://hub:4222 --key coordinator.nk",
 )
 def coordinator(
     connect: Connect = DEFAULT_URL,

@@ -31,7 +31,7 @@ class DemoSettings:
     agents: int = 4
     rounds: int = 40
     alpha: float = 1.0
-    seed: int = 7
+    seed: int = 1
     port: int = 0
     directory: Path | None = None
     as_json: bool = False
@@ -80,19 +80,18 @@ def _within(setting: str, value: int, least: int, most: int) -> None:
 
 @app.command(
     context_settings=HELP_NAMES,
+    short_help="Train a real model with four agents on this machine.",
     epilog="Example: syncline demo --agents 8 --alpha 0.5",
 )
 def demo(
-    agents: Annotated[int, typer.Option(metavar="N", help="Agents, each a process with a part of the data.")] = 4,
+    agents: Annotated[int, typer.Option(metavar="N", help="Agents, each with a part of the data.")] = 4,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds; 20 local steps each.")] = 40,
     alpha: Annotated[
         float,
-        typer.Option(metavar="A", help="How far an agent moves to the shared model: 0 not at all, 1 all the way."),
+        typer.Option(metavar="A", help="How far agents move to the shared model, 0 to 1."),
     ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Of the first weights, the split of the data, the batches.")
-    ] = 7,
-    port: Annotated[int, typer.Option(metavar="PORT", help="Of the broker; 0: any that is free.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights, data split and batches.")] = 1,
+    port: Annotated[int, typer.Option(metavar="PORT", help="Of the broker; 0: any free one.")] = 0,
     directory: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new directory that keeps broker, keys and logs.")
     ] = None,

@@ -39,8 +39,11 @@ class _Commands(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        module = COMMANDS.get(cmd_name)
-        return None if module is None else get_command(importlib.import_module(module).app)
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name]).app
+        command.rich_markup_mode = None  # one plain style of help for all
+        return get_command(command)
 
 
 app = typer.Typer(

@@ -23,7 +23,7 @@ MAX_AGENTS = 64
 
 @app.command(
     context_settings=HELP_NAMES,
-    epilog="Example: syncline run digits.yaml --local 4   (digits.yaml: task: syncline.tasks.digits:Digits)",
+    epilog="Example: syncline run digits.yaml --local 4, with `task: syncline.tasks.digits:Digits` in the file",
 )
 def run(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings; only `task` has no default.")],

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from syncline.bus.accounts import Keyring, read_seed
 from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.child import Child
 from syncline.errors import BusError
 from syncline.nursery import Nursery
 from syncline.service import run_service, set_up_logging
+from syncline.shm import SharedMemory
 from syncline.wire.subjects import COORDINATOR
 from syncline_coordinator.options import CoordinatorOptions
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
+
+EVALUATOR = "syncline_coordinator.evaluator:main"
+REDUCERS = 2  # threads
 
 
 def run(options: CoordinatorOptions) -> int:
@@ -36,18 +42,23 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> No
         bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s))
     except BusError as error:
         raise mended(error, options.connect) from None
+    arguments = (options.threads, list(options.allow_task), options.task_dir)
+
+    async def start_child(memory: SharedMemory) -> Child:
+        return await Child.start(nursery, EVALUATOR, memory, *arguments)
+
+    executor = ThreadPoolExecutor(REDUCERS, thread_name_prefix="reduce")
     settings = CoordinatorSettings(
-        allowed_tasks=options.allow_task,
-        task_dir=Path(options.task_dir),
-        threads=options.threads,
+        executor=executor,
         broker_log=Path(options.broker_log) if options.broker_log else None,
         key_names=dict(Keyring(Path(options.keys)).names) if options.keys else {},
     )
     try:
-        await Coordinator(bus, nursery, settings).serve()
+        await Coordinator(bus, start_child, settings).serve()
     except BusError as error:
         raise mended(error, options.connect) from None
     finally:
+        executor.shutdown(wait=False, cancel_futures=True)
         await bus.close()
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from syncline.child import Child, ChildDied, ChildFailed
+from syncline.child import Asked, ChildDied, ChildFailed
 from syncline.telemetry import CenterEval, Telemetry, numbers
 
-Start = Callable[[], Awaitable[Child]]
+Restart = Callable[[], Awaitable[Asked]]
 Report = Callable[[int, dict[str, float]], None]
 
 
 class Evaluation:
     """Asks the child process; makes a new one when it died."""
 
-    def __init__(self, child: Child, start: Start, telemetry: Telemetry, report: Report) -> None:
+    def __init__(self, child: Asked, start: Restart, telemetry: Telemetry, report: Report) -> None:
         self._child, self._start, self._telemetry, self._report = child, start, telemetry, report
         self._copied = asyncio.Event()
         self._copied.set()

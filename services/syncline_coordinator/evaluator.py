@@ -7,12 +7,13 @@ so, and then takes its time.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from syncline.child import serve
+from syncline.child import Handler, serve
 from syncline.data.partition import Part
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
@@ -27,7 +28,14 @@ BATCH_ROWS = 512
 class Evaluator:
     """The questions of the coordinator, each a method."""
 
-    def __init__(self, memory: SharedMemory, allowed: list[str], task_dir: Path) -> None:
+    def __init__(
+        self,
+        memory: SharedMemory,
+        allowed: list[str],
+        task_dir: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._task: Task | None = None
         self._flat: FlatModel | None = None
@@ -59,9 +67,12 @@ class Evaluator:
     def evaluate(self) -> dict[str, Any]:
         """Held-out metrics of the center copied last."""
         assert self._flat is not None and self._task is not None
-        began = time.perf_counter()
+        began = self._clock()
         metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, torch.device("cpu"))
-        return {"metrics": metrics, "seconds": time.perf_counter() - began}
+        return {"metrics": metrics, "seconds": self._clock() - began}
+
+    def questions(self) -> dict[str, Handler]:
+        return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
 
     def _buffer(self, which: int) -> torch.Tensor:
         view, layout = self._memory.view(), self._layout
@@ -72,5 +83,4 @@ def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd
     if threads:
         torch.set_num_threads(threads)
     evaluator = Evaluator(SharedMemory(memory_fd), allowed, Path(task_dir))
-    questions = (evaluator.describe, evaluator.initial, evaluator.copy, evaluator.evaluate)
-    return serve(end_fd, {question.__name__: question for question in questions})
+    return serve(end_fd, evaluator.questions())

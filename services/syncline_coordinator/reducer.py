@@ -20,13 +20,14 @@ from torch import Tensor
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import get_chunk, put_chunk, windowed
+from syncline.chance import new_id
 from syncline.engine.merge import RULES, finite
 from syncline.engine.outer import OUTERS, Outer
 from syncline.errors import PeerError, SynclineError
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.chunks import blob_digest, checksum, new_blob_id, pack_chunk
+from syncline.wire.chunks import blob_digest, checksum, pack_chunk
 from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
@@ -103,7 +104,7 @@ class Reducer:
 
         Every update is checked as it passes: frame, checksum, digest as signed, no NaN.
         """
-        blob, chunks = new_blob_id(), self._manifest.chunks
+        blob, chunks = new_id(), self._manifest.chunks
         weights = [entry.weight for entry in plan.merged]
         checksums = [[0] * chunks for _ in plan.merged]
         put = 0
@@ -125,7 +126,7 @@ class Reducer:
 
     async def put_center(self) -> Merged:
         """The current center as a blob: version 0."""
-        blob, chunks = new_blob_id(), self._manifest.chunks
+        blob, chunks = new_id(), self._manifest.chunks
         put = 0
 
         async def one(k: int) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import fnmatch
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,9 @@ from pathlib import Path
 from syncline.bus.base import BucketConfig, Bus, Delivery
 from syncline.bus.blobs import get_small_blob, patiently, put_blob
 from syncline.bus.violations import ViolationLog
-from syncline.child import Child, ChildDied, ChildFailed
+from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
-from syncline.nursery import Nursery
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.telemetry import Telemetry
@@ -48,36 +47,32 @@ from syncline_coordinator.space import most_agents, release, reserve
 
 log = logging.getLogger(__name__)
 
-EVALUATOR = "syncline_coordinator.evaluator:main"
 RUNS_BYTES = 64 << 20
 SPEC_BYTES = 256 * 1024
 LOOK_S = 0.25  # how often silence is looked for
 IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
 QUEUE_AGAIN_S = 5.0
 QUEUED_RUNS = 64
-PROCESS_REDUCERS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorSettings:
-    allowed_tasks: tuple[str, ...]
-    task_dir: Path
-    threads: int = 0  # of the evaluator; 0: torch decides
     broker_log: Path | None = None  # tell permission violations that the broker logs
     key_names: dict[str, str] = field(default_factory=dict)  # public key → name, for those
+    executor: Executor | None = None  # reduces; None: inline, as a simulation wants it
 
 
 class Coordinator:
     """`serve` until cancelled."""
 
-    def __init__(self, bus: Bus, nursery: Nursery, settings: CoordinatorSettings) -> None:
-        self._bus, self._nursery, self._settings = bus, nursery, settings
+    def __init__(self, bus: Bus, start_child: Start, settings: CoordinatorSettings) -> None:
+        self._bus, self._start_child, self._settings = bus, start_child, settings
         self._fleet = Membership(IDLE_LOST_AFTER_S)
         self._hellos: dict[str, Hello] = {}
         self._active: Run | None = None
         self._queue_changed = asyncio.Event()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
-        self._reducers = ThreadPoolExecutor(PROCESS_REDUCERS, thread_name_prefix="reduce")
+        self._reducers = settings.executor
 
     async def serve(self) -> None:
         await self._bus.ensure_bucket(BucketConfig(subjects.RUNS_BUCKET, RUNS_BYTES, SPEC_BYTES))
@@ -86,13 +81,10 @@ class Coordinator:
         await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
         await self._bus.subscribe(subjects.submit(), self._on_submit)
         await self._fleet_events.event("coordinator-started", "the coordinator is up")
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._watch_silence())
-                tasks.create_task(self._watch_broker_log())
-                tasks.create_task(self._take_runs())
-        finally:
-            self._reducers.shutdown(wait=False, cancel_futures=True)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_silence())
+            tasks.create_task(self._watch_broker_log())
+            tasks.create_task(self._take_runs())
 
     # -- the fleet -----------------------------------------------------------------------------------------------------
     async def _on_hello(self, delivery: Delivery) -> None:
@@ -210,7 +202,7 @@ class Coordinator:
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
 
-    async def _model_of(self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"") -> tuple[Child, Manifest]:
+    async def _model_of(self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"") -> tuple[Asked, Manifest]:
         """A child process with the task's model. Raises ConfigError for a task that cannot be used."""
         child = await self._start_child(memory)
         chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload, FRAME_OVERHEAD_BYTES)
@@ -225,12 +217,6 @@ class Coordinator:
         except BaseException:
             await child.close()
             raise
-
-    async def _start_child(self, memory: SharedMemory) -> Child:
-        settings = self._settings
-        return await Child.start(
-            self._nursery, EVALUATOR, memory, settings.threads, list(settings.allowed_tasks), str(settings.task_dir)
-        )
 
     async def _take_runs(self) -> None:
         while True:
@@ -310,7 +296,7 @@ class Coordinator:
         await run.resume()
         return run
 
-    async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Child:
+    async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Asked:
         return (await self._model_of(spec, memory, manifest))[0]
 
     async def _commit_initial(self, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest) -> None:

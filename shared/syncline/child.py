@@ -11,9 +11,9 @@ import signal
 import socket
 import struct
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 
@@ -43,8 +43,21 @@ class ChildFailed(SynclineError):
         return ConfigError(self.setting, self.problem, self.mend) if self.setting else None
 
 
+class Asked(Protocol):
+    """What a service needs of a child: a process, or in a simulation the same code inline."""
+
+    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
+        """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+Start = Callable[[SharedMemory], Awaitable[Asked]]  # a child that shares this memory
+
+
 class Child:
-    """The service's side: one question at a time."""
+    """The service's side of a process: one question at a time."""
 
     def __init__(self, worker: Worker, end: socket.socket) -> None:
         self.worker = worker
@@ -113,7 +126,7 @@ def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
     with socket.socket(fileno=end_fd) as end:
         end.setblocking(True)
         while (question := _read(end)) is not None:
-            data = msgpack.packb(_answer(handlers, question))
+            data = msgpack.packb(answer(handlers, question))
             try:
                 end.sendall(_LENGTH.pack(len(data)) + data)
             except OSError:
@@ -121,7 +134,7 @@ def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
     return 0
 
 
-def _answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[str, Any]:
+def answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[str, Any]:
     try:
         return handlers[question.pop("ask")](**question)
     except ConfigError as error:

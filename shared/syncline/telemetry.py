@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from syncline.bus.base import Bus
+from syncline.chance import wall_time_s
 from syncline.errors import BusError
 from syncline.wire import subjects
 
@@ -24,7 +24,7 @@ class Published(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
     what: ClassVar[str] = ""
     time_s: float = Field(
-        default_factory=time.time, description="when, in seconds since the epoch, by the sender's clock"
+        default_factory=wall_time_s, description="when, in seconds since the epoch, by the sender's clock"
     )
 
 

@@ -12,6 +12,8 @@ from nats.aio.client import Client
 from syncline.bus.accounts import Identity
 from syncline.bus.embedded import EmbeddedBroker
 
+pytest.register_assert_rewrite("contract_store", "contract_core")
+
 
 async def until(true: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 10.0) -> None:
     """Returns as soon as it is so, and fails the test where it does not become so."""

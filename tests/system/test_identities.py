@@ -178,6 +178,8 @@ async def test_the_order_in_which_agents_start_changes_no_bit(fleet: Fleet) -> N
         head = await fleet.ended(run)
         assert head.phase == "done", head.reason
         assert (await fleet.roster(head)).agents == ["a1", "a2", "a3", "a4"]
+        merges = [[(e.agent, e.clock, e.samples) for e in record.plan.merged] for record in await fleet.log(run)]
+        assert [len(merge) for merge in merges] == [4] * 5, merges
         digests.append(head.digest)
     assert digests[0] == digests[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -729,7 +730,7 @@ class Fleet:
             self.tell(Committed(self.rounds.version + 1))
 
     def take_over(self) -> None:
-        """Another coordinator: it knows what head says, and is told the offers that were not judged."""
+        """Another coordinator: it knows what head says, looks at it (a Tick), and is told the offers that were not judged."""
         old, merging = self.rounds, self.merging
         new = Rounds(old.min_agents, old.quorum, old.grace_s, old.sample, old.weights, old.versions, old.seed)
         new.resume(old.version, old.participants, self.live, self.now_s)
@@ -740,11 +741,10 @@ class Fleet:
             (who, version) for who, version in self.trained if version != old.version
         }  # a new term: once more
         self.rounds = new
-        new.validate()
+        self.tell(Tick())
         for sent in self.sent.values():
             for offer in [o for o in sent if (o.agent, o.clock) not in self.judged]:
                 self.tell(offer)
-        self.tell(Tick())
 
     def tell(self, fact: Fact) -> None:
         version = self.rounds.version
@@ -823,11 +823,38 @@ acts = st.lists(
 )
 
 
-@settings(max_examples=2000)
-@given(policies, acts)
-def test_whatever_happens_every_update_is_judged_once_and_the_run_can_end(rounds: Rounds, schedule: list[Act]) -> None:
+def judged_once_and_can_end(rounds: Rounds, schedule: list[Act]) -> None:
     fleet = Fleet(rounds)
     for act in schedule:
         fleet.act(*act)
     if fleet.finished is None:
         fleet.until_the_end()
+
+
+@settings(max_examples=200)
+@given(policies, acts)
+def test_whatever_happens_every_update_is_judged_once_and_the_run_can_end(rounds: Rounds, schedule: list[Act]) -> None:
+    judged_once_and_can_end(rounds, schedule)
+
+
+@pytest.mark.parametrize("thousand", range(3))
+def test_a_thousand_longer_schedules_end_just_as_well(thousand: int) -> None:
+    for seed in range(1000 * thousand, 1000 * (thousand + 1)):
+        draw = random.Random(seed)
+        rounds = policy(
+            draw.randint(1, 3),
+            joined=False,
+            quorum=draw.choice([None, None, 1, 2, 3]),
+            grace_s=draw.choice([None, 0.0, 1.0]),
+            sample=draw.choice([None, None, 0.4]),
+            weights=draw.choice(["uniform", "samples"]),
+            versions=draw.randint(2, 12),
+        )
+        schedule = [
+            (draw.choice(ACTS), draw.choice(NAMES), draw.choice([0.0, 0.3, 2.0])) for _ in range(draw.randint(10, 150))
+        ]
+        try:
+            judged_once_and_can_end(rounds, schedule)
+        except AssertionError as error:
+            error.add_note(f"seed {seed}, {rounds}")
+            raise

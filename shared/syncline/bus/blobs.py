@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from syncline.bus.base import Bus
+from syncline.chance import new_id
 from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
-from syncline.wire.chunks import blob_digest, checksum, new_blob_id, pack_chunk, unpack_chunk
+from syncline.wire.chunks import blob_digest, checksum, pack_chunk, unpack_chunk
 from syncline.wire.messages import BlobRef
 
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
@@ -39,7 +40,7 @@ async def put_blob(
     patience_s: float = PATIENCE_S,
 ) -> tuple[BlobRef, bytes]:
     """Puts all of `data` under `prefix(blob)`.k and returns its reference and digest once the bus holds every chunk."""
-    blob = blob or new_blob_id()
+    blob = blob or new_id()
     data = data.cast("B")
     n = max(1, -(-len(data) // chunk_bytes))
     checksums = [0] * n

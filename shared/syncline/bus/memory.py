@@ -52,6 +52,7 @@ class MemoryBroker:
     """The server. Clients come from `connect`; whatever time it takes passes in the running event loop."""
 
     stream_type: type[Stream] = Stream
+    bus_type: type[MemoryBus]  # MemoryBus
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class MemoryBroker:
         if not self._running or name in self._cut:
             raise Unreachable("no broker answers")
         who = Who(name, account, identity or (WATCH if account == "WATCH" else name))
-        return MemoryBus(self, self._lane(who, inbox), self._lane(who, inbox))
+        return self.bus_type(self, self._lane(who, inbox), self._lane(who, inbox))
 
     def before_op(self, hook: Hook) -> None:
         """`hook(operation)` before each bus operation, and again when it is done, and after it."""
@@ -391,3 +392,6 @@ class MemoryBus:
         if isinstance(result, BusError):
             raise result
         return cast(T, result)
+
+
+MemoryBroker.bus_type = MemoryBus

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 STALLED_PERIODS = 3  # median periods without a training step after which a training agent counts as hung
+FIRST_STEP_S = 600.0  # the same before its first step ever: data are loaded then, and a device is woken
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ class Membership:
             silent_s, still_s = now_s - life.heard_at_s, now_s - life.moved_at_s
             if silent_s > self.lost_after_s:
                 lost.append((agent, f"not heard of for {silent_s:.1f} s"))
-            elif life.training and still_s > stalled_after_s:
+            elif life.training and still_s > (stalled_after_s if life.progress else max(stalled_after_s, FIRST_STEP_S)):
                 lost.append((agent, f"no training step for {still_s:.1f} s"))
         for agent, _ in lost:
             del self.lives[agent]

@@ -187,7 +187,7 @@ class Rounds:
     def _open(self, now_s: float) -> list[Command]:
         if self.version >= self.versions:
             return self._finish(f"{self.versions} versions")
-        if len(self.live) < (1 if self.started else self.min_agents):
+        if len(self.live) < (1 if self.started else self.min_agents) or not self._others():
             return []
         self.state, self.started, self.opened_at_s = "open", True, now_s
         self.participants = self._draw()
@@ -213,7 +213,7 @@ class Rounds:
         return [p for p in self.participants if p in self.live and p not in self.offers and p not in self.spent]
 
     def _others(self) -> set[str]:
-        """Who else could train for this round."""
+        """Who else could train for this round: live agents that are not asked yet."""
         return self.live - {*self.participants} - self.spent
 
     def _ask_others(self) -> StartRound:
@@ -263,7 +263,7 @@ class Rounds:
 
     def _draw(self) -> tuple[str, ...]:
         """The participants of a round: all live agents, or a share drawn by the seed and the version alone."""
-        everyone = sorted(self.live)
+        everyone = sorted(self._others())
         if self.sample is None:
             return tuple(everyone)
         count = max(1, self.quorum or 1, round(self.sample * len(everyone)))
@@ -279,7 +279,6 @@ class Rounds:
         assert not self.spent & set(self.offers), "an update both dropped and offered"
         assert not self.live & {*self.away, *self.failed}, "somebody both here and gone"
         if self.state == "open":
-            assert all(self.judged.get(a, 0) < o.clock for a, o in self.offers.items()), "an update judged twice"
             assert self._awaited() or not (self.offers or self._others()), "a round that could close or ask others"
         assert self.closes_at_s is None or (self.state == "open" and self.quorum), "a grace period of nothing"
 

@@ -253,9 +253,17 @@ def batch_rows(batch: Any) -> int:
 
 
 def evaluate(
-    task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: int, device: torch.device | str
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    batch_size: int,
+    device: torch.device | str,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The task's metrics over all rows: means of the batches, weighted by their rows. Leaves the model as it was."""
+    """The task's metrics over all rows: means of the batches, weighted by their rows. Leaves the model as it was.
+
+    `on_batch` is called after each batch: a sign of progress.
+    """
     rows = _rows(dataset)
     sums: dict[str, float] = {}
     modes = [(module, module.training) for module in model.modules()]
@@ -267,6 +275,7 @@ def evaluate(
                 batch = to_device(_collate(dataset, chosen), device)
                 for name, value in task.metrics(model, batch).items():
                     sums[name] = sums.get(name, 0.0) + value * len(chosen)
+                on_batch()
     finally:
         for module, mode in modes:
             module.training = mode

@@ -6,7 +6,6 @@ so that a frame under a wrong subject is refused; blobs have random ids, so that
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 
 import msgpack
@@ -17,11 +16,6 @@ from syncline.wire.messages import VERSION, shown
 
 FRAME_OVERHEAD_BYTES = 16 * 1024  # what a message may need beside the tensor bytes: frame, subject, headers, slack
 DIGEST_BYTES = 16
-
-
-def new_blob_id() -> str:
-    """A random 128-bit name."""
-    return secrets.token_hex(16)
 
 
 def pack_chunk(blob: str, k: int, n: int, codec: str, data: bytes | memoryview) -> bytes:

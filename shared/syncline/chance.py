@@ -1,0 +1,29 @@
+"""Where randomness and the time of day come from: one place, so that a simulation can put its own in.
+
+Random ids, jitter and time stamps of metrics: nothing that decides anything. What decides takes time as an argument.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+
+source: ContextVar[random.Random] = ContextVar("source", default=random.SystemRandom())  # noqa: B039 (no state of its own)
+wall_clock: ContextVar[Callable[[], float]] = ContextVar("wall_clock", default=time.time)
+
+
+def new_id() -> str:
+    """A random 128-bit name, 32 hexadecimal digits."""
+    return f"{source.get().getrandbits(128):032x}"
+
+
+def jitter(value: float, least: float = 0.7, most: float = 1.3) -> float:
+    """The value times a random factor, so that many who wait do not come back at once."""
+    return value * source.get().uniform(least, most)
+
+
+def wall_time_s() -> float:
+    """Seconds since the epoch."""
+    return wall_clock.get()()
