@@ -16,7 +16,7 @@ from syncline.spec import RunSpec
 from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.demo import TASK, DemoSettings
-from syncline_cli.display import Message, RunView, Screen, megabytes, natural, number
+from syncline_cli.display import Message, RunView, Screen, counted, megabytes, natural, number
 from syncline_cli.follow import Feed, Follower, submit
 from syncline_cli.local import LocalFleet
 from syncline_cli.results import print_json, result_of
@@ -33,8 +33,7 @@ class Demo:
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
         self.console = Console(stderr=settings.as_json, highlight=False)
-        n = settings.agents
-        agents = f"{n} agent{'s' if n > 1 else ''}"
+        agents = counted(settings.agents, "agent")
         self.about = f"handwritten digits, {agents}, Dirichlet(0.5), α {settings.alpha:g}"
         self.screen = Screen(self.console, Message(f"starting a broker, a coordinator and {agents}"))
         self.result: dict[str, Any] = {}
@@ -65,9 +64,7 @@ class Demo:
     async def _alone(self, fleet: LocalFleet, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         steps = spec.local.steps_for(0)
         state = RunState(spec.name, 1, steps)
-        done = (
-            f"shared model: accuracy {number('accuracy', self.result['accuracy'])} after {self.shared.version} rounds"
-        )
+        done = f"shared model: accuracy {number('accuracy', self.result['accuracy'])} after {counted(self.shared.version, 'round')}"
         self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
         await self._follow(fleet, bus, watch, spec, state)
         self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural)}
@@ -128,8 +125,7 @@ class Demo:
 
     def _figures(self) -> Text:
         r = self.result
-        rounds = f"{r['versions']} round{'s' if r['versions'] > 1 else ''}"
-        said = f"{rounds} in {r['seconds']:.1f} s, the first {r['first_commit_s']:.1f} s after the start"
+        said = f"{counted(r['versions'], 'round')} in {r['seconds']:.1f} s, the first {r['first_commit_s']:.1f} s after the start"
         return Text(f"{said}; {megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down")
 
     def _next(self) -> Group:

@@ -170,6 +170,10 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def natural(name: str) -> tuple[str, int, str]:
     """a2 before a10."""
     stem = name.rstrip("0123456789")

@@ -108,10 +108,11 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
     nursery = start_nursery("torch._dynamo", *own)
 
     from syncline.tasks import DEFAULT_ALLOWED
+    from syncline_cli.display import counted
     from syncline_cli.local import FleetSettings, agent_names
     from syncline_cli.run_follow import RunWatch, follow_local
 
-    watch = RunWatch(spec, as_json, f"starting a broker, a coordinator and {agents} agents")
+    watch = RunWatch(spec, as_json, f"starting a broker, a coordinator and {counted(agents, 'agent')}")
     fleet = FleetSettings(
         tuple(agent_names(agents)),
         allow_task=(*DEFAULT_ALLOWED, spec.task),

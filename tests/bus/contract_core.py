@@ -16,6 +16,7 @@ from contract_kit import (
     B,
     Backend,
     Heard,
+    HeardSlowly,
     S,
     a_run,
     outcome,
@@ -56,39 +57,29 @@ class Core:
         assert heard["q.>"].data == [*numbers, b""] and heard["q.*.b"] == [Delivery("q.a.b", b"")]
 
     async def test_who_unsubscribes_hears_no_more_not_even_what_waits(self, backend: Backend) -> None:
-        bus, heard, gate = await backend.connect("coordinator"), Heard(), asyncio.Event()
-
-        async def slow(delivery: Delivery) -> None:
-            await heard(delivery)
-            await gate.wait()
-
-        subscription = await bus.subscribe("q", slow)
+        bus, heard = await backend.connect("coordinator"), HeardSlowly()
+        subscription = await bus.subscribe("q", heard)
         for i in range(3):
             await bus.publish("q", b"%d" % i)
         await until(lambda: bool(heard), "the first is heard")
         await settled(bus)
         await subscription.unsubscribe()
         await subscription.unsubscribe()
-        gate.set()
+        heard.gate.set()
         await bus.publish("q", b"late")
         assert await outcome(bus.request("q", b"", 1.0)) is NoResponders
         await asyncio.sleep(QUIET_S)
         assert heard.data == [b"0"]
 
     async def test_when_too_many_wait_the_newest_are_dropped(self, backend: Backend) -> None:
-        bus, heard, gate = await backend.connect("coordinator"), Heard(), asyncio.Event()
-
-        async def slow(delivery: Delivery) -> None:
-            await heard(delivery)
-            await gate.wait()
-
-        await bus.subscribe("q", slow, limit=5)
+        bus, heard = await backend.connect("coordinator"), HeardSlowly()
+        await bus.subscribe("q", heard, limit=5)
         await bus.publish("q", b"0")
         await until(lambda: bool(heard), "the first is heard")
         for i in range(1, 20):
             await bus.publish("q", b"%d" % i)
         await settled(bus)
-        gate.set()
+        heard.gate.set()
         await until(lambda: len(heard) == 6, "what waited is heard")
         await bus.publish("q", b"next")
         await until(lambda: len(heard) > 6, "it goes on")

@@ -95,6 +95,18 @@ class Heard(list[Delivery]):
         return [delivery.data for delivery in self]
 
 
+class HeardSlowly(Heard):
+    """Stays with the first message until `gate` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    async def __call__(self, delivery: Delivery) -> None:
+        self.append(delivery)
+        await self.gate.wait()
+
+
 async def until(true: Callable[[], bool | Awaitable[bool]], what: str) -> None:
     deadline = asyncio.get_running_loop().time() + PATIENCE_S
     while True:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from syncline.bus.base import Handler, Stored, Subscription
 from syncline.bus.memory import MemoryBroker, MemoryBus
-from syncline.bus.memory_faults import Lane, Message, Pipe
-from syncline.bus.memory_store import Store, Stream
+from syncline.bus.memory_faults import Lane, Pipe, Who
+from syncline.bus.memory_store import Store, Stream, Tenant
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -91,12 +91,16 @@ class QueuesWithoutBound(MemoryBroker):
     bus_type = _QueuesWithoutBound
 
 
-class LetsAllSpeak(MemoryBroker):
-    def arrive(self, lane: Lane, message: Message) -> None:
-        if message.ask is None:
-            self._take(self._core, message)
-        else:
-            super().arrive(lane, message)
+class LetsAgentsSayAll(MemoryBroker):
+    def _tenant(self, who: Who) -> Tenant:
+        tenant = super()._tenant(who)
+        tenant.asks = tenant.says = (">",)
+        return tenant
+
+
+class KeepsAgentsFromWatchers(MemoryBroker):
+    def _audience(self, said_in: Tenant, subject: str) -> list[Tenant]:
+        return super()._audience(said_in, subject) if said_in is self._core else []
 
 
 class LosesItsStore(MemoryBroker):
@@ -139,7 +143,8 @@ MUTANTS: dict[type[MemoryBroker], str] = {
     over(NeverFull): "test_a_full_bucket_refuses_but_keeps_what_it_has",
     NeverUnsubscribes: "test_who_unsubscribes_hears_no_more_not_even_what_waits",
     QueuesWithoutBound: "test_when_too_many_wait_the_newest_are_dropped",
-    LetsAllSpeak: "test_what_is_not_an_agents_own_is_denied_and_reported",
+    LetsAgentsSayAll: "test_what_is_not_an_agents_own_is_denied_and_reported",
+    KeepsAgentsFromWatchers: "test_watchers_hear_metrics_and_events_from_everywhere",
     LosesItsStore: "test_after_a_restart_all_that_was_acknowledged_is_there_and_all_are_back",
     TellsNobody: "test_what_waits_for_an_answer_fails_when_the_connection_goes",
     OvertakesOnAConnection: "test_a_message_reaches_whoever_listens_in_order",

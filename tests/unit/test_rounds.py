@@ -138,7 +138,7 @@ def test_a_newer_update_of_an_agent_replaces_its_older_one() -> None:
 def test_an_offer_from_the_future_is_refused_and_changes_nothing() -> None:
     rounds = policy(2)
     before = copy.deepcopy(rounds)
-    with pytest.raises(PeerError, match="^a1: base 1 is newer than version 0$"):
+    with pytest.raises(PeerError, match=r"^a1: base 1 is newer than version 0$"):
         rounds.handle(OfferReady("a1", 1, base=1), 0.0)
     assert rounds == before
 

@@ -1,0 +1,132 @@
+"""Frames: what comes out is what went in, or a PeerError that says what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from syncline.errors import PeerError
+from syncline.wire.chunks import FRAME_OVERHEAD_BYTES, blob_digest, checksum, new_blob_id, pack_chunk, unpack_chunk
+
+BLOB = "0123456789abcdef" * 2
+DATA = bytes(range(40))
+
+
+def unpacked(frame: bytes, **expected: Any) -> bytes:
+    return unpack_chunk(frame, **{"blob": BLOB, "k": 2, "n": 5, "codec": "fp32", "size": len(DATA), **expected})
+
+
+def refused(frame: bytes, **expected: Any) -> str:
+    with pytest.raises(PeerError) as error:
+        unpacked(frame, **expected)
+    return str(error.value)
+
+
+def frame(**fields: Any) -> bytes:
+    """A good frame, but for these fields; a field that is None is left out."""
+    good = {"t": "chunk", "v": 1, "blob": BLOB, "k": 2, "n": 5, "codec": "fp32", "crc": checksum(DATA), "data": DATA}
+    packed: bytes = msgpack.packb({k: v for k, v in {**good, **fields}.items() if v is not None})
+    return packed
+
+
+@given(st.binary(max_size=5000), st.integers(0, 1 << 24), st.integers(1, 1 << 24), st.sampled_from(["fp32", "raw", ""]))
+def test_what_is_packed_comes_out_again(data: bytes, k: int, n: int, codec: str) -> None:
+    blob = new_blob_id()
+    packed = pack_chunk(blob, k, n, codec, memoryview(data))
+    assert unpack_chunk(packed, blob=blob, k=k, n=n, codec=codec, size=len(data)) == data
+    assert len(packed) <= len(data) + FRAME_OVERHEAD_BYTES
+
+
+def test_the_frame_is_the_documented_map() -> None:
+    assert pack_chunk(BLOB, 2, 5, "fp32", DATA) == frame()
+    assert unpacked(frame()) == DATA
+
+
+def test_fields_of_a_newer_minor_version_are_ignored() -> None:
+    assert unpacked(frame(hint="sparse")) == DATA
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"t": "head"}, "not a chunk"),
+        ({"t": None}, "not a chunk"),
+        ({"v": 2}, "version 2, this Syncline reads version 1"),
+        ({"v": None}, "version None, this Syncline reads version 1"),
+        ({"blob": "f" * 32}, f"blob is '{'f' * 32}', expected '{BLOB}'"),
+        ({"blob": BLOB.encode()}, f"blob is b'{BLOB}', expected '{BLOB}'"),
+        ({"k": 3}, "k is 3, expected 2"),
+        ({"k": "2"}, "k is '2', expected 2"),
+        ({"k": None}, "k is None, expected 2"),
+        ({"n": 4}, "n is 4, expected 5"),
+        ({"codec": "int8"}, "codec is 'int8', expected 'fp32'"),
+        ({"codec": {"a": 1}}, "codec is a dict, expected 'fp32'"),
+        ({"data": DATA[:-1]}, "39 bytes of data, expected 40"),
+        ({"data": "x" * 40}, "no bytes of data, expected 40"),
+        ({"data": None}, "no bytes of data, expected 40"),
+        ({"data": DATA[::-1]}, "the checksum does not match"),
+        ({"crc": 0}, "the checksum does not match"),
+        ({"crc": None}, "the checksum does not match"),
+    ],
+)
+def test_a_wrong_field_is_named(fields: dict[str, Any], problem: str) -> None:
+    assert refused(frame(**fields)) == f"chunk 2 of blob 01234567: {problem}"
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xc1", b"\xc0", b"hello", b"\x90", b"\x81\xa1t", frame()[:-1], frame() + b"\x00"]
+)
+def test_what_is_no_frame_is_refused(junk: bytes) -> None:
+    assert "not msgpack" in refused(junk) or "not a chunk" in refused(junk)
+
+
+def test_a_frame_longer_than_agreed_is_not_even_looked_at() -> None:
+    assert "for 40 bytes of content" in refused(frame(data=b"\x00" * (41 + FRAME_OVERHEAD_BYTES)))
+    assert "longer than agreed" in refused(frame(data=DATA + b"\x00"))
+
+
+@pytest.mark.parametrize("depth", [900, 1000, 1023, 5000])
+def test_nesting_too_deep_to_print_is_refused_like_anything_else(depth: int) -> None:
+    nested = b"\x81\xa1a" * depth + b"\xc0"
+    assert refused(b"\x82\xa1t\xa5chunk\xa1v" + nested).startswith("chunk 2 of blob 01234567: ")
+
+
+def test_a_flipped_bit_never_passes() -> None:
+    good = frame()
+    for place in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[place // 8] ^= 1 << place % 8
+        refused(bytes(bad))
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(junk: bytes) -> None:
+    refused(junk)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, 120), st.binary(max_size=4)), min_size=1, max_size=4))
+def test_a_mutated_frame_gives_the_same_bytes_or_none(cuts: list[tuple[int, bytes]]) -> None:
+    mutated = frame()
+    for place, instead in cuts:
+        mutated = mutated[:place] + instead + mutated[place + 2 :]
+    try:
+        assert unpacked(mutated) == DATA
+    except PeerError:
+        pass
+
+
+def test_blob_ids_are_random_and_of_128_bits() -> None:
+    ids = {new_blob_id() for _ in range(100)}
+    assert len(ids) == 100 and all(len(bytes.fromhex(i)) == 16 for i in ids)
+
+
+def test_the_digest_of_a_blob_depends_on_every_chunk_and_their_order() -> None:
+    digests = {blob_digest(sums) for sums in ([], [1], [1, 2], [2, 1], [1, 2, 0])}
+    assert len(digests) == 5 and {len(d) for d in digests} == {16}
+    assert blob_digest(iter([1, 2])) == blob_digest([1, 2])
