@@ -64,7 +64,8 @@ class Demo:
     async def _alone(self, fleet: LocalFleet, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         steps = spec.local.steps_for(0)
         state = RunState(spec.name, 1, steps)
-        done = f"shared model: accuracy {number('accuracy', self.result['accuracy'])} after {counted(self.shared.version, 'round')}"
+        accuracy = number("accuracy", self.result["accuracy"])
+        done = f"shared model: accuracy {accuracy} after {counted(self.shared.version, 'round')}"
         self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
         await self._follow(fleet, bus, watch, spec, state)
         self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural)}
@@ -125,8 +126,9 @@ class Demo:
 
     def _figures(self) -> Text:
         r = self.result
-        said = f"{counted(r['versions'], 'round')} in {r['seconds']:.1f} s, the first {r['first_commit_s']:.1f} s after the start"
-        return Text(f"{said}; {megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down")
+        rounds = f"{counted(r['versions'], 'round')} in {r['seconds']:.1f} s"
+        traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
+        return Text(f"{rounds}, the first {r['first_commit_s']:.1f} s after the start; {traffic}")
 
     def _next(self) -> Group:
         digits = importlib.util.find_spec("syncline.tasks.digits")

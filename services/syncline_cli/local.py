@@ -44,6 +44,7 @@ class FleetSettings:
     task_dir: Path = field(default_factory=Path.cwd)
     threads: int = 1
     device: str = "auto"
+    max_file_store_bytes: int | None = None  # None: what the broker finds on the disk
 
 
 class LocalFleet:
@@ -51,7 +52,12 @@ class LocalFleet:
 
     def __init__(self, settings: FleetSettings, nursery: Nursery) -> None:
         self.settings, self._nursery = settings, nursery
-        self.broker = EmbeddedBroker(settings.directory, port=settings.port, agents=settings.agents)
+        self.broker = EmbeddedBroker(
+            settings.directory,
+            port=settings.port,
+            agents=settings.agents,
+            max_file_store_bytes=settings.max_file_store_bytes,
+        )
         self.workers: dict[str, Worker] = {}
 
     @staticmethod

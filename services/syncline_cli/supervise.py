@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from syncline.errors import RunFailed
@@ -32,6 +33,7 @@ T = TypeVar("T")
 def start_nursery(*modules: str) -> Nursery:
     """Begins to import torch and all services in the background. What they print is not on *our* standard output."""
     logging.getLogger().addHandler(logging.NullHandler())  # what matters is shown as events
+    _keep_torch_out_of_the_temporary_directory()
     sys.stdout.flush()
     ours = os.dup(1)
     try:
@@ -40,6 +42,16 @@ def start_nursery(*modules: str) -> Nursery:
     finally:
         os.dup2(ours, 1)
         os.close(ours)
+
+
+def _keep_torch_out_of_the_temporary_directory() -> None:
+    """Its compiler makes a cache directory as soon as it is imported, used or not: where caches belong, please."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that nobody may write to
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def with_fleet(

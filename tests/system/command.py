@@ -31,7 +31,8 @@ class Command:
         self.temporary = self.place / f"tmp-{self.mark}"
         self.temporary.mkdir()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SYNCLINE_")}
-        environment |= {_MARK: self.mark, "TMPDIR": str(self.temporary)}
+        caches = {"XDG_CACHE_HOME": str(self.place / "cache")}
+        environment |= {_MARK: self.mark, "TMPDIR": str(self.temporary), **caches}
         with self._path("out").open("wb") as out, self._path("err").open("wb") as err:
             self.process = subprocess.Popen(
                 [*SYNCLINE, *self.args],

@@ -140,7 +140,9 @@ class Fleet:
         found: dict[int, dict[str, Tensor]] = {}
         for who, what, metric in self.said.metrics:
             if metric["run"] == run and what == "eval" and who != subjects.COORDINATOR:
-                w = torch.tensor([metric["metrics"][f"w{i}"] for i in range(len(metric["metrics"]))], dtype=torch.float64)
+                w = torch.tensor(
+                    [metric["metrics"][f"w{i}"] for i in range(len(metric["metrics"]))], dtype=torch.float64
+                )
                 found.setdefault(metric["clock"], {})[who] = w
         return found
 

@@ -376,6 +376,8 @@ class Lane:
         self._fail_all(Unreachable("the connection is closed"))
         if self.up:
             self._outgoing.send(0.0, partial(self._server.forget, self))
+        else:
+            self._server.forget(self)
         ended = [ear.end() for ear in self._ears if isinstance(ear, Listener)]
         self._ears.clear()
         await asyncio.gather(*(t for t in ended if t is not asyncio.current_task()), return_exceptions=True)
