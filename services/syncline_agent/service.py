@@ -71,6 +71,9 @@ class Agent:
         self._session = Session(self._bus, run, self._me, self._training, self._hello)
         try:
             await self._session.follow()
+        except BusError as error:  # out of reach for long: head says where to go on
+            log.warning("the bus is out of reach: %s", error)
+            await self._wait()
         finally:
             if asyncio.current_task() is not None and not _being_cancelled():
                 self._session = None

@@ -193,16 +193,22 @@ class Session:
     # -- the work ------------------------------------------------------------------------------------------------------
     async def _work(self) -> None:
         try:
-            await self._prepare()
             while True:
                 self._moved.clear()
                 try:
+                    if self._state == "starting":
+                        await self._prepare()
                     seen = await self._newest()
                     if self._is_due(seen):
                         await self._one_period(seen)
                     else:
                         await self._wait()
                 except BlobGone:  # purged meanwhile: head has moved on
+                    await self._read_head()
+                except PeerError as error:
+                    text = f"{self._me.agent}: {error}; trying again"
+                    await self._telemetry.event("bad-message", text, level="warning", agent=self._me.agent)
+                    await asyncio.sleep(jitter(1.0))
                     await self._read_head()
         except (CannotTrain, ConfigError, ChildFailed) as error:
             await self._cannot(str(error))

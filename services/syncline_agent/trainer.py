@@ -16,6 +16,7 @@ import itertools
 import struct
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
-from syncline_agent.device import claim_device
+from syncline_agent.device import Claim, claim_device
 from syncline_agent.state import Kept, load_state, save_state
 
 PROGRESS = struct.Struct("<QQB")  # steps ever, steps of this period, stop early
@@ -62,8 +63,13 @@ class Trainer:
     ) -> None:
         self._clock = clock
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
-        self._claim = claim_device(device)
+        self._wanted = device
         self._steps_ever = 0
+
+    @cached_property
+    def _claim(self) -> Claim:
+        """The device, claimed with the first question: what is wrong with it is an answer then."""
+        return claim_device(self._wanted)
 
     def describe(self) -> dict[str, Any]:
         return {"device": self._claim.describe(), "shared": self._claim.shared}

@@ -40,9 +40,7 @@ def run_interruptible(work: Callable[[], Awaitable[int]], *, on_signal: Callable
 
     Raises Interrupted where a signal ended it. `on_signal` is called right when the first one comes.
     """
-    from syncline.service import loop_factory
-
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner() as runner:  # no uvloop: it leaks descriptors into the broker, which keep its watchdog waiting
         return runner.run(_until_signal(work, on_signal))
 
 

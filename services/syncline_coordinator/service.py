@@ -221,10 +221,13 @@ class Coordinator:
     async def _take_runs(self) -> None:
         while True:
             self._queue_changed.clear()
-            name = await self._next_run()
-            if name is not None:
-                await self._drive(name)
-                continue
+            try:
+                name = await self._next_run()
+                if name is not None:
+                    await self._drive(name)
+                    continue
+            except BusError as error:  # out of reach for long: head says where to go on
+                log.warning("the bus is out of reach: %s", error)
             try:
                 async with asyncio.timeout(QUEUE_AGAIN_S):
                     await self._queue_changed.wait()

@@ -14,7 +14,7 @@ from typing import Any
 import nats
 import pytest
 import pytest_asyncio
-from command import Command
+from command import Command, until
 from harness import Fleet, eventually
 
 from syncline.bus.embedded import EmbeddedBroker
@@ -277,4 +277,6 @@ async def test_the_services_started_by_hand_make_a_run_together(start: Start, tm
             service.process.send_signal(signal.SIGTERM)
         for service in services:
             assert await asyncio.to_thread(service.ended, 10.0) == 0, service.err
-            await asyncio.to_thread(service.leaves_nothing, 5.0)
+            await asyncio.to_thread(
+                until, lambda s=service: not s.processes(), 5.0, lambda s=service: str(s.processes())
+            )

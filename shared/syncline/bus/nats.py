@@ -79,7 +79,8 @@ class _Lane:
         self._next_id = 0
         self._silent = 0
         self._last_error = ""
-        self._ear: NatsSubscription | None = None  # the inbox, from the first request on: a mere listener may have none
+        self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
+        self._ear: NatsSubscription | None = None  # and that is its subscription
         self._closing = False
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
@@ -129,7 +130,7 @@ class _Lane:
                 raise Denied(f"the broker at {url} does not know this key") from None
             raise Unreachable(f"no broker answers at {url}: {why}") from None
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
-        self._ear = None
+        self._listening, self._ear = False, None
         self._live = {i: await self._start(client, i) for i in list(self._handlers)}
         self._client, self._silent = client, 0
 
@@ -192,12 +193,15 @@ class _Lane:
 
     async def _on_deaf(self) -> None:
         """No answer will ever come. The next request tries again, for permissions may be mended."""
-        ear, self._ear = self._ear, None
+        ear, self._ear, self._listening = self._ear, None, False
         self._fail_all(
             Denied(f"the broker lets this key hear no answers as {self._to.name!r}: it is another's, or a reader's")
         )
         if ear is not None:
-            await ear.unsubscribe()
+            try:
+                await ear.unsubscribe()
+            except nats.errors.Error:
+                pass  # the connection is gone, and the subscription with it
 
     def _fail_all(self, error: BusError) -> None:
         for waiting in self._waiting.values():
@@ -254,7 +258,7 @@ class _Lane:
         self._waiting[token] = waiting
         timer = loop.call_later(timeout_s, _time_out, waiting, f"{subject}: no answer within {timeout_s:g} s")
         try:
-            if self._ear is None:
+            if not self._listening:
                 await self._hear_answers()
             await self.publish(subject, data, f"{self._inbox}.{token}", headers)
             await waiting.done
@@ -271,12 +275,13 @@ class _Lane:
         return waiting.answers
 
     async def _hear_answers(self) -> None:
-        subject = f"{self._inbox}.*"
+        self._listening = True  # before anything is awaited: heard twice, an answer would count twice
         try:
             self._ear = await self._client.subscribe(
-                subject, cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
+                f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
             )
         except nats.errors.Error as error:
+            self._listening = False
             raise Unreachable(f"no connection to the broker: {error}") from None
 
     async def _on_answer(self, message: Msg) -> None:

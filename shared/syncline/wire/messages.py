@@ -152,7 +152,7 @@ class Roster(Record):
 
     kind: ClassVar[str] = "roster"
     max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
-    parts: Annotated[int, Field(ge=1)] = Field(
+    parts: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(
         description="parts the data is split in; agent number i trains on part i"
     )
     agents: Annotated[list[Name], Field(max_length=100_000)] = Field(description="names by number")
@@ -194,7 +194,7 @@ class Head(Record):
     kind: ClassVar[str] = "head"
     max_bytes: ClassVar[int] = MAX_HEAD_BYTES
     run: Name
-    term: Annotated[int, Field(ge=1)] = Field(description="fencing number of the coordinator in charge")
+    term: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="fencing number of the coordinator in charge")
     version: Count = Field(description="commits so far")
     round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
     phase: Phase
