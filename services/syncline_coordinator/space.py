@@ -70,12 +70,10 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
 
 
 async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
-    """Deletes the run's streams with all they hold. Of a run that has ended, models and log stay."""
-    names = [subjects.updates_stream, subjects.offers_stream]
-    if not ended:
-        names += [subjects.model_stream, subjects.log_stream]
-    for name in names:
+    """Deletes the run's streams with all they hold. Of a run that has ended, models and log stay, as large as they are."""
+    kept = (subjects.model_stream, subjects.log_stream)
+    for name in (subjects.updates_stream, subjects.offers_stream, *kept):
         try:
-            await bus.delete_stream(name(run))
+            await (bus.fit_stream(name(run)) if ended and name in kept else bus.delete_stream(name(run)))
         except BusError:
             pass  # best effort: what stays is named by the run and bounded

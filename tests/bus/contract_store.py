@@ -261,6 +261,18 @@ class Streams:
         await bus.delete_stream("X")
         await bus.ensure_stream(StreamConfig("Y", ("y",), half))
 
+    async def test_a_stream_that_is_fitted_gives_its_room_back_and_keeps_what_it_holds(self, backend: Backend) -> None:
+        bus = await backend.connect("coordinator")
+        half = MAX_STORE_BYTES // 2 + 1
+        await bus.ensure_stream(StreamConfig("X", ("x.>",), half, full="refuse"))
+        await bus.put("x.a", b"a" * 1000)
+        await bus.fit_stream("X")
+        await bus.ensure_stream(StreamConfig("Y", ("y",), half))
+        held = await bus.get("X", "x.a")
+        assert held is not None and held.data == b"a" * 1000
+        assert await outcome(bus.put("x.b", b"b")) is StreamFull
+        assert await outcome(bus.fit_stream("nowhere")) is Unavailable
+
     async def test_a_message_may_be_as_large_as_the_broker_allows(self, backend: Backend) -> None:
         bus, back = await backend.connect("coordinator"), []
         bus.when_reconnected(lambda: back.append(1))

@@ -117,9 +117,15 @@ class Bus(Protocol):
         """Deletes it with all it holds; a stream that is not there is no error."""
         ...
 
+    async def fit_stream(self, stream: str) -> None:
+        """Lowers its byte limit to what it holds: the rest of its reservation is free for others.
+        Raises Unavailable where there is no such stream."""
+        ...
+
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
         """Stores one message and returns its sequence number once the bus holds it.
-        Raises AlreadyPut (write-once), StreamFull, NoResponders (no stream takes the subject). `bulk` travels on a
+        Raises AlreadyPut (write-once), StreamFull, NoResponders (no stream takes the subject), Unavailable (too large for
+        the bus). Larger than a drop-oldest stream as a whole, it is acknowledged and gone. `bulk` travels on a
         connection of its own, so that nothing small waits behind it."""
         ...
 
@@ -128,7 +134,7 @@ class Bus(Protocol):
         ...
 
     async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
-        """Up to `limit` messages in stream order, from sequence `from_seq` on."""
+        """Up to `limit` messages in stream order, from sequence `from_seq` on; fewer is not the end, none is."""
         ...
 
     async def state(self, stream: str, subjects: str = "") -> StreamState:
@@ -143,7 +149,8 @@ class Bus(Protocol):
     async def publish(self, subject: str, data: bytes) -> None: ...
 
     async def subscribe(self, subject: str, handler: Handler, *, limit: int = 4096) -> Subscription:
-        """Calls the handler for one message after the other; when `limit` wait, the newest are dropped."""
+        """Calls the handler for one message after the other; when `limit` wait, the newest are dropped. A subject that the
+        permissions forbid stays silent: the broker's log says so."""
         ...
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:

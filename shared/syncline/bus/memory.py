@@ -313,6 +313,11 @@ class MemoryBus:
         with self._operation("delete_stream", stream) as now:
             await self._ask(now, f"$JS.API.STREAM.DELETE.{stream}", lambda: self._broker.delete(stream))
 
+    async def fit_stream(self, stream: str) -> None:
+        with self._operation("fit_stream", stream) as now:
+            held = partial(self._broker.stream, stream, Unavailable)
+            await self._ask(now, f"$JS.API.STREAM.UPDATE.{stream}", lambda: held().fit())
+
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
         with self._operation("put", subject, data) as now:
             return await self._put(now, subject, data, self._bulk if bulk else self._control)

@@ -7,7 +7,7 @@ The accounts are those that `syncline.bus.accounts` configures; the contract sui
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from syncline.bus.accounts import Account
 from syncline.bus.base import BucketConfig, Stored, StreamConfig, StreamState
@@ -100,6 +100,9 @@ class Stream:
         other.by_subject = {subject: dict(seqs) for subject, seqs in self.by_subject.items()}
         other.bytes, other.last_seq = self.bytes, self.last_seq
         return other
+
+    def fit(self) -> None:
+        self.shape = replace(self.shape, max_bytes=max(1, self.bytes))
 
     def takes(self, subject: str) -> bool:
         return any(matches(pattern, subject) for pattern in self.shape.subjects)
