@@ -106,12 +106,13 @@ def demo(
     _check_port(port)
     _check_directory(directory)
 
-    from syncline_cli.local import FleetSettings, agent_names
-    from syncline_cli.supervise import start_nursery, with_fleet
+    from syncline_cli.preload import start_nursery
 
     nursery = start_nursery(*PRELOAD)  # as early as can be: everything waits for torch
 
     from syncline_cli.demo_run import Demo
+    from syncline_cli.local import FleetSettings, agent_names
+    from syncline_cli.supervise import with_fleet
 
     show = Demo(settings)
     fleet = FleetSettings(tuple(agent_names(agents)), directory=directory, port=port, device="cpu")

@@ -21,7 +21,7 @@ from syncline_cli.follow import Feed, Follower, submit
 from syncline_cli.local import LocalFleet
 from syncline_cli.results import print_json, result_of
 from syncline_cli.state import AgentState, RunState
-from syncline_cli.supervise import until_ended
+from syncline_cli.supervise import Services
 
 BAR = 30  # columns of the longest bar in the final table
 STALLED_S = 60.0
@@ -45,39 +45,39 @@ class Demo:
         bus, watch = await fleet.connect(COORDINATOR), await fleet.connect("watch")
         try:
             self._say_how_to_watch(fleet)
-            name = f"demo-{secrets.token_hex(3)}"
-            await self._together(fleet, bus, watch, self.settings.spec(name))
-            able = [a for a in self.shared.agents.values() if not a.lost and not a.failed]
-            await self._alone(fleet, bus, watch, self.settings.spec_alone(f"{name}-alone", len(able)))
+            services, name = Services(fleet, self.screen.say), f"demo-{secrets.token_hex(3)}"
+            await self._together(services, bus, watch, self.settings.spec(name))
+            able = len(services.able(self.shared))
+            await self._alone(services, bus, watch, self.settings.spec_alone(f"{name}-alone", max(1, able)))
             self.screen.show(Message("stopping"))
         finally:
             await watch.close()
             await bus.close()
         return 0
 
-    async def _together(self, fleet: LocalFleet, bus: Bus, watch: Bus, spec: RunSpec) -> None:
+    async def _together(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         state = self.shared = RunState(spec.name, spec.stop.versions, spec.local.steps_for(0))
         self.screen.show(RunView("training together", state, about=self.about))
-        head, follower = await self._follow(fleet, bus, watch, spec, state)
+        head, follower = await self._follow(services, bus, watch, spec, state)
         self.result = {**result_of(head, follower, state), "first_commit_s": round(follower.first_commit_s or 0.0, 3)}
 
-    async def _alone(self, fleet: LocalFleet, bus: Bus, watch: Bus, spec: RunSpec) -> None:
+    async def _alone(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         steps = spec.local.steps_for(0)
         state = RunState(spec.name, 1, steps)
         accuracy = number("accuracy", self.result["accuracy"])
         done = f"shared model: accuracy {accuracy} after {counted(self.shared.version, 'round')}"
         self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
-        await self._follow(fleet, bus, watch, spec, state)
+        await self._follow(services, bus, watch, spec, state)
         self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural)}
 
     async def _follow(
-        self, fleet: LocalFleet, bus: Bus, watch: Bus, spec: RunSpec, state: RunState
+        self, services: Services, bus: Bus, watch: Bus, spec: RunSpec, state: RunState
     ) -> tuple[Head, Follower]:
         feed = Feed(watch, state)
         await feed.open()
         await submit(bus, spec)
         follower = Follower(bus, spec.name)
-        head = await until_ended(fleet, follower, state, spec.agents.min, self.screen.say, stalled_s=STALLED_S)
+        head = await services.until_ended(follower, state, spec.agents.min, stalled_s=STALLED_S)
         await feed.last(
             head.version, evaluated=spec.evaluate.center, agents=spec.agents.min if spec.evaluate.agents else 0
         )
@@ -97,7 +97,8 @@ class Demo:
         if self.settings.as_json:
             print_json({key: self.result[key] for key in _KEYS})
             return 0
-        self.console.print(Padding(Group(self._table(), "", self._figures(), "", self._next()), (1, 0, 1, 2)))
+        whole = Group(self._table(), "", self._figures(), "", self._next())
+        self.console.print(Padding(whole, (1, 0, 1, 2), expand=False))
         return 0
 
     def _table(self) -> Table:

@@ -93,6 +93,7 @@ def _titled(title: str, about: str, width: int) -> RenderableType:
 
 def _agents(state: RunState, width: int, room: int) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.width = width
     table.add_column(no_wrap=True, max_width=16, overflow="ellipsis")
     table.add_column(ratio=1)
     for _ in _FIGURES[: _figures_that_fit(width)]:
@@ -205,18 +206,25 @@ class Screen:
         if self._drawing is not None:
             self._drawing.cancel()
             await asyncio.gather(self._drawing, return_exceptions=True)
-        self.drain()
+        self._finish_view()
         if self._live is not None:
             self._live.update("")
             self._live.stop()
 
     def show(self, view: View) -> None:
-        self.drain()
+        self._finish_view()
         self.view, self._said = view, (-1, 0.0)
 
     def say(self, level: str, text: str) -> None:
-        """A line above the picture."""
-        self.console.print(Text(text, STYLES.get(level, "")), soft_wrap=True)
+        """A line above the picture. It may come from anywhere, so it does not command the terminal."""
+        shown = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+        self.console.print(Text(shown, STYLES.get(level, "")), soft_wrap=True)
+
+    def _finish_view(self) -> None:
+        """Nothing of it is left unsaid."""
+        self.drain()
+        if self._live is None:
+            self._plain()
 
     def drain(self) -> None:
         """Warnings and errors of the run that is shown."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.nats import mended
@@ -63,21 +64,25 @@ async def _check_jetstream(bus: Bus, url: str) -> None:
 
 
 class Follower:
-    """Follows one run to its end."""
+    """Follows one run to its end. `say` is told when the broker does not answer, and when it does again."""
 
-    def __init__(self, bus: Bus, run: str) -> None:
-        self._bus, self._run = bus, run
+    def __init__(self, bus: Bus, run: str, say: Callable[[str, str], None] = lambda level, text: None) -> None:
+        self._bus, self._run, self._say = bus, run, say
         self._moved = asyncio.Event()
         self.head: Head | None = None
         self.began_s = time.monotonic()
         self.first_commit_s: float | None = None  # since this process was created
         self.seconds = 0.0
-        self.trouble = ""  # why head cannot be read at the moment
+        self._trouble = False
 
     @property
     def opened(self) -> bool:
         """Whether a first round has been opened: from then on the run goes on with whoever is left."""
         return self.head is not None and (self.head.round > 0 or self.head.version > 0)
+
+    @property
+    def ended(self) -> bool:
+        return self.head is not None and self.head.phase in ENDED
 
     async def until_ended(self) -> Head:
         """The last head. Raises RunFailed where the run is gone from the bus."""
@@ -104,16 +109,20 @@ class Follower:
         try:
             entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(self._run))
         except BusError as error:
-            self.trouble = str(error)
+            if not self._trouble:
+                self._say("warning", f"the broker does not answer, still trying: {error}")
+            self._trouble = True
             return False
-        self.trouble = ""
+        if self._trouble:
+            self._say("warning", "the broker answers again")
+        self._trouble = False
         if entry is None:
             raise RunFailed(f"run {self._run} is gone from the bus: its head was deleted")
         try:
             self._see(decode(Head, entry.value))
         except PeerError as error:
             raise RunFailed(f"run {self._run} has a head that this Syncline cannot read: {error}") from None
-        return self.head is not None and self.head.phase in ENDED
+        return self.ended
 
     async def _on_notify(self, delivery: Delivery) -> None:
         try:
@@ -125,15 +134,16 @@ class Follower:
             self._moved.set()
 
     def _see(self, head: Head) -> None:
-        if self.head is not None and (head.term, head.version, head.round) < (
-            self.head.term,
-            self.head.version,
-            self.head.round,
-        ):
+        """A notify that comes late changes nothing."""
+        if self.ended or (self.head is not None and _order(head) < _order(self.head)):
             return
         self.head = head
         if head.version and self.first_commit_s is None:
             self.first_commit_s = since_start_s()
+
+
+def _order(head: Head) -> tuple[int, int, int]:
+    return head.term, head.version, head.round
 
 
 class Feed:

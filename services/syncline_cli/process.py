@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -51,6 +52,8 @@ async def _until_signal(work: Callable[[], Awaitable[int]], on_signal: Callable[
     def stop() -> None:
         nonlocal asked
         if asked:
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h")  # the cursor, which a live picture hides
             os._exit(INTERRUPTED)  # what we started ends with us, whatever we do
         asked = True
         on_signal()

@@ -93,15 +93,16 @@ def _remote(spec: RunSpec, connect: str, key: str, as_json: bool) -> int:
     watch = RunWatch(spec, as_json)
     seed = read_seed(Path(key)) if key else ""
     try:
-        code = run_interruptible(lambda: follow_remote(watch, connect, seed))
+        return run_interruptible(lambda: follow_remote(watch, connect, seed)) or watch.summary()
     except Interrupted:
         goes_on = f"; run {spec.name} goes on without this terminal" if watch.submitted else ""
         raise Interrupted(goes_on) from None
-    return watch.report() or code
+    finally:
+        watch.report()
 
 
 def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
-    from syncline_cli.supervise import start_nursery, with_fleet
+    from syncline_cli.preload import start_nursery
 
     module = spec.task.rpartition(":")[0]
     own = [module] if _is_ready_made(module) else []
@@ -111,6 +112,7 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
     from syncline_cli.display import counted
     from syncline_cli.local import FleetSettings, agent_names
     from syncline_cli.run_follow import RunWatch, follow_local
+    from syncline_cli.supervise import with_fleet
 
     watch = RunWatch(spec, as_json, f"starting a broker, a coordinator and {counted(agents, 'agent')}")
     fleet = FleetSettings(
@@ -119,7 +121,10 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
         task_dir=path.resolve().parent,
         threads=max(1, (os.cpu_count() or 1) // agents),
     )
-    return with_fleet(fleet, nursery, lambda up: follow_local(watch, up), around=watch.screen) or watch.report()
+    try:
+        return with_fleet(fleet, nursery, lambda up: follow_local(watch, up), around=watch.screen) or watch.summary()
+    finally:
+        watch.report()
 
 
 def _is_ready_made(module: str) -> bool:

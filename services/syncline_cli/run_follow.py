@@ -10,17 +10,16 @@ from rich.text import Text
 
 from syncline.bus.base import Bus
 from syncline.bus.nats import Connection, NatsBus, mended
-from syncline.errors import BusError
-from syncline.service import DONE, FAILED
+from syncline.errors import BusError, RunFailed
+from syncline.service import DONE
 from syncline.spec import RunSpec
-from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.display import Message, RunView, Screen, megabytes, number
 from syncline_cli.follow import Feed, Follower, submit, submit_remote
 from syncline_cli.local import LocalFleet
 from syncline_cli.results import print_json, result_of
 from syncline_cli.state import RunState
-from syncline_cli.supervise import until_ended
+from syncline_cli.supervise import Services
 
 
 class RunWatch:
@@ -41,21 +40,30 @@ class RunWatch:
             self.screen.say("warning", warning)
         self.screen.show(RunView(f"run {self.spec.name}", self.state, about=self.spec.task))
 
-    def ended(self, head: Head, follower: Follower) -> None:
-        self.result = result_of(head, follower, self.state)
+    def ended(self, follower: Follower) -> None:
+        """The run has ended, one way or the other."""
+        assert follower.head is not None
+        self.result = result_of(follower.head, follower, self.state)
 
-    def report(self) -> int:
+    def report(self) -> None:
         """What came of it; nothing where the run was not followed to its end."""
-        if not self.result:
-            return DONE
-        if self.as_json:
+        if self.result and self.as_json:
             print_json(self.result)
-            return DONE
-        r = self.result
-        metrics = [f"{name} {number(name, r['metrics'][name])}" for name in self.state.shown_metrics() if r["metrics"]]
-        traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
-        said = [f"run {r['run']}: {r['reason']}", *metrics, f"{r['seconds']:.1f} s", traffic, f"digest {r['digest']}"]
-        self.console.print(Text(", ".join(said)), soft_wrap=True)
+
+    def summary(self) -> int:
+        """The same for people, where all went well."""
+        if not self.as_json:
+            r = self.result
+            metrics = [f"{name} {number(name, r['metrics'].get(name))}" for name in self.state.shown_metrics()]
+            traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
+            said = [
+                f"run {r['run']}: {r['reason']}",
+                *metrics,
+                f"{r['seconds']:.1f} s",
+                traffic,
+                f"digest {r['digest']}",
+            ]
+            self.console.print(Text(", ".join(said)), soft_wrap=True)
         return DONE
 
 
@@ -67,9 +75,12 @@ async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
         await feed.open()
         watch.follows((await submit(bus, watch.spec)).warnings)
         follower = Follower(bus, watch.spec.name)
-        head = await until_ended(fleet, follower, watch.state, watch.spec.agents.min, watch.screen.say)
-        await feed.last(head.version, evaluated=watch.spec.evaluate.center)
-        watch.ended(head, follower)
+        try:
+            await Services(fleet, watch.screen.say).until_ended(follower, watch.state, watch.spec.agents.min)
+        finally:
+            if follower.ended:
+                await _last_metrics(watch, feed, follower)
+                watch.ended(follower)
     finally:
         await feed_bus.close()
         await bus.close()
@@ -77,14 +88,15 @@ async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
 
 
 async def follow_remote(watch: RunWatch, url: str, seed: str) -> int:
-    """On a broker that somebody else runs. Returns FAILED for a run that failed."""
+    """On a broker that somebody else runs. Raises RunFailed for a run that failed."""
     logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
     bus = await _connect(url, seed)
     try:
         async with watch.screen:
-            return await _follow_remote(watch, bus, url)
+            await _follow_remote(watch, bus, url)
     finally:
         await bus.close()
+    return DONE
 
 
 async def _connect(url: str, seed: str) -> NatsBus:
@@ -94,12 +106,19 @@ async def _connect(url: str, seed: str) -> NatsBus:
         raise mended(error, url) from None
 
 
-async def _follow_remote(watch: RunWatch, bus: Bus, url: str) -> int:
+async def _follow_remote(watch: RunWatch, bus: Bus, url: str) -> None:
     feed = Feed(bus, watch.state)
     await feed.open()
     watch.follows((await submit_remote(bus, watch.spec, url)).warnings)
-    follower = Follower(bus, watch.spec.name)
+    follower = Follower(bus, watch.spec.name, watch.screen.say)
     head = await follower.until_ended()
-    await feed.last(head.version, evaluated=watch.spec.evaluate.center and head.phase == "done")
-    watch.ended(head, follower)
-    return DONE if head.phase == "done" else FAILED
+    await _last_metrics(watch, feed, follower)
+    watch.ended(follower)
+    if head.phase != "done":
+        raise RunFailed(f"run {head.run}: {head.reason}")
+
+
+async def _last_metrics(watch: RunWatch, feed: Feed, follower: Follower) -> None:
+    head = follower.head
+    if head is not None and head.phase == "done":
+        await feed.last(head.version, evaluated=watch.spec.evaluate.center)

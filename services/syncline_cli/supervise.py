@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from syncline.errors import RunFailed
@@ -28,30 +25,6 @@ LOG_LINES = 12
 
 Say = Callable[[str, str], None]  # level, text
 T = TypeVar("T")
-
-
-def start_nursery(*modules: str) -> Nursery:
-    """Begins to import torch and all services in the background. What they print is not on *our* standard output."""
-    logging.getLogger().addHandler(logging.NullHandler())  # what matters is shown as events
-    _keep_torch_out_of_the_temporary_directory()
-    sys.stdout.flush()
-    ours = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        return LocalFleet.preload(*modules)
-    finally:
-        os.dup2(ours, 1)
-        os.close(ours)
-
-
-def _keep_torch_out_of_the_temporary_directory() -> None:
-    """Its compiler makes a cache directory as soon as it is imported, used or not: where caches belong, please."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a home that nobody may write to
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def with_fleet(
@@ -80,61 +53,75 @@ def with_fleet(
         raise Interrupted from None
 
 
-async def until_ended(
-    fleet: LocalFleet, follower: Follower, state: RunState, needed: int, say: Say, *, stalled_s: float = math.inf
-) -> Head:
-    """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end, and
-    when nothing has moved for `stalled_s`."""
-    broken = _until_broken(fleet, follower, state, needed, say)
-    head = await _first(follower.until_ended(), broken, _until_stalled(fleet, follower, state, stalled_s))
-    if head.phase != "done":
-        culprits = sorted(state.failed) or [COORDINATOR]
-        raise RunFailed(f"run {head.run}: {head.reason}{ends_of_logs(fleet, culprits[:2])}")
-    return head
+class Services:
+    """The processes of a fleet, watched: nobody else will bring back one that is gone."""
 
+    def __init__(self, fleet: LocalFleet, say: Say) -> None:
+        self.fleet, self._say = fleet, say
+        self._gone: set[str] = set()
 
-async def _until_broken(fleet: LocalFleet, follower: Follower, state: RunState, needed: int, say: Say) -> NoReturn:
-    """Raises RunFailed when the coordinator is gone, or too few agents are left: nobody else will come to help."""
-    gone: set[str] = set()
-    loop = asyncio.get_running_loop()
-    say_at_s: float | None = loop.time() + JOIN_S
-    while True:
-        for name, worker in fleet.workers.items():
-            if name in gone or not worker.exited.done():
-                continue
-            gone.add(name)
-            how = how_it_ended(worker.exited.result())
-            if name == COORDINATOR:
-                raise RunFailed(f"the coordinator's process {how}{ends_of_logs(fleet, [name])}")
-            say("warning", f"{name}: its process {how}")
-        unable = gone | set(state.failed)
-        able = [name for name in fleet.settings.agents if name not in unable]
-        least = 1 if follower.opened else needed
-        if len(able) < least:
-            why = "; ".join(state.failed.values()) or f"{', '.join(sorted(unable))}: gone"
-            text = f"run {state.run} needs {least} agents and has {len(able)}: {why}"
-            raise RunFailed(text + ends_of_logs(fleet, sorted(unable)[:2]))
-        if say_at_s is not None and loop.time() > say_at_s:
-            say_at_s = None
-            joined = [a for a in state.agents.values() if a.train is not None and a.train.state != "starting"]
-            if not follower.opened:
-                say("warning", f"still waiting for agents: {len(joined)} of {needed} are ready")
-        await asyncio.sleep(LOOK_S)
+    def able(self, state: RunState) -> list[str]:
+        """The agents that are alive and have not said that they cannot train."""
+        self._look()
+        return [name for name in self.fleet.settings.agents if name not in self._gone and name not in state.failed]
 
+    async def until_ended(
+        self, follower: Follower, state: RunState, needed: int, *, stalled_s: float = math.inf
+    ) -> Head:
+        """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end, and
+        when nothing has moved for `stalled_s`. `needed`: the agents that the run starts with."""
+        watching = (self._until_broken(follower, state, needed), self._until_stalled(follower, state, stalled_s))
+        head = await _first(follower.until_ended(), *watching)
+        if head.phase != "done":
+            culprits = sorted(state.failed) or [COORDINATOR]
+            raise RunFailed(f"run {head.run}: {head.reason}{ends_of_logs(self.fleet, culprits[:2])}")
+        return head
 
-async def _until_stalled(fleet: LocalFleet, follower: Follower, state: RunState, stalled_s: float) -> NoReturn:
-    """Raises RunFailed when nobody has made a step, and no round has closed, for so long."""
-    loop = asyncio.get_running_loop()
-    moved_at_s, seen = loop.time(), ""
-    while True:
-        trains = [(name, a.train and (a.train.state, a.train.clock, a.train.step)) for name, a in state.agents.items()]
-        now = repr((follower.head, trains))
-        if now != seen:
-            moved_at_s, seen = loop.time(), now
-        if loop.time() - moved_at_s > stalled_s:
-            text = f"run {state.run}: nothing has moved for {stalled_s:g} s; it stands at version {state.version}"
-            raise RunFailed(text + ends_of_logs(fleet, [COORDINATOR, *fleet.settings.agents[:1]]))
-        await asyncio.sleep(LOOK_S)
+    def _look(self) -> None:
+        """Names those that have gone. Raises RunFailed where the coordinator has."""
+        for name, worker in self.fleet.workers.items():
+            if name not in self._gone and worker.exited.done():
+                self._gone.add(name)
+                how = how_it_ended(worker.exited.result())
+                if name == COORDINATOR:
+                    raise RunFailed(f"the coordinator's process {how}{ends_of_logs(self.fleet, [name])}")
+                self._say("warning", f"{name}: its process {how}")
+
+    async def _until_broken(self, follower: Follower, state: RunState, needed: int) -> NoReturn:
+        """Raises RunFailed when the coordinator is gone, or too few agents are left."""
+        loop = asyncio.get_running_loop()
+        say_at_s: float | None = loop.time() + JOIN_S
+        while True:
+            able, least = self.able(state), needed
+            if follower.opened:  # what is said from now on, the coordinator judges; processes are for us to see
+                able, least = [name for name in self.fleet.settings.agents if name not in self._gone], 1
+            if len(able) < least:
+                unable = sorted({*self.fleet.settings.agents} - {*able})
+                why = "; ".join(state.failed.values()) or f"{', '.join(unable)} gone"
+                text = f"run {state.run} needs {least} of its agents and has {len(able)}: {why}"
+                raise RunFailed(text + ends_of_logs(self.fleet, unable[:2]))
+            if say_at_s is not None and loop.time() > say_at_s:
+                say_at_s = None
+                joined = [a for a in state.agents.values() if a.train is not None and a.train.state != "starting"]
+                if not follower.opened:
+                    self._say("warning", f"still waiting for agents: {len(joined)} of {needed} are ready")
+            await asyncio.sleep(LOOK_S)
+
+    async def _until_stalled(self, follower: Follower, state: RunState, stalled_s: float) -> NoReturn:
+        """Raises RunFailed when nobody has made a step, and no round has closed, for so long."""
+        loop = asyncio.get_running_loop()
+        moved_at_s, seen = loop.time(), ""
+        while True:
+            trains = [
+                (a.train.state, a.train.clock, a.train.step) for a in state.agents.values() if a.train is not None
+            ]
+            now = repr((follower.head, trains))
+            if now != seen:
+                moved_at_s, seen = loop.time(), now
+            if loop.time() - moved_at_s > stalled_s:
+                text = f"run {state.run}: nothing has moved for {stalled_s:g} s; it stands at version {state.version}"
+                raise RunFailed(text + ends_of_logs(self.fleet, [COORDINATOR, *self.fleet.settings.agents[:1]]))
+            await asyncio.sleep(LOOK_S)
 
 
 async def _first(*works: Coroutine[Any, Any, T]) -> T:

@@ -128,7 +128,7 @@ async def test_a_demo_that_keeps_its_directory_leaves_nothing_else(demo: Demo) -
 # -- interrupted --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["starting a broker", "round 4/"])
+@pytest.mark.parametrize("moment", ["starting a broker", "round "])
 def test_ctrl_c_stops_everything_within_seconds(start: Start, moment: str) -> None:
     demo = start("demo")
     demo.says(moment)
@@ -142,7 +142,7 @@ def test_ctrl_c_stops_everything_within_seconds(start: Start, moment: str) -> No
 
 def test_a_demo_that_is_killed_takes_everything_with_it(start: Start) -> None:
     demo = start("demo")
-    demo.says("round 4/")
+    demo.says("round ")
     assert len(demo.processes()) > 10, "a broker, a coordinator and four agents, each with a child"
     demo.process.kill()
     demo.ended(5.0)
@@ -150,8 +150,8 @@ def test_a_demo_that_is_killed_takes_everything_with_it(start: Start) -> None:
 
 
 def test_an_agent_that_is_killed_is_named_and_the_demo_goes_on(start: Start) -> None:
-    demo = start("demo", "--rounds", "60", "--directory", "kept")
-    demo.says("round 6/")
+    demo = start("demo", "--rounds", "30", "--directory", "kept")
+    demo.says("round ")
     os.kill(_service(demo, "a2"), signal.SIGKILL)
     assert demo.ended() == 0, demo.err
     assert "a2: its process was killed by SIGKILL" in demo.out
@@ -161,7 +161,7 @@ def test_an_agent_that_is_killed_is_named_and_the_demo_goes_on(start: Start) -> 
 
 def test_a_coordinator_that_is_killed_ends_the_demo_with_its_log(start: Start) -> None:
     demo = start("demo", "--json")
-    demo.says("round 4/")
+    demo.says("round ")
     os.kill(_service(demo, subjects.COORDINATOR), signal.SIGKILL)
     assert demo.ended(15.0) == 1
     assert "error: the coordinator's process was killed by SIGKILL" in demo.err
@@ -225,10 +225,12 @@ def test_a_task_that_breaks_on_the_agents_fails_the_run_and_shows_why(start: Sta
     """
     (tmp_path / "broken.py").write_text("\n".join(line[8:] for line in code.splitlines()))
     (tmp_path / "broken.yaml").write_text(SPEC.replace("syncline.tasks.digits:Digits", "broken.py:Broken"))
-    run = start("run", "broken.yaml", "--local", "2")
+    run = start("run", "broken.yaml", "--local", "2", "--json")
     assert run.ended() == 1, run.out + run.err
     last = run.err[run.err.index("error: ") :]
     assert "a bug of mine (broken.py:6)" in last
+    assert "a1.log: " in last
+    assert "no agent can train" in json.loads(run.out)["reason"]
     run.leaves_nothing(5.0)
 
 
@@ -248,7 +250,7 @@ async def test_run_follows_on_a_broker_that_is_there_and_ctrl_c_leaves_the_run(
 
     (tmp_path / "long.yaml").write_text(SPEC.replace("versions: 3", "versions: 400") + "agents: {min: 4}\n")
     long = start("run", "long.yaml", *where, "--name", "long")
-    await asyncio.to_thread(long.says, "round 40/")
+    await asyncio.to_thread(long.says, "round ")
     long.process.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(long.ended, 5.0) == 130
     assert "run long goes on" in long.err

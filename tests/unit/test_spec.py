@@ -78,7 +78,8 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
     [
         # names
         ({"name": "My Run"}, "name: 'My Run' is not a name. Use 1 to 63 of a-z, 0-9 and '-'"),
-        ({"name": "fleet"}, "name: 'fleet' is reserved. Choose another than broker, coordinator, dashboard, data, fleet, watch"),
+        ({"name": "fleet"}, "name: 'fleet' is reserved. Choose another than broker, coordinator, dashboard, data, fleet, "
+         "watch"),
         ({"task": "digits"}, "task: 'digits' names no class. Write `package.module:Class` or `file.py:Class`"),
         ({"task": "a.b:not-a-name"}, "task: 'a.b:not-a-name' names no class. Write `package.module:Class` or `file.py:Class`"),
         ({"task": ":C"}, "task: ':C' names no class. Write `package.module:Class` or `file.py:Class`"),
@@ -181,7 +182,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "spec.yaml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="spec: .*spec.yaml is not YAML: "):
+    with pytest.raises(ConfigError, match=r"spec: .*spec\.yaml is not YAML: "):
         load_spec(path)
 
 

@@ -54,6 +54,7 @@ class Hello(Record):
     """An agent introduces itself, and claims the one live session of its id. Sent again until it is given a run."""
 
     kind: ClassVar[str] = "hello"
+    max_bytes: ClassVar[int] = 32 * 1024
     session: BlobId = Field(description="random id of this process life")
     public_key: Annotated[str, Field(max_length=64)] = Field("", description="nkey that signs this agent's offers")
     tasks: list[Annotated[str, Field(max_length=200)]] = Field(
@@ -67,6 +68,7 @@ class Welcome(Record):
     """The coordinator's answer to a hello or a heartbeat."""
 
     kind: ClassVar[str] = "welcome"
+    max_bytes: ClassVar[int] = 16 * 1024
     run: Annotated[str, Field(max_length=63)] = Field("", description="the run to take part in; empty: wait")
     superseded: bool = Field(False, description="another process claimed this id later: exit")
     unknown: bool = Field(False, description="the coordinator does not know this session: say hello again")
@@ -77,30 +79,36 @@ class Heartbeat(Record):
     """A sign of life, and of progress, during a run."""
 
     kind: ClassVar[str] = "heartbeat"
-    session: BlobId
+    max_bytes: ClassVar[int] = 16 * 1024
+    session: BlobId = Field(description="as in the hello")
     clock: Count = Field(description="local periods finished")
     progress: Count = Field(description="training steps since the process started; stands still when it hangs")
     state: Literal["fetching", "training", "sending", "waiting", "evaluating", "starting", "failed", "leaving"] = (
         "waiting"
     )
     reason: Text = Field("", description="why it failed")
-    seen_term: Count = 0
-    seen_version: Count = 0
+    seen_term: Count = Field(0, description="the newest head it knows: its term")
+    seen_version: Count = Field(0, description="… and its version")
 
 
 class Offer(Record):
     """The small signed record that says: this update is complete, judge it."""
 
     kind: ClassVar[str] = "offer"
-    session: BlobId
-    clock: Annotated[int, Field(ge=1, lt=1 << 63)]
+    max_bytes: ClassVar[int] = 16 * 1024
+    session: BlobId = Field(description="who made it: the agent's process life")
+    clock: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="local periods finished with this one")
     base: Count = Field(description="version of the center that the update deviates from")
     term: Count = Field(description="term under which that version was read")
     samples: Count = Field(description="rows of the agent's part")
     steps: Count = Field(description="local steps in the update")
-    blob: BlobRef
+    blob: BlobRef = Field(description="the update's chunks")
     digest: Annotated[bytes, Field(min_length=16, max_length=16)] = Field(description="over the frames' checksums")
-    signature: Annotated[bytes, Field(max_length=64)] = Field(b"", description="nkey signature of `signed_bytes()`")
+    signature: Annotated[bytes, Field(max_length=64)] = Field(
+        b"",
+        description="by the agent's nkey, over msgpack of [`offer`, run, agent, session, clock, base, samples, steps, "
+        "blob.id, blob.size, blob.chunks, digest]",
+    )
 
     def signed_bytes(self, run: str, agent: str) -> bytes:
         """What the agent signs: all that decides what the update is and whose."""
@@ -112,9 +120,9 @@ class PlanEntry(Record):
     """One update in a merge."""
 
     agent: Name
-    clock: Count
-    lag: Count = 0
-    weight: float
+    clock: Count = Field(description="as in its offer, like all that is not explained here")
+    lag: Count = Field(0, description="versions between the one it was trained from and the one it is merged into")
+    weight: float = Field(description="its share; weights need not sum to 1")
     blob: BlobRef
     digest: Annotated[bytes, Field(min_length=16, max_length=16)]
     samples: Count = 0
@@ -128,7 +136,7 @@ class Plan(Record):
     max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
     version: Count = Field(description="version the merge will make")
     reason: Text = Field(description="what closed the round")
-    merged: Annotated[list[PlanEntry], Field(max_length=100_000)]
+    merged: Annotated[list[PlanEntry], Field(max_length=100_000)] = Field(description="in the order of agents' names")
     late: Annotated[list[Name], Field(max_length=100_000)] = Field(
         default_factory=list, description="participants that were not waited for"
     )
@@ -197,12 +205,12 @@ class Head(Record):
     term: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="fencing number of the coordinator in charge")
     version: Count = Field(description="commits so far")
     round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
-    phase: Phase
+    phase: Phase = Field(description="`done`, `failed` and `refused` are ends")
     digest: Digest = Field("", description="xxh3-128 over the center's bytes")
-    model: BlobRef | None = None
+    model: BlobRef | None = Field(None, description="the center")
     previous: BlobRef | None = Field(None, description="the model one version back")
-    manifest: BlobRef | None = None
-    roster: BlobRef | None = None
+    manifest: BlobRef | None = Field(None, description="the layout of the center")
+    roster: BlobRef | None = Field(None, description="who takes part in the round, and what was judged")
     plan: Annotated[bytes, Field(max_length=INLINE_BYTES)] | BlobRef | None = Field(
         None, description="the merge under way: a Plan record, or the blob that holds it"
     )
@@ -216,7 +224,7 @@ class Notify(Record):
     """«Head has moved»: sent after every change. A hint only: whoever misses it reads head again in a few seconds."""
 
     kind: ClassVar[str] = "notify"
-    head: Annotated[bytes, Field(max_length=MAX_HEAD_BYTES)]
+    head: Annotated[bytes, Field(max_length=MAX_HEAD_BYTES)] = Field(description="a head record")
     roster: Annotated[bytes, Field(max_length=64 * 1024)] = Field(b"", description="the roster, where it is small")
 
 
@@ -224,17 +232,18 @@ class Submit(Record):
     """A run spec for the coordinator's queue."""
 
     kind: ClassVar[str] = "submit"
-    spec: dict[str, Any]
+    max_bytes: ClassVar[int] = 256 * 1024
+    spec: dict[str, Any] = Field(description="settings as in the YAML file")
 
 
 class Submitted(Record):
     """The answer: accepted, or what to mend."""
 
     kind: ClassVar[str] = "submitted"
-    run: Annotated[str, Field(max_length=63)] = ""
-    setting: Text = ""
-    problem: Text = ""
-    mend: Text = ""
+    run: Annotated[str, Field(max_length=63)] = Field("", description="the run's name; empty where it was refused")
+    setting: Text = Field("", description="what is wrong")
+    problem: Text = Field("", description="why, with the value")
+    mend: Text = Field("", description="what to do")
     warnings: list[Text] = Field(default_factory=list, max_length=100)
 
 
@@ -255,11 +264,13 @@ class Committed(Record):
     term: Count
     version: Count
     digest: Digest
-    model: BlobRef
-    plan: Plan
-    dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(default_factory=list)
-    bytes_up: Count
-    bytes_down: Count
+    model: BlobRef = Field(description="this version; on the bus as long as it is kept")
+    plan: Plan = Field(description="what was merged, and why then")
+    dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(
+        default_factory=list, description="updates judged since the version before and not merged"
+    )
+    bytes_up: Count = Field(description="update bytes got for this version")
+    bytes_down: Count = Field(description="model bytes put for it")
     phases_s: dict[str, float] = Field(description="seconds: collect, merge")
 
 

@@ -1,0 +1,228 @@
+"""What must hold in every run, whatever goes wrong, checked as each message reaches a stream. Keeps its own books.
+
+It reads what lies on the bus and nothing of the services' memory. A violation is noted in plain words; the world stops there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+import xxhash
+
+from syncline.bus.base import Stored
+from syncline.spec import RunSpec
+from syncline.wire import subjects
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import MAX_HEAD_BYTES, BlobRef, Committed, Head, Offer, Plan, PlanEntry, Roster, decode
+
+DTYPES = {"fp32": "<f4", "fp64": "<f8"}
+ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
+
+
+@dataclass
+class Invariants:
+    """`stored` and `purged` for all that happens in the streams of one run."""
+
+    spec: RunSpec
+    problems: list[str] = field(default_factory=list)
+    heads: list[Head] = field(default_factory=list)
+    offers: dict[tuple[str, int], list[Offer]] = field(default_factory=dict)
+    offer_seqs: dict[int, tuple[str, int]] = field(default_factory=dict)
+    merged: dict[tuple[str, int], int] = field(default_factory=dict)  # (agent, clock) → version
+    records: dict[tuple[int, int], Committed] = field(default_factory=dict)  # (version, term)
+    chunks: dict[str, bytes] = field(default_factory=dict)  # subject → frame, of every chunk ever put
+    gone: set[str] = field(default_factory=set)  # subjects that were purged
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # session → highest (term, version) it told of
+    roster: Roster | None = None
+    plan: Plan | None = None
+
+    @property
+    def head(self) -> Head | None:
+        return self.heads[-1] if self.heads else None
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+    def stored(self, stream: str, message: Stored) -> None:
+        run = self.spec.name
+        if message.subject.endswith(f".{subjects.head_key(run)}"):
+            self._on_head(message.data)
+        elif stream in (subjects.updates_stream(run), subjects.model_stream(run)):
+            known = self.chunks.setdefault(message.subject, message.data)
+            self._insist(known == message.data, f"{message.subject} was written twice, with different content")
+        elif stream == subjects.offers_stream(run):
+            self._on_offer(message)
+        elif stream == subjects.log_stream(run):
+            record = decode(Committed, message.data)
+            self.records[record.version, record.term] = record
+
+    def purged(self, stream: str, removed: Iterable[str]) -> None:
+        """Only what head names no more may go, and of updates only those that it calls judged."""
+        names = list(removed)
+        self.gone.update(names)
+        if self.head is None or not names:
+            return
+        if stream == subjects.model_stream(self.spec.name):
+            for what, ref in self._named(self.head):
+                self._insist(not self._misses(ref), f"{what} was purged while head named it")
+        elif stream == subjects.updates_stream(self.spec.name):
+            for subject in names:
+                self._on_purged_update(subjects.agent_of(subject), subject.split(".")[6])
+
+    def heard(self, session: str, term: int, version: int) -> None:
+        """A heartbeat tells what its sender has seen."""
+        before = self.seen.get(session, (0, 0))
+        if term:
+            self._insist((term, version) >= before, f"session {session[:6]} saw {before} and then {(term, version)}")
+            self.seen[session] = max(before, (term, version))
+
+    # -- head ----------------------------------------------------------------------------------------------------------
+    def _on_head(self, data: bytes) -> None:
+        self._insist(len(data) <= MAX_HEAD_BYTES, f"head has {len(data)} bytes")
+        head, before = decode(Head, data), self.head
+        self.heads.append(head)
+        if before is not None:
+            step = (head.term - before.term, head.version - before.version)
+            self._insist(step in ((0, 0), (0, 1), (1, 0)), f"{_short(before)} was followed by {_short(head)}")
+        roster = self._record(Roster, head.roster) if head.roster is not None else None
+        if roster is not None and self.roster is not None:
+            self._compare(self.roster, roster)
+        if before is not None and head.version == before.version + 1:
+            self._on_commit(before, head, roster)
+        if head.plan is not None and (before is None or head.plan != before.plan):
+            self._on_plan(head, before)
+        self.roster = roster
+        self._insist(head.phase != "merging" or head.plan is not None, "head is merging without a plan")
+        for what, ref in self._named(head):
+            self._insist(not self._misses(ref), f"{_short(head)} names a {what} that is not there")
+        if roster is not None:
+            self._insist(
+                head.phase != "training" or any(map(roster.participant, range(len(roster.agents)))),
+                "head is training without a participant",
+            )
+            self._check_offers_seq(head, roster)
+
+    def _on_plan(self, head: Head, before: Head | None) -> None:
+        old = self.plan if before is not None and before.plan is not None else None
+        held = head.plan
+        assert held is not None
+        plan = self.plan = decode(Plan, held) if isinstance(held, bytes) else self._record(Plan, held)
+        self._insist(plan.version == head.version + 1, f"at version {head.version} the plan is for {plan.version}")
+        names = [e.agent for e in plan.merged]
+        self._insist(names == sorted(set(names)), f"the plan's order is {names}")
+        self._insist(bool(names), "the plan merges nothing")
+        if old is not None:
+            fewer = {(e.agent, e.clock) for e in plan.merged} < {(e.agent, e.clock) for e in old.merged}
+            self._insist(fewer, f"the plan of version {plan.version} was replaced by another one")
+        total = sum(e.samples for e in plan.merged)
+        for entry in plan.merged:
+            even = self.spec.merge.weights == "uniform" or not total
+            weight = 1 / len(names) if even else entry.samples / total
+            self._insist(abs(entry.weight - weight) < 1e-12, f"{entry.agent} has weight {entry.weight}, not {weight}")
+            self._check_entry(head, entry)
+
+    def _check_entry(self, head: Head, entry: PlanEntry) -> None:
+        what = f"{entry.agent}'s update of clock {entry.clock}"
+        told = [o for o in self.offers.get((entry.agent, entry.clock), []) if o.blob == entry.blob]
+        self._insist(bool(told), f"{what} is in a plan and was never offered")
+        self._insist(all(o.base == head.version - entry.lag for o in told), f"{what} has the lag {entry.lag}")
+        self._insist(entry.lag == 0, f"{what} is merged {entry.lag} versions late")
+        self._insist((entry.agent, entry.clock) not in self.merged, f"{what} is planned again")
+        number = self.roster.number(entry.agent) if self.roster is not None else None
+        if number is None or self.roster is None:
+            self._insist(False, f"{what} is in a plan, its agent in no roster")
+            return
+        self._insist(self.roster.participant(number), f"{what} is in a plan, its agent no participant")
+        self._insist(self.roster.clocks[number] < entry.clock, f"{what} is in a plan and was judged before")
+
+    def _on_commit(self, before: Head, head: Head, roster: Roster | None) -> None:
+        plan = self.plan
+        if plan is None or before.plan is None or plan.version != head.version:
+            self._insist(False, f"version {head.version} was committed without a plan")
+            return
+        record = self.records.get((head.version, head.term))
+        self._insist(record is not None, f"version {head.version} was committed without a record")
+        self._insist(record is None or record.plan == plan, f"version {head.version}: its record is not its plan")
+        for entry in plan.merged:
+            known = self.merged.setdefault((entry.agent, entry.clock), head.version)
+            self._insist(known == head.version, f"{entry.agent}'s clock {entry.clock} is merged a second time")
+            number = roster.number(entry.agent) if roster is not None else None
+            told = roster.clocks[number] if roster is not None and number is not None else 0
+            self._insist(told >= entry.clock, f"{entry.agent}'s clock {entry.clock} is merged, its roster says {told}")
+        self._insist(head.plan is None, f"version {head.version} still has the plan that made it")
+        self._check_center(before, head, plan)
+
+    def _check_center(self, before: Head, head: Head, plan: Plan) -> None:
+        """W_{v+1} = W_v + lr Σ p_i Δ_i, from the bytes that passed by."""
+        assert head.manifest is not None and head.model is not None and before.model is not None
+        layout = self._record(Manifest, head.manifest)
+        data = self._content("model", head.model)
+        self._insist(xxhash.xxh3_128_hexdigest(data) == head.digest, f"version {head.version}: a wrong digest")
+        dtype, exact = DTYPES[layout.dtype], np.float64
+        center = np.frombuffer(self._content("model", before.model), dtype).astype(exact)
+        moved = sum(
+            (e.weight * np.frombuffer(self._content(f"agent.{e.agent}.update", e.blob), dtype) for e in plan.merged),
+            np.zeros(1),
+        )
+        close = ROUNDING[layout.dtype]
+        right = np.allclose(np.frombuffer(data, dtype), center + self.spec.outer.lr * moved, rtol=close, atol=close)
+        self._insist(right, f"version {head.version}: the center is not W + Σ p_i Δ_i")
+
+    def _compare(self, old: Roster, new: Roster) -> None:
+        self._insist(new.agents[: len(old.agents)] == old.agents, f"{old.agents} were numbered anew: {new.agents}")
+        for i, agent in enumerate(old.agents[: len(new.agents)]):
+            was, now = (old.clocks[i], old.verdict(i)), (new.clocks[i], new.verdict(i))
+            self._insist(now[0] >= was[0], f"{agent}'s judged clock went back from {was[0]} to {now[0]}")
+            self._insist(now[0] > was[0] or now == was, f"{agent}'s clock {was[0]} was judged {was[1]}, now {now[1]}")
+
+    def _check_offers_seq(self, head: Head, roster: Roster) -> None:
+        """Whoever starts from this head reads on behind `offers_seq`: nothing unjudged may lie before it."""
+        for seq, (agent, clock) in self.offer_seqs.items():
+            number = roster.number(agent)
+            if seq <= head.offers_seq and number is not None:
+                judged = clock <= roster.clocks[number]
+                self._insist(judged, f"offers_seq {head.offers_seq} is beyond {agent}'s unjudged clock {clock}")
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+    def _on_offer(self, message: Stored) -> None:
+        agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
+        known = self.offers.setdefault((agent, offer.clock), [])
+        known.append(offer)
+        self.offer_seqs[message.seq] = (agent, offer.clock)
+        prefix = subjects.update_prefix(self.spec.name, agent, offer.blob.id)
+        whole = all(f"{prefix}.{k}" in self.chunks for k in range(offer.blob.chunks))
+        self._insist(whole, f"{agent} offers clock {offer.clock} before all its chunks are put")
+
+    def _on_purged_update(self, agent: str, blob: str) -> None:
+        for clock, offers in ((c, o) for (a, c), o in self.offers.items() if a == agent):
+            number = self.roster.number(agent) if self.roster is not None else None
+            judged = self.roster.clocks[number] if self.roster is not None and number is not None else 0
+            if any(offer.blob.id == blob for offer in offers):
+                self._insist(clock <= judged, f"{agent}'s update of clock {clock} was purged and not judged")
+
+    def _named(self, head: Head) -> list[tuple[str, BlobRef]]:
+        refs = [("model", head.model), ("manifest", head.manifest), ("roster", head.roster)]
+        plan = [("plan", head.plan)] if isinstance(head.plan, BlobRef) else []
+        return [(what, ref) for what, ref in (*refs, *plan) if ref is not None]
+
+    def _misses(self, ref: BlobRef) -> bool:
+        prefix = subjects.model_prefix(self.spec.name, ref.id)
+        names = [f"{prefix}.{k}" for k in range(ref.chunks)]
+        return any(name not in self.chunks or name in self.gone for name in names)
+
+    def _content(self, what: str, ref: BlobRef) -> bytes:
+        prefix = f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}"
+        return b"".join(msgpack.unpackb(self.chunks[f"{prefix}.{k}"])["data"] for k in range(ref.chunks))
+
+    def _record(self, kind: type[Any], ref: BlobRef) -> Any:
+        return decode(kind, self._content("model", ref))
+
+    def _insist(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.problems.append(problem)
+
+
+def _short(head: Head) -> str:
+    return f"term {head.term} version {head.version} {head.phase}"

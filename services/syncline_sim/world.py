@@ -1,0 +1,492 @@
+"""A whole fleet in one process: the real coordinator and the real agents on the bus in memory, in virtual time, by a seed.
+
+A service is a *life*: tasks, a connection and a source of chance of its own. A crash ends a life between two bus operations:
+its connection is cut first and its tasks are cancelled then, so that nothing it does on its way out reaches anybody. Started
+again it is a new life, with the disk of the old one or without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from syncline import chance
+from syncline.bus.base import Stored
+from syncline.bus.memory import MemoryBroker, MemoryBus
+from syncline.bus.memory_faults import Operation
+from syncline.bus.memory_store import Stream
+from syncline.errors import BusError, PeerError
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec, parse
+from syncline.wire import subjects
+from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
+from syncline_agent.service import Agent, AgentSettings
+from syncline_agent.session import Superseded
+from syncline_coordinator.service import Coordinator, CoordinatorSettings
+from syncline_sim.faults import (
+    BrokerDown,
+    Crash,
+    Cut,
+    Delay,
+    Fault,
+    Faults,
+    KillTrainer,
+    Lose,
+    Twin,
+    Weather,
+)
+from syncline_sim.guard import guarded
+from syncline_sim.inline import TASK, Disk, InlineChild, InlineTraining, StubEvaluator, StubTrainer
+from syncline_sim.invariants import Invariants
+from syncline_sim.loop import SimTask, Stuck, VirtualLoop
+
+COORDINATOR = subjects.COORDINATOR
+START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because the broker is out of reach
+ASK_AGAIN_S = 0.5
+AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
+QUICK_S = 0.002  # what a child takes for any other question than a period
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Who plays, and how. `children`: stubs of a few numbers, or the task's own model."""
+
+    spec: RunSpec
+    agents: tuple[str, ...] = ("a1", "a2", "a3", "a4")
+    period_s: tuple[float, ...] = (0.1,)  # a local period of each agent, in turns
+    starts_s: tuple[float, ...] = (0.0,)  # when each of them is started
+    longest_delay_s: float = 0.002
+    shuffled: bool = False  # callbacks that are ready at one instant run in any order
+    children: Literal["stub", "real"] = "stub"
+    task_dir: Path = Path()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a simulated run came to."""
+
+    head: Head | None
+    problems: tuple[str, ...]
+    timeline: tuple[str, ...]
+    operations: dict[str, int]  # bus operations of each service
+    trace: str  # a digest over every bus operation with its time
+    seconds: float  # virtual
+    merged: tuple[tuple[str, ...], ...] = ()  # the agents of each version
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.problems)
+
+
+def small_spec(**changes: Any) -> RunSpec:
+    """A run of stubs: six versions, no evaluation."""
+    base: dict[str, Any] = {
+        "name": "r", "task": TASK, "agents": {"min": 4, "lost_after_s": 2.0}, "local": {"steps": 4},
+        "evaluate": {"center": False}, "stop": {"versions": 6},
+    }  # fmt: skip
+    return parse(RunSpec, {**base, **changes})
+
+
+class Crashed(BaseException):
+    """What a service's code meets at the bus after its crash. No error: nobody is left to handle it."""
+
+
+@dataclass(slots=True)
+class Life:
+    """One process life of a service."""
+
+    service: str
+    number: int
+    tasks: list[SimTask[Any]] = field(default_factory=list)
+    training: InlineTraining | None = None
+    dead: bool = False
+
+    @property
+    def connection(self) -> str:
+        return f"{self.service}/{self.number}"
+
+
+_life: ContextVar[Life | None] = ContextVar("life", default=None)
+
+
+def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 900.0) -> Outcome:
+    """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
+    order = random.Random(f"{seed} order") if scene.shuffled else None
+    loop = VirtualLoop(order, longest_s=longest_s)
+    with tempfile.TemporaryDirectory() as disk, guarded(), _quiet():
+        world = World(scene, faults or Faults(), seed, Path(disk), loop)
+        try:
+            return copy_context().run(world.play)
+        finally:
+            loop.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What services log in a simulation is nobody's news."""
+    logger = logging.getLogger("syncline")
+    others = [logging.getLogger(name) for name in ("syncline_agent", "syncline_coordinator", "asyncio")]
+    before = [(each, each.disabled, each.level) for each in (logger, *others)]
+    for each, _, _ in before:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, disabled, level in before:
+            each.disabled = disabled
+            each.setLevel(level)
+
+
+class World:
+    """Everything there is in one simulation."""
+
+    def __init__(self, scene: Scene, faults: Faults, seed: int, disk: Path, loop: VirtualLoop) -> None:
+        self.scene, self.faults, self.seed, self.disk, self.loop = scene, faults, seed, disk, loop
+        self.weather = Weather(random.Random(f"{seed} network"), scene.longest_delay_s)
+        self.invariants = Invariants(scene.spec)
+        self.timeline: list[str] = []
+        self.lives: dict[str, Life] = {}  # by connection
+        self._operations: dict[str, int] = {}
+        self._trace = hashlib.blake2b(digest_size=16)
+        self._stub_disk: Disk = {}
+        self._crashes = {(f.service, f.at_op): f for f in faults.items if isinstance(f, Crash)}
+        self._crash_when_done: dict[int, Crash] = {}
+        self._ended = asyncio.Event()
+        loop.on_task = self._on_task
+        loop.set_exception_handler(self._on_loop_error)
+
+    # -- the play ------------------------------------------------------------------------------------------------------
+    def play(self) -> Outcome:
+        try:
+            self.loop.run_until_complete(self._play())
+        except Stuck as error:
+            self._problem(str(error))
+        finally:
+            self._tidy_up()
+        head, by_version = self.invariants.head, sorted(self.invariants.merged.items(), key=lambda m: (m[1], m[0]))
+        versions = range(1, head.version + 1) if head is not None else range(0)
+        merged = tuple(tuple(agent for (agent, _), v in by_version if v == version) for version in versions)
+        return Outcome(
+            head, tuple(self.invariants.problems), tuple(self.timeline), dict(self._operations),
+            self._trace.hexdigest(), self.loop.time(), merged,
+        )  # fmt: skip
+
+    async def _play(self) -> None:
+        self._context = copy_context()
+        self.broker = self._make_broker()
+        self.start(COORDINATOR)
+        for i, agent in enumerate(self.scene.agents):
+            self._at(self.scene.starts_s[i % len(self.scene.starts_s)], partial(self.start, agent))
+        for fault in self.faults.items:
+            self._schedule(fault)
+        self._begin(Life("cli", 0), self._submit())
+        await self._ended.wait()
+        if not self.invariants.problems:
+            await asyncio.sleep(AFTERWARDS_S)
+            self._check_the_end()
+
+    def _make_broker(self) -> MemoryBroker:
+        world = self
+
+        class Watched(Stream):
+            """A stream that tells the invariants of what it takes and what it gives away."""
+
+            def store(self, subject: str, data: bytes, time_s: float, expected: int | None = None) -> int:
+                seq = super().store(subject, data, time_s, expected)
+                world._stored(self.name, Stored(subject, data, seq, time_s))
+                return seq
+
+            def purge(self, pattern: str, up_to_seq: int | None) -> None:
+                before = list(self.by_subject)
+                super().purge(pattern, up_to_seq)
+                world.invariants.purged(self.name, [s for s in before if s not in self.by_subject])
+
+        class Broker(MemoryBroker):
+            stream_type = Watched
+
+        broker = Broker(self.weather)
+        broker.before_op(self._on_operation)
+        return broker
+
+    async def _submit(self) -> None:
+        """As `syncline run` does it: asks until the run is accepted."""
+        bus = self._connect("cli/0", "cli")
+        question = encode(Submit(spec=self.scene.spec.model_dump(mode="json")))
+        while True:
+            try:
+                answer = decode(Submitted, await bus.request(subjects.submit(), question, 5.0))
+            except (BusError, PeerError):
+                answer = Submitted(problem="nobody answers")
+            if answer.run or "already" in answer.problem:
+                return
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    # -- services ------------------------------------------------------------------------------------------------------
+    def start(self, service: str) -> None:
+        """A new life of the service, if the run is not over."""
+        if self._ended.is_set():
+            return
+        number = sum(life.service == service for life in self.lives.values()) + 1
+        life = Life(service, number)
+        self.lives[life.connection] = life
+        self._say(f"{service} starts" + (f" (life {number})" if number > 1 else ""))
+        self._begin(life, self._coordinator(life) if service == COORDINATOR else self._agent(life))
+
+    def crash(self, life: Life, disk: bool) -> None:
+        """Ends a life at once."""
+        self._end(life)
+        if not disk:
+            for path in [p for p in self._stub_disk if p.startswith(f"{life.service}/")]:
+                del self._stub_disk[path]
+            for file in (self.disk / life.service).rglob("*.safetensors"):
+                file.unlink()
+
+    def current(self, service: str) -> Life | None:
+        """Its newest life, if it is alive."""
+        lives = [life for life in self.lives.values() if life.service == service]
+        return lives[-1] if lives and not lives[-1].dead else None
+
+    async def _coordinator(self, life: Life) -> None:
+        async def child(memory: SharedMemory) -> InlineChild:
+            if self.scene.children == "stub":
+                return InlineChild(StubEvaluator(memory).questions(), memory, lambda _: QUICK_S)
+            from syncline_coordinator.evaluator import Evaluator
+
+            evaluator = Evaluator(memory, ["*"], self.scene.task_dir, self.loop.time)
+            return InlineChild(evaluator.questions(), memory, lambda _: QUICK_S)
+
+        bus = self._connect(life.connection, COORDINATOR)
+        await Coordinator(bus, child, CoordinatorSettings()).serve()
+
+    async def _agent(self, life: Life) -> None:
+        name = life.service
+        number = self.scene.agents.index(name)
+        period_s = self.scene.period_s[number % len(self.scene.period_s)]
+
+        def seconds(question: dict[str, Any]) -> float:
+            return period_s if question["ask"] == "period" else QUICK_S
+
+        async def child(memory: SharedMemory) -> InlineChild:
+            if self.scene.children == "stub":
+                return InlineChild(StubTrainer(memory, self._stub_disk).questions(), memory, seconds)
+            from syncline_agent.trainer import Trainer
+
+            trainer = Trainer(memory, "cpu", ["*"], self.scene.task_dir, self.loop.time)
+            return InlineChild(trainer.questions(), memory, seconds)
+
+        life.training = InlineTraining(child)
+        state_dir = Path(name) if self.scene.children == "stub" else self.disk / name
+        bus = self._connect(life.connection, name)
+        await Agent(bus, AgentSettings(name, state_dir, ("*",)), life.training).serve()
+
+    def _connect(self, connection: str, who: str) -> MemoryBus:
+        core = who in (COORDINATOR, "cli")
+        return self.broker.connect(connection, "CORE" if core else "FLEET", who)
+
+    def _begin(self, life: Life, work: Any) -> None:
+        context = self._context.copy()
+        context.run(_life.set, life)
+        context.run(chance.source.set, random.Random(f"{self.seed} {life.connection}"))
+        context.run(chance.wall_clock.set, self.broker.now)
+        task = self.loop.create_task(work, context=context)
+        task.add_done_callback(partial(self._on_exit, life), context=self._context)
+
+    def _end(self, life: Life) -> None:
+        life.dead = True
+        self.broker.cut(life.connection)
+        for task in life.tasks:
+            if not task.done():
+                task.cancel()
+
+    def _on_exit(self, life: Life, task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if life.dead or life.service == "cli":
+            return
+        self._end(life)
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        self._say(f"{life.connection} exits: {type(error).__name__}: {error}")
+        if isinstance(error, BusError):
+            self._at(START_AGAIN_S, partial(self.start, life.service))
+        elif not isinstance(error, Superseded):
+            self._problem(f"{life.connection} died of its own bug: {type(error).__name__}: {error}")
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------------
+    def _schedule(self, fault: Fault) -> None:
+        begin, end = self._how(fault)
+        if not isinstance(fault, Crash):
+            self._at(fault.at_s, begin)
+            self._at(fault.at_s + getattr(fault, "for_s", 0.0), end)
+
+    def _how(self, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
+        """What to do when a fault begins, and when it ends."""
+        match fault:
+            case Cut(service):
+                return partial(self._cut, service), partial(self._mend, service)
+            case BrokerDown():
+                return partial(self._broker_down), partial(self._broker_up)
+            case Lose(share):
+                return partial(self._lose, share), partial(self._lose, 0.0)
+            case Delay(service, seconds):
+                return partial(self._slow, service, seconds), partial(self._slow, service, 0.0)
+            case KillTrainer(service):
+                return partial(self._kill_trainer, service), _nothing
+            case Twin(service):
+                return partial(self.start, service), _nothing
+            case Crash():
+                return _nothing, _nothing
+
+    def _cut(self, service: str) -> None:
+        life = self.current(service)
+        if life is not None:
+            self._say(f"{life.connection} is cut off")
+            self.broker.cut(life.connection)
+
+    def _mend(self, service: str) -> None:
+        for life in self.lives.values():
+            if life.service == service and not life.dead:
+                self._say(f"{life.connection} can connect again")
+                self.broker.mend(life.connection)
+
+    def _broker_down(self) -> None:
+        self._say("the broker stops")
+        self.broker.stop()
+
+    def _broker_up(self) -> None:
+        self._say("the broker starts")
+        self.broker.start()
+
+    def _lose(self, share: float) -> None:
+        self._say(f"{share:.0%} of the core messages are lost")
+        self.weather.share_lost = share
+
+    def _slow(self, service: str, seconds: float) -> None:
+        self._say(f"{service}'s messages take {seconds:g} s more")
+        self.weather.slow_s[service] = seconds
+
+    def _kill_trainer(self, service: str) -> None:
+        life = self.current(service)
+        if life is not None and life.training is not None:
+            self._say(f"{life.connection}: its training child is killed")
+            life.training.die()
+
+    def _at(self, seconds: float, call: Callable[[], None]) -> None:
+        self.loop.call_later(seconds, call, context=self._context)
+
+    # -- what is seen --------------------------------------------------------------------------------------------------
+    def _on_operation(self, now: Operation) -> None:
+        life = self.lives.get(now.who)
+        if life is None or now.phase == "after":
+            return
+        if now.phase == "done":
+            fault = self._crash_when_done.pop(now.number, None)
+            if fault is not None and not life.dead:
+                self._strike(fault, life, now)
+            return
+        if life.dead:
+            raise Crashed
+        count = self._operations[life.service] = self._operations.get(life.service, 0) + 1
+        self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {_subject(now)}\n".encode())
+        if now.name == "request" and ".heartbeat" in str(now.arguments[0]):
+            beat = decode(Heartbeat, now.arguments[1] if isinstance(now.arguments[1], bytes) else b"")
+            self.invariants.heard(beat.session, beat.seen_term, beat.seen_version)
+        fault = self._crashes.get((life.service, count))
+        if fault is None:
+            return
+        if fault.when == "done":
+            self._crash_when_done[now.number] = fault
+            return
+        self._strike(fault, life, now)
+        raise Crashed
+
+    def _strike(self, fault: Crash, life: Life, now: Operation) -> None:
+        disk = "" if fault.disk else ", its disk is gone"
+        self._say(f"{life.connection} crashes, {fault.when} operation {fault.at_op}: {now.name} {_subject(now)}{disk}")
+        self.crash(life, fault.disk)
+        self._at(fault.down_s, partial(self.start, life.service))
+
+    def _stored(self, stream: str, message: Stored) -> None:
+        heads = len(self.invariants.heads)
+        self.invariants.stored(stream, message)
+        if stream == subjects.offers_stream(self.scene.spec.name):
+            agent, clock = self.invariants.offer_seqs[message.seq]
+            self._say(f"{agent} offers clock {clock} for version {self.invariants.offers[agent, clock][-1].base}")
+        if len(self.invariants.heads) > heads:
+            head = self.invariants.heads[-1]
+            self._say(
+                f"head: term {head.term} version {head.version} round {head.round} {head.phase}"
+                f" offers up to {head.offers_seq} {head.digest[:8]} {head.reason}"
+            )
+            if head.phase in ENDED:
+                self._ended.set()
+        if self.invariants.problems:
+            self._problem()
+
+    def _problem(self, text: str = "") -> None:
+        if text:
+            self.invariants.problems.append(text)
+        self._say(f"WRONG: {self.invariants.problems[-1]}")
+        self._ended.set()
+
+    def _say(self, text: str) -> None:
+        self.timeline.append(f"{self.loop.time():10.4f}  {text}")
+
+    def _on_task(self, task: SimTask[Any]) -> None:
+        life = _life.get()
+        if life is not None:
+            life.tasks.append(task)
+            if life.dead:
+                task.cancel()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception) and not isinstance(error, BusError):
+            self._problem(f"{context.get('message')}: {type(error).__name__}: {error}")
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+    def _check_the_end(self) -> None:
+        head, spec = self.invariants.head, self.scene.spec
+        assert head is not None
+        if head.phase != "done":
+            self._problem(f"the run ended as {head.phase}: {head.reason}")
+        elif spec.stop.target is None and head.version != spec.stop.versions:
+            self._problem(f"the run was done at version {head.version} of {spec.stop.versions}")
+
+    def _tidy_up(self) -> None:
+        """Every life ends; their tasks are waited for, so that the next simulation finds nothing of this one."""
+        for life in self.lives.values():
+            if not life.dead:
+                self._end(life)
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        try:
+            self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        except Stuck as error:
+            self._problem(f"on the way out: {error}")
+        for life in self.lives.values():
+            if life.training is not None:
+                life.training.discard()
+
+
+def _subject(now: Operation) -> str:
+    """The first argument, if it is a subject or a name; with the second for buckets."""
+    texts = [a for a in now.arguments[:2] if isinstance(a, str)]
+    return " ".join(texts)
+
+
+def _nothing() -> None:
+    pass
+
+

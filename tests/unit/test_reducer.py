@@ -1,0 +1,271 @@
+"""The reducer over a bus that is a dict: chunk by chunk what the formula says, and every bad update named."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from syncline.bus.blobs import put_blob
+from syncline.errors import StreamFull
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec, parse
+from syncline.wire import subjects
+from syncline.wire.chunks import pack_chunk
+from syncline.wire.flat import manifest_of
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import Plan, PlanEntry
+from syncline_coordinator.reducer import STAGING_BYTES, Center, Reducer, UpdateUnusable, chunk_bytes_for, digest_of
+
+RUN = "run-1"
+ELEMENTS = 5000  # five chunks of 1,024 elements, the last one short
+
+
+def vectors(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(ELEMENTS, generator=generator, dtype=dtype) for _ in range(n)]
+
+
+def spec_of(**settings: Any) -> RunSpec:
+    return parse(RunSpec, {"name": RUN, "task": "a.b:C", **settings})
+
+
+Make = Callable[..., "Place"]
+
+
+class Place:
+    """A coordinator's center and reducer, and agents that put updates."""
+
+    def __init__(self, bus: Any, dtype: torch.dtype = torch.float32, executor: Any = None, **settings: Any) -> None:
+        self.bus, self.dtype, self.memory = bus, dtype, SharedMemory()
+        self.layout: Manifest = manifest_of(nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))]), 4096)
+        self.center = Center(self.layout, self.memory)
+        self.center.now_P.copy_(vectors(1, dtype, seed=99)[0])
+        self.reducer = Reducer(bus, spec_of(**settings), self.layout, self.center, executor)
+
+    async def offered(self, agent: str, update: Tensor, weight: float) -> PlanEntry:
+        prefix = partial(subjects.update_prefix, RUN, agent)
+        data = memoryview(bytearray(update.numpy().tobytes()))
+        ref, digest = await put_blob(self.bus, prefix, data, self.layout.chunk_bytes, codec=self.layout.dtype)
+        return PlanEntry(agent=agent, clock=3, weight=weight, blob=ref, digest=digest)
+
+    async def plan(self, updates: Sequence[Tensor], weights: Sequence[float] | None = None) -> Plan:
+        weights = weights or [1 / len(updates)] * len(updates)
+        entries = [await self.offered(f"a{i}", u, w) for i, (u, w) in enumerate(zip(updates, weights, strict=True), 1)]
+        return Plan(version=1, reason="all", merged=entries)
+
+    def put_frame(self, entry: PlanEntry, k: int, frame: bytes) -> None:
+        self.bus.held[f"{subjects.update_prefix(RUN, entry.agent, entry.blob.id)}.{k}"] = frame
+
+
+@pytest.fixture
+def make(bus: Any) -> Iterator[Make]:
+    """Places on one bus; their memory is given back at the end."""
+    made: list[Place] = []
+
+    def one(*args: Any, **options: Any) -> Place:
+        made.append(Place(bus, *args, **options))
+        return made[-1]
+
+    yield one
+    for place in made:
+        place.memory.close()
+
+
+@pytest.fixture
+def place(make: Make) -> Place:
+    return make()
+
+
+async def unusable(place: Place, plan: Plan) -> UpdateUnusable:
+    before, held = place.center.now_P.clone(), place.center.current
+    with pytest.raises(UpdateUnusable) as error:
+        await place.reducer.merge(plan)
+    assert torch.equal(place.center.now_P, before) and place.center.current == held, "the center stays as it was"
+    return error.value
+
+
+# -- what the formula says ---------------------------------------------------------------------------------------------
+async def test_the_update_of_one_agent_makes_the_center_that_agents_model_to_the_last_bit(place: Place) -> None:
+    (update,) = vectors(1)
+    await place.reducer.merge(await place.plan([update]))
+    assert torch.equal(place.center.next_P, place.center.now_P + update)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("n", [2, 4, 7])
+async def test_uniform_weights_make_the_center_the_mean_of_the_models(
+    make: Make, n: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    place = make(dtype)
+    updates = vectors(n, dtype)
+    await place.reducer.merge(await place.plan(updates))
+    models = torch.stack([place.center.now_P + u for u in updates])
+    assert torch.allclose(place.center.next_P, models.mean(0), rtol=tolerance, atol=tolerance)
+
+
+async def test_weights_and_the_outer_learning_rate_are_applied(make: Make) -> None:
+    place = make(torch.float64, outer={"lr": 0.5})
+    x, y = vectors(2, torch.float64)
+    await place.reducer.merge(await place.plan([x, y], [0.25, 0.75]))
+    assert torch.allclose(place.center.next_P, place.center.now_P + 0.5 * (0.25 * x + 0.75 * y), rtol=1e-12)
+
+
+async def test_the_next_center_lies_on_the_bus_and_another_coordinator_reads_it(place: Place, make: Make) -> None:
+    merged = await place.reducer.merge(await place.plan(vectors(3)))
+    assert (merged.model.size, merged.model.chunks) == (place.layout.nbytes, 5)
+    other = make()
+    await other.reducer.get_center(merged.model)
+    assert torch.equal(other.center.now_P, place.center.next_P)
+    assert digest_of(other.center.now_P) == merged.digest
+
+
+async def test_bytes_are_counted(place: Place, bus: Any) -> None:
+    merged = await place.reducer.merge(await place.plan(vectors(3)))
+    assert merged.bytes_got == 3 * place.layout.nbytes
+    prefix = subjects.model_prefix(RUN, merged.model.id)
+    assert merged.bytes_put == sum(len(data) for subject, data in bus.held.items() if subject.startswith(prefix))
+
+
+async def test_version_zero_is_put_as_it_is(place: Place, make: Make) -> None:
+    put = await place.reducer.put_center()
+    other = make()
+    await other.reducer.get_center(put.model)
+    assert torch.equal(other.center.now_P, place.center.now_P) and put.digest == digest_of(place.center.now_P)
+
+
+async def test_rounds_take_turns_in_the_two_places(place: Place) -> None:
+    expected = place.center.now_P.clone()
+    for seed in range(4):
+        (update,) = vectors(1, seed=seed)
+        await place.reducer.merge(await place.plan([update]))
+        place.center.advance()
+        expected += update
+        assert torch.equal(place.center.now_P, expected)
+
+
+# -- the same bits, however it comes about -----------------------------------------------------------------------------
+async def test_the_order_in_which_chunks_come_changes_no_bit(
+    bus: Any, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = set()
+    for seed in range(4):
+        place = make(wire={"window": 1 + 3 * seed})
+        plan = await place.plan(vectors(4))
+        draw, get = random.Random(seed), bus.get
+
+        async def slowly(*args: Any, **options: Any) -> Any:
+            for _ in range(draw.randint(0, 20)):  # noqa: B023 (used in this turn of the loop only)
+                await bus._call("wait", "")
+            return await get(*args, **options)  # noqa: B023
+
+        monkeypatch.setattr(bus, "get", slowly)
+        digests.add((await place.reducer.merge(plan)).digest)
+        monkeypatch.setattr(bus, "get", get)
+    assert len(digests) == 1
+
+
+async def test_an_executor_changes_no_bit(make: Make) -> None:
+    layout_bytes = make().layout.nbytes
+    digests = set()
+    with ThreadPoolExecutor(2) as executor, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("syncline_coordinator.reducer.INLINE_BYTES", layout_bytes - 1)
+        for given in (None, executor):
+            place = make(executor=given)
+            digests.add((await place.reducer.merge(await place.plan(vectors(4)))).digest)
+    assert len(digests) == 1
+
+
+async def test_the_same_plan_executed_twice_gives_the_same_center_under_another_name(place: Place) -> None:
+    plan = await place.plan(vectors(4))
+    first, second = await place.reducer.merge(plan), await place.reducer.merge(plan)
+    assert first.digest == second.digest and first.model.id != second.model.id
+
+
+# -- bad updates -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+async def test_an_update_that_is_not_finite_is_named(place: Place, bad: float) -> None:
+    updates = vectors(3)
+    updates[1][ELEMENTS - 1] = bad
+    error = await unusable(place, await place.plan(updates))
+    assert str(error) == "a2: it holds NaN or infinite values: its training diverged" and error.clock == 3
+
+
+async def test_infinities_that_cancel_are_found_all_the_same(place: Place) -> None:
+    x, y, z = vectors(3)
+    x[7], y[7] = float("inf"), float("-inf")
+    assert (await unusable(place, await place.plan([x, y, z]))).agent == "a1"
+
+
+async def test_content_that_was_not_signed_is_named(place: Place) -> None:
+    plan = await place.plan(vectors(3))
+    entries = [e.model_copy(update={"digest": b"x" * 16}) if e.agent == "a3" else e for e in plan.merged]
+    error = await unusable(place, plan.model_copy(update={"merged": entries}))
+    assert str(error) == "a3: its content is not what it signed"
+
+
+async def test_content_that_was_replaced_by_another_good_frame_is_named(place: Place) -> None:
+    plan = await place.plan(vectors(2))
+    entry = plan.merged[0]
+    place.put_frame(entry, 2, pack_chunk(entry.blob.id, 2, 5, "fp32", b"\x00" * 4096))
+    assert str(await unusable(place, plan)) == "a1: its content is not what it signed"
+
+
+async def test_a_corrupt_frame_is_named(place: Place, bus: Any) -> None:
+    plan = await place.plan(vectors(2))
+    entry = plan.merged[1]
+    subject = f"{subjects.update_prefix(RUN, 'a2', entry.blob.id)}.3"
+    frame = bytearray(bus.held[subject])
+    frame[-100] ^= 0x10
+    bus.held[subject] = bytes(frame)
+    assert str(await unusable(place, plan)) == f"a2: chunk 3 of blob {entry.blob.id[:8]}: the checksum does not match"
+
+
+@pytest.mark.parametrize("frame", [b"", b"junk", pack_chunk("f" * 32, 0, 5, "fp32", b"\x00" * 4096)])
+async def test_a_frame_that_is_none_or_anothers_is_named(place: Place, frame: bytes) -> None:
+    plan = await place.plan(vectors(2))
+    place.put_frame(plan.merged[0], 0, frame)
+    assert str(await unusable(place, plan)).startswith(f"a1: chunk 0 of blob {plan.merged[0].blob.id[:8]}: ")
+
+
+async def test_an_update_that_is_gone_is_named(place: Place, bus: Any) -> None:
+    plan = await place.plan(vectors(2))
+    del bus.held[f"{subjects.update_prefix(RUN, 'a1', plan.merged[0].blob.id)}.4"]
+    assert str(await unusable(place, plan)) == f"a1: chunk 4 of blob {plan.merged[0].blob.id[:8]} is not on the bus"
+
+
+async def test_after_a_bad_update_the_others_can_be_merged(place: Place) -> None:
+    updates = vectors(2)
+    updates[0][0] = float("nan")
+    plan = await place.plan(updates, [0.5, 0.5])
+    await unusable(place, plan)
+    rest = plan.model_copy(update={"merged": [plan.merged[1].model_copy(update={"weight": 1.0})]})
+    await place.reducer.merge(rest)
+    assert torch.equal(place.center.next_P, place.center.now_P + updates[1])
+
+
+async def test_a_bus_without_room_is_nobodys_bad_update(place: Place, bus: Any) -> None:
+    plan = await place.plan(vectors(2))
+    bus.fail("put", StreamFull("limit reached"))
+    with pytest.raises(StreamFull):
+        await place.reducer.merge(plan)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("agents", [1, 8, 64, 1000])
+def test_chunks_are_so_small_that_those_of_all_agents_fit_into_the_staging_memory(agents: int) -> None:
+    spec, payload = spec_of(), 1 << 20
+    chunk = chunk_bytes_for(spec, agents, payload, overhead=16 * 1024)
+    assert 4096 <= chunk <= payload - 16 * 1024
+    assert chunk * agents * spec.wire.window <= STAGING_BYTES or chunk == 4096
+
+
+def test_a_chunk_size_that_is_set_is_kept_where_a_message_holds_it() -> None:
+    for wanted, given in ((4096, 4096), (1 << 19, 1 << 19), (64 << 20, (1 << 20) - 16 * 1024)):
+        assert chunk_bytes_for(spec_of(wire={"chunk_bytes": wanted}), 4, 1 << 20, 16 * 1024) == given
