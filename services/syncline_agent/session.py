@@ -89,7 +89,7 @@ class Session:
         self._why = ""
         self._clock = 0
         self._version = 0
-        self._trained_for: tuple[int, int] | None = None  # term and version of the last offer
+        self._offered_for = ""  # the model that the last offer deviates from
         self._held: str = ""  # blob of the center in the inbox
         self._steps_of_period = 0
         self._place = (0, 0)  # part, rows
@@ -247,7 +247,9 @@ class Session:
 
     def _is_due(self, seen: _Seen) -> bool:
         head, roster = seen.head, seen.roster
-        if head.phase != "training" or roster is None or self._trained_for == (head.term, head.version):
+        if head.phase != "training" or roster is None or head.model is None:
+            return False
+        if self._offered_for == head.model.id:  # under whatever term: that offer waits on the bus
             return False
         number = roster.number(self._me.agent)
         return number is not None and roster.participant(number)
@@ -325,7 +327,7 @@ class Session:
         await patiently(partial(self._bus.put, subjects.offer(self._run, me.agent), encode(offer)))
         self._clock += 1
         self._bytes_up += ref.size
-        self._trained_for = (head.term, head.version)
+        self._offered_for = head.model.id if head.model is not None else ""
 
     async def _child_died(self, error: ChildDied) -> None:
         text = f"{self._me.agent}: the training process died: {error}; starting another"

@@ -30,7 +30,10 @@ class Kept:
     def of(cls, clock: int, own_P: Tensor, optimizer: torch.optim.Optimizer) -> Kept:
         state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
         tensors = {
-            f"{i}.{name}": torch.as_tensor(v) for i, kept in state.items() for name, v in kept.items() if v is not None
+            f"{i}.{name}": torch.as_tensor(v)
+            for i, kept in state.items()
+            for name, v in kept.items()
+            if isinstance(v, Tensor | int | float)
         }
         return cls(clock, own_P.detach(), {k: t.detach() for k, t in tensors.items()})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
-from syncline.errors import BusError, Conflict, SynclineError, Unreachable
+from syncline.errors import BusError, Conflict, NoResponders, SynclineError, Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
 
@@ -40,7 +40,7 @@ class HeadKeeper:
         key, value = subjects.head_key(head.run), _encoded(head)
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
-        except (Conflict, Unreachable):
+        except (Conflict, Unreachable, NoResponders):
             self._revision = await patiently(lambda: self._write_again(key, value))
         self.head = head
         await self.notify(roster)

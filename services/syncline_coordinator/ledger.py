@@ -97,6 +97,14 @@ class Ledger:
     def offered_blobs(self) -> set[str]:
         return {o.entry.blob.id for o in self._offered.values()} | {blob.id for _, blob in self._purge_later}
 
+    def forget(self, agent: str, clock: int) -> None:
+        """An offer that is refused rather than judged."""
+        self._offered.pop((agent, clock), None)
+
+    def abandoned(self, model: str) -> None:
+        """A model that was put in part, by a merge that could not be finished."""
+        self._purger.add(subjects.model_stream(self._run), subjects.model_prefix(self._run, model))
+
     def entry(self, agent: str, clock: int) -> PlanEntry:
         return self._offered[agent, clock].entry
 
@@ -114,6 +122,8 @@ class Ledger:
             self._purge_later.append((agent, offered.entry.blob))
         if clock > self.judged(agent).clock:
             self._judged[agent] = Judged(clock, verdict)
+            for older in [key for key in self._offered if key[0] == agent and key[1] < clock]:
+                self._purge_later.append((agent, self._offered.pop(older).entry.blob))
 
     # -- what can go ---------------------------------------------------------------------------------------------------
     def settled(self, before: Head, after: Head) -> None:

@@ -40,10 +40,10 @@ INLINE_BYTES = 64 * 1024  # a chunk up to this size is reduced on the event loop
 
 
 class UpdateUnusable(SynclineError):
-    """One update of the plan cannot be merged."""
+    """One update of the plan cannot be merged. `blob`: the model that was being put."""
 
-    def __init__(self, agent: str, clock: int, why: str) -> None:
-        self.agent, self.clock, self.why = agent, clock, why
+    def __init__(self, agent: str, clock: int, why: str, blob: str = "") -> None:
+        self.agent, self.clock, self.why, self.blob = agent, clock, why, blob
         super().__init__(f"{agent}: {why}")
 
 
@@ -116,10 +116,14 @@ class Reducer:
             put += len(frame)
             await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
 
-        await windowed(chunks, self._spec.wire.window, one)
-        for entry, sums in zip(plan.merged, checksums, strict=True):
-            if blob_digest(sums) != entry.digest:
-                raise UpdateUnusable(entry.agent, entry.clock, "its content is not what it signed")
+        try:
+            await windowed(chunks, self._spec.wire.window, one)
+            for entry, sums in zip(plan.merged, checksums, strict=True):
+                if blob_digest(sums) != entry.digest:
+                    raise UpdateUnusable(entry.agent, entry.clock, "its content is not what it signed")
+        except UpdateUnusable as error:
+            error.blob = blob
+            raise
         nbytes = self._manifest.nbytes
         digest = await self._off_loop(digest_of, self._center.next_P)
         return Merged(BlobRef(id=blob, size=nbytes, chunks=chunks), digest, nbytes * len(plan.merged), put)
@@ -181,12 +185,18 @@ class Reducer:
         merged_E = torch.empty(elements, dtype=DTYPES[self._manifest.dtype])
         self._rule(list(staged_NE), weights, merged_E)
         if not finite(merged_E):
-            worst = next((i for i, row_E in enumerate(staged_NE) if not finite(row_E)), 0)
-            entry = plan.merged[worst]
-            raise UpdateUnusable(entry.agent, entry.clock, "it holds NaN or infinite values: its training diverged")
+            raise self._diverged(plan, staged_NE)
         next_E = self._center.next_P[part]
         self._outer(self._center.now_P[part], merged_E, next_E)
         return self._frame(next_E, blob, k)
+
+    @staticmethod
+    def _diverged(plan: Plan, staged_NE: Tensor) -> UpdateUnusable:
+        """Whose update it is that makes the sum infinite."""
+        odd = next((i for i, row_E in enumerate(staged_NE) if not finite(row_E)), None)
+        entry = plan.merged[int(staged_NE.abs().amax(1).argmax()) if odd is None else odd]
+        what = "values too large to add up" if odd is None else "NaN or infinite values"
+        return UpdateUnusable(entry.agent, entry.clock, f"it holds {what}: its training diverged")
 
     def _frame(self, part_E: Tensor, blob: str, k: int) -> bytes:
         coded = bytearray(self._codec.nbytes(part_E.numel()))

@@ -152,6 +152,7 @@ class Run:
             self.policy.resume_merge({o.agent: o for o in offers})
             self.ledger.planned(plan, head.offers_seq + 1)
             self._begin(self._merge(plan))
+        await self._inbox.put(Tick())  # nobody may have anything to say: a head can stand between two rounds
 
     async def pump(self) -> None:
         """Feeds the policy until the run has ended. Raises Deposed where another coordinator took over."""
@@ -167,6 +168,8 @@ class Run:
                 try:
                     commands = self.policy.handle(fact, _now())
                 except PeerError as error:
+                    if isinstance(fact, OfferReady):
+                        self.ledger.forget(fact.agent, fact.clock)
                     await self.parts.telemetry.event("offer-refused", str(error), level="warning")
                     continue
                 for command in commands:
@@ -215,7 +218,7 @@ class Run:
     async def _start_round(self, participants: tuple[str, ...]) -> None:
         before = self.keeper.head
         roster, ref = await self._put_roster(participants)
-        moved = {"roster": ref, "phase": "training", "round": before.round + 1}
+        moved = {"roster": ref, "phase": "training", "round": before.round + 1, "plan": None}
         await self._move(before.model_copy(update={**moved, "offers_seq": self.ledger.judged_up_to()}), roster)
         self._totals.opened_at_s = _now()
 
@@ -246,6 +249,7 @@ class Run:
         try:
             merged = await self.parts.reducer.merge(plan)
         except UpdateUnusable as error:
+            self.ledger.abandoned(error.blob)
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
         await self._inbox.put(_MergeDone(plan, merged, _now() - began))

@@ -142,7 +142,7 @@ class Coordinator:
             await asyncio.sleep(LOOK_S)
             run = self._active
             self._fleet.lost_after_s = run.parts.spec.agents.lost_after_s if run else IDLE_LOST_AFTER_S
-            period_s = run.policy.grace() if run and run.policy.durations_s else 0.0
+            period_s = run.policy.median_round_s() if run else 0.0
             for agent, reason in self._fleet.expired(_now(), period_s):
                 self._hellos.pop(agent, None)
                 if run is not None:
@@ -178,7 +178,7 @@ class Coordinator:
             spec = parse(RunSpec, submit.spec)
             await self._accept(spec)
         except ConfigError as error:
-            refused = Submitted(setting=error.setting, problem=error.problem[:2000], mend=error.mend[:2000])
+            refused = Submitted(setting=error.setting[:2000], problem=error.problem[:2000], mend=error.mend[:2000])
             await self._answer(delivery, refused)
         except (PeerError, BusError, ChildDied) as error:
             await self._answer(delivery, Submitted(setting="spec", problem=str(error)[:2000]))
@@ -189,18 +189,33 @@ class Coordinator:
         """Checks all that can be checked before a run starts, and queues it. Raises ConfigError."""
         if await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(spec.name)) is not None:
             raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name")
-        child, manifest = await self._model_of(spec, SharedMemory())
-        await child.close()
+        manifest = await self._manifest_of(spec)
         await reserve(self._bus, spec, manifest)
         try:
             await self._bus.kv_create(
                 subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(Submit(spec=spec.model_dump(mode="json")))
             )
-            await HeadKeeper.create(self._bus, Head(run=spec.name, term=1, version=0, phase="waiting"))
         except Conflict:
             raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name") from None
+        await self._first_head(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
+
+    async def _first_head(self, name: str) -> None:
+        """Where it is there already, whoever takes the run from the queue was faster."""
+        try:
+            await HeadKeeper.create(self._bus, Head(run=name, term=1, version=0, phase="waiting"))
+        except Conflict:
+            pass
+
+    async def _manifest_of(self, spec: RunSpec) -> Manifest:
+        memory = SharedMemory()
+        try:
+            child, manifest = await self._model_of(spec, memory)
+            await child.close()
+        finally:
+            memory.close()
+        return manifest
 
     async def _model_of(self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"") -> tuple[Asked, Manifest]:
         """A child process with the task's model. Raises ConfigError for a task that cannot be used."""
@@ -243,6 +258,9 @@ class Coordinator:
             if kind != "spec":
                 continue
             keeper = await HeadKeeper.read(self._bus, name)
+            if keeper is None:  # whoever accepted the run died between its spec and its head
+                await patiently(partial(self._first_head, name))
+                keeper = await HeadKeeper.read(self._bus, name)
             entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
             if keeper is not None and entry is not None and keeper.head.phase not in ENDED:
                 waiting.append((entry.revision, name))

@@ -119,7 +119,7 @@ class Life:
 _life: ContextVar[Life | None] = ContextVar("life", default=None)
 
 
-def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 900.0) -> Outcome:
+def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 240.0) -> Outcome:
     """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
     order = random.Random(f"{seed} order") if scene.shuffled else None
     loop = VirtualLoop(order, longest_s=longest_s)
@@ -488,5 +488,3 @@ def _subject(now: Operation) -> str:
 
 def _nothing() -> None:
     pass
-
-

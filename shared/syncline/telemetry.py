@@ -109,7 +109,7 @@ class Telemetry:
     ) -> None:
         log.log(_LEVELS[level], "%s: %s", event, text)
         await self._say(
-            subjects.events(self._run, self._who), Event(event=event, level=level, text=text[:2000], agent=agent)
+            subjects.events(self._run, self._who), Event(event=event, level=level, text=_clean(text), agent=agent)
         )
 
     async def _say(self, subject: str, published: Published) -> None:
@@ -130,6 +130,11 @@ class Pace:
             return False
         self._next_s = now_s + self._every_s
         return True
+
+
+def _clean(text: str) -> str:
+    """As JSON can hold it: an error of somebody else's may bring anything."""
+    return text[:2000].encode(errors="replace").decode()
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float | None]:

@@ -25,6 +25,7 @@ class Membership:
 
     lost_after_s: float
     lives: dict[str, Life] = field(default_factory=dict)
+    latest: dict[str, str] = field(default_factory=dict)  # agent → the session that claimed it last, lost or not
     superseded: dict[str, str] = field(default_factory=dict)  # old session → the one that took over
 
     def claim(self, agent: str, session: str, now_s: float) -> str:
@@ -35,9 +36,11 @@ class Membership:
         if known is not None and known.session == session:
             known.heard_at_s = known.moved_at_s = now_s
             return ""
+        before = self.latest.get(agent, session)
+        if before != session:
+            self._supersede(before, session)
+        self.latest[agent] = session
         old = known.session if known is not None else ""
-        if old:
-            self._supersede(old, session)
         self.lives[agent] = Life(session, now_s, moved_at_s=now_s)
         return old
 

@@ -46,6 +46,7 @@ from syncline.engine.events import (
 from syncline.errors import PeerError
 
 MEDIAN_OVER_ROUNDS = 9
+FIRST_GRACE_S = 1.0  # while no round has shown how long one takes
 REASON_CHARS = 1000  # reasons travel in records with limits, and some of the words in them are the agents' own
 ABSENT_NAMED, ABSENT_CHARS = 5, 100
 
@@ -251,7 +252,11 @@ class Rounds:
         """Seconds to wait for the rest after the quorum."""
         if self.grace_s is not None:
             return self.grace_s
-        return statistics.median(self.durations_s) if self.durations_s else 1.0
+        return self.median_round_s() or FIRST_GRACE_S
+
+    def median_round_s(self) -> float:
+        """Of the last rounds; 0 before the first."""
+        return statistics.median(self.durations_s) if self.durations_s else 0.0
 
     def _count(self) -> str:
         return f"{len(self.offers)} of {len(self.participants)}"

@@ -1,0 +1,87 @@
+"""A seed is a whole run: its settings, its fleet, its network and what goes wrong. And what to do with one that fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from syncline_sim.faults import Faults, shrunk
+from syncline_sim.world import COORDINATOR, Outcome, Scene, simulate, small_spec
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What failed, with as few faults as it needs."""
+
+    seed: int
+    scene: Scene
+    faults: Faults
+    outcome: Outcome
+
+    def __str__(self) -> str:
+        spec = self.scene.spec
+        faults = "\n".join(f"  {fault}" for fault in self.faults.items) or "  none"
+        return (
+            f"seed {self.seed}: {self.outcome.problems[0]}\n"
+            f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.alpha}, agents: {spec.agents}, "
+            f"periods: {self.scene.period_s} s, starts: {self.scene.starts_s} s, "
+            f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}\n"
+            f"faults:\n{faults}\n" + "\n".join(self.outcome.timeline)
+        )
+
+
+def scene_of(seed: int) -> Scene:
+    """The settings and the fleet of a seed."""
+    rng = random.Random(f"{seed} scene")
+    count = rng.choice((1, 2, 3, 4, 4, 5))
+    agents = tuple(f"a{i}" for i in range(1, count + 1))
+    least = count if rng.random() < 0.7 else rng.randint(1, count)
+    sync: dict[str, Any] = {"kind": "rounds"}
+    if rng.random() < 0.4:
+        sync["quorum"] = rng.randint(1, least)
+        sync["grace_s"] = rng.choice((None, 0.0, 0.05, 0.5))
+    if rng.random() < 0.2:
+        sync["sample"] = rng.choice((0.3, 0.5, 0.8))
+    spec = small_spec(
+        agents={"min": least, "lost_after_s": rng.choice((0.6, 2.0, 10.0))},
+        sync=sync,
+        mix={"alpha": rng.choice((1.0, 1.0, 0.5, 0.0))},
+        merge={"weights": rng.choice(("uniform", "samples"))},
+        stop={"versions": rng.randint(2, 5)},
+        task_options={"elements": rng.choice((4, 4, 4, 2500))},
+        evaluate={"center": rng.random() < 0.2},
+        keep_models=rng.choice((2, 2, 3)),
+        seed=seed,
+    )
+    period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
+    starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
+    return Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)
+
+
+def faults_of(seed: int, scene: Scene) -> Faults:
+    return Faults.random(random.Random(f"{seed} faults"), (COORDINATOR, *scene.agents))
+
+
+def play(seed: int) -> Outcome:
+    scene = scene_of(seed)
+    return simulate(scene, faults_of(seed, scene), seed)
+
+
+def explain(seed: int) -> Failure | None:
+    """The failure of a seed, made smaller; None where it does not fail."""
+    scene = scene_of(seed)
+    faults = faults_of(seed, scene)
+    if not simulate(scene, faults, seed).failed:
+        return None
+    if scene.shuffled and simulate(replace(scene, shuffled=False), faults, seed).failed:
+        scene = replace(scene, shuffled=False)
+    smallest = shrunk(faults, lambda fewer: simulate(scene, fewer, seed).failed)
+    return Failure(seed, scene, smallest, simulate(scene, smallest, seed))
+
+
+def failing(seeds: Iterable[int]) -> list[tuple[int, str]]:
+    """The seeds that fail, with what went wrong first."""
+    played = ((seed, play(seed)) for seed in seeds)
+    return [(seed, outcome.problems[0]) for seed, outcome in played if outcome.failed]
