@@ -91,8 +91,7 @@ class Session:
         self._version = 0
         self._offered_for = ""  # the model that the last offer deviates from
         self._held: str = ""  # blob of the center in the inbox
-        self._steps_of_period = 0
-        self._place = (0, 0)  # part, rows
+        self._part = 0
         self._last: dict[str, Any] = {}
         self._bytes_up = self._bytes_down = 0
         self._metrics = Pace(0.1)
@@ -115,6 +114,7 @@ class Session:
             for task in (beat, show, work, over):
                 task.cancel()
             await asyncio.gather(beat, show, work, over, return_exceptions=True)
+            await self._telemetry.metric(self._train_metric())
             await self._training.close()
 
     async def leave(self) -> None:
@@ -262,12 +262,12 @@ class Session:
         self._clock = max(self._clock, roster.clocks[number])
         self._version = head.version
         await self._fetch(head)
-        self._state, self._place = "training", (number, self._place[1])
+        self._state, self._part = "training", number
         report = await self._train(head, number, roster.parts)
         if report is None or report["stopped"]:
             self._state = "waiting"
             return
-        self._last, self._place = report, (number, report["rows"])
+        self._last = report
         await self._offer(head, report)
         self._state = "waiting"
         await self._tell(report)
@@ -349,7 +349,7 @@ class Session:
         return Heartbeat(
             session=self._me.session,
             clock=self._clock,
-            progress=self._training.steps()[0],
+            progress=self._training.progress().steps_ever,
             state=self._state,
             reason=self._why,
             seen_term=head.term if head is not None else 0,
@@ -383,7 +383,7 @@ class Session:
         """Where this agent stands, five times a second, while something moves."""
         shown: Any = None
         while True:
-            now = (self._state, self._version, self._clock, self._training.steps())
+            now = (self._state, self._version, self._clock, self._training.progress())
             if now != shown and self._metrics.due(asyncio.get_running_loop().time()):
                 shown = now
                 await self._telemetry.metric(self._train_metric())
@@ -397,17 +397,17 @@ class Session:
             await self._telemetry.metric(self._train_metric())
 
     def _train_metric(self) -> Train:
-        number, rows = self._place
+        progress = self._training.progress()
         return Train(
             state=self._state,
             version=self._version,
             clock=self._clock,
-            step=self._training.steps()[1],
-            steps=self._spec.local.steps_for(rows) if self._announced and rows else 0,
+            step=progress.step,
+            steps=progress.steps,
             loss=self._last.get("loss"),
             samples_per_s=self._last.get("samples_per_s"),
-            part=number,
-            rows=rows,
+            part=self._part,
+            rows=progress.rows,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
         )

@@ -2,7 +2,8 @@
 
 It talks to the service over a socket, and shares memory with it:
 
-    progress   steps since the process began, the step of this period, and the service's wish to stop early
+    progress   steps since the process began, the step of this period, the service's wish to stop early, the steps that this
+               period has, and the rows of this agent's part
     inbox      the center as it came over the bus, coded
     outbox     the update W_i − W_v, coded
 
@@ -34,9 +35,8 @@ from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.state import Kept, load_state, save_state
+from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STOP_EARLY
 
-PROGRESS = struct.Struct("<QQB")  # steps ever, steps of this period, stop early
-PROGRESS_BYTES = 64
 EVALUATION_ROWS = 512
 SAVE_EVERY_S = 1.0
 SAVE_SHARE = 0.05  # of an agent's time that saving may take
@@ -145,7 +145,7 @@ class Trainer:
 
     def _train(self, steps: int, clock: int, number: int) -> tuple[float | None, int, int]:
         """Up to `steps` steps. Returns the mean loss, the steps made and the rows seen."""
-        PROGRESS.pack_into(self._view, 0, self._steps_ever, 0, 0)
+        PROGRESS.pack_into(self._view, 0, self._steps_ever, 0, 0, steps, len(self._dataset))
         seen = done = 0
 
         def on_step(rows: int) -> bool:
@@ -163,7 +163,7 @@ class Trainer:
         return loss, done, seen
 
     def _stopped(self) -> bool:
-        return bool(self._view[16])
+        return bool(self._view[STOP_EARLY])
 
     def _save(self, clock: int) -> None:
         """Keeps W_i and the optimiser, at most every second and for a small share of the time."""

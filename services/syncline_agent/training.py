@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import struct
+from typing import Any, NamedTuple, Protocol
 
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.shm import SharedMemory
 
-PROGRESS_BYTES = 64  # the head of the shared memory: steps ever, steps of this period, stop early
+PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress, and the wish to stop early
+PROGRESS_BYTES = 64
+STOP_EARLY = 16  # where that wish stands
+
+
+class Progress(NamedTuple):
+    """How far the child is."""
+
+    steps_ever: int  # since its process began; batches of an evaluation count too
+    step: int  # made in this period
+    steps: int  # that this period has
+    rows: int  # of this agent's part
 
 
 class Training(Protocol):
@@ -18,7 +30,7 @@ class Training(Protocol):
     async def period(self, version: int, clock: int, number: int, parts: int) -> dict[str, Any]: ...
     def inbox(self, nbytes: int) -> memoryview: ...
     def outbox(self, nbytes: int) -> memoryview: ...
-    def steps(self) -> tuple[int, int]: ...
+    def progress(self) -> Progress: ...
     def stop_early(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -47,14 +59,13 @@ class ChildTraining:
     def outbox(self, nbytes: int) -> memoryview:
         return self._memory.view()[PROGRESS_BYTES + nbytes : PROGRESS_BYTES + 2 * nbytes]
 
-    def steps(self) -> tuple[int, int]:
-        """Steps since the child began, and of this period."""
-        view = self._memory.view()
-        return int.from_bytes(view[0:8], "little"), int.from_bytes(view[8:16], "little")
+    def progress(self) -> Progress:
+        steps_ever, step, _, steps, rows = PROGRESS.unpack_from(self._memory.view(), 0)
+        return Progress(steps_ever, step, steps, rows)
 
     def stop_early(self) -> None:
         """Asks the child to end the period after the step it is in."""
-        self._memory.view()[16] = 1
+        self._memory.view()[STOP_EARLY] = 1
 
     async def close(self) -> None:
         if self._child is not None:

@@ -131,7 +131,8 @@ class Run:
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
         if agent in self.present:
             self.present.discard(agent)
-            await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
+            if not failed:  # it has said so itself
+                await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
             await self._inbox.put(AgentLost(agent, reason, failed))
         elif failed:
             await self._inbox.put(AgentLost(agent, reason, failed))

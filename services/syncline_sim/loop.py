@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LONGEST_S = 3600.0
-MOST_TURNS = 5_000_000
+MOST_TURNS = 20_000  # at one instant
 _NOT_HERE = (
     "add_reader", "add_writer", "remove_reader", "remove_writer", "add_signal_handler", "remove_signal_handler",
     "sock_recv", "sock_recv_into", "sock_sendall", "sock_connect", "sock_accept", "sock_sendfile", "sendfile",
@@ -62,10 +62,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self, order: random.Random | None = None, *, longest_s: float = LONGEST_S, most_turns: int = MOST_TURNS
     ) -> None:
         super().__init__()
-        self.turns = 0
         self.on_task: Callable[[SimTask[Any]], None] = lambda task: None  # told of every new task, in its own context
         self._order, self._longest_s, self._most_turns = order, longest_s, most_turns
         self._now_s = 0.0
+        self._turns = 0
         self._numbers = itertools.count()
         self._selector = self  # where other loops wait for sockets, this one jumps
         self._clock_resolution = 1e-9
@@ -91,13 +91,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def select(self, timeout_s: float | None) -> list[Any]:
         """One turn. `timeout_s` is 0 where something is ready, None where nothing ever will be."""
-        self.turns += 1
-        if self.turns > self._most_turns:
-            raise Stuck(f"{self.turns} turns, at {self._now_s:.3f} s: {self._waiting()}")
+        self._turns += 1
+        if self._turns > self._most_turns:
+            self._turns = 0
+            raise Stuck(f"time stands still at {self._now_s:.3f} s, and something goes round and round: {self._waiting()}")
         if timeout_s is None:
             raise Stuck(f"nothing is ready and no timer is set, at {self._now_s:.3f} s: {self._waiting()}")
         loop: Any = self
         if timeout_s > 0:
+            self._turns = 0
             self._now_s = max(self._now_s, loop._scheduled[0].when())
             if self._now_s > self._longest_s:
                 raise Stuck(f"it did not end within {self._longest_s:g} s: {self._waiting()}")

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -113,8 +114,11 @@ class Nursery:
         pending = [w.exited for w in self._workers.values()]
         if pending:
             await asyncio.wait(pending, timeout=grace_s)
+        left = any(not w.exited.done() for w in self._workers.values())
         self._lost()
         self._socket.close()  # the nursery sees the end and kills what is left
+        if not left:
+            _kill(self.pid, signal.SIGKILL)  # it holds nothing, and may be importing for seconds yet
         await asyncio.get_running_loop().run_in_executor(None, self._reap)
 
     def _reap(self) -> None:
@@ -201,6 +205,8 @@ def _serve_and_exit(owner: socket.socket, preload: Sequence[str]) -> NoReturn:
     try:
         _serve(owner, preload)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -280,8 +286,6 @@ def _be_worker(parent: int, target: str, args: Sequence[Any]) -> NoReturn:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()

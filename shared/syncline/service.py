@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,11 @@ log = logging.getLogger(__name__)
 
 def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
     """To standard error, or to a file; standard output is for results."""
-    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler()
+    if file:  # with all that the service and its children print
+        with Path(file).open("ab", buffering=0) as log_file:
+            os.dup2(log_file.fileno(), 1)
+            os.dup2(log_file.fileno(), 2)
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("nats").setLevel(logging.CRITICAL)  # the bus reports what matters

@@ -29,7 +29,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from asyncio.subprocess import Process, create_subprocess_exec
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from syncline.wire.subjects import COORDINATOR
 
 HOST = "127.0.0.1"
 CONFIG = "broker.conf"
+POLL_S = 0.005  # how often the end of a process is looked for
 READY_S = 30.0  # a large store is read before the server listens
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 LOCK_S = 7.0  # a broker whose owner was killed needs up to GRACE_S to end
@@ -95,7 +95,7 @@ class EmbeddedBroker:
         self._loaded = ""  # the configuration that the server has
         self._lock: int | None = None
         self._watchdog: _Watchdog | None = None
-        self._process: Process | None = None
+        self._process: _Process | None = None
         self._changing = asyncio.Lock()
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -212,8 +212,8 @@ class EmbeddedBroker:
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         tail = LogTail(self.log_path, from_end=True)
         try:
-            self._process = await create_subprocess_exec(
-                *("/bin/sh", "-c", _BROKER, "nats-server", str(binary), "-c", str(self.directory / CONFIG)),
+            self._process = _Process(
+                ["/bin/sh", "-c", _BROKER, "nats-server", str(binary), "-c", str(self.directory / CONFIG)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._watchdog.pipe,
                 stderr=log,
@@ -233,7 +233,7 @@ class EmbeddedBroker:
 
     def _check_running(self, tail: LogTail) -> None:
         assert self._process is not None
-        if self._process.returncode is None:
+        if self._process.poll() is None:
             return
         lines = tail.read()
         if any("address already in use" in line for line in lines):
@@ -266,7 +266,7 @@ class EmbeddedBroker:
             await self._reload_once(self._process, tail)
         self._loaded = text
 
-    async def _reload_once(self, process: Process, tail: LogTail) -> None:
+    async def _reload_once(self, process: _Process, tail: LogTail) -> None:
         self._check_running(tail)
         process.send_signal(signal.SIGHUP)
 
@@ -285,25 +285,31 @@ class EmbeddedBroker:
         if process is None:
             return
         try:
-            if process.returncode is None:
+            if process.poll() is None:
                 process.send_signal(by)
             async with asyncio.timeout(GRACE_S):
-                await process.wait()
+                await process.ended()
         except (ProcessLookupError, TimeoutError):
             pass
         finally:
-            if process.returncode is None:
+            if process.poll() is None:
                 process.kill()
-        await process.wait()
+        await process.ended()
         if self._watchdog is not None:
             self._watchdog.forget()
 
 
-class _Watchdog:
-    """The shell that outlives us by an instant. `pipe` is where it reads process ids.
+class _Process(subprocess.Popen[bytes]):
+    """A process that can be waited for on the event loop. No asyncio subprocess: uvloop lets the child inherit copies of its
+    standard streams, the watchdog's pipe among them, and asyncio kills those that still run when its loop is gone."""
 
-    No asyncio subprocess: asyncio kills those that still run when its loop is gone.
-    """
+    async def ended(self) -> None:
+        while self.poll() is None:  # noqa: ASYNC110 (there is no event to wait for)
+            await asyncio.sleep(POLL_S)
+
+
+class _Watchdog:
+    """The shell that outlives us by an instant. `pipe` is where it reads process ids."""
 
     def __init__(self, remove: str) -> None:
         theirs, self.pipe = os.pipe()
