@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LONGEST_S = 3600.0
+TICKS = 1 << 20  # a second; no timer comes early by a rounding, to find that it has to wait for another 1e-16 s
 MOST_TURNS = 20_000  # at one instant
 _NOT_HERE = (
     "add_reader", "add_writer", "remove_reader", "remove_writer", "add_signal_handler", "remove_signal_handler",
@@ -94,13 +96,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._turns += 1
         if self._turns > self._most_turns:
             self._turns = 0
-            raise Stuck(f"time stands still at {self._now_s:.3f} s, and something goes round and round: {self._waiting()}")
+            raise Stuck(
+                f"time stands still at {self._now_s:.3f} s, and something goes round and round: {self._waiting()}"
+            )
         if timeout_s is None:
             raise Stuck(f"nothing is ready and no timer is set, at {self._now_s:.3f} s: {self._waiting()}")
         loop: Any = self
         if timeout_s > 0:
             self._turns = 0
-            self._now_s = max(self._now_s, loop._scheduled[0].when())
+            self._now_s = max(self._now_s, math.ceil(loop._scheduled[0].when() * TICKS) / TICKS)
             if self._now_s > self._longest_s:
                 raise Stuck(f"it did not end within {self._longest_s:g} s: {self._waiting()}")
         elif self._order is not None and len(loop._ready) > 1:
