@@ -32,18 +32,32 @@ class HeadKeeper:
         entry = await patiently(lambda: bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run)))
         return None if entry is None else cls(bus, decode(Head, entry.value), entry.revision)
 
-    async def write(self, head: Head, roster: Roster | None = None) -> None:
-        """Moves head on, and tells everybody. Raises Deposed where another coordinator was faster.
+    async def write(self, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+        """Moves head on, and tells everybody, unless nobody has anything to do about it.
 
-        An answer that does not come is *unknown*: head is read again, and is ours if it holds what we wrote.
+        Raises Deposed where another coordinator was faster. An answer that does not come is *unknown*: head is read again,
+        and is ours if it holds what we wrote.
         """
         key, value = subjects.head_key(head.run), _encoded(head)
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
-        except (Conflict, Unreachable, NoResponders):
+        except (
+            Conflict
+        ):  # a first try that is refused is nobody's but another's, even where its bytes are the same as ours
+            raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run") from None
+        except (Unreachable, NoResponders):
             self._revision = await patiently(lambda: self._write_again(key, value))
         self.head = head
-        await self.notify(roster)
+        if tell:
+            await self.notify(roster)
+
+    async def check(self) -> None:
+        """Raises Deposed where another coordinator took over without our noticing: what is offered now is not for us."""
+        key = subjects.head_key(self.head.run)
+        entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
+        term = decode(Head, entry.value).term if entry is not None else 0
+        if term > self.head.term:
+            raise Deposed(f"{key} holds term {term}: another coordinator is in charge of this run")
 
     async def notify(self, roster: Roster | None = None) -> None:
         """A hint; whoever misses it reads head again in a few seconds."""

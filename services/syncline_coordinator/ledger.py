@@ -50,7 +50,8 @@ class Ledger:
 
     def roster(self, present: set[str], participants: tuple[str, ...]) -> Roster:
         """The roster that opens a round; agents that are new get their numbers."""
-        self.numbering.admit([a for a in present if a not in self.numbering.names])
+        here = present.union(participants)  # a participant may have gone since it was named, and will come back
+        self.numbering.admit([a for a in here if a not in self.numbering.names])
         names = list(self.numbering.names)
         flags = bytes(Roster.flag(a in present, a in participants, self.judged(a).verdict) for a in names)
         return Roster(

@@ -41,14 +41,15 @@ class OfferReader:
             while True:
                 self._woken.clear()
                 found = await patiently(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
+                all_told_of = len(found) == self._told
                 self._told = max(0, self._told - len(found))
                 for stored in found:
                     next_seq = stored.seq + 1
                     yield stored, self._checked(stored)
-                if not found:
+                if found:
+                    self._looks = 0
+                if all_told_of or not found:
                     await self._wait()
-                    continue
-                self._looks = 0
         finally:
             try:
                 await subscription.unsubscribe()

@@ -14,6 +14,7 @@ from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.chance import jitter
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
@@ -62,6 +63,7 @@ log = logging.getLogger(__name__)
 
 RECORD_CHUNK_BYTES = 512 * 1024  # of rosters and plans that are too large for one message
 INBOX_FACTS = 10_000
+LOOK_AT_HEAD_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
 LATE_NAMED = 20
 
 
@@ -161,6 +163,7 @@ class Run:
             self._begin(self._read_offers())
             self._begin(self._purger.run())
             self._begin(self._janitor.run())
+            self._begin(self._watch_head())
             while not self.ended.is_set():
                 fact = await self._next()
                 if isinstance(fact, _MergeDone):
@@ -179,6 +182,11 @@ class Run:
             for task in self._work:
                 task.cancel()
             await asyncio.gather(*self._work, return_exceptions=True)
+
+    async def _watch_head(self) -> None:
+        while True:
+            await asyncio.sleep(jitter(LOOK_AT_HEAD_S))
+            await self.keeper.check()
 
     async def _next(self) -> Fact | _MergeDone:
         """The next fact; a Tick when the policy's time has come. A background task's error is raised here."""
@@ -240,7 +248,7 @@ class Run:
         self._totals.collect_s = _now() - self._totals.opened_at_s
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
-        await self.keeper.write(head.model_copy(update={"plan": held, "phase": "merging"}))
+        await self.keeper.write(head.model_copy(update={"plan": held, "phase": "merging"}), tell=False)
         self._begin(self._merge(plan))
 
     async def _merge(self, plan: Plan) -> None:

@@ -34,6 +34,15 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The broker has done the service's `at_op`-th operation, and the connection is gone before the answer."""
+
+    service: str
+    at_op: int
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class BrokerDown:
     """The broker is stopped, and started again with what its streams hold."""
 
@@ -76,7 +85,18 @@ class Twin:
     at_s: float
 
 
-Fault = Crash | Cut | BrokerDown | Lose | Delay | KillTrainer | Twin
+@dataclass(frozen=True, slots=True)
+class Zombie:
+    """The coordinator is cut off and replaced; it comes back, believes to be in charge for a while, and dies."""
+
+    at_s: float
+    for_s: float  # cut off
+    awake_s: float = 0.2
+    service: str = "coordinator"
+
+
+AtOperation = Crash | Unanswered
+Fault = AtOperation | Cut | BrokerDown | Lose | Delay | KillTrainer | Twin | Zombie
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +119,9 @@ class Faults:
     def cut(self, service: str, *, after_s: float, for_s: float) -> Faults:
         return self._and(Cut(service, after_s, for_s))
 
+    def unanswered(self, service: str, *, at_op: int, for_s: float = 0.1) -> Faults:
+        return self._and(Unanswered(service, at_op, for_s))
+
     def restart_broker(self, *, after_s: float, for_s: float = 0.0) -> Faults:
         return self._and(BrokerDown(after_s, for_s))
 
@@ -114,13 +137,18 @@ class Faults:
     def twin(self, agent: str, *, after_s: float) -> Faults:
         return self._and(Twin(agent, after_s))
 
+    def zombie(self, *, after_s: float, for_s: float, awake_s: float = 0.2) -> Faults:
+        return self._and(Zombie(after_s, for_s, awake_s))
+
     def _and(self, fault: Fault) -> Faults:
         return replace(self, items=(*self.items, fault))
 
     @property
     def over_s(self) -> float:
         """When the last of those that come at a time is over."""
-        return max((f.at_s + getattr(f, "for_s", 0.0) for f in self.items if not isinstance(f, Crash)), default=0.0)
+        return max(
+            (f.at_s + getattr(f, "for_s", 0.0) for f in self.items if not isinstance(f, AtOperation)), default=0.0
+        )
 
     @classmethod
     def random(cls, rng: random.Random, services: Sequence[str], *, most: int = 6, within_s: float = 3.0) -> Faults:
@@ -145,13 +173,17 @@ def _draw(rng: random.Random, services: Sequence[str], within_s: float) -> Fault
     agents = [s for s in services if s != "coordinator"]
     service, agent, at_s = rng.choice(services), rng.choice(agents), round(rng.uniform(0.0, within_s), 3)
     for_s = round(0.02 * 1000 ** rng.random(), 3)  # 20 ms to 20 s, every order of magnitude as often
-    kind = rng.choice(("crash", "crash", "crash", "cut", "cut", "broker", "lose", "delay", "trainer", "twin"))
+    kind = rng.choice(
+        (*["crash"] * 3, *["unanswered"] * 3, "cut", "cut", "broker", "lose", "delay", "trainer", "twin", "zombie")
+    )
     match kind:
         case "crash":
             whom = "coordinator" if rng.random() < 0.6 else agent
             most = 250 if whom == "coordinator" else 60
             when: Literal["before", "done"] = "done" if rng.random() < 0.5 else "before"
             return Crash(whom, rng.randint(1, most), when, min(for_s, 5.0), rng.random() < 0.8)
+        case "unanswered":
+            return Unanswered(service, rng.randint(1, 250 if service == "coordinator" else 60), for_s)
         case "cut":
             return Cut(service, at_s, for_s)
         case "broker":
@@ -162,6 +194,8 @@ def _draw(rng: random.Random, services: Sequence[str], within_s: float) -> Fault
             return Delay(service, round(rng.uniform(0.001, 1.0), 3), at_s, for_s)
         case "trainer":
             return KillTrainer(agent, at_s)
+        case "zombie":
+            return Zombie(at_s, min(for_s, 5.0), round(rng.uniform(0.01, 0.5), 3))
         case _:
             return Twin(agent, at_s)
 

@@ -17,7 +17,18 @@ from syncline.bus.base import Stored
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import MAX_HEAD_BYTES, BlobRef, Committed, Head, Offer, Plan, PlanEntry, Roster, decode
+from syncline.wire.messages import (
+    MAX_HEAD_BYTES,
+    BlobRef,
+    Committed,
+    Head,
+    Offer,
+    Plan,
+    PlanEntry,
+    Roster,
+    Verdict,
+    decode,
+)
 
 DTYPES = {"fp32": "<f4", "fp64": "<f8"}
 ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
@@ -37,6 +48,8 @@ class Invariants:
     chunks: dict[str, bytes] = field(default_factory=dict)  # subject → frame, of every chunk ever put
     gone: set[str] = field(default_factory=set)  # subjects that were purged
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # session → highest (term, version) it told of
+    writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
+    dropped: set[tuple[str, int]] = field(default_factory=set)
     roster: Roster | None = None
     plan: Plan | None = None
 
@@ -77,6 +90,13 @@ class Invariants:
         if term:
             self._insist((term, version) >= before, f"session {session[:6]} saw {before} and then {(term, version)}")
             self.seen[session] = max(before, (term, version))
+
+    def wrote(self, who: str, head: Head) -> None:
+        """Head was changed. A term belongs to one coordinator, once the run has begun."""
+        begun = self.head is not None and self.head.model is not None
+        if begun and head.phase != "failed":
+            known = self.writers.setdefault(head.term, who)
+            self._insist(known == who, f"term {head.term} is {known}'s, and {who} writes under it")
 
     # -- head ----------------------------------------------------------------------------------------------------------
     def _on_head(self, data: bytes) -> None:
@@ -151,6 +171,10 @@ class Invariants:
             number = roster.number(entry.agent) if roster is not None else None
             told = roster.clocks[number] if roster is not None and number is not None else 0
             self._insist(told >= entry.clock, f"{entry.agent}'s clock {entry.clock} is merged, its roster says {told}")
+        for drop in record.dropped if record is not None else ():
+            known = {(drop.agent, drop.clock)} & (self.dropped | self.merged.keys())
+            self._insist(not known, f"{drop.agent}'s clock {drop.clock} is judged a second time: {drop.reason}")
+            self.dropped.add((drop.agent, drop.clock))
         self._insist(head.plan is None, f"version {head.version} still has the plan that made it")
         self._check_center(before, head, plan)
 
@@ -175,6 +199,7 @@ class Invariants:
         for i, agent in enumerate(old.agents[: len(new.agents)]):
             was, now = (old.clocks[i], old.verdict(i)), (new.clocks[i], new.verdict(i))
             self._insist(now[0] >= was[0], f"{agent}'s judged clock went back from {was[0]} to {now[0]}")
+            self._insist(now[1] != Verdict.BROKEN, f"{agent}'s update of clock {now[0]} is called broken, and is not")
             self._insist(now[0] > was[0] or now == was, f"{agent}'s clock {was[0]} was judged {was[1]}, now {now[1]}")
 
     def _check_offers_seq(self, head: Head, roster: Roster) -> None:
@@ -192,15 +217,20 @@ class Invariants:
         known.append(offer)
         self.offer_seqs[message.seq] = (agent, offer.clock)
         prefix = subjects.update_prefix(self.spec.name, agent, offer.blob.id)
-        whole = all(f"{prefix}.{k}" in self.chunks for k in range(offer.blob.chunks))
-        self._insist(whole, f"{agent} offers clock {offer.clock} before all its chunks are put")
+        names = [f"{prefix}.{k}" for k in range(offer.blob.chunks)]
+        self._insist(all(n in self.chunks for n in names), f"{agent} offers clock {offer.clock} without all its chunks")
+        self._insist(not self.gone & {*names} or self._judged(agent) >= offer.clock, f"{agent}'s chunks were purged")
 
     def _on_purged_update(self, agent: str, blob: str) -> None:
         for clock, offers in ((c, o) for (a, c), o in self.offers.items() if a == agent):
-            number = self.roster.number(agent) if self.roster is not None else None
-            judged = self.roster.clocks[number] if self.roster is not None and number is not None else 0
             if any(offer.blob.id == blob for offer in offers):
-                self._insist(clock <= judged, f"{agent}'s update of clock {clock} was purged and not judged")
+                fine = clock <= self._judged(agent)
+                self._insist(fine, f"{agent}'s update of clock {clock} was purged and not judged")
+
+    def _judged(self, agent: str) -> int:
+        """The agent's last judged clock, as head tells it."""
+        number = self.roster.number(agent) if self.roster is not None else None
+        return self.roster.clocks[number] if self.roster is not None and number is not None else 0
 
     def _named(self, head: Head) -> list[tuple[str, BlobRef]]:
         refs = [("model", head.model), ("manifest", head.manifest), ("roster", head.roster)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,12 +74,18 @@ def explain(seed: int) -> Failure | None:
     """The failure of a seed, made smaller; None where it does not fail."""
     scene = scene_of(seed)
     faults = faults_of(seed, scene)
-    if not simulate(scene, faults, seed).failed:
+    first = _kind(simulate(scene, faults, seed))
+    if not first:
         return None
-    if scene.shuffled and simulate(replace(scene, shuffled=False), faults, seed).failed:
+    if scene.shuffled and _kind(simulate(replace(scene, shuffled=False), faults, seed)) == first:
         scene = replace(scene, shuffled=False)
-    smallest = shrunk(faults, lambda fewer: simulate(scene, fewer, seed).failed)
+    smallest = shrunk(faults, lambda fewer: _kind(simulate(scene, fewer, seed)) == first)
     return Failure(seed, scene, smallest, simulate(scene, smallest, seed))
+
+
+def _kind(outcome: Outcome) -> str:
+    """What went wrong, whoever and whenever: with fewer faults it has to be the same."""
+    return re.sub(r"[0-9].*|^[a-z0-9]+'s ", "", outcome.problems[0]) if outcome.failed else ""
 
 
 def failing(seeds: Iterable[int]) -> list[tuple[int, str]]:

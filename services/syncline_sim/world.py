@@ -25,6 +25,7 @@ from syncline.bus.base import Stored
 from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.bus.memory_faults import Operation
 from syncline.bus.memory_store import Stream
+from syncline.child import ChildDied
 from syncline.errors import BusError, PeerError
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
@@ -34,6 +35,7 @@ from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.session import Superseded
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.faults import (
+    AtOperation,
     BrokerDown,
     Crash,
     Cut,
@@ -43,7 +45,9 @@ from syncline_sim.faults import (
     KillTrainer,
     Lose,
     Twin,
+    Unanswered,
     Weather,
+    Zombie,
 )
 from syncline_sim.guard import guarded
 from syncline_sim.inline import TASK, Disk, InlineChild, InlineTraining, StubEvaluator, StubTrainer
@@ -51,7 +55,7 @@ from syncline_sim.invariants import Invariants
 from syncline_sim.loop import SimTask, Stuck, VirtualLoop
 
 COORDINATOR = subjects.COORDINATOR
-START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because the broker is out of reach
+START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because somebody else failed
 ASK_AGAIN_S = 0.5
 AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
 QUICK_S = 0.002  # what a child takes for any other question than a period
@@ -110,6 +114,7 @@ class Life:
     tasks: list[SimTask[Any]] = field(default_factory=list)
     training: InlineTraining | None = None
     dead: bool = False
+    replaced: bool = False  # by another coordinator, while it was cut off
 
     @property
     def connection(self) -> str:
@@ -159,9 +164,10 @@ class World:
         self._operations: dict[str, int] = {}
         self._trace = hashlib.blake2b(digest_size=16)
         self._stub_disk: Disk = {}
-        self._crashes = {(f.service, f.at_op): f for f in faults.items if isinstance(f, Crash)}
-        self._crash_when_done: dict[int, Crash] = {}
+        self._struck = {(f.service, f.at_op): f for f in faults.items if isinstance(f, AtOperation)}
+        self._struck_when_done: dict[int, AtOperation] = {}
         self._ended = asyncio.Event()
+        self._head_seq = 0
         loop.on_task = self._on_task
         loop.set_exception_handler(self._on_loop_error)
 
@@ -209,7 +215,7 @@ class World:
             def purge(self, pattern: str, up_to_seq: int | None) -> None:
                 before = list(self.by_subject)
                 super().purge(pattern, up_to_seq)
-                world.invariants.purged(self.name, [s for s in before if s not in self.by_subject])
+                world._purged(self.name, [s for s in before if s not in self.by_subject])
 
         class Broker(MemoryBroker):
             stream_type = Watched
@@ -316,7 +322,7 @@ class World:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         self._say(f"{life.connection} exits: {type(error).__name__}: {error}")
-        if isinstance(error, BusError):
+        if isinstance(error, BusError | ChildDied):
             self._at(START_AGAIN_S, partial(self.start, life.service))
         elif not isinstance(error, Superseded):
             self._problem(f"{life.connection} died of its own bug: {type(error).__name__}: {error}")
@@ -324,9 +330,9 @@ class World:
     # -- what goes wrong -----------------------------------------------------------------------------------------------
     def _schedule(self, fault: Fault) -> None:
         begin, end = self._how(fault)
-        if not isinstance(fault, Crash):
+        if not isinstance(fault, AtOperation):
             self._at(fault.at_s, begin)
-            self._at(fault.at_s + getattr(fault, "for_s", 0.0), end)
+            self._at(fault.at_s, partial(self._at, getattr(fault, "for_s", 0.0), end))
 
     def _how(self, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
         """What to do when a fault begins, and when it ends."""
@@ -343,7 +349,9 @@ class World:
                 return partial(self._kill_trainer, service), _nothing
             case Twin(service):
                 return partial(self.start, service), _nothing
-            case Crash():
+            case Zombie(_, for_s, awake_s):
+                return partial(self._replace, for_s, awake_s), _nothing
+            case Crash() | Unanswered():
                 return _nothing, _nothing
 
     def _cut(self, service: str) -> None:
@@ -354,9 +362,31 @@ class World:
 
     def _mend(self, service: str) -> None:
         for life in self.lives.values():
-            if life.service == service and not life.dead:
+            if life.service == service and not (life.dead or life.replaced):
                 self._say(f"{life.connection} can connect again")
                 self.broker.mend(life.connection)
+
+    def _replace(self, for_s: float, awake_s: float) -> None:
+        """The coordinator is cut off, another one starts; the old one is back for `awake_s`, and dies."""
+        life = self.current(COORDINATOR)
+        if life is None:
+            return
+        self._say(f"{life.connection} is cut off, and replaced")
+        life.replaced = True
+        self.broker.cut(life.connection)
+        self.start(COORDINATOR)
+        self._at(for_s, partial(self._wake, life))
+        self._at(for_s + awake_s, partial(self._die, life))
+
+    def _wake(self, life: Life) -> None:
+        if not life.dead:
+            self._say(f"{life.connection} is back")
+            self.broker.mend(life.connection)
+
+    def _die(self, life: Life) -> None:
+        if not life.dead:
+            self._say(f"{life.connection} dies")
+            self._end(life)
 
     def _broker_down(self) -> None:
         self._say("the broker stops")
@@ -389,7 +419,8 @@ class World:
         if life is None or now.phase == "after":
             return
         if now.phase == "done":
-            fault = self._crash_when_done.pop(now.number, None)
+            self._on_done(now, life)
+            fault = self._struck_when_done.pop(now.number, None)
             if fault is not None and not life.dead:
                 self._strike(fault, life, now)
             return
@@ -400,16 +431,30 @@ class World:
         if now.name == "request" and ".heartbeat" in str(now.arguments[0]):
             beat = decode(Heartbeat, now.arguments[1] if isinstance(now.arguments[1], bytes) else b"")
             self.invariants.heard(beat.session, beat.seen_term, beat.seen_version)
-        fault = self._crashes.get((life.service, count))
+        fault = self._struck.get((life.service, count))
         if fault is None:
             return
-        if fault.when == "done":
-            self._crash_when_done[now.number] = fault
+        if isinstance(fault, Unanswered) or fault.when == "done":
+            self._struck_when_done[now.number] = fault
             return
         self._strike(fault, life, now)
         raise Crashed
 
-    def _strike(self, fault: Crash, life: Life, now: Operation) -> None:
+    def _on_done(self, now: Operation, life: Life) -> None:
+        """The broker has answered: who wrote head, if it took it?"""
+        bucket, key = subjects.RUNS_BUCKET, subjects.head_key(self.scene.spec.name)
+        if now.name == "kv_update" and now.arguments[:2] == (bucket, key):
+            held = self.broker.store.streams[f"KV_{bucket}"].last(f"$KV.{bucket}.{key}")
+            if held is not None and held.data == now.arguments[2] and held.seq > self._head_seq:
+                self._head_seq = held.seq
+                self.invariants.wrote(life.connection, decode(Head, held.data))
+
+    def _strike(self, fault: AtOperation, life: Life, now: Operation) -> None:
+        if isinstance(fault, Unanswered):
+            self._say(f"{life.connection} is cut off with operation {fault.at_op} done: {now.name} {_subject(now)}")
+            self.broker.cut(life.connection)
+            self._at(fault.for_s, partial(self._mend, life.service))
+            return
         disk = "" if fault.disk else ", its disk is gone"
         self._say(f"{life.connection} crashes, {fault.when} operation {fault.at_op}: {now.name} {_subject(now)}{disk}")
         self.crash(life, fault.disk)
@@ -429,6 +474,11 @@ class World:
             )
             if head.phase in ENDED:
                 self._ended.set()
+        if self.invariants.problems:
+            self._problem()
+
+    def _purged(self, stream: str, removed: list[str]) -> None:
+        self.invariants.purged(stream, removed)
         if self.invariants.problems:
             self._problem()
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from syncline.bus.base import Bus
+from syncline.bus.base import Bus, Stored
 from syncline.chance import new_id
 from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
 from syncline.wire.chunks import blob_digest, checksum, pack_chunk, unpack_chunk
@@ -88,10 +88,16 @@ async def get_small_blob(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, ch
 
 async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int, size: int, codec: str) -> bytes:
     """The `size` bytes of chunk k."""
+    stored = await get_frame(bus, stream, prefix, ref, k)
+    return unpack_chunk(stored.data, blob=ref.id, k=k, n=ref.chunks, codec=codec, size=size)
+
+
+async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int) -> Stored:
+    """Chunk k as the stream holds it. Raises BlobGone."""
     stored = await patiently(lambda: bus.get(stream, f"{prefix(ref.id)}.{k}", bulk=True))
     if stored is None:
         raise BlobGone(f"chunk {k} of blob {ref.id[:8]} is not on the bus")
-    return unpack_chunk(stored.data, blob=ref.id, k=k, n=ref.chunks, codec=codec, size=size)
+    return stored
 
 
 async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = PATIENCE_S) -> None:

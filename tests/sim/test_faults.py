@@ -1,0 +1,99 @@
+"""What DESIGN promises when somebody dies or is cut off, at every instant one by one."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+import pytest
+
+from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
+from syncline_sim.seeds import explain, scene_of
+from syncline_sim.world import Outcome, Scene, simulate, small_spec
+
+SHORT = Scene(small_spec(stop={"versions": 3}))
+CALM = simulate(SHORT)
+OPERATIONS = CALM.operations["coordinator"]
+
+
+def digest(outcome: Outcome) -> str:
+    assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
+    assert outcome.head is not None
+    return outcome.head.digest
+
+
+def test_a_coordinator_killed_at_any_bus_operation_changes_no_bit_of_a_synchronous_run() -> None:
+    """Before the odd ones are sent, and when the even ones are done and not answered."""
+    assert OPERATIONS > 100
+    for at_op in range(1, OPERATIONS + 1):
+        when: Literal["before", "done"] = "before" if at_op % 2 else "done"
+        outcome = simulate(SHORT, Faults().crash("coordinator", at_op=at_op, when=when))
+        assert digest(outcome) == digest(CALM), at_op
+        assert outcome.merged == CALM.merged, at_op
+
+
+def test_an_answer_that_never_comes_changes_no_bit_of_a_synchronous_run() -> None:
+    for at_op in range(1, OPERATIONS + 1, 3):
+        assert digest(simulate(SHORT, Faults().unanswered("coordinator", at_op=at_op))) == digest(CALM), at_op
+    for at_op in range(1, CALM.operations["a1"] + 1):
+        assert digest(simulate(SHORT, Faults().unanswered("a1", at_op=at_op))) == digest(CALM), at_op
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_an_agent_killed_at_any_bus_operation_comes_back_and_the_run_ends(disk: bool) -> None:
+    for at_op in range(1, CALM.operations["a2"] + 1):
+        digest(simulate(SHORT, Faults().crash("a2", at_op=at_op, disk=disk)))
+
+
+def test_a_coordinator_that_was_replaced_and_comes_back_stops_or_goes_on_and_breaks_nothing() -> None:
+    for after_ms in range(550, 1000, 30):
+        for for_s in (0.05, 0.3):
+            faults = Faults().zombie(after_s=after_ms / 1000, for_s=for_s)
+            assert digest(simulate(SHORT, faults)) == digest(CALM), faults
+
+
+@pytest.mark.parametrize("for_s", [0.0, 0.05, 1.0, 15.0])
+def test_connections_that_come_back_change_no_bit_where_nobody_was_counted_as_lost(for_s: float) -> None:
+    patient = Scene(small_spec(stop={"versions": 3}, agents={"min": 4, "lost_after_s": 60.0}))
+    for service in ("coordinator", "a3"):
+        for after_s in (0.1, 0.55, 0.65, 0.7, 0.8):
+            assert digest(simulate(patient, Faults().cut(service, after_s=after_s, for_s=for_s))) == digest(CALM)
+
+
+@pytest.mark.parametrize("for_s", [0.0, 0.5, 20.0])
+def test_a_broker_that_restarts_loses_no_run(for_s: float) -> None:
+    for after_ms in range(500, 1000, 25):
+        digest(simulate(SHORT, Faults().restart_broker(after_s=after_ms / 1000, for_s=for_s)))
+
+
+def test_lost_core_messages_cost_time_alone() -> None:
+    patient = Scene(small_spec(stop={"versions": 3}, agents={"min": 4, "lost_after_s": 60.0}))
+    for share in (0.3, 1.0):
+        assert digest(simulate(patient, Faults().lose(share, after_s=0.3, for_s=10.0))) == digest(CALM)
+
+
+def test_a_killed_training_child_and_a_second_process_of_the_same_name_end_well() -> None:
+    for after_ms in range(500, 1000, 50):
+        digest(simulate(SHORT, Faults().kill_trainer("a1", after_s=after_ms / 1000)))
+        twin = simulate(SHORT, Faults().twin("a1", after_s=after_ms / 1000))
+        digest(twin)
+        assert any("Superseded" in line for line in twin.timeline)
+
+
+def test_a_participant_that_goes_while_its_round_is_opened_is_numbered_all_the_same() -> None:
+    for after_ms in range(1850, 1930, 4):
+        digest(simulate(scene_of(1675), Faults().twin("a1", after_s=after_ms / 1000), seed=1675))
+
+
+def test_schedules_are_drawn_by_the_seed_and_every_fault_ends() -> None:
+    draws = [Faults.random(random.Random(seed), ("coordinator", "a1", "a2")) for seed in range(200)]
+    assert draws == [Faults.random(random.Random(seed), ("coordinator", "a1", "a2")) for seed in range(200)]
+    assert {type(fault).__name__ for faults in draws for fault in faults.items} >= {"Crash", "Cut", "Lose", "Zombie"}
+    assert all(faults.over_s < 60 for faults in draws)
+
+
+def test_a_schedule_is_made_as_small_as_the_failure_needs() -> None:
+    guilty = Cut("a1", 1.0, 2.0)
+    schedule = Faults((Lose(0.5, 0.0, 1.0), guilty, Crash("a2", 3), guilty))
+    assert shrunk(schedule, lambda faults: guilty in faults.items) == Faults((guilty,))
+    assert explain(0) is None

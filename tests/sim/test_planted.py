@@ -1,0 +1,266 @@
+"""Does the simulation find anything? Each bug here is planted in the real services, and some seed must show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from syncline.bus import blobs
+from syncline.bus.base import Bus
+from syncline.engine.events import Drop, OfferReady
+from syncline.engine.rounds import Rounds
+from syncline.errors import AlreadyPut, Conflict, Unreachable
+from syncline.wire import subjects
+from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
+from syncline_agent.session import Session
+from syncline_coordinator.head import HeadKeeper
+from syncline_coordinator.ledger import Judged, Ledger
+from syncline_coordinator.reducer import Center, Reducer
+from syncline_coordinator.run import Run
+from syncline_sim.seeds import play
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+SEEDS = 300  # within which each is found
+SOONER = {  # where to begin, for those that few seeds show
+    "what_was_judged_is_judged_again": 240,
+    "a_plan_found_in_head_is_forgotten": 880,
+    "nobody_reads_head_again": 235,
+    "an_agent_that_lost_its_disk_counts_from_one_again": 85,
+}
+
+
+def head_is_written_over_whoever_wrote_it(patch: pytest.MonkeyPatch) -> None:
+    real = HeadKeeper.write
+
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+        entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(head.run))
+        assert entry is not None
+        self._revision = entry.revision
+        await real(self, head, roster)
+
+    patch.setattr(HeadKeeper, "write", write)
+
+
+def a_lost_answer_is_taken_for_a_success(patch: pytest.MonkeyPatch) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+        key, value = subjects.head_key(head.run), encode(head)
+        try:
+            self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
+        except (Conflict, Unreachable):
+            pass
+        self.head = head
+        await self.notify(roster)
+
+    patch.setattr(HeadKeeper, "write", write)
+
+
+def a_restarted_coordinator_keeps_the_term(patch: pytest.MonkeyPatch) -> None:
+    real = HeadKeeper.write
+
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+        if head.term != self.head.term:
+            return
+        await real(self, head, roster)
+
+    patch.setattr(HeadKeeper, "write", write)
+
+
+def what_was_judged_is_judged_again(patch: pytest.MonkeyPatch) -> None:
+    real_offer, real_policy = Ledger.offer, Rounds._offer
+
+    def offer(self: Ledger, agent: str, offer: Offer, seq: int) -> bool:
+        kept, self._judged = self._judged, {}
+        try:
+            return real_offer(self, agent, offer, seq)
+        finally:
+            self._judged = kept
+
+    def policy(self: Rounds, offer: OfferReady, now_s: float) -> list[Any]:
+        self.judged = {}
+        return real_policy(self, offer, now_s)
+
+    patch.setattr(Ledger, "offer", offer)
+    patch.setattr(Rounds, "_offer", policy)
+
+
+def updates_are_purged_before_head_says_they_are_judged(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger._judge
+
+    def judge(self: Ledger, agent: str, clock: int, verdict: Verdict) -> None:
+        offered = self._offered.get((agent, clock))
+        if offered is not None:
+            prefix = subjects.update_prefix(self._run, agent, offered.entry.blob.id)
+            self._purger.add(subjects.updates_stream(self._run), prefix)
+        real(self, agent, clock, verdict)
+
+    patch.setattr(Ledger, "_judge", judge)
+
+
+def models_are_purged_one_too_many(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger.settled
+
+    def settled(self: Ledger, before: Head, after: Head) -> None:
+        self._keep_models = 0
+        real(self, before, after)
+
+    patch.setattr(Ledger, "settled", settled)
+
+
+def all_updates_of_an_agent_are_purged_at_once(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger.settled
+
+    def settled(self: Ledger, before: Head, after: Head) -> None:
+        for agent, _ in self._purge_later:
+            self._purger.add(subjects.updates_stream(self._run), subjects.update_prefix(self._run, agent, "x")[:-2])
+        real(self, before, after)
+
+    patch.setattr(Ledger, "settled", settled)
+
+
+def the_merge_starts_without_its_plan_in_head(patch: pytest.MonkeyPatch) -> None:
+    real = HeadKeeper.write
+
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+        if head.phase != "merging":
+            await real(self, head, roster)
+
+    patch.setattr(HeadKeeper, "write", write)
+
+
+def a_plan_found_in_head_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    real = Run.resume
+
+    async def resume(self: Run) -> None:
+        self.keeper.head = self.keeper.head.model_copy(update={"plan": None})
+        await real(self)
+
+    patch.setattr(Run, "resume", resume)
+
+
+def late_offers_are_merged(patch: pytest.MonkeyPatch) -> None:
+    def offer(self: Rounds, offer: OfferReady, now_s: float) -> list[Any]:
+        if self.state == "merging" or offer.agent not in self.participants:
+            return [Drop(offer.agent, offer.clock, "late")]
+        self.offers[offer.agent] = offer
+        return self._go_on(now_s)
+
+    patch.setattr(Rounds, "_offer", offer)
+
+
+def offers_seq_runs_ahead_of_what_is_judged(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "judged_up_to", lambda self: self.read_up_to)
+
+
+def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("syncline.engine.rounds.sorted", lambda values, **_: list(values), raising=False)
+
+
+def the_roster_forgets_the_verdicts(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger.restore
+
+    def restore(self: Ledger, roster: Roster) -> tuple[str, ...]:
+        participants = real(self, roster)
+        self._judged = {agent: Judged() for agent in self._judged}
+        return participants
+
+    patch.setattr(Ledger, "restore", restore)
+
+
+def agents_are_numbered_anew_after_a_restart(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger.restore
+
+    def restore(self: Ledger, roster: Roster) -> tuple[str, ...]:
+        participants = real(self, roster)
+        self.numbering.names.reverse()
+        return participants
+
+    patch.setattr(Ledger, "restore", restore)
+
+
+def a_restarted_coordinator_begins_with_another_center(patch: pytest.MonkeyPatch) -> None:
+    async def get_center(self: Reducer, ref: BlobRef) -> None:
+        self._center.now_P.zero_()
+
+    patch.setattr(Reducer, "get_center", get_center)
+
+
+def the_center_stays_where_it_was(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Center, "advance", lambda self: None)
+
+
+def a_commit_is_recorded_after_it(patch: pytest.MonkeyPatch) -> None:
+    async def record(self: Run, done: Any) -> None:
+        pass
+
+    patch.setattr(Run, "_put_commit_record", record)
+
+
+def an_offer_goes_out_before_its_chunks_are_held(patch: pytest.MonkeyPatch) -> None:
+    async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = 0.0) -> None:
+        await bus.publish(subject, frame)
+
+    patch.setattr(blobs, "put_chunk", put_chunk)
+
+
+def a_chunk_that_is_there_already_is_an_error(patch: pytest.MonkeyPatch) -> None:
+    async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = 60.0) -> None:
+        try:
+            await blobs.patiently(partial(bus.put, subject, frame, bulk=True), patience_s=patience_s)
+        except AlreadyPut as error:
+            raise AssertionError(subject) from error
+
+    patch.setattr(blobs, "put_chunk", put_chunk)
+
+
+def an_agent_that_lost_its_disk_counts_from_one_again(patch: pytest.MonkeyPatch) -> None:
+    real = Session._one_period
+
+    async def one_period(self: Session, seen: Any) -> None:
+        zeros = [0] * len(seen.roster.clocks)
+        seen.roster = seen.roster.model_copy(update={"clocks": zeros})
+        await real(self, seen)
+
+    patch.setattr(Session, "_one_period", one_period)
+
+
+def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
+    async def wait(self: Session) -> None:
+        await self._moved.wait()
+
+    patch.setattr(Session, "_wait", wait)
+
+
+PLANTED: tuple[Plant, ...] = (
+    head_is_written_over_whoever_wrote_it,
+    a_lost_answer_is_taken_for_a_success,
+    a_restarted_coordinator_keeps_the_term,
+    what_was_judged_is_judged_again,
+    updates_are_purged_before_head_says_they_are_judged,
+    models_are_purged_one_too_many,
+    all_updates_of_an_agent_are_purged_at_once,
+    the_merge_starts_without_its_plan_in_head,
+    a_plan_found_in_head_is_forgotten,
+    late_offers_are_merged,
+    offers_seq_runs_ahead_of_what_is_judged,
+    the_plan_is_in_the_order_of_arrival,
+    the_roster_forgets_the_verdicts,
+    agents_are_numbered_anew_after_a_restart,
+    a_restarted_coordinator_begins_with_another_center,
+    the_center_stays_where_it_was,
+    a_commit_is_recorded_after_it,
+    an_offer_goes_out_before_its_chunks_are_held,
+    a_chunk_that_is_there_already_is_an_error,
+    an_agent_that_lost_its_disk_counts_from_one_again,
+    nobody_reads_head_again,
+)
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    first = SOONER.get(plant.__name__, 0)
+    found = next((seed for seed in range(first, first + SEEDS) if play(seed).failed), None)
+    assert found is not None, f"not in {SEEDS} seeds"

@@ -1,0 +1,23 @@
+"""Whole runs, each with settings, a fleet and faults of its own. `syncline-sim --seeds 10000` runs more of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from syncline_sim.main import main
+from syncline_sim.seeds import explain, play
+
+BATCH = 50
+
+
+@pytest.mark.parametrize("first", range(0, 300, BATCH))
+def test_every_seed_ends_well(first: int) -> None:
+    wrong = next((seed for seed in range(first, first + BATCH) if play(seed).failed), None)
+    assert wrong is None, f"\n{explain(wrong)}"
+
+
+def test_the_command_tells_how_many_it_ran_and_how_many_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "3", "--jobs", "1"]) == 0
+    assert "3 seeds in" in capsys.readouterr().out
+    assert main(["--seed", "1"]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out

@@ -1,0 +1,93 @@
+"""Whole runs of the real services on the bus in memory: what they compute, and that they can be repeated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from syncline.spec import RunSpec
+from syncline_sim.faults import Faults
+from syncline_sim.seeds import faults_of, scene_of
+from syncline_sim.world import Outcome, Scene, simulate, small_spec
+
+FAULTY = Faults().crash("coordinator", at_op=100).cut("a2", after_s=0.7, for_s=3).kill_trainer("a1", after_s=0.9)
+SCENES = {
+    "undisturbed": (Scene(small_spec()), Faults()),
+    "faulty": (Scene(small_spec()), FAULTY),
+    "shuffled": (replace(Scene(small_spec()), shuffled=True), FAULTY),
+}
+PRINT = """
+from syncline_sim.seeds import play
+for seed in (3, 5, 8):
+    outcome = play(seed)
+    print(outcome.trace)
+    print(*outcome.timeline, sep="\\n")
+"""
+
+
+def regression(**changes: Any) -> RunSpec:
+    base = {"task": "syncline.tasks.quadratic:LinearRegression", "local": {"steps": 3, "batch_size": 8}}
+    return small_spec(**{**base, **changes})
+
+
+def fine(outcome: Outcome) -> Outcome:
+    assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
+    return outcome
+
+
+def test_an_undisturbed_run_merges_everybody_in_every_version() -> None:
+    outcome = fine(simulate(Scene(small_spec())))
+    assert outcome.merged == (("a1", "a2", "a3", "a4"),) * 6
+    assert outcome.head is not None and outcome.head.term == 1 and outcome.seconds < 5
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_the_same_arguments_give_the_same_timeline_byte_for_byte(scene: str) -> None:
+    first, second = (simulate(*SCENES[scene], seed=7) for _ in range(2))
+    assert first == second
+    other = simulate(*SCENES[scene], seed=8)
+    assert other.trace != first.trace
+
+
+def test_another_process_with_other_hashes_gives_the_same_timelines() -> None:
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", PRINT], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert told[0] == told[1] and len(told[0]) > 1000
+
+
+def test_a_seed_is_a_scene_and_its_faults() -> None:
+    assert scene_of(5) == scene_of(5) and faults_of(5, scene_of(5)) == faults_of(5, scene_of(5))
+    assert len({str(scene_of(seed)) for seed in range(50)}) == 50
+
+
+def test_the_order_of_ready_callbacks_and_the_delays_change_no_bit_of_a_synchronous_run() -> None:
+    scene = Scene(small_spec(), longest_delay_s=0.02, shuffled=True)
+    digests = {fine(simulate(scene, seed=seed)).head.digest for seed in range(10)}  # type: ignore[union-attr]
+    assert len(digests) == 1
+
+
+def test_the_real_trainer_gives_one_digest_however_the_run_is_disturbed() -> None:
+    scene = Scene(regression(evaluate={"center": True}), children="real")
+    calm = fine(simulate(scene)).head
+    for seed in range(3):
+        disturbed = fine(simulate(scene, Faults().crash("coordinator", at_op=90 + 10 * seed), seed=seed)).head
+        assert calm is not None and disturbed is not None and disturbed.digest == calm.digest and disturbed.term == 2
+
+
+def test_a_float32_model_and_alpha_below_one_run_too() -> None:
+    spec = regression(task_options={"dtype": "float32"}, mix={"alpha": 0.5}, merge={"weights": "samples"})
+    assert fine(simulate(Scene(spec, children="real"))).merged == (("a1", "a2", "a3", "a4"),) * 6
+
+
+def test_a_run_that_cannot_start_is_told_as_such() -> None:
+    outcome = simulate(Scene(small_spec(agents={"min": 3}), agents=("a1", "a2")), longest_s=60.0)
+    assert "did not end" in outcome.problems[0] and "WRONG" in outcome.timeline[-1]
