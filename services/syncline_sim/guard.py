@@ -5,6 +5,7 @@ Only callers in Syncline's own modules are refused the time and chance: librarie
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import secrets
@@ -78,3 +79,19 @@ def _checked(name: str, real: Callable[..., Any], prefix: str) -> Callable[..., 
 
 def _no_thread(thread: threading.Thread) -> None:
     raise NotSimulated(f"thread {thread.name} started in a simulation")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What services log in a simulation is nobody's news."""
+    logger = logging.getLogger("syncline")
+    others = [logging.getLogger(name) for name in ("syncline_agent", "syncline_coordinator", "asyncio")]
+    before = [(each, each.disabled, each.level) for each in (logger, *others)]
+    for each, _, _ in before:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, disabled, level in before:
+            each.disabled = disabled
+            each.setLevel(level)

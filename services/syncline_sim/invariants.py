@@ -172,8 +172,8 @@ class Invariants:
             told = roster.clocks[number] if roster is not None and number is not None else 0
             self._insist(told >= entry.clock, f"{entry.agent}'s clock {entry.clock} is merged, its roster says {told}")
         for drop in record.dropped if record is not None else ():
-            known = {(drop.agent, drop.clock)} & (self.dropped | self.merged.keys())
-            self._insist(not known, f"{drop.agent}'s clock {drop.clock} is judged a second time: {drop.reason}")
+            twice = {(drop.agent, drop.clock)} & (self.dropped | self.merged.keys())
+            self._insist(not twice, f"{drop.agent}'s clock {drop.clock} is judged a second time: {drop.reason}")
             self.dropped.add((drop.agent, drop.clock))
         self._insist(head.plan is None, f"version {head.version} still has the plan that made it")
         self._check_center(before, head, plan)

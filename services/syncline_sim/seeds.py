@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from syncline_sim.faults import Faults, shrunk
-from syncline_sim.world import COORDINATOR, Outcome, Scene, simulate, small_spec
+from syncline_sim.scene import Outcome, Scene, small_spec
+from syncline_sim.world import COORDINATOR, simulate
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import random
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from syncline import chance
 from syncline.bus.base import Stored
@@ -28,77 +26,24 @@ from syncline.bus.memory_store import Stream
 from syncline.child import ChildDied
 from syncline.errors import BusError, PeerError
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.session import Superseded
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
-from syncline_sim.faults import (
-    AtOperation,
-    BrokerDown,
-    Crash,
-    Cut,
-    Delay,
-    Fault,
-    Faults,
-    KillTrainer,
-    Lose,
-    Twin,
-    Unanswered,
-    Weather,
-    Zombie,
-)
-from syncline_sim.guard import guarded
-from syncline_sim.inline import TASK, Disk, InlineChild, InlineTraining, StubEvaluator, StubTrainer
+from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
+from syncline_sim.guard import guarded, quiet
+from syncline_sim.inline import Disk, InlineChild, InlineTraining, StubEvaluator, StubTrainer
 from syncline_sim.invariants import Invariants
 from syncline_sim.loop import SimTask, Stuck, VirtualLoop
+from syncline_sim.scene import Outcome, Scene
+from syncline_sim.trouble import Trouble, subject_of
 
 COORDINATOR = subjects.COORDINATOR
 START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because somebody else failed
 ASK_AGAIN_S = 0.5
 AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
 QUICK_S = 0.002  # what a child takes for any other question than a period
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """Who plays, and how. `children`: stubs of a few numbers, or the task's own model."""
-
-    spec: RunSpec
-    agents: tuple[str, ...] = ("a1", "a2", "a3", "a4")
-    period_s: tuple[float, ...] = (0.1,)  # a local period of each agent, in turns
-    starts_s: tuple[float, ...] = (0.0,)  # when each of them is started
-    longest_delay_s: float = 0.002
-    shuffled: bool = False  # callbacks that are ready at one instant run in any order
-    children: Literal["stub", "real"] = "stub"
-    task_dir: Path = Path()
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a simulated run came to."""
-
-    head: Head | None
-    problems: tuple[str, ...]
-    timeline: tuple[str, ...]
-    operations: dict[str, int]  # bus operations of each service
-    trace: str  # a digest over every bus operation with its time
-    seconds: float  # virtual
-    merged: tuple[tuple[str, ...], ...] = ()  # the agents of each version
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.problems)
-
-
-def small_spec(**changes: Any) -> RunSpec:
-    """A run of stubs: six versions, no evaluation."""
-    base: dict[str, Any] = {
-        "name": "r", "task": TASK, "agents": {"min": 4, "lost_after_s": 2.0}, "local": {"steps": 4},
-        "evaluate": {"center": False}, "stop": {"versions": 6},
-    }  # fmt: skip
-    return parse(RunSpec, {**base, **changes})
 
 
 class Crashed(BaseException):
@@ -128,28 +73,12 @@ def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longe
     """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
     order = random.Random(f"{seed} order") if scene.shuffled else None
     loop = VirtualLoop(order, longest_s=longest_s)
-    with tempfile.TemporaryDirectory() as disk, guarded(), _quiet():
+    with tempfile.TemporaryDirectory() as disk, guarded(), quiet():
         world = World(scene, faults or Faults(), seed, Path(disk), loop)
         try:
             return copy_context().run(world.play)
         finally:
             loop.close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What services log in a simulation is nobody's news."""
-    logger = logging.getLogger("syncline")
-    others = [logging.getLogger(name) for name in ("syncline_agent", "syncline_coordinator", "asyncio")]
-    before = [(each, each.disabled, each.level) for each in (logger, *others)]
-    for each, _, _ in before:
-        each.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for each, disabled, level in before:
-            each.disabled = disabled
-            each.setLevel(level)
 
 
 class World:
@@ -168,6 +97,7 @@ class World:
         self._struck_when_done: dict[int, AtOperation] = {}
         self._ended = asyncio.Event()
         self._head_seq = 0
+        self._trouble = Trouble(self)
         loop.on_task = self._on_task
         loop.set_exception_handler(self._on_loop_error)
 
@@ -192,9 +122,9 @@ class World:
         self.broker = self._make_broker()
         self.start(COORDINATOR)
         for i, agent in enumerate(self.scene.agents):
-            self._at(self.scene.starts_s[i % len(self.scene.starts_s)], partial(self.start, agent))
+            self.at(self.scene.starts_s[i % len(self.scene.starts_s)], partial(self.start, agent))
         for fault in self.faults.items:
-            self._schedule(fault)
+            self._trouble.schedule(fault)
         self._begin(Life("cli", 0), self._submit())
         await self._ended.wait()
         if not self.invariants.problems:
@@ -245,12 +175,12 @@ class World:
         number = sum(life.service == service for life in self.lives.values()) + 1
         life = Life(service, number)
         self.lives[life.connection] = life
-        self._say(f"{service} starts" + (f" (life {number})" if number > 1 else ""))
+        self.say(f"{service} starts" + (f" (life {number})" if number > 1 else ""))
         self._begin(life, self._coordinator(life) if service == COORDINATOR else self._agent(life))
 
     def crash(self, life: Life, disk: bool) -> None:
         """Ends a life at once."""
-        self._end(life)
+        self.end(life)
         if not disk:
             for path in [p for p in self._stub_disk if p.startswith(f"{life.service}/")]:
                 del self._stub_disk[path]
@@ -307,7 +237,7 @@ class World:
         task = self.loop.create_task(work, context=context)
         task.add_done_callback(partial(self._on_exit, life), context=self._context)
 
-    def _end(self, life: Life) -> None:
+    def end(self, life: Life) -> None:
         life.dead = True
         self.broker.cut(life.connection)
         for task in life.tasks:
@@ -318,99 +248,16 @@ class World:
         error = None if task.cancelled() else task.exception()
         if life.dead or life.service == "cli":
             return
-        self._end(life)
+        self.end(life)
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        self._say(f"{life.connection} exits: {type(error).__name__}: {error}")
+        self.say(f"{life.connection} exits: {type(error).__name__}: {error}")
         if isinstance(error, BusError | ChildDied):
-            self._at(START_AGAIN_S, partial(self.start, life.service))
+            self.at(START_AGAIN_S, partial(self.start, life.service))
         elif not isinstance(error, Superseded):
             self._problem(f"{life.connection} died of its own bug: {type(error).__name__}: {error}")
 
-    # -- what goes wrong -----------------------------------------------------------------------------------------------
-    def _schedule(self, fault: Fault) -> None:
-        begin, end = self._how(fault)
-        if not isinstance(fault, AtOperation):
-            self._at(fault.at_s, begin)
-            self._at(fault.at_s, partial(self._at, getattr(fault, "for_s", 0.0), end))
-
-    def _how(self, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
-        """What to do when a fault begins, and when it ends."""
-        match fault:
-            case Cut(service):
-                return partial(self._cut, service), partial(self._mend, service)
-            case BrokerDown():
-                return partial(self._broker_down), partial(self._broker_up)
-            case Lose(share):
-                return partial(self._lose, share), partial(self._lose, 0.0)
-            case Delay(service, seconds):
-                return partial(self._slow, service, seconds), partial(self._slow, service, 0.0)
-            case KillTrainer(service):
-                return partial(self._kill_trainer, service), _nothing
-            case Twin(service):
-                return partial(self.start, service), _nothing
-            case Zombie(_, for_s, awake_s):
-                return partial(self._replace, for_s, awake_s), _nothing
-            case Crash() | Unanswered():
-                return _nothing, _nothing
-
-    def _cut(self, service: str) -> None:
-        life = self.current(service)
-        if life is not None:
-            self._say(f"{life.connection} is cut off")
-            self.broker.cut(life.connection)
-
-    def _mend(self, service: str) -> None:
-        for life in self.lives.values():
-            if life.service == service and not (life.dead or life.replaced):
-                self._say(f"{life.connection} can connect again")
-                self.broker.mend(life.connection)
-
-    def _replace(self, for_s: float, awake_s: float) -> None:
-        """The coordinator is cut off, another one starts; the old one is back for `awake_s`, and dies."""
-        life = self.current(COORDINATOR)
-        if life is None:
-            return
-        self._say(f"{life.connection} is cut off, and replaced")
-        life.replaced = True
-        self.broker.cut(life.connection)
-        self.start(COORDINATOR)
-        self._at(for_s, partial(self._wake, life))
-        self._at(for_s + awake_s, partial(self._die, life))
-
-    def _wake(self, life: Life) -> None:
-        if not life.dead:
-            self._say(f"{life.connection} is back")
-            self.broker.mend(life.connection)
-
-    def _die(self, life: Life) -> None:
-        if not life.dead:
-            self._say(f"{life.connection} dies")
-            self._end(life)
-
-    def _broker_down(self) -> None:
-        self._say("the broker stops")
-        self.broker.stop()
-
-    def _broker_up(self) -> None:
-        self._say("the broker starts")
-        self.broker.start()
-
-    def _lose(self, share: float) -> None:
-        self._say(f"{share:.0%} of the core messages are lost")
-        self.weather.share_lost = share
-
-    def _slow(self, service: str, seconds: float) -> None:
-        self._say(f"{service}'s messages take {seconds:g} s more")
-        self.weather.slow_s[service] = seconds
-
-    def _kill_trainer(self, service: str) -> None:
-        life = self.current(service)
-        if life is not None and life.training is not None:
-            self._say(f"{life.connection}: its training child is killed")
-            life.training.die()
-
-    def _at(self, seconds: float, call: Callable[[], None]) -> None:
+    def at(self, seconds: float, call: Callable[[], None]) -> None:
         self.loop.call_later(seconds, call, context=self._context)
 
     # -- what is seen --------------------------------------------------------------------------------------------------
@@ -422,12 +269,12 @@ class World:
             self._on_done(now, life)
             fault = self._struck_when_done.pop(now.number, None)
             if fault is not None and not life.dead:
-                self._strike(fault, life, now)
+                self._trouble.strike(fault, life, now)
             return
         if life.dead:
             raise Crashed
         count = self._operations[life.service] = self._operations.get(life.service, 0) + 1
-        self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {_subject(now)}\n".encode())
+        self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {subject_of(now)}\n".encode())
         if now.name == "request" and ".heartbeat" in str(now.arguments[0]):
             beat = decode(Heartbeat, now.arguments[1] if isinstance(now.arguments[1], bytes) else b"")
             self.invariants.heard(beat.session, beat.seen_term, beat.seen_version)
@@ -437,7 +284,7 @@ class World:
         if isinstance(fault, Unanswered) or fault.when == "done":
             self._struck_when_done[now.number] = fault
             return
-        self._strike(fault, life, now)
+        self._trouble.strike(fault, life, now)
         raise Crashed
 
     def _on_done(self, now: Operation, life: Life) -> None:
@@ -449,26 +296,15 @@ class World:
                 self._head_seq = held.seq
                 self.invariants.wrote(life.connection, decode(Head, held.data))
 
-    def _strike(self, fault: AtOperation, life: Life, now: Operation) -> None:
-        if isinstance(fault, Unanswered):
-            self._say(f"{life.connection} is cut off with operation {fault.at_op} done: {now.name} {_subject(now)}")
-            self.broker.cut(life.connection)
-            self._at(fault.for_s, partial(self._mend, life.service))
-            return
-        disk = "" if fault.disk else ", its disk is gone"
-        self._say(f"{life.connection} crashes, {fault.when} operation {fault.at_op}: {now.name} {_subject(now)}{disk}")
-        self.crash(life, fault.disk)
-        self._at(fault.down_s, partial(self.start, life.service))
-
     def _stored(self, stream: str, message: Stored) -> None:
         heads = len(self.invariants.heads)
         self.invariants.stored(stream, message)
         if stream == subjects.offers_stream(self.scene.spec.name):
             agent, clock = self.invariants.offer_seqs[message.seq]
-            self._say(f"{agent} offers clock {clock} for version {self.invariants.offers[agent, clock][-1].base}")
+            self.say(f"{agent} offers clock {clock} for version {self.invariants.offers[agent, clock][-1].base}")
         if len(self.invariants.heads) > heads:
             head = self.invariants.heads[-1]
-            self._say(
+            self.say(
                 f"head: term {head.term} version {head.version} round {head.round} {head.phase}"
                 f" offers up to {head.offers_seq} {head.digest[:8]} {head.reason}"
             )
@@ -485,10 +321,10 @@ class World:
     def _problem(self, text: str = "") -> None:
         if text:
             self.invariants.problems.append(text)
-        self._say(f"WRONG: {self.invariants.problems[-1]}")
+        self.say(f"WRONG: {self.invariants.problems[-1]}")
         self._ended.set()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.timeline.append(f"{self.loop.time():10.4f}  {text}")
 
     def _on_task(self, task: SimTask[Any]) -> None:
@@ -516,7 +352,7 @@ class World:
         """Every life ends; their tasks are waited for, so that the next simulation finds nothing of this one."""
         for life in self.lives.values():
             if not life.dead:
-                self._end(life)
+                self.end(life)
         left = asyncio.all_tasks(self.loop)
         for task in left:
             task.cancel()
@@ -528,13 +364,3 @@ class World:
         for life in self.lives.values():
             if life.training is not None:
                 life.training.discard()
-
-
-def _subject(now: Operation) -> str:
-    """The first argument, if it is a subject or a name; with the second for buckets."""
-    texts = [a for a in now.arguments[:2] if isinstance(a, str)]
-    return " ".join(texts)
-
-
-def _nothing() -> None:
-    pass

