@@ -28,6 +28,7 @@ demo: install
 	@$(BIN)/syncline demo
 
 test: check
+	$(BIN)/python -m pytest tests/sim -m long
 	$(BIN)/python -m pytest tests/bus tests/system
 
 check: install
@@ -35,7 +36,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit tests/sim
+	$(BIN)/python -m pytest tests/unit tests/sim -m "not long"
 
 bench: install
 	@$(BIN)/syncline bench round

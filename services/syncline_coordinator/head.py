@@ -41,9 +41,7 @@ class HeadKeeper:
         key, value = subjects.head_key(head.run), _encoded(head)
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
-        except (
-            Conflict
-        ):  # a first try that is refused is nobody's but another's, even where its bytes are the same as ours
+        except Conflict:  # refused at the first try: what is there is another's, even where its bytes equal ours
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run") from None
         except (Unreachable, NoResponders):
             self._revision = await patiently(lambda: self._write_again(key, value))

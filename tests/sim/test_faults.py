@@ -12,6 +12,8 @@ from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import explain, scene_of
 from syncline_sim.world import simulate
 
+pytestmark = pytest.mark.long
+
 SHORT = Scene(small_spec(stop={"versions": 3}))
 CALM = simulate(SHORT)
 OPERATIONS = CALM.operations["coordinator"]
@@ -82,7 +84,7 @@ def test_a_killed_training_child_and_a_second_process_of_the_same_name_end_well(
 
 
 def test_a_participant_that_goes_while_its_round_is_opened_is_numbered_all_the_same() -> None:
-    for after_ms in range(1850, 1930, 4):
+    for after_ms in range(1830, 1870, 2):
         digest(simulate(scene_of(1675), Faults().twin("a1", after_s=after_ms / 1000), seed=1675))
 
 

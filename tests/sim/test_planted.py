@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,12 +23,15 @@ from syncline_coordinator.reducer import Center, Reducer
 from syncline_coordinator.run import Run
 from syncline_sim.seeds import play
 
+pytestmark = pytest.mark.long
+
 Plant = Callable[[pytest.MonkeyPatch], None]
 SEEDS = 300  # within which each is found
 SOONER = {  # where to begin, for those that few seeds show
     "what_was_judged_is_judged_again": 240,
     "a_plan_found_in_head_is_forgotten": 880,
     "nobody_reads_head_again": 235,
+    "a_coordinator_never_looks_whether_it_was_replaced": 105,
     "an_agent_that_lost_its_disk_counts_from_one_again": 85,
 }
 
@@ -233,6 +237,13 @@ def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Session, "_wait", wait)
 
 
+def a_coordinator_never_looks_whether_it_was_replaced(patch: pytest.MonkeyPatch) -> None:
+    async def watch(self: Run) -> None:
+        await asyncio.Event().wait()
+
+    patch.setattr(Run, "_watch_head", watch)
+
+
 PLANTED: tuple[Plant, ...] = (
     head_is_written_over_whoever_wrote_it,
     a_lost_answer_is_taken_for_a_success,
@@ -255,6 +266,7 @@ PLANTED: tuple[Plant, ...] = (
     a_chunk_that_is_there_already_is_an_error,
     an_agent_that_lost_its_disk_counts_from_one_again,
     nobody_reads_head_again,
+    a_coordinator_never_looks_whether_it_was_replaced,
 )
 
 

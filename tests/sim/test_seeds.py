@@ -7,6 +7,8 @@ import pytest
 from syncline_sim.main import main
 from syncline_sim.seeds import explain, play
 
+pytestmark = pytest.mark.long
+
 BATCH = 50
 
 
