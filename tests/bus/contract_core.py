@@ -366,6 +366,9 @@ class Failures:
         core, back = await a_run(backend), []
         core.when_reconnected(lambda: back.append(1))
         await backend.stop()
+        assert (
+            await outcome(core.request("noticed", b"", 0.5)) is Unreachable
+        )  # what is written to a dead socket is lost
         assert await outcome(core.request("syncline.v1.r.model.b.late", b"late", 0.05)) is Unreachable
         waiting = asyncio.create_task(core.put("syncline.v1.r.model.b.1", b"waited"))
         chunk = bytes(1 << 20)
