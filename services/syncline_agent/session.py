@@ -364,6 +364,9 @@ class Session:
                 answer = decode(Welcome, await self._bus.request(subject, encode(self._sign_of_life()), 5.0))
                 if answer.superseded:
                     raise Superseded(answer.reason)
+                if not answer.run and not answer.unknown:
+                    log.info("no place in run %s: %s", self._run, answer.reason)
+                    return
                 if answer.unknown:  # the coordinator was restarted, or counted us as lost
                     if await self._hello() not in ("", self._run):
                         return  # it has other plans for us

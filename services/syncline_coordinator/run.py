@@ -122,13 +122,17 @@ class Run:
         """'' where the agent can take part, else why not."""
         return self.ledger.room_for(agent, self.present)
 
-    async def joined(self, agent: str) -> None:
+    async def joined(self, agent: str) -> str:
+        """Takes the agent in; returns why there is no room for it, or ''."""
         if agent not in self.present:
+            if why_not := self.room_for(agent):
+                return why_not
             self.present.add(agent)
             if self.policy.started:
                 self.ledger.numbering.admit([agent])
             await self.parts.telemetry.event("agent-joined", f"{agent} joined", agent=agent)
             await self._inbox.put(AgentJoined(agent))
+        return ""
 
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
         if agent in self.present:

@@ -126,16 +126,15 @@ class Coordinator:
             known = beat.session in self._fleet.superseded
             await self._answer(delivery, _superseded(agent) if known else Welcome(unknown=True))
             return
-        await self._answer(delivery, Welcome(run=name))
-        run = self._active
-        if run is None or run.parts.spec.name != name or beat.state == "starting":
-            return
-        if beat.state == "failed":
-            await run.lost(agent, beat.reason or "it cannot train", failed=True)
-        elif beat.state == "leaving":
-            await run.lost(agent, "it left")
-        else:
-            await run.joined(agent)
+        run, why_not = self._active, ""
+        if run is not None and run.parts.spec.name == name and beat.state != "starting":
+            if beat.state == "failed":
+                await run.lost(agent, beat.reason or "it cannot train", failed=True)
+            elif beat.state == "leaving":
+                await run.lost(agent, "it left")
+            else:
+                why_not = await run.joined(agent)
+        await self._answer(delivery, Welcome(run="" if why_not else name, reason=why_not))
 
     async def _watch_silence(self) -> None:
         while True:

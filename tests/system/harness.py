@@ -24,7 +24,7 @@ from syncline.wire.messages import ENDED, Committed, Head, Roster, Submit, Submi
 from syncline_cli.local import FleetSettings, LocalFleet
 
 TASKS = Path(__file__).with_name("tasks.py")
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 RECORD_CHUNK_BYTES = 512 * 1024
 
 

@@ -123,3 +123,23 @@ class DivergingOne(Slow):
                 model.w += float("nan")
         on_step(1)
         return None
+
+
+class Bowls(Task):
+    """F_i = ½ h_i ‖w − c_i‖²: part i has a centre and a curvature of its own; `same` gives all parts those of part 0."""
+
+    def __init__(self, curvatures: list[float], size: int = 3, same: bool = False) -> None:
+        self.curvatures, self.size, self.same = curvatures, size, same
+
+    def model(self) -> nn.Module:
+        return _Point(self.size)
+
+    def dataset(self, part: Part) -> TensorDataset:
+        return TensorDataset(torch.tensor([[0 if part.held_out or self.same else part.index]]))
+
+    def centre(self, number: int) -> Tensor:
+        return torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        number = int(batch[0][0, 0])
+        return 0.5 * self.curvatures[number] * ((model.w - self.centre(number)) ** 2).sum()

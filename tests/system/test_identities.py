@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Fleet, task
+from tasks import Bowls
 from torch import Tensor
 
 from syncline.data.partition import Part
@@ -155,6 +156,68 @@ async def test_alpha_with_an_agent_killed_in_round_two(fleet: Fleet, tmp_path: P
         assert torch.allclose(mean(left[clock]), mean(left[3]), rtol=1e-12)
         assert spread(left[clock]) == pytest.approx(0.25 * spread(left[clock - 1]), rel=1e-12)
     await fleet.local.start_agent("a3")
+
+
+async def test_one_agent_alone_is_plain_gradient_descent_whatever_alpha(fleet: Fleet) -> None:
+    head = await fleet.run(
+        task="syncline.tasks.quadratic:LinearRegression",
+        task_options={"rows": ROWS},
+        agents={"min": 1, "max": 1},
+        local={"steps": 3, "batch_size": "all", "optimizer": {"kind": "sgd", "lr": LR}},
+        mix={"alpha": 0.3},
+        stop={"versions": 4},
+        seed=SEED,
+    )
+    regression, model, *rows = whole_data()
+    for _ in range(12):
+        step_(regression, model, *rows)
+    assert torch.allclose(await fleet.center(head), flat(model), rtol=1e-12, atol=1e-14)
+
+
+async def test_identical_agents_are_one_agent(fleet: Fleet) -> None:
+    spec = {
+        "task": task("Bowls"),
+        "local": {"steps": 3, "optimizer": {"kind": "sgd", "lr": LR}},
+        "stop": {"versions": 4},
+    }
+    options = {"curvatures": [0.7] * 4, "same": True}
+    four = await fleet.run(**spec, task_options=options, agents={"min": 4})
+    one = await fleet.run(**spec, task_options=options, agents={"min": 1, "max": 1})
+    assert torch.allclose(await fleet.center(four), await fleet.center(one), rtol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+async def test_with_equal_curvature_the_mean_goes_its_way_whatever_alpha(fleet: Fleet, alpha: float) -> None:
+    """W_t = c̄ + (1 − ηh)^{Kt} (W_0 − c̄)."""
+    head = await fleet.run(
+        task=task("Bowls"),
+        task_options={"curvatures": [0.7] * 4},
+        agents={"min": 4},
+        local={"steps": 3, "optimizer": {"kind": "sgd", "lr": LR}},
+        mix={"alpha": alpha},
+        stop={"versions": 5},
+    )
+    centre = torch.stack([Bowls([0.7] * 4).centre(i) for i in range(4)]).mean(0)
+    expected = centre - (1 - LR * 0.7) ** 15 * centre
+    assert torch.allclose(await fleet.center(head), expected, rtol=1e-12)
+
+
+async def test_with_several_local_steps_the_fixed_point_is_the_one_of_fedavg(fleet: Fleet) -> None:
+    """Σ a_i c_i / Σ a_i with a_i = 1 − (1 − ηh_i)^K, and not the optimum Σ h_i c_i / Σ h_i."""
+    curvatures, lr, steps = [0.5, 1.0, 2.0, 3.0], 0.3, 4
+    head = await fleet.run(
+        task=task("Bowls"),
+        task_options={"curvatures": curvatures},
+        agents={"min": 4},
+        local={"steps": steps, "optimizer": {"kind": "sgd", "lr": lr}},
+        stop={"versions": 40},
+    )
+    centres = torch.stack([Bowls(curvatures).centre(i) for i in range(4)])
+    h = torch.tensor(curvatures, dtype=torch.float64)
+    a = 1 - (1 - lr * h) ** steps
+    center = await fleet.center(head)
+    assert torch.allclose(center, (a[:, None] * centres).sum(0) / a.sum(), rtol=1e-10)
+    assert not torch.allclose(center, (h[:, None] * centres).sum(0) / h.sum(), rtol=1e-2)
 
 
 async def test_the_order_in_which_agents_start_changes_no_bit(fleet: Fleet) -> None:
