@@ -399,6 +399,7 @@ def policy_of(spec: RunSpec) -> Rounds:
         grace_s=spec.sync.grace_s,
         sample=spec.sync.sample,
         weights=spec.merge.weights,
+        normalize=spec.merge.normalize,
         versions=spec.stop.versions,
         seed=spec.seed,
     )

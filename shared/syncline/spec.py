@@ -123,8 +123,12 @@ class Merge(Settings):
     """Many updates become one."""
 
     rule: Literal["mean"] = "mean"
-    weights: Literal["uniform", "samples"] = Field(
-        "uniform", description="uniform: W = (1/N) Σ W_i; samples: weighted by the rows of each agent's part."
+    weights: Literal["uniform", "samples", "steps"] = Field(
+        "uniform",
+        description="uniform: W = (1/N) Σ W_i; samples: weighted by the rows of each agent's part; steps: by its local steps.",
+    )
+    normalize: Literal["fednova"] | None = Field(
+        None, description="fednova: each update counts as if all agents had made the same number of local steps."
     )
 
 
@@ -234,6 +238,13 @@ class RunSpec(Settings):
                 "partition.parts",
                 f"{self.partition.parts} parts are too few for agents.min = {self.agents.min}",
                 "Every agent needs a part of its own: raise it or leave it out",
+            )
+        if self.merge.normalize is not None and self.mix.alpha != 1:
+            raise ConfigError(
+                "merge.normalize",
+                f"fednova divides what a period has changed by its steps, and with mix.alpha = {self.mix.alpha} an update "
+                "holds more than that",
+                "Leave mix.alpha at 1, or leave merge.normalize out",
             )
         return self
 

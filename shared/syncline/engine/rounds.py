@@ -43,6 +43,7 @@ from syncline.engine.events import (
     UpdateBroken,
     WakeAt,
 )
+from syncline.engine.weights import Normalize, Weights, weights_of
 from syncline.errors import PeerError
 
 MEDIAN_OVER_ROUNDS = 9
@@ -59,9 +60,10 @@ class Rounds:
     quorum: int | None  # updates; None: every live participant
     grace_s: float | None  # None: the median round
     sample: float | None  # share of the live agents drawn for a round
-    weights: Literal["uniform", "samples"]
+    weights: Weights
     versions: int  # commits after which the run is done
     seed: int
+    normalize: Normalize | None = None  # of the weights
     version: int = 0
     state: Literal["waiting", "open", "merging", "ended"] = "waiting"
     live: set[str] = field(default_factory=set)
@@ -225,9 +227,9 @@ class Rounds:
     def _merge(self, reason: str) -> Merge:
         self.state, self.closes_at_s, self.closed_by = "merging", None, _brief(reason, REASON_CHARS)
         offers = [self.offers[agent] for agent in sorted(self.offers)]
-        total = sum(o.samples for o in offers)
+        weights = weights_of(offers, self.weights, self.normalize)
         chosen = tuple(
-            Chosen(o.agent, o.clock, self.version - o.base, self._weight(o, len(offers), total)) for o in offers
+            Chosen(o.agent, o.clock, self.version - o.base, weight) for o, weight in zip(offers, weights, strict=True)
         )
         late = tuple(p for p in self.participants if p not in self.offers and p not in self.spent)
         return Merge(chosen, self.closed_by, late)
@@ -240,9 +242,6 @@ class Rounds:
 
     def _judge(self, offer: OfferReady) -> None:
         self.judged[offer.agent] = max(offer.clock, self.judged.get(offer.agent, 0))
-
-    def _weight(self, offer: OfferReady, n: int, total: int) -> float:
-        return 1.0 / n if self.weights == "uniform" or total == 0 else offer.samples / total
 
     def _finish(self, reason: str, failed: bool = False) -> list[Command]:
         self.state = "ended"
