@@ -28,6 +28,7 @@ class Judged:
 
     clock: int = 0
     verdict: Verdict = Verdict.NONE
+    before: Verdict = Verdict.NONE  # on the clock before that one
 
 
 class Ledger:
@@ -42,20 +43,30 @@ class Ledger:
         self._kept = [model for model in (head.previous, head.model) if model is not None]
 
     # -- rosters -------------------------------------------------------------------------------------------------------
-    def restore(self, roster: Roster) -> tuple[str, ...]:
-        """Takes over what a roster says; returns the participants of its round."""
+    def restore(self, roster: Roster) -> None:
+        """Takes over what a roster says."""
         self.numbering.names = list(roster.agents)
-        self._judged = {a: Judged(roster.clocks[i], roster.verdict(i)) for i, a in enumerate(roster.agents)}
-        return tuple(a for i, a in enumerate(roster.agents) if roster.participant(i))
+        self._judged = {
+            a: Judged(roster.clocks[i], roster.verdict(i), roster.verdict_before(i))
+            for i, a in enumerate(roster.agents)
+        }
 
-    def roster(self, present: set[str], participants: tuple[str, ...]) -> Roster:
+    def roster(self, present: set[str], participants: tuple[str, ...], offsets: dict[str, int]) -> Roster:
         """The roster that opens a round; agents that are new get their numbers."""
         here = present.union(participants)  # a participant may have gone since it was named, and will come back
         self.numbering.admit([a for a in here if a not in self.numbering.names])
         names = list(self.numbering.names)
-        flags = bytes(Roster.flag(a in present, a in participants, self.judged(a).verdict) for a in names)
+        judged = [self.judged(a) for a in names]
+        flags = (
+            Roster.flag(a in present, a in participants, j.verdict, j.before)
+            for a, j in zip(names, judged, strict=True)
+        )
         return Roster(
-            parts=self.numbering.parts, agents=names, clocks=[self.judged(a).clock for a in names], flags=flags
+            parts=self.numbering.parts,
+            agents=names,
+            clocks=[j.clock for j in judged],
+            flags=bytes(flags),
+            offsets=[offsets.get(a, 0) for a in names] if any(offsets.values()) else [],
         )
 
     def room_for(self, agent: str, present: set[str]) -> str:
@@ -121,8 +132,9 @@ class Ledger:
         offered = self._offered.pop((agent, clock), None)
         if offered is not None:
             self._purge_later.append((agent, offered.entry.blob))
-        if clock > self.judged(agent).clock:
-            self._judged[agent] = Judged(clock, verdict)
+        known = self.judged(agent)
+        if clock > known.clock:
+            self._judged[agent] = Judged(clock, verdict, known.verdict if clock == known.clock + 1 else Verdict.NONE)
             for older in [key for key in self._offered if key[0] == agent and key[1] < clock]:
                 self._purge_later.append((agent, self._offered.pop(older).entry.blob))
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import get_small_blob, patiently, put_blob
@@ -23,6 +24,7 @@ from syncline.engine.events import (
     Drop,
     Fact,
     Finish,
+    LetRun,
     Merge,
     OfferReady,
     StartRound,
@@ -31,7 +33,6 @@ from syncline.engine.events import (
     UpdateBroken,
     WakeAt,
 )
-from syncline.engine.rounds import Rounds
 from syncline.errors import PeerError
 from syncline.spec import RunSpec
 from syncline.telemetry import Pace, Round, Telemetry
@@ -56,6 +57,7 @@ from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
+from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.reducer import Center, Merged, Reducer, UpdateUnusable
 
@@ -150,13 +152,14 @@ class Run:
         if head.roster is None:
             return
         roster = decode(Roster, await self._record(head.roster))
-        participants = self.ledger.restore(roster)
-        self.present = {a for i, a in enumerate(roster.agents) if roster.live(i)}
-        self.policy.resume(head.version, participants, self.present, _now())
+        self.ledger.restore(roster)
+        standing = standing_of(head, roster)
+        self.present = set(standing.live)
+        self.policy.resume(standing, _now())
         if head.plan is not None:
             plan = decode(Plan, head.plan if isinstance(head.plan, bytes) else await self._record(head.plan))
             offers = [OfferReady(e.agent, e.clock, head.version - e.lag, e.samples, e.steps) for e in plan.merged]
-            self.policy.resume_merge({o.agent: o for o in offers})
+            self.policy.resume_merge(offers)
             self.ledger.planned(plan, head.offers_seq + 1)
             self._begin(self._merge(plan))
         await self._inbox.put(Tick())  # nobody may have anything to say: a head can stand between two rounds
@@ -217,8 +220,8 @@ class Run:
     # -- commands ------------------------------------------------------------------------------------------------------
     async def _execute(self, command: Command) -> None:
         match command:
-            case StartRound(_, participants):
-                await self._start_round(participants)
+            case StartRound() | LetRun():
+                await self._let_train(command)
             case Merge():
                 await self._decide(command)
             case Drop():
@@ -228,12 +231,18 @@ class Run:
             case Finish(reason, failed):
                 await self._finish(reason, "failed" if failed else "done")
 
-    async def _start_round(self, participants: tuple[str, ...]) -> None:
+    async def _let_train(self, command: StartRound | LetRun) -> None:
+        """Who trains goes into head. A round begins anew; in an asynchronous run a merge under way goes on."""
         before = self.keeper.head
-        roster, ref = await self._put_roster(participants)
-        moved = {"roster": ref, "phase": "training", "round": before.round + 1, "plan": None}
-        await self._move(before.model_copy(update={**moved, "offers_seq": self.ledger.judged_up_to()}), roster)
-        self._totals.opened_at_s = _now()
+        roster, ref = await self._put_roster(command)
+        moved: dict[str, Any] = {"roster": ref, "round": before.round + 1, "offers_seq": self.ledger.judged_up_to()}
+        if isinstance(command, LetRun) and command.merging:
+            moved |= {"gate": command.gate}
+        else:
+            moved |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
+        if isinstance(command, StartRound) or not before.round:
+            self._totals.opened_at_s = _now()
+        await self._move(before.model_copy(update=moved), roster)
 
     async def _move(self, head: Head, roster: Roster) -> None:
         """Head goes on, and what only the older one needed can go."""
@@ -276,10 +285,10 @@ class Run:
         totals.bytes_down += done.merged.bytes_put
         seconds = _now() - totals.opened_at_s
         commands = self.policy.handle(Committed(plan.version), _now())
-        start = next((c for c in commands if isinstance(c, StartRound)), None)
-        (roster, ref), _ = await asyncio.gather(
-            self._put_roster(start.participants if start else ()), self._put_commit_record(done)
-        )
+        start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
+        for drop in [c for c in commands if isinstance(c, Drop)]:  # the roster of this version tells of them
+            await self._drop(drop)
+        (roster, ref), _ = await asyncio.gather(self._put_roster(start), self._put_commit_record(done))
         moved = {
             "version": plan.version,
             "digest": done.merged.digest,
@@ -287,8 +296,9 @@ class Run:
             "previous": head.model,
             "roster": ref,
             "plan": None,
-            "phase": "training" if start else "waiting",
+            "phase": _phase(start),
             "round": head.round + bool(start),
+            "gate": _gate(start),
             "offers_seq": self.ledger.judged_up_to(),
             "reason": plan.reason[:2000],
         }
@@ -299,7 +309,7 @@ class Run:
         if self._round_pace.due(_now()) or not start:
             await parts.telemetry.metric(self._round_metric(done, seconds))
         for command in commands:
-            if command is not start:
+            if command is not start and not isinstance(command, Drop):
                 await self._execute(command)
 
     async def _drop(self, drop: Drop) -> None:
@@ -335,8 +345,9 @@ class Run:
         return None
 
     # -- records -------------------------------------------------------------------------------------------------------
-    async def _put_roster(self, participants: tuple[str, ...]) -> tuple[Roster, BlobRef]:
-        roster = self.ledger.roster(self.present, participants)
+    async def _put_roster(self, start: StartRound | LetRun | None) -> tuple[Roster, BlobRef]:
+        offsets = dict(start.offsets) if isinstance(start, LetRun) else {}
+        roster = self.ledger.roster(self.present, start.participants if start else (), offsets)
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:
@@ -391,18 +402,12 @@ class Run:
             self._inbox.put_nowait(TargetReached(why))
 
 
-def policy_of(spec: RunSpec) -> Rounds:
-    """The policy that a spec asks for."""
-    return Rounds(
-        min_agents=spec.agents.min,
-        quorum=None if spec.sync.quorum == "all" else spec.sync.quorum,
-        grace_s=spec.sync.grace_s,
-        sample=spec.sync.sample,
-        weights=spec.merge.weights,
-        normalize=spec.merge.normalize,
-        versions=spec.stop.versions,
-        seed=spec.seed,
-    )
+def _phase(start: StartRound | LetRun | None) -> Phase:
+    return "training" if start is not None and start.participants else "waiting"
+
+
+def _gate(start: StartRound | LetRun | None) -> int | None:
+    return start.gate if isinstance(start, LetRun) else None
 
 
 def _now() -> float:

@@ -6,21 +6,19 @@ refused here, before anything starts, with the setting, its value and the mend.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from syncline.errors import ConfigError
+from syncline.guardrails import doubts, refuse_nonsense
+from syncline.settings import Settings, default_kind
+from syncline.settings import parse as parse  # whoever wants a spec wants to parse one
 from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class Agents(Settings):
@@ -83,6 +81,84 @@ class Rounds(Settings):
     sample: float | None = Field(None, gt=0, le=1, description="Share of the live agents drawn for each round.")
 
 
+class _Staleness(Settings):
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"kind"})
+
+
+class ConstantStaleness(_Staleness):
+    """s(τ) = 1: an update counts the same however old it is."""
+
+    kind: Literal["constant"]
+
+
+class PolynomialStaleness(_Staleness):
+    """s(τ) = (1 + τ)^−a (arXiv:1903.03934); a = 0.5 is FedBuff's 1/√(1 + τ)."""
+
+    kind: Literal["polynomial"] = "polynomial"
+    a: float = Field(0.5, ge=0, le=100)
+
+
+class HingeStaleness(_Staleness):
+    """s(τ) = 1 up to a lag of b versions, then 1 / (a (τ − b) + 1) (arXiv:1903.03934)."""
+
+    kind: Literal["hinge"]
+    a: float = Field(10.0, ge=0, le=1e6)
+    b: int = Field(4, ge=0, le=1_000_000)
+
+
+Staleness = Annotated[ConstantStaleness | PolynomialStaleness | HingeStaleness, Field(discriminator="kind")]
+
+SLOWEST = 5  # how many times slower than the others an agent may be before a default `max_lag` drops its updates
+
+
+class Async(Settings):
+    """Asynchronous averaging: nobody waits for anybody; every `buffer` updates make a version (FedBuff, arXiv:2106.06639)."""
+
+    kind: Literal["async"]
+    buffer: Literal["all"] | Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None,
+        description="Updates a version (K); 1 is FedAsync, `all` one of every live agent. Default: half of agents.min, at "
+        "least 2, at most 10.",
+    )
+    max_lag: int | None = Field(
+        None, ge=0, le=1_000_000, description="An update more versions old than this is never merged. Default: room for "
+        "an agent five times slower than the others, 16 at least.",
+    )  # fmt: skip
+    max_ahead: int | None = Field(
+        None, ge=0, le=1_000_000, description="Periods that an agent may be ahead of the slowest one's last judged one "
+        "(stale synchronous parallel); 0 is the synchronous run. Default: no such bound.",
+    )  # fmt: skip
+    overlap: bool = Field(
+        True,
+        description="An agent sends an update while it trains the next period; else it waits until that is judged.",
+    )
+    staleness: Staleness = PolynomialStaleness()
+    quorum: int | None = Field(
+        None, ge=1, description="Updates after which the grace period starts; default: a buffer closes early only when "
+        "nobody may run.",
+    )  # fmt: skip
+    grace_s: float | None = Field(
+        None, ge=0, le=86_400, description="Wait for the rest after the quorum; default: the median time of a version."
+    )
+
+    def updates(self, agents: int) -> int | None:
+        """K of a run that starts with so many agents; None: as many as are live."""
+        if self.buffer == "all" or self.max_ahead == 0:
+            return None
+        return self.buffer or min(10, max(2, -(-agents // 2)))
+
+    def lag_bound(self, agents: int) -> int:
+        """`max_lag`, or room for a slow agent: its lag is about r (N − 1) / K where it is r times slower."""
+        if self.max_lag is not None:
+            return self.max_lag
+        return max(16, 2 * SLOWEST * (agents - 1) // (self.updates(agents) or agents))
+
+
+Sync = Annotated[Rounds | Async, Field(discriminator="kind"), default_kind("rounds")]
+
+
 class Optimizer(Settings):
     """The agents' optimiser: a name of torch.optim and its keyword arguments."""
 
@@ -140,8 +216,13 @@ class Outer(Settings):
 
 
 class Mix(Settings):
-    """What an agent does with the new center: W_i ← W_i + alpha (W − W_i)."""
+    """How agents and center come together.
 
+    `interpolate`: W_i ← W_i + alpha (W − W_i), with the new center. `elastic`: the center moves too, by the very
+    differences d_i = alpha (W_i − W) that the agents give up: W_i ← W_i − d_i, W ← W + Σ d_i (EASGD, arXiv:1412.6651).
+    """
+
+    kind: Literal["interpolate", "elastic"] = "interpolate"
     alpha: float = Field(1.0, ge=0, lt=2, description="1: take over the center; 0: every agent alone; stable below 2.")
 
 
@@ -190,7 +271,7 @@ class RunSpec(Settings):
     task_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the task's class.")
     agents: Agents = Agents()
     partition: Partition = Iid()
-    sync: Rounds = Rounds()
+    sync: Sync = Rounds()
     local: Local = Local()
     merge: Merge = Merge()
     outer: Outer = Outer()
@@ -227,52 +308,13 @@ class RunSpec(Settings):
             raise ConfigError(
                 "agents.max", f"{self.agents.max} is below agents.min = {self.agents.min}", "Raise it or leave it out"
             )
-        if isinstance(self.sync.quorum, int) and self.sync.quorum > self.agents.min:
-            raise ConfigError(
-                "sync.quorum",
-                f"{self.sync.quorum} is above the number of agents the run starts with (agents.min = {self.agents.min})",
-                f"Use at most {self.agents.min}, or `all`, or raise agents.min",
-            )
-        if self.partition.parts is not None and self.partition.parts < self.agents.min:
-            raise ConfigError(
-                "partition.parts",
-                f"{self.partition.parts} parts are too few for agents.min = {self.agents.min}",
-                "Every agent needs a part of its own: raise it or leave it out",
-            )
-        if self.merge.normalize is not None and self.mix.alpha != 1:
-            raise ConfigError(
-                "merge.normalize",
-                f"fednova divides what a period has changed by its steps, and with mix.alpha = {self.mix.alpha} an update "
-                "holds more than that",
-                "Leave mix.alpha at 1, or leave merge.normalize out",
-            )
+        refuse_nonsense(self)
         return self
 
     @property
     def warnings(self) -> list[str]:
         """Settings that are allowed and rarely meant, in plain words with the mend."""
-        found = []
-        if self.mix.alpha > 1:
-            found.append(f"mix.alpha: {self.mix.alpha} over-relaxes: agents jump past the center. Up to 1 is monotone")
-        if self.mix.alpha == 0 and self.agents.min > 1:
-            found.append("mix.alpha: 0 trains every agent alone; the center is only watched. Use more than 0 to share")
-        return found
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def parse(model: type[S], data: Any) -> S:
-    """Validated settings, or one ConfigError that lists everything wrong."""
-    if not isinstance(data, dict):
-        raise ConfigError("spec", f"is a {type(data).__name__}, not a mapping", "Start with a line like `task: …`")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = [_explain(model, item) for item in error.errors()]
-        first = problems[0]
-        rest = "".join(f"\n{p}" for p in problems[1:])
-        raise ConfigError(first.setting, first.problem, first.mend + rest) from None
+        return doubts(self)
 
 
 def load_spec(path: Path, **overrides: Any) -> RunSpec:
@@ -286,53 +328,3 @@ def load_spec(path: Path, **overrides: Any) -> RunSpec:
     if isinstance(data, dict):
         data = {**data, **overrides}
     return parse(RunSpec, data)
-
-
-def _explain(model: type[BaseModel], item: Any) -> ConfigError:
-    """Pydantic's finding in the words of the user: setting, value, mend."""
-    kind, value, loc = item["type"], item.get("input"), [str(p) for p in item["loc"]]
-    own = len(loc) - (kind == "extra_forbidden")  # the last name is the user's then, and may read like a tag
-    path = [p for i, p in enumerate(loc) if i >= own or p not in _UNION_TAGS]
-    setting = ".".join(path) or "spec"
-    if kind == "extra_forbidden":
-        known = _settings_at(model, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        mend = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(known)}"
-        return ConfigError(setting, "there is no such setting", mend)
-    if kind == "missing":
-        return ConfigError(setting, "is missing", "Add it")
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        problem = "is missing" if kind == "union_tag_not_found" else f"{value.get('kind')!r} is not accepted"
-        return ConfigError(f"{setting}.kind", problem, f"Use one of {', '.join(_kinds_at(model, path))}")
-    if kind == "value_error":
-        return ConfigError(setting, str(item["ctx"]["error"]), "")
-    message = item["msg"][:1].lower() + item["msg"][1:]
-    return ConfigError(setting, f"{value!r} is not accepted", message[:1].upper() + message[1:])
-
-
-_UNION_TAGS = frozenset(
-    {"iid", "dirichlet", "shards", "natural", "function-after", "literal['all']", "constrained-int"}
-)
-
-
-def _settings_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The names of the settings of a section, for «did you mean»."""
-    return sorted({name for section in _sections_at(model, path) for name in section.model_fields})
-
-
-def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The values of `kind` that a section can have."""
-    return [kind for section in _sections_at(model, path) for kind in get_args(section.model_fields["kind"].annotation)]
-
-
-def _sections_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
-    found: list[type[BaseModel]] = [model]
-    for name in path:
-        found = [m for section in found if (f := section.model_fields.get(name)) for m in _models_in(f.annotation)]
-    return found
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]

@@ -400,7 +400,7 @@ def test_a_plan_of_thousands_of_updates_is_a_record_too() -> None:
 def test_columns_of_a_roster_are_equally_long() -> None:
     for field, value in (("agents", ["a1"]), ("clocks", [1, 2, 3]), ("flags", b"\x00")):
         assert refused(Roster, packed(Roster, **{field: value})) == (
-            "roster: Value error, agents, clocks and flags differ in length"
+            "roster: Value error, agents, clocks, flags and offsets differ in length"
         )
 
 
@@ -414,7 +414,7 @@ def test_a_flag_holds_live_participant_and_verdict() -> None:
 
 def test_a_verdict_that_is_none_is_refused() -> None:
     assert refused(Roster, packed(Roster, flags=bytes([7, 5 << 2]))) == (
-        "roster: Value error, flags hold the verdict 5, which is none"
+        "roster: Value error, flags hold 0x14, with a verdict that is none"
     )
 
 

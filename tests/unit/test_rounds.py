@@ -29,7 +29,8 @@ from syncline.engine.events import (
     UpdateBroken,
     WakeAt,
 )
-from syncline.engine.rounds import REASON_CHARS, Rounds
+from syncline.engine.policy import REASON_CHARS, Standing
+from syncline.engine.rounds import Rounds
 from syncline.errors import PeerError
 
 SILENT = "not heard of for 5.1 s"
@@ -528,7 +529,7 @@ def test_a_commit_out_of_order_is_our_own_bug() -> None:
 # -- a coordinator takes over ------------------------------------------------------------------------------------------
 def resumed(version: int, participants: tuple[str, ...], live: set[str], **settings: Any) -> Rounds:
     rounds = policy(4, joined=False, **settings)
-    rounds.resume(version, participants, live, now_s=100.0)
+    rounds.resume(Standing(version, participants, frozenset(live)), now_s=100.0)
     rounds.validate()
     return rounds
 
@@ -560,7 +561,7 @@ def test_a_run_taken_over_after_its_last_version_is_done() -> None:
 
 def test_a_merge_taken_over_is_committed_and_the_next_round_begins() -> None:
     rounds = resumed(3, ("a1", "a2"), {"a1", "a2"})
-    rounds.resume_merge({o.agent: o for o in offers("a1", "a2", clock=5, base=3)})
+    rounds.resume_merge(offers("a1", "a2", clock=5, base=3))
     rounds.validate()
     assert tell(rounds, *offers("a1", "a2", clock=5, base=3)) == [], "told again"
     assert tell(rounds, Committed(4), at=101.0) == [StartRound(4, ("a1", "a2"))]
@@ -568,7 +569,7 @@ def test_a_merge_taken_over_is_committed_and_the_next_round_begins() -> None:
 
 def test_an_unusable_update_of_a_merge_taken_over_leaves_it() -> None:
     rounds = resumed(3, ("a1", "a2"), {"a1", "a2"})
-    rounds.resume_merge({o.agent: o for o in offers("a1", "a2", base=3)})
+    rounds.resume_merge(offers("a1", "a2", base=3))
     assert tell(rounds, UpdateBroken("a1", 1, "gone")) == [
         Drop("a1", 1, "gone", broken=True),
         merge("a2", reason="2 of 2; without a1: gone"),
@@ -732,11 +733,18 @@ class Fleet:
     def take_over(self) -> None:
         """Another coordinator: it knows what head says, looks at it (a Tick), and is told the offers that were not judged."""
         old, merging = self.rounds, self.merging
-        new = Rounds(old.min_agents, old.quorum, old.grace_s, old.sample, old.weights, old.versions, old.seed)
-        new.resume(old.version, old.participants, self.live, self.now_s)
+        new = Rounds(
+            min_agents=old.min_agents,
+            quorum=old.quorum,
+            grace_s=old.grace_s,
+            sample=old.sample,
+            weights=old.weights,
+            versions=old.versions,
+            seed=old.seed,
+        )
+        new.resume(Standing(old.version, old.participants, frozenset(self.live), dict(old.judged)), self.now_s)
         if merging:
-            new.resume_merge(dict(old.offers))
-        new.judged = dict(old.judged)  # as the shell does, which lets judged offers through no more
+            new.resume_merge(list(old.offers.values()))
         self.trained = {
             (who, version) for who, version in self.trained if version != old.version
         }  # a new term: once more

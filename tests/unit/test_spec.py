@@ -89,7 +89,7 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"local": {"optimiser": {}}}, "local.optimiser: there is no such setting. Did you mean `optimizer`?"),
         ({"stop": {"target": {"metrc": "x"}}}, "stop.target.metrc: there is no such setting. Did you mean `metric`?"),
         ({"partition": {"kind": "dirichlet", "alhpa": 1}}, "partition.alhpa: there is no such setting. Did you mean `alpha`?"),
-        ({"mix": {"zzz": 1}}, "mix.zzz: there is no such setting. Known here: alpha"),
+        ({"mix": {"zzz": 1}}, "mix.zzz: there is no such setting. Known here: alpha, kind"),
         ({"iid": True}, "iid: there is no such setting. Known here: agents, evaluate, keep_models, local, merge, mix, name, "
          "outer, partition, seed, stop, sync, task, task_options, v, wire"),
         ({"wire": {"natural": 1}}, "wire.natural: there is no such setting. Known here: chunk_bytes, window"),
@@ -104,7 +104,7 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"seed": -1}, "seed: -1 is not accepted. Input should be greater than or equal to 0"),
         ({"keep_models": 1}, "keep_models: 1 is not accepted. Input should be greater than or equal to 2"),
         ({"merge": {"rule": "median"}}, "merge.rule: 'median' is not accepted. Input should be 'mean'"),
-        ({"sync": {"kind": "async"}}, "sync.kind: 'async' is not accepted. Input should be 'rounds'"),
+        ({"sync": {"kind": "sync"}}, "sync.kind: 'sync' is not accepted. Use one of rounds, async"),
         ({"partition": {"kind": "dir"}}, "partition.kind: 'dir' is not accepted. Use one of iid, dirichlet, shards, natural"),
         ({"partition": {"alpha": 1}}, "partition.kind: is missing. Use one of iid, dirichlet, shards, natural"),
         ({"local": {"optimizer": {"kind": "lamb"}}}, "local.optimizer.kind: 'lamb' is not accepted. Input should be 'sgd', "
@@ -115,7 +115,7 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"stop": {"target": {"at_least": 1, "at_most": 2}}}, "stop.target: give either at_least or at_most"),
         ({"agents": {"min": 4, "max": 2}}, "agents.max: 2 is below agents.min = 4. Raise it or leave it out"),
         ({"agents": {"min": 2}, "sync": {"quorum": 3}}, "sync.quorum: 3 is above the number of agents the run starts with "
-         "(agents.min = 2). Use at most 2, or `all`, or raise agents.min"),
+         "(agents.min = 2). Use at most 2, or leave it out, or raise agents.min"),
         ({"agents": {"min": 4}, "partition": {"kind": "iid", "parts": 3}}, "partition.parts: 3 parts are too few for "
          "agents.min = 4. Every agent needs a part of its own: raise it or leave it out"),
         # versions

@@ -69,6 +69,20 @@ class StartRound:
 
 
 @dataclass(frozen=True, slots=True)
+class LetRun:
+    """Participants of an asynchronous run train, each from the newest version, while their clocks allow it.
+
+    An agent may begin a period while its clock and its offset together are not above `gate`; None: no such bound.
+    """
+
+    version: int
+    participants: tuple[str, ...]
+    gate: int | None = None
+    offsets: tuple[tuple[str, int], ...] = ()  # of agents' clocks, where not 0
+    merging: bool = False  # a plan is being executed, and stands
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """One update of a merge and its weight."""
 
@@ -108,4 +122,4 @@ class Finish:
     failed: bool = False
 
 
-Command = StartRound | Merge | Drop | WakeAt | Finish
+Command = StartRound | LetRun | Merge | Drop | WakeAt | Finish

@@ -155,7 +155,8 @@ class Verdict(IntEnum):
 class Roster(Record):
     """The agents of a run, numbered for good: the list only grows. Columns, so that an agent costs little beside its name.
 
-    A flag byte holds: bit 0 live, bit 1 participant of the round that this roster opens, from bit 2 on the verdict.
+    A flag byte holds: bit 0 live, bit 1 participant of the round that this roster opens, bits 2 to 4 the verdict on the last
+    judged clock, bits 5 to 7 the verdict on the clock before that one (0: none, or not known).
     """
 
     kind: ClassVar[str] = "roster"
@@ -165,14 +166,19 @@ class Roster(Record):
     )
     agents: Annotated[list[Name], Field(max_length=100_000)] = Field(description="names by number")
     clocks: Annotated[list[Count], Field(max_length=100_000)] = Field(description="last judged clock of each")
-    flags: Annotated[bytes, Field(max_length=100_000)] = Field(description="live, participant and verdict of each")
+    flags: Annotated[bytes, Field(max_length=100_000)] = Field(description="live, participant and verdicts of each")
+    offsets: Annotated[list[Count], Field(max_length=100_000)] = Field(
+        default_factory=list,
+        description="added to the clock of each where clocks are compared with the gate; none: all 0",
+    )
 
     @model_validator(mode="after")
     def _same_length(self) -> Roster:
-        if not len(self.agents) == len(self.clocks) == len(self.flags):
-            raise ValueError("agents, clocks and flags differ in length")
-        if self.flags and max(self.flags) >> 2 > max(Verdict):
-            raise ValueError(f"flags hold the verdict {max(self.flags) >> 2}, which is none")
+        if not len(self.agents) == len(self.clocks) == len(self.flags) == len(self.offsets or self.flags):
+            raise ValueError("agents, clocks, flags and offsets differ in length")
+        for flag in set(self.flags):
+            if max(flag >> 2 & 7, flag >> 5) > max(Verdict):
+                raise ValueError(f"flags hold {flag:#04x}, with a verdict that is none")
         return self
 
     def number(self, agent: str) -> int | None:
@@ -185,11 +191,18 @@ class Roster(Record):
         return bool(self.flags[number] & 2)
 
     def verdict(self, number: int) -> Verdict:
-        return Verdict(self.flags[number] >> 2)
+        return Verdict(self.flags[number] >> 2 & 7)
+
+    def verdict_before(self, number: int) -> Verdict:
+        """On the clock before the last judged one."""
+        return Verdict(self.flags[number] >> 5)
+
+    def offset(self, number: int) -> int:
+        return self.offsets[number] if self.offsets else 0
 
     @staticmethod
-    def flag(live: bool, participant: bool, verdict: Verdict) -> int:
-        return live | participant << 1 | verdict << 2
+    def flag(live: bool, participant: bool, verdict: Verdict, before: Verdict = Verdict.NONE) -> int:
+        return live | participant << 1 | verdict << 2 | before << 5
 
 
 Phase = Literal["waiting", "training", "merging", "done", "failed", "refused"]
@@ -213,6 +226,9 @@ class Head(Record):
     roster: BlobRef | None = Field(None, description="who takes part in the round, and what was judged")
     plan: Annotated[bytes, Field(max_length=INLINE_BYTES)] | BlobRef | None = Field(
         None, description="the merge under way: a Plan record, or the blob that holds it"
+    )
+    gate: Count | None = Field(
+        None, description="asynchronous runs: a period may begin while the agent's clock and offset are not above this"
     )
     offers_seq: Count = Field(0, description="offers up to this sequence number were judged by this version")
     reason: Annotated[str, Field(max_length=HEAD_REASON_BYTES), PlainSerializer(_clipped)] = Field(

@@ -1,0 +1,53 @@
+"""Which policy a spec asks for, and where a head says that it stands."""
+
+from __future__ import annotations
+
+from syncline.engine.asynchronous import Asynchronous
+from syncline.engine.policy import Policy, Standing
+from syncline.engine.rounds import Rounds
+from syncline.engine.staleness import STALENESS
+from syncline.spec import Async, RunSpec
+from syncline.wire.messages import Head, Roster
+
+
+def policy_of(spec: RunSpec) -> Policy:
+    sync, merge, elastic = spec.sync, spec.merge, spec.mix.kind == "elastic"
+    if not isinstance(sync, Async):
+        return Rounds(
+            min_agents=spec.agents.min,
+            versions=spec.stop.versions,
+            quorum=None if sync.quorum == "all" else sync.quorum,
+            grace_s=sync.grace_s,
+            sample=sync.sample,
+            weights=merge.weights,
+            normalize=merge.normalize,
+            elastic=elastic,
+            seed=spec.seed,
+        )
+    return Asynchronous(
+        min_agents=spec.agents.min,
+        versions=spec.stop.versions,
+        buffer=sync.updates(spec.agents.min),
+        max_lag=sync.lag_bound(spec.agents.min),
+        max_ahead=sync.max_ahead,
+        overlap=sync.overlap,
+        quorum=sync.quorum,
+        grace_s=sync.grace_s,
+        staleness=STALENESS[sync.staleness.kind](**sync.staleness.arguments),
+        weights=merge.weights,
+        normalize=merge.normalize,
+        elastic=elastic,
+        one_each=merge.rule != "mean",
+    )
+
+
+def standing_of(head: Head, roster: Roster) -> Standing:
+    agents = list(enumerate(roster.agents))
+    return Standing(
+        version=head.version,
+        participants=tuple(a for i, a in agents if roster.participant(i)),
+        live=frozenset(a for i, a in agents if roster.live(i)),
+        judged={a: roster.clocks[i] for i, a in agents},
+        offsets={a: roster.offset(i) for i, a in agents if roster.offset(i)},
+        gate=head.gate,
+    )

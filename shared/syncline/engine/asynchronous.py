@@ -1,0 +1,247 @@
+"""Asynchronous averaging with a bound on staleness: updates are gathered in a buffer, and every K of them make a version.
+
+Agents do not wait for each other. An update's lag τ is the number of versions made since the one it was trained from; it
+counts s(τ), and with τ > `max_lag` it is never merged. The buffer is merged
+
+* when it holds K updates ("4 of 4"); the first K in the order of their arrival are taken,
+* `grace_s` after the quorum was reached ("quorum 2 of 4 + 2.0 s"),
+* at once when nobody may run before something is judged, so that it cannot wait for ever.
+
+Updates that arrive while a plan is executed wait for the next version. An agent may run until it has `ahead` updates that
+are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
+its clock is more than s ahead of the slowest live agent's *judged* clock (stale synchronous parallel). An agent that joins,
+or comes back, is set beside the slowest of the others by an offset to its clock. s = 0 is the synchronous run: everybody
+waits for everybody, and the versions have the same bits.
+
+Sources: FedBuff (arXiv:2106.06639), FedAsync (arXiv:1903.03934), stale synchronous parallel (Ho et al., NIPS 2013).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from syncline.engine.events import Chosen, Command, Drop, LetRun, Merge, OfferReady, WakeAt
+from syncline.engine.policy import REASON_CHARS, Policy, Standing, brief
+from syncline.engine.staleness import Staleness
+from syncline.engine.weights import Normalize, Weights, weights_of
+
+OVERLAPPING = 2  # updates of an agent that may wait to be judged, where it sends one while it trains the next
+
+
+@dataclass(slots=True)
+class Told:
+    """What the agents know: who takes part, up to where they may run, and what was judged."""
+
+    participants: tuple[str, ...] = ()
+    gate: int | None = None
+    judged: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Asynchronous(Policy):
+    """The policy of `sync: {kind: async}`."""
+
+    buffer: int | None  # K, updates; None: one of every live agent at least
+    max_lag: int  # versions
+    staleness: Staleness
+    weights: Weights
+    normalize: Normalize | None = None
+    max_ahead: int | None = None  # clocks
+    overlap: bool = True  # an agent sends while it trains its next period
+    quorum: int | None = None  # updates after which the grace period runs
+    elastic: bool = False  # updates are elastic differences: each is added whole
+    one_each: bool = False  # at most one update of an agent in a merge
+    waiting: list[OfferReady] = field(default_factory=list)  # in the order of their arrival
+    merging: list[OfferReady] = field(default_factory=list)
+    offered: dict[str, int] = field(default_factory=dict)  # newest offered clock of each agent
+    offsets: dict[str, int] = field(default_factory=dict)  # added to an agent's clock where clocks are compared
+    broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
+    told: Told = field(default_factory=Told)
+    closed_by: str = ""  # what closed the buffer that is merging
+
+    def resume(self, standing: Standing, now_s: float) -> None:
+        self.live, self.version, self.judged = set(standing.live), standing.version, dict(standing.judged)
+        self.offered, self.offsets = dict(standing.judged), dict(standing.offsets)
+        self.told = Told(standing.participants, standing.gate, dict(standing.judged))
+        self.started, self.state, self.opened_at_s = True, "open", now_s
+
+    def resume_merge(self, offers: list[OfferReady]) -> None:
+        self.merging, self.state = list(offers), "merging"
+        for offer in offers:
+            self.offered[offer.agent] = max(offer.clock, self.offered.get(offer.agent, 0))
+        self.closed_by = self._count(len(offers))
+
+    # -- one fact each -------------------------------------------------------------------------------------------------
+    def _joined(self, agent: str, now_s: float) -> list[Command]:
+        others = [self._level(a) for a in self.live if a != agent]
+        if self.max_ahead is not None and others:
+            self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.judged.get(agent, 0))
+        return self._go_on(now_s)
+
+    def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
+        if offer.clock <= max(self.offered.get(offer.agent, 0), self.judged.get(offer.agent, 0)):
+            return []  # told twice
+        self.offered[offer.agent] = offer.clock
+        if (drop := self._too_stale(offer)) is not None:
+            return [drop, *self._go_on(now_s)]
+        self.waiting.append(offer)
+        return self._go_on(now_s)
+
+    def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
+        offer = next((o for o in self.merging if (o.agent, o.clock) == (agent, clock)), None)
+        if offer is None:
+            return []
+        self.merging.remove(offer)
+        self.broken.add(agent)
+        dropped = self._drop(offer, why, broken=True)
+        if self.merging:
+            return [dropped, self._plan(self.merging, f"{self.closed_by}; without {agent}: {brief(why)}")]
+        if self.stop:
+            return [dropped, *self._finish(self.stop)]
+        if not self.waiting and self.live <= self.broken:
+            every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
+            return [dropped, *self._finish(every, failed=True)]
+        self.state = "open"
+        return [dropped, *self._let_run(), *self._close(now_s)]
+
+    def _committed(self, now_s: float) -> list[Command]:
+        for offer in self.merging:
+            self._judge(offer)
+        self.merging, self.state, self.opened_at_s = [], "open", now_s
+        self.lost.clear()
+        self.broken.clear()
+        if self.stop:
+            return self._finish(self.stop)
+        if self.version >= self.versions:
+            return self._finish(f"{self.versions} versions")
+        drops: list[Command] = [drop for o in self.waiting if (drop := self._too_stale(o)) is not None]
+        self.waiting = [o for o in self.waiting if o.clock > self.judged.get(o.agent, 0)]
+        return [*drops, *self._let_run(), *self._close(now_s)]
+
+    # -- what follows --------------------------------------------------------------------------------------------------
+    def _go_on(self, now_s: float) -> list[Command]:
+        if not (self.waiting or self.merging) and (end := self._nobody_can_train()):
+            return end
+        if not self.started:
+            if len(self.live) < self.min_agents:
+                return []
+            self.started, self.state, self.opened_at_s = True, "open", now_s
+        news = self._let_run() if self._is_news() else []
+        return [*news, *self._close(now_s)]
+
+    def _close(self, now_s: float) -> list[Command]:
+        """Merges the buffer if it is time."""
+        ready = self._ready()
+        if self.state != "open" or not ready:
+            self.closes_at_s = None
+            return []
+        if self._full(ready):
+            return [self._merge(ready, self._count(len(ready)))]
+        if not any(self._may_run(agent) for agent in self.live):
+            return [self._merge(ready, f"{self._count(len(ready))}, nobody may run before they are judged")]
+        if self.quorum is None or len(ready) < self.quorum:
+            self.closes_at_s = None
+            return []
+        if self.closes_at_s is None:
+            self.closes_at_s = now_s + self.grace()
+        if now_s < self.closes_at_s:
+            return [WakeAt(self.closes_at_s)]
+        return [self._merge(ready, f"quorum {self._count(len(ready))} + {self.grace():.1f} s")]
+
+    def _ready(self) -> list[OfferReady]:
+        """What a merge would take, in the order of arrival."""
+        ready = self.waiting
+        if self.one_each:
+            first: dict[str, OfferReady] = {}
+            for offer in self.waiting:
+                first.setdefault(offer.agent, offer)
+            ready = list(first.values())
+        return ready if self.buffer is None else ready[: self.buffer]
+
+    def _full(self, ready: list[OfferReady]) -> bool:
+        if self.buffer is None:
+            return self.live <= {o.agent for o in ready}
+        return len(ready) >= self.buffer
+
+    def _merge(self, chosen: list[OfferReady], reason: str) -> Merge:
+        self.waiting = [o for o in self.waiting if o not in chosen]
+        self.merging = chosen
+        self.state, self.closes_at_s = "merging", None
+        return self._plan(chosen, reason + self._absent({*self.lost}))
+
+    def _plan(self, offers: list[OfferReady], reason: str) -> Merge:
+        self.closed_by = brief(reason, REASON_CHARS)
+        offers = sorted(offers, key=lambda o: (o.agent, o.clock))
+        lags = [self.version - o.base for o in offers]
+        chosen = tuple(
+            Chosen(o.agent, o.clock, lag, weight)
+            for o, lag, weight in zip(offers, lags, self._weights(offers, lags), strict=True)
+        )
+        return Merge(chosen, self.closed_by)
+
+    def _weights(self, offers: list[OfferReady], lags: list[int]) -> list[float]:
+        """(1/K) s(τ_i) for uniform shares, also where fewer than K are merged; 1 for elastic differences."""
+        if self.elastic:
+            return [1.0] * len(offers)
+        shares = weights_of(offers, self.weights, self.normalize)
+        part = 1.0 if self.buffer is None else len(offers) / self.buffer
+        return [share * part * self.staleness.weight(lag) for share, lag in zip(shares, lags, strict=True)]
+
+    def _too_stale(self, offer: OfferReady) -> Drop | None:
+        lag = self.version - offer.base
+        return self._drop(offer, f"lag {lag} > max_lag {self.max_lag}") if lag > self.max_lag else None
+
+    # -- who may run ---------------------------------------------------------------------------------------------------
+    def _level(self, agent: str) -> int:
+        """The agent's judged clock, comparable with the others'."""
+        return self.judged.get(agent, 0) + self.offsets.get(agent, 0)
+
+    def _gate(self) -> int | None:
+        """An agent may begin a period while its clock and offset are not above this."""
+        if self.max_ahead is None or not self.live:
+            return None
+        return min(self._level(agent) for agent in self.live) + self.max_ahead
+
+    def _may_run(self, agent: str) -> bool:
+        """Whether the agent, by what it was told, may be training or begin to."""
+        told = self.told
+        clock = max(self.offered.get(agent, 0), told.judged.get(agent, 0))
+        if agent not in told.participants or clock - told.judged.get(agent, 0) >= self.ahead:
+            return False
+        return told.gate is None or clock + self.offsets.get(agent, 0) <= told.gate
+
+    @property
+    def ahead(self) -> int:
+        """Updates of one agent that may wait to be judged."""
+        return OVERLAPPING if self.overlap else 1
+
+    def _is_news(self) -> bool:
+        told = self.told
+        if told.participants != tuple(sorted(self.live)) or told.gate != self._gate():
+            return True
+        return any(self.judged.get(a, 0) != told.judged.get(a, 0) for a in self.live)
+
+    def _let_run(self) -> list[Command]:
+        self.told = Told(tuple(sorted(self.live)), self._gate(), dict(self.judged))
+        offsets = tuple(sorted((a, o) for a, o in self.offsets.items() if o))
+        return [LetRun(self.version, self.told.participants, self.told.gate, offsets, self.state == "merging")]
+
+    def _count(self, n: int) -> str:
+        return f"{n} of {len(self.live) if self.buffer is None else self.buffer}"
+
+    def validate(self) -> None:
+        assert (self.state == "merging") == bool(self.merging), "a merge of nothing, or none where there should be"
+        assert self.state != "waiting" or not self.waiting, "a buffer before the start"
+        assert all(self.version - o.base <= self.max_lag for o in self.waiting + self.merging), "a lag above the bound"
+        both = [(o.agent, o.clock) for o in self.waiting + self.merging]
+        assert len(both) == len(set(both)), "an update twice"
+        assert all(clock > self.judged.get(agent, 0) for agent, clock in both), "a judged update waits"
+        assert not self.live & {*self.away, *self.failed}, "somebody both here and gone"
+        if self.one_each:
+            assert len({o.agent for o in self.merging}) == len(self.merging), "two updates of an agent in a merge"
+        if self.state == "open":
+            ready = self._ready()
+            assert not ready or not self._full(ready), "a full buffer that is not merged"
+            assert not ready or any(map(self._may_run, self.live)), "a buffer that nobody can fill"
+            assert not self._is_news(), "news that was not told"
+        assert self.closes_at_s is None or (self.state == "open" and self.quorum), "a grace period of nothing"

@@ -1,0 +1,173 @@
+"""What every policy shares: who is there, who has gone and why, what was judged, and how long a version takes.
+
+A policy is a pure state machine with one entry, `handle`: a fact and the time in, commands out. It is in one of these states:
+
+    waiting   fewer agents than the run starts with, or none to train
+    open      participants train; offers are gathered
+    merging   a plan is decided and being executed
+    ended     nothing more is asked for
+"""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from syncline.engine.events import (
+    AgentJoined,
+    AgentLost,
+    Command,
+    Committed,
+    Drop,
+    Fact,
+    Finish,
+    OfferReady,
+    TargetReached,
+    Tick,
+    UpdateBroken,
+)
+from syncline.errors import PeerError
+
+MEDIAN_OVER = 9  # versions
+FIRST_GRACE_S = 1.0  # while no version has shown how long one takes
+REASON_CHARS = 1000  # reasons travel in records with limits, and some of the words in them are the agents' own
+ABSENT_NAMED, ABSENT_CHARS = 5, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a run stands when a coordinator takes it over, as its head and roster say."""
+
+    version: int
+    participants: tuple[str, ...]
+    live: frozenset[str]
+    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
+    offsets: dict[str, int] = field(default_factory=dict)  # where an agent's clock stands beside the others'
+    gate: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Policy(ABC):
+    min_agents: int  # agents with which the run starts
+    versions: int  # commits after which the run is done
+    grace_s: float | None = None  # None: the median version
+    version: int = 0
+    state: Literal["waiting", "open", "merging", "ended"] = "waiting"
+    live: set[str] = field(default_factory=set)
+    started: bool = False  # the run has had its first round
+    opened_at_s: float = 0.0  # when the newest version came
+    closes_at_s: float | None = None  # end of the grace period, once it runs
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OVER))
+    lost: dict[str, str] = field(default_factory=dict)  # agents lost since the last commit, and why
+    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
+    away: set[str] = field(default_factory=set)  # agents that were lost and may come back
+    failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
+    stop: str = ""  # why to finish at the next commit
+
+    def handle(self, fact: Fact, now_s: float) -> list[Command]:
+        """Raises PeerError, and changes nothing, for a fact that a well-behaved agent cannot cause."""
+        if self.state == "ended":
+            return []
+        match fact:
+            case AgentJoined(agent):
+                self.live.add(agent)
+                self.away.discard(agent)
+                self.failed.pop(agent, None)
+                self.lost.pop(agent, None)
+                return self._joined(agent, now_s)
+            case AgentLost(agent, reason, failed):
+                self.live.discard(agent)
+                self.lost[agent] = reason
+                if failed:
+                    self.failed[agent] = reason
+                    self.away.discard(agent)
+                elif agent not in self.failed:
+                    self.away.add(agent)
+                return self._go_on(now_s)
+            case OfferReady():
+                if fact.base > self.version:
+                    raise PeerError(f"{fact.agent}: base {fact.base} is newer than version {self.version}")
+                return self._offer(fact, now_s)
+            case UpdateBroken(agent, clock, why):
+                return self._broken(agent, clock, why, now_s)
+            case Committed(version):
+                assert version == self.version + 1, f"commit of version {version} after {self.version}"
+                assert self.state == "merging", f"commit of version {version} in a round that is {self.state}"
+                self.durations_s.append(now_s - self.opened_at_s)
+                self.version = version
+                return self._committed(now_s)
+            case TargetReached(why):
+                self.stop = why
+                return [] if self.state == "merging" else self._finish(why)
+            case Tick():
+                return self._go_on(now_s)
+
+    # -- what each policy decides --------------------------------------------------------------------------------------
+    def _joined(self, agent: str, now_s: float) -> list[Command]:
+        return self._go_on(now_s)
+
+    @abstractmethod
+    def resume(self, standing: Standing, now_s: float) -> None:
+        """A coordinator takes over; offers are told again as facts, and losses of those that do not return."""
+
+    @abstractmethod
+    def resume_merge(self, offers: list[OfferReady]) -> None:
+        """After `resume`: the plan that was found is being executed."""
+
+    @abstractmethod
+    def _offer(self, offer: OfferReady, now_s: float) -> list[Command]: ...
+
+    @abstractmethod
+    def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]: ...
+
+    @abstractmethod
+    def _committed(self, now_s: float) -> list[Command]: ...
+
+    @abstractmethod
+    def _go_on(self, now_s: float) -> list[Command]:
+        """Opens or closes what it is time for."""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """What always holds; tests call it after every fact."""
+
+    # -- what they share -----------------------------------------------------------------------------------------------
+    def _nobody_can_train(self) -> list[Command]:
+        """The end, where so many agents have said that they cannot train that the run cannot begin; else nothing."""
+        if self.live or self.away or len(self.failed) < self.min_agents:
+            return []
+        return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+
+    def _finish(self, reason: str, failed: bool = False) -> list[Command]:
+        self.state = "ended"
+        return [Finish(reason, failed)]
+
+    def _judge(self, offer: OfferReady) -> None:
+        self.judged[offer.agent] = max(offer.clock, self.judged.get(offer.agent, 0))
+
+    def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
+        self._judge(offer)
+        return Drop(offer.agent, offer.clock, reason, broken)
+
+    def grace(self) -> float:
+        """Seconds to wait for the rest after the quorum."""
+        if self.grace_s is not None:
+            return self.grace_s
+        return self.median_round_s() or FIRST_GRACE_S
+
+    def median_round_s(self) -> float:
+        """Of the last versions; 0 before the first."""
+        return statistics.median(self.durations_s) if self.durations_s else 0.0
+
+    def _absent(self, among: set[str]) -> str:
+        """Who of these was lost since the last commit, and why, in a few words."""
+        gone = [f"{a} {brief(why)}" for a, why in sorted(self.lost.items()) if a in among]
+        more = [f"and {len(gone) - ABSENT_NAMED} more"] if len(gone) > ABSENT_NAMED else []
+        return f" ({'; '.join([*gone[:ABSENT_NAMED], *more])})" if gone else ""
+
+
+def brief(text: str, chars: int = ABSENT_CHARS) -> str:
+    return text if len(text) <= chars else text[: chars - 1] + "…"

@@ -1,0 +1,147 @@
+"""Settings beside each other: combinations that have no meaning are refused, those rarely meant are doubted in plain words.
+
+Each names the setting, its value and the mend. Sources: the stability bounds of elastic averaging follow from EASGD
+(arXiv:1412.6651) on ½ h x² as the learning rate goes to 0; the others are of the papers that `spec` names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from syncline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from syncline.spec import RunSpec
+
+
+def refuse_nonsense(spec: RunSpec) -> None:
+    """Raises ConfigError."""
+    _check_counts(spec)
+    if spec.sync.kind == "async":
+        _check_async(spec)
+    if spec.mix.kind == "elastic":
+        _check_elastic(spec)
+    if spec.merge.normalize is not None and (spec.mix.alpha != 1 or spec.mix.kind == "elastic"):
+        raise ConfigError(
+            "merge.normalize",
+            f"fednova divides what a period has changed by its steps, and with mix = {spec.mix.kind} {spec.mix.alpha} an "
+            "update holds more than that",
+            "Leave mix.alpha at 1, or leave merge.normalize out",
+        )
+
+
+def _check_counts(spec: RunSpec) -> None:
+    least = spec.agents.min
+    if isinstance(spec.sync.quorum, int) and spec.sync.quorum > least:
+        raise ConfigError(
+            "sync.quorum",
+            f"{spec.sync.quorum} is above the number of agents the run starts with (agents.min = {least})",
+            f"Use at most {least}, or leave it out, or raise agents.min",
+        )
+    if spec.partition.parts is not None and spec.partition.parts < least:
+        raise ConfigError(
+            "partition.parts",
+            f"{spec.partition.parts} parts are too few for agents.min = {least}",
+            "Every agent needs a part of its own: raise it or leave it out",
+        )
+
+
+def _check_async(spec: RunSpec) -> None:
+    sync, mix = spec.sync, spec.mix
+    assert sync.kind == "async"
+    if mix.kind == "interpolate" and mix.alpha != 1:
+        raise ConfigError(
+            "mix.alpha",
+            f"{mix.alpha} has no meaning in an asynchronous run, where an update is the progress of one period",
+            "Use `mix: {kind: elastic, alpha: …}` to keep agents apart, or leave alpha at 1",
+        )
+    if sync.max_ahead == 0 and isinstance(sync.buffer, int):
+        raise ConfigError(
+            "sync.buffer",
+            f"{sync.buffer} beside max_ahead: 0, which waits for one update of every live agent",
+            "Leave buffer out, or raise max_ahead",
+        )
+    if sync.quorum is not None and isinstance(sync.buffer, int) and sync.quorum > sync.buffer:
+        raise ConfigError(
+            "sync.quorum",
+            f"{sync.quorum} is never reached by a buffer of {sync.buffer}",
+            f"Use at most {sync.buffer}, or leave it out",
+        )
+    if str(spec.outer.kind) == "nesterov":
+        raise ConfigError(
+            "outer.kind",
+            "'nesterov' in an asynchronous run applies the momentum once for every small merge, which diverges",
+            "Use `outer: {kind: delayed_nesterov}` (arXiv:2401.09135), or sgd",
+        )
+
+
+def _check_elastic(spec: RunSpec) -> None:
+    n, alpha, sync = spec.agents.min, spec.mix.alpha, spec.sync
+    most = 1.0 if sync.kind == "async" else 2 / (n + 1)
+    if alpha > most if sync.kind == "async" else alpha >= most and n > 1:
+        raise ConfigError(
+            "mix.alpha",
+            f"elastic averaging of {n} agents is not stable at {alpha}: it has to stay below {most:.3g}",
+            f"The usual value is 0.9 / N = {0.9 / n:.3g}, the fastest 2 / (N + 2) = {2 / (n + 2):.3g}",
+        )
+    for setting, value, needed in (
+        ("outer", spec.outer.kind, "sgd"),
+        ("outer.lr", spec.outer.lr, 1.0),
+        ("merge.rule", str(spec.merge.rule), "mean"),
+        ("merge.weights", spec.merge.weights, "uniform"),
+    ):
+        if value != needed:
+            raise ConfigError(
+                setting,
+                f"{value!r} beside `mix: {{kind: elastic}}`: what an agent gives up, the center has to take up whole",
+                f"Leave {setting} at {needed!r}, or use `mix: {{kind: interpolate}}`",
+            )
+    if sync.kind == "async" and sync.staleness.kind != "constant" and "staleness" in sync.model_fields_set:
+        raise ConfigError(
+            "sync.staleness",
+            f"{sync.staleness.kind!r} beside `mix: {{kind: elastic}}`: what an agent gives up, the center has to take up whole",
+            "Leave sync.staleness out, and bound the lag with sync.max_lag",
+        )
+
+
+def doubts(spec: RunSpec) -> list[str]:
+    """Settings that are allowed and rarely meant."""
+    n, mix, sync = spec.agents.min, spec.mix, spec.sync
+    found = []
+    if mix.alpha > 1:
+        found.append(f"mix.alpha: {mix.alpha} over-relaxes: agents jump past the center. Up to 1 is monotone")
+    if mix.alpha == 0 and n > 1:
+        found.append("mix.alpha: 0 trains every agent alone; the center is only watched. Use more than 0 to share")
+    if mix.kind == "elastic" and n * mix.alpha >= 1 and n > 1:
+        found.append(
+            f"mix.alpha: {mix.alpha} makes the center jump past the mean of {n} agents (N alpha = {n * mix.alpha:.3g}). "
+            f"The usual value is 0.9 / N = {0.9 / n:.3g}"
+        )
+    if sync.kind == "async":
+        found += _doubts_async(spec)
+    return found
+
+
+def _doubts_async(spec: RunSpec) -> list[str]:
+    n, sync = spec.agents.min, spec.sync
+    assert sync.kind == "async"
+    found = []
+    size = sync.updates(n)
+    under_way = n * (2 if sync.overlap else 1)
+    if size is not None and size > under_way:
+        found.append(
+            f"sync.buffer: {size} updates are more than {n} agents can have under way ({under_way}): every merge will close "
+            f"early, with less. Use at most {under_way}, or raise agents.min"
+        )
+    mean_lag = (n - 1) / (size or n)
+    if sync.max_lag is not None and sync.max_lag < mean_lag:
+        found.append(
+            f"sync.max_lag: {sync.max_lag} is below the mean lag of {n} equal agents, (N − 1) / K = {mean_lag:.1f}: much of "
+            "the work will be dropped. Raise it or the buffer"
+        )
+    if str(spec.outer.kind) == "momentum":
+        found.append(
+            "outer.kind: momentum is applied once for every small merge, so it acts K times as strongly as in rounds. "
+            "`delayed_nesterov` was made for asynchronous runs"
+        )
+    return found
