@@ -17,7 +17,7 @@ from syncline.wire.signing import Signer
 from syncline.wire.subjects import checked_name
 from syncline_agent.options import AgentOptions
 from syncline_agent.service import Agent, AgentSettings
-from syncline_agent.session import Superseded
+from syncline_agent.signs import Superseded
 from syncline_agent.training import ChildTraining
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from syncline.errors import BusError, PeerError
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
 from syncline.wire.signing import Signer
-from syncline_agent.session import Me, Session, Superseded
+from syncline_agent.session import Me, Session
+from syncline_agent.signs import Superseded
 from syncline_agent.training import Training
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ class Kept:
     clock: int
     own_P: Tensor
     optimizer: dict[str, Tensor]
+    pending: dict[int, Tensor] = field(default_factory=dict)  # by clock: offered, and not known to be judged
 
     @classmethod
-    def of(cls, clock: int, own_P: Tensor, optimizer: torch.optim.Optimizer) -> Kept:
+    def of(
+        cls, clock: int, own_P: Tensor, optimizer: torch.optim.Optimizer, pending: Mapping[int, Tensor] | None = None
+    ) -> Kept:
         state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
         tensors = {
             f"{i}.{name}": torch.as_tensor(v)
@@ -35,7 +39,7 @@ class Kept:
             for name, v in kept.items()
             if isinstance(v, Tensor | int | float)
         }
-        return cls(clock, own_P.detach(), {k: t.detach() for k, t in tensors.items()})
+        return cls(clock, own_P.detach(), {k: t.detach() for k, t in tensors.items()}, dict(pending or {}))
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives the optimiser its tensors back."""
@@ -49,7 +53,11 @@ class Kept:
 def save_state(path: Path, kept: Kept, layout: Manifest) -> None:
     """Replaces the file: after a crash there is the old one or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"own": kept.own_P, **{f"optimizer.{k}": t for k, t in kept.optimizer.items()}}
+    tensors = {
+        "own": kept.own_P,
+        **{f"optimizer.{k}": t for k, t in kept.optimizer.items()},
+        **{f"pending.{clock}": t for clock, t in kept.pending.items()},
+    }
     fresh = path.with_suffix(".new")
     save_file(
         {k: t.cpu().contiguous().clone() for k, t in tensors.items()},
@@ -72,9 +80,12 @@ def load_state(path: Path, layout: Manifest) -> Kept | None:
                 log.warning("%s is of another model; beginning with the center", path)
                 return None
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-        prefix = "optimizer."
-        optimizer = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        return Kept(int(metadata["clock"]), tensors["own"], optimizer)
+        pending = {int(clock): t for clock, t in _under("pending.", tensors).items()}
+        return Kept(int(metadata["clock"]), tensors["own"], _under("optimizer.", tensors), pending)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         log.warning("%s is unreadable (%s); beginning with the center", path, error)
         return None
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}

@@ -5,7 +5,7 @@ It talks to the service over a socket, and shares memory with it:
     progress   steps since the process began, the step of this period, the service's wish to stop early, the steps that this
                period has, and the rows of this agent's part
     inbox      the center as it came over the bus, coded
-    outbox     the update W_i − W_v, coded
+    outboxes   updates, coded; two of them where one is sent while the next one is made
 
 W_i is kept on disk, so that an agent that was killed goes on from its own work.
 """
@@ -25,7 +25,6 @@ import torch
 
 from syncline.child import Handler, serve
 from syncline.data.partition import Part
-from syncline.engine.mix import mix_
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, batches, evaluate, load_task, to_device
@@ -35,7 +34,8 @@ from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.state import Kept, load_state, save_state
-from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STOP_EARLY
+from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STOP_EARLY, Period, outboxes
+from syncline_agent.updates import updates_of
 
 EVALUATION_ROWS = 512
 SAVE_EVERY_S = 1.0
@@ -82,10 +82,11 @@ class Trainer:
         torch.manual_seed(settings.seed)
         model = self._task.model().to(self._claim.device)
         self._flat = FlatModel(model, self._layout, self._task.local)
-        self._center_P = torch.empty_like(self._flat.flat_P)
+        self._center_P = torch.empty_like(self._flat.flat_P)  # what a period is measured from
         self._optimizer = self._make_optimizer()
-        self._memory.grow(PROGRESS_BYTES + 2 * self._layout.nbytes)
+        self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.nbytes)
         self._view = self._memory.view()
+        self._updates = updates_of(settings)
         self._codec = CODECS[self._layout.dtype]
         self._place: tuple[int, int] | None = None
         self._state_path, self._save_after_s = Path(state_path), 0.0
@@ -95,12 +96,18 @@ class Trainer:
             self._flat.flat_P.copy_(kept.own_P)
             self._flat.load()
             kept.restore(self._optimizer)
+            self._updates.pending = {c: d.to(self._flat.flat_P.device) for c, d in kept.pending.items()}
         return {"clock": kept.clock if kept is not None else 0}
 
-    def period(self, version: int, clock: int, number: int, parts: int) -> dict[str, Any]:
-        """Mixes in the center that lies in the inbox, trains one local period, and leaves the update in the outbox."""
-        self._take_part(number, parts)
-        self._mix()
+    def period(self, **asked: Any) -> dict[str, Any]:
+        """Takes over the center in the inbox where it is fresh, trains one local period, and leaves the update in an outbox.
+
+        `asked`: a Period.
+        """
+        period = Period(**asked)
+        number, clock = period.number, period.clock
+        self._take_part(number, period.parts)
+        self._begin(period)
         settings, rows = self._settings, len(self._dataset)
         torch.manual_seed(_seed(settings.seed, number, clock))
         began = self._clock()
@@ -114,16 +121,27 @@ class Trainer:
         }
         if self._stopped():
             return {**answer, "stopped": True}
-        self._flat.store()
-        update_P = (self._flat.flat_P - self._center_P).cpu()
-        self._codec.encode(update_P, self._box(1))
         if settings.evaluate.agents:
             answer["metrics"] = self._evaluate()
-        self._save(clock)
+        if not self._updates.needs_center:
+            self._leave_update(period)
+            self._save(clock)
         return {**answer, "stopped": False}
 
+    def meet(self, **asked: Any) -> dict[str, Any]:
+        """After a period, where the update is made from the newest center: that one lies in the inbox, if it is fresh.
+
+        What is given up for it is on the disk before anybody can merge it.
+        """
+        period = Period(**asked)
+        if period.fresh:
+            self._center_P.copy_(self._inbox())
+        self._leave_update(period)
+        self._save(period.clock, at_once=True)
+        return {}
+
     def questions(self) -> dict[str, Handler]:
-        return {"describe": self.describe, "prepare": self.prepare, "period": self.period}
+        return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
 
     # -- the steps of a period -----------------------------------------------------------------------------------------
     def _take_part(self, number: int, parts: int) -> None:
@@ -133,15 +151,26 @@ class Trainer:
             self._dataset: Any = self._task.dataset(part)
             self._place = (number, parts)
 
-    def _mix(self) -> None:
-        """W_i ← W_i + α (W − W_i); an agent without a W_i of its own begins with W."""
-        center_P = torch.empty(self._layout.elements, dtype=DTYPES[self._layout.dtype])
-        self._codec.decode(self._box(0), center_P)
-        self._center_P.copy_(center_P)
+    def _begin(self, period: Period) -> None:
+        """W_i as the period begins; an agent without one begins with W."""
         self._flat.store()
-        mix_(self._flat.flat_P, self._center_P, self._settings.mix.alpha if self._has_own else 1.0)
+        self._updates.resolve(dict(period.verdicts), self._flat.flat_P)
+        center_P = self._inbox() if period.fresh else None
+        self._updates.begin(self._flat.flat_P, self._center_P, center_P, first=not self._has_own)
         self._flat.load()
         self._has_own = True
+
+    def _leave_update(self, period: Period) -> None:
+        self._flat.store()
+        update_P = self._updates.take(self._flat.flat_P, self._center_P, period.clock)
+        self._flat.load()
+        self._codec.encode(update_P.cpu(), self._box(1 + period.box))
+
+    def _inbox(self) -> torch.Tensor:
+        """The center in the inbox, on the device."""
+        center_P = torch.empty(self._layout.elements, dtype=DTYPES[self._layout.dtype])
+        self._codec.decode(self._box(0), center_P)
+        return center_P.to(self._flat.flat_P.device)
 
     def _train(self, steps: int, clock: int, number: int) -> tuple[float | None, int, int]:
         """Up to `steps` steps. Returns the mean loss, the steps made and the rows seen."""
@@ -165,12 +194,13 @@ class Trainer:
     def _stopped(self) -> bool:
         return bool(self._view[STOP_EARLY])
 
-    def _save(self, clock: int) -> None:
+    def _save(self, clock: int, *, at_once: bool = False) -> None:
         """Keeps W_i and the optimiser, at most every second and for a small share of the time."""
         now_s = self._clock()
-        if now_s < self._save_after_s:
+        if now_s < self._save_after_s and not at_once:
             return
-        save_state(self._state_path, Kept.of(clock, self._flat.flat_P, self._optimizer), self._layout)
+        kept = Kept.of(clock, self._flat.flat_P, self._optimizer, self._updates.pending)
+        save_state(self._state_path, kept, self._layout)
         took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
 

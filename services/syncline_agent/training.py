@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from syncline.child import Asked, ChildDied, ChildFailed, Start
+from syncline.engine.asynchronous import OVERLAPPING
 from syncline.shm import SharedMemory
+from syncline.spec import Async, RunSpec
 
 PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress, and the wish to stop early
 PROGRESS_BYTES = 64
@@ -22,14 +25,32 @@ class Progress(NamedTuple):
     rows: int  # of this agent's part
 
 
+class Period(NamedTuple):
+    """One local period, as it is asked for."""
+
+    version: int  # of the center in the inbox
+    clock: int  # periods finished with this one
+    number: int  # of the agent's part
+    parts: int
+    fresh: bool = True  # the center in the inbox is newer than the one the child saw last
+    box: int = 0  # the outbox that takes the update
+    verdicts: Sequence[tuple[int, bool]] = ()  # of the last judged clocks: merged or not
+
+
+def outboxes(spec: RunSpec) -> int:
+    """Updates of an agent that may be on their way at once: one is sent while the next one is made."""
+    return OVERLAPPING if isinstance(spec.sync, Async) and spec.sync.overlap else 1
+
+
 class Training(Protocol):
     """What a session needs of a trainer."""
 
     async def describe(self) -> dict[str, Any]: ...
     async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]: ...
-    async def period(self, version: int, clock: int, number: int, parts: int) -> dict[str, Any]: ...
+    async def period(self, period: Period) -> dict[str, Any]: ...
+    async def meet(self, period: Period) -> dict[str, Any]: ...
     def inbox(self, nbytes: int) -> memoryview: ...
-    def outbox(self, nbytes: int) -> memoryview: ...
+    def outbox(self, nbytes: int, box: int) -> memoryview: ...
     def progress(self) -> Progress: ...
     def stop_early(self) -> None: ...
     async def close(self) -> None: ...
@@ -50,14 +71,19 @@ class ChildTraining:
     async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]:
         return await self._ask("prepare", spec=spec, manifest=manifest, state_path=state_path)
 
-    async def period(self, version: int, clock: int, number: int, parts: int) -> dict[str, Any]:
-        return await self._ask("period", version=version, clock=clock, number=number, parts=parts)
+    async def period(self, period: Period) -> dict[str, Any]:
+        return await self._ask("period", **period._asdict())
+
+    async def meet(self, period: Period) -> dict[str, Any]:
+        """Elastic averaging: makes the update from the center in the inbox, after the period."""
+        return await self._ask("meet", **period._asdict())
 
     def inbox(self, nbytes: int) -> memoryview:
         return self._memory.view()[PROGRESS_BYTES : PROGRESS_BYTES + nbytes]
 
-    def outbox(self, nbytes: int) -> memoryview:
-        return self._memory.view()[PROGRESS_BYTES + nbytes : PROGRESS_BYTES + 2 * nbytes]
+    def outbox(self, nbytes: int, box: int) -> memoryview:
+        begin = PROGRESS_BYTES + (1 + box) * nbytes
+        return self._memory.view()[begin : begin + nbytes]
 
     def progress(self) -> Progress:
         steps_ever, step, _, steps, rows = PROGRESS.unpack_from(self._memory.view(), 0)

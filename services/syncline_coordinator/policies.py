@@ -33,7 +33,7 @@ def policy_of(spec: RunSpec) -> Policy:
         overlap=sync.overlap,
         quorum=sync.quorum,
         grace_s=sync.grace_s,
-        staleness=STALENESS[sync.staleness.kind](**sync.staleness.arguments),
+        staleness=STALENESS[sync.weighing.kind](**sync.weighing.arguments),
         weights=merge.weights,
         normalize=merge.normalize,
         elastic=elastic,

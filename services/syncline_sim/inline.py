@@ -9,13 +9,16 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from syncline.child import ChildDied, ChildFailed, Handler, Start, answer
 from syncline.shm import SharedMemory
+from syncline.spec import RunSpec, parse
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
 from syncline.wire.messages import encode
-from syncline_agent.training import PROGRESS_BYTES, ChildTraining
+from syncline_agent.training import PROGRESS_BYTES, ChildTraining, Period, outboxes
+from syncline_agent.updates import updates_of
 
 TASK = "syncline_sim.inline:Stub"  # the name stubs go by; nothing is loaded
 SLICES = 4  # signs of progress in a period
@@ -120,7 +123,7 @@ class StubEvaluator:
         return np.frombuffer(self._memory.view(), "<f8", self._elements, which * self._elements * 8)
 
 
-Disk = dict[str, tuple[int, bytes]]  # what stub trainers keep: path → clock and W_i
+Disk = dict[str, tuple[int, bytes, dict[int, bytes]]]  # what stub trainers keep: path → clock, W_i, and what is pending
 
 
 class StubTrainer:
@@ -129,34 +132,66 @@ class StubTrainer:
     def __init__(self, memory: SharedMemory, disk: Disk) -> None:
         self._memory, self._disk = memory, disk
         self._steps_ever = 0
-        self._own: Vector | None = None
+        self._own = torch.zeros(0, dtype=torch.float64)
 
     def describe(self) -> dict[str, Any]:
         return {"device": "stub", "shared": False}
 
     def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]:
-        self._elements, self._alpha = elements_of(spec), float(spec["mix"]["alpha"])
-        self._steps = 20 if spec["local"]["steps"] is None else int(spec["local"]["steps"])
-        self._memory.grow(PROGRESS_BYTES + 16 * self._elements)
+        settings = parse(RunSpec, spec)
+        self._elements, self._updates = elements_of(spec), updates_of(settings)
+        self._steps = 20 if settings.local.steps is None else settings.local.steps
+        self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
-        clock, own = self._disk.get(state_path, (0, b""))
-        self._own = np.frombuffer(own, "<f8").copy() if own else None
+        clock, own, pending = self._disk.get(state_path, (0, b"", {}))
+        self._first = not own
+        self._own = _vector(bytearray(own)) if own else torch.zeros(self._elements, dtype=torch.float64)
+        self._from = torch.zeros_like(self._own)
+        self._updates.pending = {c: _vector(bytearray(difference)) for c, difference in pending.items()}
         return {"clock": clock}
 
-    def period(self, version: int, clock: int, number: int, parts: int) -> dict[str, Any]:
-        center = np.frombuffer(self._view, "<f8", self._elements, PROGRESS_BYTES)
-        own = center.copy() if self._own is None else self._own + self._alpha * (center - self._own)
-        drift = (number * 7919 + clock * 104729) % 1009 / 1009
-        self._own = own + 0.25 * (np.arange(self._elements) * 0.01 + number - own) + drift
-        np.frombuffer(self._view, "<f8", self._elements, PROGRESS_BYTES + 8 * self._elements)[:] = self._own - center
+    def period(self, **asked: Any) -> dict[str, Any]:
+        period = Period(**asked)
+        number, own = period.number, self._own
+        self._updates.resolve(dict(period.verdicts), own)
+        center = self._box(0).clone() if period.fresh else None
+        self._updates.begin(own, self._from, center, first=self._first)
+        self._first = False
+        drift = (number * 7919 + period.clock * 104729) % 1009 / 1009
+        own += 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + number - own) + drift
+        if not self._updates.needs_center:
+            self._leave(period)
         self._steps_ever += max(SLICES, self._steps)
         struct.pack_into("<QQ", self._view, 0, self._steps_ever, self._steps)
-        self._disk[self._path] = clock, self._own.tobytes()
-        rows = 64 // parts
+        rows = 64 // period.parts
         return {"steps": self._steps, "rows": rows, "loss": 0.0, "samples_per_s": 0.0, "stopped": False}
 
+    def meet(self, **asked: Any) -> dict[str, Any]:
+        period = Period(**asked)
+        if period.fresh:
+            self._from.copy_(self._box(0))
+        self._leave(period)
+        return {}
+
     def questions(self) -> dict[str, Handler]:
-        return {"describe": self.describe, "prepare": self.prepare, "period": self.period}
+        return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
+
+    def _leave(self, period: Period) -> None:
+        self._box(1 + period.box)[:] = self._updates.take(self._own, self._from, period.clock)
+        pending = {c: _bytes(difference) for c, difference in self._updates.pending.items()}
+        self._disk[self._path] = period.clock, _bytes(self._own), pending
+
+    def _box(self, which: int) -> torch.Tensor:
+        begin = PROGRESS_BYTES + 8 * which * self._elements
+        return _vector(self._view[begin : begin + 8 * self._elements])
+
+
+def _vector(data: bytearray | memoryview) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=torch.float64)
+
+
+def _bytes(x: torch.Tensor) -> bytes:
+    return bytes(x.numpy().tobytes())
 
 
 def elements_of(spec: dict[str, Any]) -> int:

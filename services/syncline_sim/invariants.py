@@ -130,31 +130,44 @@ class Invariants:
         assert held is not None
         plan = self.plan = decode(Plan, held) if isinstance(held, bytes) else self._record(Plan, held)
         self._insist(plan.version == head.version + 1, f"at version {head.version} the plan is for {plan.version}")
-        names = [e.agent for e in plan.merged]
+        names = [(e.agent, e.clock) for e in plan.merged]
         self._insist(names == sorted(set(names)), f"the plan's order is {names}")
         self._insist(bool(names), "the plan merges nothing")
         if old is not None:
             fewer = {(e.agent, e.clock) for e in plan.merged} < {(e.agent, e.clock) for e in old.merged}
             self._insist(fewer, f"the plan of version {plan.version} was replaced by another one")
-        total = sum(e.samples for e in plan.merged)
         for entry in plan.merged:
-            even = self.spec.merge.weights == "uniform" or not total
-            weight = 1 / len(names) if even else entry.samples / total
+            weight = self._weight(entry, plan)
             self._insist(abs(entry.weight - weight) < 1e-12, f"{entry.agent} has weight {entry.weight}, not {weight}")
             self._check_entry(head, entry)
+
+    def _weight(self, entry: PlanEntry, plan: Plan) -> float:
+        """What the formulas say that an update counts."""
+        spec, n = self.spec, len(plan.merged)
+        if spec.mix.kind == "elastic":
+            return 1.0
+        total = sum(e.samples for e in plan.merged)
+        share = 1 / n if spec.merge.weights == "uniform" or not total else entry.samples / total
+        if spec.sync.kind == "rounds":
+            return share
+        size, s = spec.sync.updates(spec.agents.min), spec.sync.weighing
+        stale = float((1 + entry.lag) ** -s.a) if s.kind == "polynomial" else 1.0
+        return share * (n / size if size else 1.0) * stale
 
     def _check_entry(self, head: Head, entry: PlanEntry) -> None:
         what = f"{entry.agent}'s update of clock {entry.clock}"
         told = [o for o in self.offers.get((entry.agent, entry.clock), []) if o.blob == entry.blob]
         self._insist(bool(told), f"{what} is in a plan and was never offered")
         self._insist(all(o.base == head.version - entry.lag for o in told), f"{what} has the lag {entry.lag}")
-        self._insist(entry.lag == 0, f"{what} is merged {entry.lag} versions late")
+        most = self.spec.sync.lag_bound(self.spec.agents.min) if self.spec.sync.kind == "async" else 0
+        self._insist(entry.lag <= most, f"{what} is merged {entry.lag} versions late")
         self._insist((entry.agent, entry.clock) not in self.merged, f"{what} is planned again")
         number = self.roster.number(entry.agent) if self.roster is not None else None
         if number is None or self.roster is None:
             self._insist(False, f"{what} is in a plan, its agent in no roster")
             return
-        self._insist(self.roster.participant(number), f"{what} is in a plan, its agent no participant")
+        if self.spec.sync.kind == "rounds":
+            self._insist(self.roster.participant(number), f"{what} is in a plan, its agent no participant")
         self._insist(self.roster.clocks[number] < entry.clock, f"{what} is in a plan and was judged before")
 
     def _on_commit(self, before: Head, head: Head, roster: Roster | None) -> None:

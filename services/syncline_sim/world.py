@@ -29,7 +29,7 @@ from syncline.shm import SharedMemory
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
 from syncline_agent.service import Agent, AgentSettings
-from syncline_agent.session import Superseded
+from syncline_agent.signs import Superseded
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
 from syncline_sim.guard import guarded, quiet

@@ -96,7 +96,7 @@ def _check_elastic(spec: RunSpec) -> None:
                 f"{value!r} beside `mix: {{kind: elastic}}`: what an agent gives up, the center has to take up whole",
                 f"Leave {setting} at {needed!r}, or use `mix: {{kind: interpolate}}`",
             )
-    if sync.kind == "async" and sync.staleness.kind != "constant" and "staleness" in sync.model_fields_set:
+    if sync.kind == "async" and sync.staleness is not None and sync.staleness.kind != "constant":
         raise ConfigError(
             "sync.staleness",
             f"{sync.staleness.kind!r} beside `mix: {{kind: elastic}}`: what an agent gives up, the center has to take up whole",

@@ -134,7 +134,9 @@ class Async(Settings):
         True,
         description="An agent sends an update while it trains the next period; else it waits until that is judged.",
     )
-    staleness: Staleness = PolynomialStaleness()
+    staleness: Staleness | None = Field(
+        None, description="What an update of lag τ counts; default: 1/√(1 + τ), and 1 for elastic differences."
+    )
     quorum: int | None = Field(
         None, ge=1, description="Updates after which the grace period starts; default: a buffer closes early only when "
         "nobody may run.",
@@ -148,6 +150,10 @@ class Async(Settings):
         if self.buffer == "all" or self.max_ahead == 0:
             return None
         return self.buffer or min(10, max(2, -(-agents // 2)))
+
+    @property
+    def weighing(self) -> ConstantStaleness | PolynomialStaleness | HingeStaleness:
+        return self.staleness or PolynomialStaleness()
 
     def lag_bound(self, agents: int) -> int:
         """`max_lag`, or room for a slow agent: its lag is about r (N − 1) / K where it is r times slower."""

@@ -84,8 +84,13 @@ class Asynchronous(Policy):
         self.offered[offer.agent] = offer.clock
         if (drop := self._too_stale(offer)) is not None:
             return [drop, *self._go_on(now_s)]
+        replaced: list[Command] = []
+        if self.ahead == 1:  # a second one is of an agent that started again and does not know of the first
+            twice = [o for o in self.waiting if o.agent == offer.agent]
+            self.waiting = [o for o in self.waiting if o.agent != offer.agent]
+            replaced = [self._drop(o, f"replaced by clock {offer.clock} of the same agent") for o in twice]
         self.waiting.append(offer)
-        return self._go_on(now_s)
+        return [*replaced, *self._go_on(now_s)]
 
     def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
         offer = next((o for o in self.merging if (o.agent, o.clock) == (agent, clock)), None)
@@ -213,7 +218,7 @@ class Asynchronous(Policy):
     @property
     def ahead(self) -> int:
         """Updates of one agent that may wait to be judged."""
-        return OVERLAPPING if self.overlap else 1
+        return OVERLAPPING if self.overlap and self.max_ahead != 0 else 1
 
     def _is_news(self) -> bool:
         told = self.told

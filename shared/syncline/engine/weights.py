@@ -14,9 +14,9 @@ Normalize = Literal["fednova"]
 def weights_of(offers: Sequence[OfferReady], weights: Weights, normalize: Normalize | None = None) -> list[float]:
     """The weight of each update, in the order given.
 
-    Shares p_i that sum to 1: `uniform` 1/N, or in proportion to the `samples` of the agents' parts or to their local `steps`;
+    Shares p_i that sum to 1: `uniform` 1/N, or in proportion to the `samples` of the agents' parts or their `steps`;
     uniform where all of those are 0. With `fednova` (Wang et al., arXiv:2007.07481) each update counts as if every agent had
-    made the same number of steps: p_i (Σ_j p_j a_j) / a_i, a_i the local steps, so that W moves by (Σ p_j a_j) Σ p_i Δ_i / a_i.
+    made the same number of steps: p_i (Σ_j p_j a_j) / a_i with a_i its steps, so that W moves by (Σ p_j a_j) Σ p_i Δ_i / a_i.
     Those need not sum to 1, and are the p_i, to the last bit, where all made the same number. An update of no steps weighs 0.
     """
     shares = _shares(offers, weights)

@@ -1,0 +1,141 @@
+"""What an agent knows of its run: the newest head, and the roster that belongs to it.
+
+Edge-triggered for speed, level-triggered for truth: a notify carries head and wakes the agent at once; whoever missed it
+reads head again every few seconds. A notify is only a hint: an older one than what is known changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import get_small_blob, patiently
+from syncline.chance import jitter
+from syncline.errors import SynclineError
+from syncline.wire import subjects
+from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Roster, Verdict, decode
+
+READ_AGAIN_S = 3.0
+RECORD_CHUNK_BYTES = 512 * 1024
+MAX_RECORD_BYTES = 64 << 20
+
+
+class CannotTrain(SynclineError):
+    """This agent cannot take part in the run, with the reason."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """The newest head, and its roster."""
+
+    head: Head
+    roster: Roster | None = None
+    roster_blob: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An agent's line in a roster."""
+
+    number: int
+    parts: int
+    participant: bool
+    judged: int  # its last judged clock
+    offset: int
+    verdicts: dict[int, bool]  # of its last two judged clocks: merged or not
+
+    @classmethod
+    def of(cls, roster: Roster, agent: str) -> Place | None:
+        number = roster.number(agent)
+        if number is None:
+            return None
+        clock = roster.clocks[number]
+        told = {clock - 1: roster.verdict_before(number), clock: roster.verdict(number)}
+        verdicts = {c: v == Verdict.MERGED for c, v in told.items() if c > 0 and v != Verdict.NONE}
+        return cls(number, roster.parts, roster.participant(number), clock, roster.offset(number), verdicts)
+
+
+class News:
+    """`on_head(head)` is told of every head that is newer than the one before."""
+
+    def __init__(self, bus: Bus, run: str, on_head: Callable[[Head], None]) -> None:
+        self._bus, self._run, self._on_head = bus, run, on_head
+        self._moved = asyncio.Event()
+        self._seen: Seen | None = None
+        self.over = asyncio.Event()  # the run has ended
+
+    @property
+    def head(self) -> Head | None:
+        return self._seen.head if self._seen is not None else None
+
+    def hear(self, note: Notify) -> None:
+        """Raises PeerError for one that holds no head."""
+        self._see(decode(Head, note.head), note.roster)
+
+    def forget(self) -> None:
+        """The connection was gone: what was sent meanwhile is lost."""
+        self._seen = None
+        self._moved.set()
+
+    def clear(self) -> None:
+        """From now on `wait` waits for what comes next."""
+        self._moved.clear()
+
+    def wake(self) -> None:
+        self._moved.set()
+
+    async def wait(self) -> None:
+        try:
+            async with asyncio.timeout(jitter(READ_AGAIN_S)):
+                await self._moved.wait()
+        except TimeoutError:
+            await self.read_head()
+
+    async def read_head(self) -> None:
+        """Raises CannotTrain where the run is gone."""
+        key = subjects.head_key(self._run)
+        entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
+        if entry is None:
+            raise CannotTrain(f"run {self._run} is gone from the bus")
+        self._see(decode(Head, entry.value))
+
+    async def newest(self) -> Seen:
+        """Head with its roster."""
+        if self._seen is None:
+            await self.read_head()
+        seen = self._seen
+        assert seen is not None
+        if seen.roster is None and seen.head.roster is not None:
+            data = await self.record(seen.head.roster)
+            seen.roster, seen.roster_blob = decode(Roster, data, limit=MAX_RECORD_BYTES), seen.head.roster.id
+        return seen
+
+    async def record(self, ref: BlobRef) -> bytes:
+        prefix = partial(subjects.model_prefix, self._run)
+        stream = subjects.model_stream(self._run)
+        return await get_small_blob(self._bus, stream, prefix, ref, RECORD_CHUNK_BYTES, MAX_RECORD_BYTES)
+
+    def _see(self, head: Head, roster: bytes = b"") -> None:
+        if head.run != self._run:
+            return
+        known = self._seen
+        if known is not None and _order(head) < _order(known.head):
+            return
+        if known is None or known.head != head:
+            keep = known is not None and head.roster is not None and known.roster_blob == head.roster.id
+            self._seen = Seen(head, known.roster, known.roster_blob) if keep and known is not None else Seen(head)
+        if roster and self._seen is not None and head.roster is not None and self._seen.roster is None:
+            self._seen.roster, self._seen.roster_blob = decode(Roster, roster), head.roster.id
+        self._on_head(head)
+        if head.phase in ENDED:
+            self.over.set()  # whatever is under way, nobody wants it any more
+        self._moved.set()
+
+
+def _order(head: Head) -> tuple[int, int, int, int]:
+    """Which of two heads is newer: by term, then version, then how far the round is."""
+    phases = {"waiting": 0, "training": 1, "merging": 2, "done": 3, "failed": 3, "refused": 3}
+    return (head.term, head.version, head.round, phases[head.phase])

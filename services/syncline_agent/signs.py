@@ -1,0 +1,137 @@
+"""What an agent tells while it works: heartbeats to the coordinator, metrics to whoever listens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from syncline.bus.base import Bus
+from syncline.chance import jitter
+from syncline.errors import BusError, PeerError, SynclineError
+from syncline.telemetry import AgentEval, Pace, Telemetry, Train, numbers
+from syncline.wire import subjects
+from syncline.wire.messages import Heartbeat, Welcome, decode, encode
+from syncline_agent.news import News
+from syncline_agent.training import Training
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+HEARTBEATS_TO_MISS = 5  # in a row, before this agent counts as lost
+METRICS_S = 0.2
+
+
+class Superseded(SynclineError):
+    """Another process has claimed this agent's name: exit."""
+
+
+@dataclass(slots=True)
+class Stand:
+    """Where an agent stands in its run."""
+
+    state: Any = "starting"
+    why: str = ""  # it failed
+    announced: bool = False  # it is ready
+    clock: int = 0  # local periods finished
+    version: int = 0  # of the center it trains from
+    part: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    last: dict[str, Any] = field(default_factory=dict)  # what the last period came to
+
+
+class SignsOfLife:
+    def __init__(
+        self, bus: Bus, run: str, agent: str, session: str, stand: Stand, news: News, training: Training
+    ) -> None:
+        self._bus, self._run, self._agent, self._session = bus, run, agent, session
+        self._stand, self._news, self._training = stand, news, training
+        self._telemetry = Telemetry(bus, run, agent)
+        self._metrics = Pace(0.1)
+        self.heartbeat_s = HEARTBEAT_S
+
+    async def beat(self, hello: Callable[[], Awaitable[str]]) -> None:
+        """Until the coordinator has other plans for this agent. Raises Superseded."""
+        subject, stand = subjects.heartbeat(self._run, self._agent), self._stand
+        while True:
+            announced, failed = stand.announced, stand.state == "failed"
+            try:
+                answer = decode(Welcome, await self._bus.request(subject, encode(self._heartbeat()), 5.0))
+                if answer.superseded:
+                    raise Superseded(answer.reason)
+                if not answer.run and not answer.unknown:
+                    log.info("no place in run %s: %s", self._run, answer.reason)
+                    return
+                if answer.unknown:  # the coordinator was restarted, or counted us as lost
+                    if await hello() not in ("", self._run):
+                        return
+                    await asyncio.sleep(0.05)
+                    continue
+            except BusError as error:
+                log.debug("heartbeat: %s", error)
+            except PeerError as error:
+                log.warning("heartbeat: %s", error)
+            next_s = asyncio.get_running_loop().time() + jitter(self.heartbeat_s, 0.8, 1.0)
+            while asyncio.get_running_loop().time() < next_s:
+                await asyncio.sleep(0.02 if not announced else min(0.2, self.heartbeat_s / 4))
+                if announced != stand.announced or failed != (stand.state == "failed"):
+                    break  # ready, or of no use: that is news
+
+    async def leave(self) -> None:
+        """Says goodbye, so that nobody waits for this agent."""
+        self._stand.state = "leaving"
+        try:
+            await self._bus.request(subjects.heartbeat(self._run, self._agent), encode(self._heartbeat()), 1.0)
+        except BusError:
+            pass
+
+    async def show(self) -> None:
+        """Where this agent stands, five times a second, while something moves."""
+        shown: Any = None
+        while True:
+            stand = self._stand
+            now = (stand.state, stand.version, stand.clock, self._training.progress())
+            if now != shown and self._metrics.due(asyncio.get_running_loop().time()):
+                shown = now
+                await self.show_once()
+            await asyncio.sleep(METRICS_S)
+
+    async def show_once(self) -> None:
+        progress, stand = self._training.progress(), self._stand
+        metric = Train(
+            state=stand.state,
+            version=stand.version,
+            clock=stand.clock,
+            step=progress.step,
+            steps=progress.steps,
+            loss=stand.last.get("loss"),
+            samples_per_s=stand.last.get("samples_per_s"),
+            part=stand.part,
+            rows=progress.rows,
+            bytes_up=stand.bytes_up,
+            bytes_down=stand.bytes_down,
+        )
+        await self._telemetry.metric(metric)
+
+    async def tell(self, clock: int, version: int, report: dict[str, Any]) -> None:
+        """A period is over."""
+        if "metrics" in report:
+            metric = AgentEval(version=version, clock=clock, metrics=numbers(report["metrics"]))
+            await self._telemetry.metric(metric)
+        if self._metrics.due(asyncio.get_running_loop().time()):
+            await self.show_once()
+
+    def _heartbeat(self) -> Heartbeat:
+        head, stand = self._news.head, self._stand
+        return Heartbeat(
+            session=self._session,
+            clock=stand.clock,
+            progress=self._training.progress().steps_ever,
+            state=stand.state,
+            reason=stand.why,
+            seen_term=head.term if head is not None else 0,
+            seen_version=head.version if head is not None else 0,
+        )

@@ -1,0 +1,113 @@
+"""What an agent's update *is*, and what the agent does with a center. Knows no bus, no file and no training.
+
+| kind | the update of a period | with a center W |
+|---|---|---|
+| rounds | the deviation W_i − W from the center the period began with | W_i ← W_i + α (W − W_i) |
+| async | the progress W_end − W_start of that one period | W_i ← W, where it is newer than the one before |
+| elastic | d = α (W_i − W), which the agent gives up: W_i ← W_i − d | – |
+
+An elastic difference that is not merged is given back: W_i ← W_i + d. So nothing is counted twice, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from syncline.engine.mix import mix_
+from syncline.spec import RunSpec
+
+Verdicts = dict[int, bool]  # the last judged clocks of this agent: whether they were merged
+Pending = dict[int, Tensor]  # by clock: what is offered and not judged, as far as the agent has to remember it
+
+
+class Updates(Protocol):
+    needs_center: bool  # the update is made from the center that is newest when the period is over
+    pending: Pending
+
+    def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
+        """What was judged since."""
+        ...
+
+    def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
+        """A period begins. `center_P`: a newer center, or None; `first`: there is no W_i yet. Writes W_i, and into `from_P`
+        what the period is measured from."""
+        ...
+
+    def take(self, own_P: Tensor, from_P: Tensor, clock: int) -> Tensor:
+        """The update of the period that is over. `from_P`: as `begin` left it; the newest center where that is needed."""
+        ...
+
+
+class _Settled:
+    """Nothing has to be remembered until it is judged."""
+
+    needs_center = False
+
+    def __init__(self) -> None:
+        self.pending: Pending = {}
+
+    def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
+        pass
+
+    def take(self, own_P: Tensor, from_P: Tensor, clock: int) -> Tensor:
+        return own_P - from_P
+
+
+class Deviation(_Settled):
+    """Of synchronous rounds."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self._alpha = alpha
+
+    def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
+        assert center_P is not None, "every round begins with its center"
+        from_P.copy_(center_P)
+        mix_(own_P, center_P, 1.0 if first else self._alpha)
+
+
+class Progress(_Settled):
+    """Of asynchronous runs: the next period begins with the newest center, or goes on from where the last one ended."""
+
+    def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
+        if center_P is not None:
+            own_P.copy_(center_P)
+        from_P.copy_(own_P)
+
+
+class Elastic:
+    """Of elastic averaging (EASGD and AEASGD, arXiv:1412.6651): agent and center meet by the same difference."""
+
+    needs_center = True
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+        self.pending: Pending = {}
+
+    def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
+        newest = max(verdicts, default=0)
+        for clock in [c for c in sorted(self.pending) if c <= newest]:
+            difference_P = self.pending.pop(clock)
+            if not verdicts.get(clock, False):  # dropped, or never offered
+                own_P.add_(difference_P)
+
+    def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
+        if center_P is not None:
+            from_P.copy_(center_P)
+            if first:
+                own_P.copy_(center_P)
+
+    def take(self, own_P: Tensor, from_P: Tensor, clock: int) -> Tensor:
+        difference_P = torch.sub(own_P, from_P).mul_(self._alpha)
+        own_P.sub_(difference_P)
+        self.pending[clock] = difference_P
+        return difference_P
+
+
+def updates_of(spec: RunSpec) -> Updates:
+    if spec.mix.kind == "elastic":
+        return Elastic(spec.mix.alpha)
+    return Progress() if spec.sync.kind == "async" else Deviation(spec.mix.alpha)
