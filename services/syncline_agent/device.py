@@ -31,6 +31,11 @@ class Claim:
             return f"{self.device} {name}" + (" (shared: more agents than GPUs on this host)" if self.shared else "")
         return f"cpu ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else str(self.device)
 
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was told."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
 
 def claim_device(wanted: str, gpus: int | None = None, lock_dir: Path | None = None) -> Claim:
     """The device for `--device`. Raises ConfigError for one that is not there."""

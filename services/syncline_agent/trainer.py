@@ -13,10 +13,9 @@ W_i is kept on disk, so that an agent that was killed goes on from its own work.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 
 from syncline.child import Handler, serve
 from syncline.data.partition import Part
+from syncline.engine.duration import Duration
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, batches, evaluate, load_task, to_device
@@ -33,21 +33,14 @@ from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
 from syncline_agent.device import Claim, claim_device
-from syncline_agent.state import Kept, load_state, save_state
-from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STOP_EARLY, Period, outboxes
+from syncline_agent.inner import Inner
+from syncline_agent.state import load_state, save_state
+from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
 
 EVALUATION_ROWS = 512
 SAVE_EVERY_S = 1.0
 SAVE_SHARE = 0.05  # of an agent's time that saving may take
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-}
 
 
 class Trainer:
@@ -60,8 +53,10 @@ class Trainer:
         allowed: list[str],
         task_dir: Path,
         clock: Callable[[], float] = time.monotonic,
+        fitting: Callable[[float], int] | None = None,
     ) -> None:
-        self._clock = clock
+        """`fitting`: how many steps fit into so many seconds, where a simulation says so; else that is measured."""
+        self._clock, self._fitting = clock, fitting
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._wanted = device
         self._steps_ever = 0
@@ -83,7 +78,8 @@ class Trainer:
         model = self._task.model().to(self._claim.device)
         self._flat = FlatModel(model, self._layout, self._task.local)
         self._center_P = torch.empty_like(self._flat.flat_P)  # what a period is measured from
-        self._optimizer = self._make_optimizer()
+        self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
+        self._drawn = 0  # batches, in all periods; where these are given in seconds
         self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.nbytes)
         self._view = self._memory.view()
         self._updates = updates_of(settings)
@@ -95,7 +91,8 @@ class Trainer:
         if kept is not None:
             self._flat.flat_P.copy_(kept.own_P)
             self._flat.load()
-            kept.restore(self._optimizer)
+            self._inner.restore(kept)
+            self._drawn = kept.numbers.get("drawn", 0)
             self._updates.pending = {c: d.to(self._flat.flat_P.device) for c, d in kept.pending.items()}
         return {"clock": kept.clock if kept is not None else 0}
 
@@ -111,7 +108,7 @@ class Trainer:
         settings, rows = self._settings, len(self._dataset)
         torch.manual_seed(_seed(settings.seed, number, clock))
         began = self._clock()
-        loss, steps, seen = self._train(settings.local.steps_for(rows), clock, number)
+        loss, steps, seen = self._train(self._allotted(rows), clock, number)
         seconds = self._clock() - began
         answer: dict[str, Any] = {
             "steps": steps,
@@ -172,24 +169,40 @@ class Trainer:
         self._codec.decode(self._box(0), center_P)
         return center_P.to(self._flat.flat_P.device)
 
-    def _train(self, steps: int, clock: int, number: int) -> tuple[float | None, int, int]:
-        """Up to `steps` steps. Returns the mean loss, the steps made and the rows seen."""
-        PROGRESS.pack_into(self._view, 0, self._steps_ever, 0, 0, steps, len(self._dataset))
-        seen = done = 0
+    def _allotted(self, rows: int) -> Duration:
+        """How long this period lasts."""
+        local = self._settings.local
+        most, seconds = local.steps_for(rows), local.seconds
+        if seconds is not None and self._fitting is not None:
+            most, seconds = min(most, max(1, self._fitting(seconds))), None
+        return Duration(most, seconds)
 
-        def on_step(rows: int) -> bool:
-            nonlocal seen, done
-            seen, done, self._steps_ever = seen + rows, done + 1, self._steps_ever + 1
-            struct.pack_into("<QQ", self._view, 0, self._steps_ever, done)
-            return not self._stopped()
-
-        if steps == 0:
+    def _train(self, lasts: Duration, clock: int, number: int) -> tuple[float | None, int, int]:
+        """The steps of a period, or fewer where it is stopped. Returns the mean loss, the steps made and the rows seen."""
+        PROGRESS.pack_into(self._view, 0, self._steps_ever, 0, 0, lasts.expected, len(self._dataset))
+        if lasts.most == 0:
             return None, 0, 0
         local, seed = self._settings.local, self._settings.seed
-        stream = batches(self._dataset, local.batch_size, seed, number, (clock - 1) * steps)
-        placed = (to_device(batch, self._claim.device) for batch in itertools.islice(stream, steps))
-        loss = self._task.train(self._flat.model, self._optimizer, placed, on_step)
-        return loss, done, seen
+        first = self._drawn if local.seconds is not None else (clock - 1) * lasts.most
+        stream = batches(self._dataset, local.batch_size, seed, number, first)
+        seen, began_s = 0, self._clock()
+
+        def on_step(rows: int) -> bool:
+            nonlocal seen
+            seen, self._steps_ever = seen + rows, self._steps_ever + 1
+            if lasts.seconds is not None:
+                self._claim.synchronize()
+            more = lasts.stepped(self._clock() - began_s)
+            struct.pack_into("<QQ", self._view, 0, self._steps_ever, lasts.done)
+            struct.pack_into("<Q", self._view, STEPS_EXPECTED, lasts.expected)
+            return more and not self._stopped()
+
+        self._inner.period_begins()
+        batches_here = (to_device(batch, self._claim.device) for batch in _while_open(lasts, stream))
+        loss = self._task.train(self._flat.model, self._inner.optimizer, batches_here, on_step)
+        self._inner.period_ends(lasts.done)
+        self._drawn += lasts.done
+        return loss, lasts.done, seen
 
     def _stopped(self) -> bool:
         return bool(self._view[STOP_EARLY])
@@ -199,7 +212,7 @@ class Trainer:
         now_s = self._clock()
         if now_s < self._save_after_s and not at_once:
             return
-        kept = Kept.of(clock, self._flat.flat_P, self._optimizer, self._updates.pending)
+        kept = self._inner.kept(clock, self._flat.flat_P, self._updates.pending, self._drawn)
         save_state(self._state_path, kept, self._layout)
         took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
@@ -219,14 +232,17 @@ class Trainer:
             self._test_set = self._task.dataset(Part.test())
         return self._test_set
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        params = [p for p in self._flat.model.parameters() if p.requires_grad]
-        setting = self._settings.local.optimizer
-        return self._task.optimizer(params) or OPTIMIZERS[setting.kind](params, **setting.arguments)
-
     def _box(self, which: int) -> memoryview:
         begin = PROGRESS_BYTES + which * self._layout.nbytes
         return self._view[begin : begin + self._layout.nbytes]
+
+
+def _while_open(lasts: Duration, stream: Iterator[Any]) -> Iterator[Any]:
+    """Batches, none after the period's last: also for a task that does not listen to `on_step`."""
+    for _ in range(lasts.most):
+        yield next(stream)
+        if not lasts.is_open:
+            return
 
 
 def _seed(*parts: int) -> int:

@@ -14,6 +14,7 @@ from syncline.spec import Async, RunSpec
 PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress, and the wish to stop early
 PROGRESS_BYTES = 64
 STOP_EARLY = 16  # where that wish stands
+STEPS_EXPECTED = 24  # where Progress.steps stands
 
 
 class Progress(NamedTuple):
@@ -21,7 +22,7 @@ class Progress(NamedTuple):
 
     steps_ever: int  # since its process began; batches of an evaluation count too
     step: int  # made in this period
-    steps: int  # that this period has
+    steps: int  # that this period has; as far as one can tell, where it is given in seconds; 0: nobody can tell yet
     rows: int  # of this agent's part
 
 

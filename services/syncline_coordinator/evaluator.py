@@ -15,6 +15,7 @@ import torch
 
 from syncline.child import Handler, serve
 from syncline.data.partition import Part
+from syncline.optim import check_inner
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, load_task
@@ -46,6 +47,8 @@ class Evaluator:
         task = load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
         torch.manual_seed(settings.seed)
         model = task.model()
+        if not manifest:
+            check_inner(task, model, settings.local)
         layout = decode(Manifest, manifest) if manifest else manifest_of(model, chunk_bytes, task.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local), layout
         self._dataset = task.dataset(Part.test())

@@ -117,6 +117,11 @@ def doubts(spec: RunSpec) -> list[str]:
             f"mix.alpha: {mix.alpha} makes the center jump past the mean of {n} agents (N alpha = {n * mix.alpha:.3g}). "
             f"The usual value is 0.9 / N = {0.9 / n:.3g}"
         )
+    if spec.local.seconds is not None and spec.merge.weights == "uniform" and spec.merge.normalize is None:
+        found.append(
+            "merge.weights: uniform with local.seconds lets agents that make more steps pull the center to their own data. "
+            "Use merge.normalize: fednova to count all data alike, or merge.weights: steps to count the work done"
+        )
     if sync.kind == "async":
         found += _doubts_async(spec)
     return found

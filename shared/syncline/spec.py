@@ -19,6 +19,7 @@ from syncline.settings import parse as parse  # whoever wants a spec wants to pa
 from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
+MOST_STEPS = 1_000_000  # of a local period that is given in seconds
 
 
 class Agents(Settings):
@@ -166,15 +167,35 @@ Sync = Annotated[Rounds | Async, Field(discriminator="kind"), default_kind("roun
 
 
 class Optimizer(Settings):
-    """The agents' optimiser: a name of torch.optim and its keyword arguments."""
+    """The agents' optimiser: a name of torch.optim, in upper or lower case, and its keyword arguments."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    kind: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
-    lr: float = Field(0.1, ge=0)
+    kind: str = Field("sgd", min_length=1, max_length=100, description="sgd, adam, adamw, rmsprop, muon, …")
+    lr: float | None = Field(None, ge=0, description="Default: 0.1 for sgd, torch's own for the others.")
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"lr": self.lr, **(self.model_extra or {})}
+        lr = 0.1 if self.lr is None and self.kind.lower() == "sgd" else self.lr
+        return {**({} if lr is None else {"lr": lr}), **_arguments(self)}
+
+
+class Schedule(Settings):
+    """How the agents' learning rate goes on: a name of torch.optim.lr_scheduler, and its keyword arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    kind: str = Field(min_length=1, max_length=100, description="step, cosine, exponential, linear, onecycle, …")
+    per: Literal["period", "step"] = Field(
+        "period", description="What the schedule counts: the agent's own local periods, or its steps."
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return _arguments(self)
+
+
+def _arguments(setting: Settings) -> dict[str, Any]:
+    """Keyword arguments for torch, which wants pairs as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in (setting.model_extra or {}).items()}
 
 
 class Local(Settings):
@@ -182,19 +203,34 @@ class Local(Settings):
 
     steps: int | None = Field(None, ge=0, le=100_000_000, description="Local steps a period; default 20.")
     epochs: int | None = Field(None, ge=1, le=100_000, description="Passes over the agent's own part instead of steps.")
+    seconds: float | None = Field(
+        None, gt=0, le=86_400, description="As many steps as fit into so long, instead of steps; one at least."
+    )
+    max_steps: int | None = Field(
+        None, ge=1, le=100_000_000, description="The most steps of a period of `seconds`; default a million."
+    )
     batch_size: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
         32, description="Rows a step; `all`: the agent's whole part."
     )
     optimizer: Optimizer = Optimizer()
+    schedule: Schedule | None = Field(None, description="Of the learning rate; default: it stays as it is.")
+    clip_norm: float | None = Field(None, gt=0, description="The loss's gradient is clipped to this norm.")
+    clip_value: float | None = Field(None, gt=0, description="Every element of it is clipped to ± this.")
+    prox_mu: float = Field(0.0, ge=0, description="FedProx: pulls W_i to the center that the period began from.")
 
     @model_validator(mode="after")
     def _one_measure(self) -> Local:
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("both steps and epochs are given; leave one out")
+        given = [name for name in ("steps", "epochs", "seconds") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"both {' and '.join(given)} are given; leave one out")
+        if self.max_steps is not None and self.seconds is None:
+            raise ValueError("max_steps bounds a period of `seconds`, which is not given; use `steps`")
         return self
 
     def steps_for(self, rows: int) -> int:
-        """Local steps of one period over a part of `rows` rows."""
+        """Local steps of one period over a part of `rows` rows; the most of them where it is given in seconds."""
+        if self.seconds is not None:
+            return self.max_steps or MOST_STEPS
         if self.epochs is None:
             return 20 if self.steps is None else self.steps
         batch = rows if self.batch_size == "all" else self.batch_size

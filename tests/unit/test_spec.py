@@ -107,10 +107,21 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"sync": {"kind": "sync"}}, "sync.kind: 'sync' is not accepted. Use one of rounds, async"),
         ({"partition": {"kind": "dir"}}, "partition.kind: 'dir' is not accepted. Use one of iid, dirichlet, shards, natural"),
         ({"partition": {"alpha": 1}}, "partition.kind: is missing. Use one of iid, dirichlet, shards, natural"),
-        ({"local": {"optimizer": {"kind": "lamb"}}}, "local.optimizer.kind: 'lamb' is not accepted. Input should be 'sgd', "
-         "'adam', 'adamw', 'rmsprop' or 'adagrad'"),
+        ({"local": {"optimizer": {"kind": "adam", "lr": -1}}}, "local.optimizer.lr: -1 is not accepted. Input should be greater "
+         "than or equal to 0"),
+        ({"local": {"prox_mu": -1}}, "local.prox_mu: -1 is not accepted. Input should be greater than or equal to 0"),
+        ({"local": {"clip_norm": 0}}, "local.clip_norm: 0 is not accepted. Input should be greater than 0"),
+        ({"local": {"seconds": 0}}, "local.seconds: 0 is not accepted. Input should be greater than 0"),
+        ({"local": {"schedule": {"per": "step"}}}, "local.schedule.kind: is missing. Add it"),
+        ({"local": {"schedule": {"kind": "step", "per": "epoch"}}}, "local.schedule.per: 'epoch' is not accepted. Input should "
+         "be 'period' or 'step'"),
         # settings that have no meaning beside others
         ({"local": {"steps": 5, "epochs": 1}}, "local: both steps and epochs are given; leave one out"),
+        ({"local": {"steps": 5, "seconds": 1}}, "local: both steps and seconds are given; leave one out"),
+        ({"local": {"steps": 5, "max_steps": 9}}, "local: max_steps bounds a period of `seconds`, which is not given; use `steps`"),
+        ({"merge": {"normalize": "fednova"}, "mix": {"alpha": 0.5}}, "merge.normalize: fednova divides what a period has "
+         "changed by its steps, and with mix.alpha = 0.5 an update holds more than that. Leave mix.alpha at 1, or leave "
+         "merge.normalize out"),
         ({"stop": {"target": {"metric": "loss"}}}, "stop.target: give either at_least or at_most"),
         ({"stop": {"target": {"at_least": 1, "at_most": 2}}}, "stop.target: give either at_least or at_most"),
         ({"agents": {"min": 4, "max": 2}}, "agents.max: 2 is below agents.min = 4. Raise it or leave it out"),
@@ -204,6 +215,8 @@ def test_an_empty_file_is_no_spec(tmp_path: Path) -> None:
         ({"epochs": 3, "batch_size": "all"}, 100, 3),
         ({"epochs": 1, "batch_size": 32}, 0, 0),
         ({"epochs": 1, "batch_size": "all"}, 0, 0),
+        ({"seconds": 2.5}, 100, 1_000_000),
+        ({"seconds": 2.5, "max_steps": 7}, 100, 7),
     ],
 )
 def test_a_local_period_is_so_many_steps(local: dict[str, Any], rows: int, steps: int) -> None:
@@ -212,6 +225,8 @@ def test_a_local_period_is_so_many_steps(local: dict[str, Any], rows: int, steps
 
 def test_an_optimizer_takes_the_arguments_of_its_kind() -> None:
     assert Optimizer(kind="adam", lr=0.001, weight_decay=0.01).arguments == {"lr": 0.001, "weight_decay": 0.01}  # type: ignore[call-arg]
+    assert Optimizer(kind="adam", betas=[0.8, 0.9]).arguments == {"betas": (0.8, 0.9)}, "torch has a rate of its own"  # type: ignore[call-arg]
+    assert Optimizer().arguments == Optimizer(kind="SGD").arguments == {"lr": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -230,3 +245,10 @@ def test_settings_that_are_rarely_meant_are_warned_of() -> None:
     (warning,) = spec(mix={"alpha": 0}, agents={"min": 2}).warnings
     assert warning.startswith("mix.alpha: 0 trains every agent alone")
     assert spec(mix={"alpha": 0}).warnings == [], "one agent is alone anyway"
+
+
+def test_seconds_with_uniform_weights_are_warned_of() -> None:
+    (warning,) = spec(local={"seconds": 3}).warnings
+    assert warning.startswith("merge.weights: uniform with local.seconds") and "merge.normalize: fednova" in warning
+    for merge in ({"weights": "steps"}, {"weights": "samples"}, {"normalize": "fednova"}):
+        assert spec(local={"seconds": 3}, merge=merge).warnings == []

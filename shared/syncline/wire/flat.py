@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from syncline.engine.gradients import Site
 from syncline.errors import ConfigError, PeerError
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
 
@@ -59,11 +60,15 @@ class FlatModel:
             raise PeerError(f"the task's model differs from the run's: {odd}. Is the task's code the same everywhere?")
         device = next(iter(tensors.values())).device
         self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
+        self.sites: list[Site] = []  # the trainable ones, and where they lie
         self._apart: list[tuple[Tensor, Tensor]] = []
         for entry in manifest.tensors:
             tensor = tensors[entry.name]
-            view = self.flat_P[entry.offset : entry.offset + entry.elements].view(entry.shape)
+            where = slice(entry.offset, entry.offset + entry.elements)
+            view = self.flat_P[where].view(entry.shape)
             view.copy_(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                self.sites.append(Site(tensor, where))
             if tensor.dtype == self.flat_P.dtype:
                 tensor.data = view
             else:

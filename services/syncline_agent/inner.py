@@ -1,0 +1,54 @@
+"""The inner optimiser of an agent: with its schedule, and with what is done to the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from syncline.engine.gradients import Gradients
+from syncline.errors import ConfigError
+from syncline.optim import advance, inner_of
+from syncline.spec import Local
+from syncline.tasks.base import Task
+from syncline.wire.flat import FlatModel
+from syncline_agent.state import Kept
+
+NEED_STEPS = ("clip_norm", "clip_value", "prox_mu", "schedule")  # settings that work through the optimiser's steps
+
+
+class Inner:
+    """`optimizer` is what the task trains with. `center_P`: the center that the period began from, kept up to date outside."""
+
+    def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:
+        self.optimizer, self._schedule = inner_of(task, flat.model, local)
+        self._per_step = self._schedule is not None and local.schedule is not None and local.schedule.per == "step"
+        self._needs_steps = [name for name in NEED_STEPS if getattr(local, name)]
+        self.gradients = Gradients(
+            flat.sites, center_P, prox_mu=local.prox_mu, clip_norm=local.clip_norm, clip_value=local.clip_value
+        )
+        if self._needs_steps:
+            self.gradients.attach(self.optimizer)
+        if self._schedule is not None and self._per_step:
+            schedule = self._schedule
+            self.optimizer.register_step_post_hook(lambda *_: advance(schedule))
+
+    def period_begins(self) -> None:
+        self.gradients.steps = 0
+
+    def period_ends(self, steps: int) -> None:
+        """`steps`: as the task has counted them. Raises ConfigError where settings could have no effect."""
+        if steps and self._needs_steps and not self.gradients.steps:
+            raise ConfigError(
+                f"local.{self._needs_steps[0]}",
+                "has no effect: the task's `train` makes no step with the optimiser that it is given",
+                "Have it call `optimizer.step()`, or leave the setting out",
+            )
+        if self._schedule is not None and not self._per_step and steps:
+            advance(self._schedule)
+
+    def kept(self, clock: int, own_P: Tensor, pending: Mapping[int, Tensor], drawn: int) -> Kept:
+        return Kept.of(clock, own_P, self.optimizer, pending, self._schedule, drawn)
+
+    def restore(self, kept: Kept) -> None:
+        kept.restore(self.optimizer, self._schedule)

@@ -1,0 +1,99 @@
+"""What is done to the gradients of a local period: clipping, the pull of FedProx, the control variates of SCAFFOLD.
+
+It hangs on the optimiser, between a task's backward pass and the optimiser's step, so that a task with a `train` of its own
+has it too. Knows no run, no agent and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncline.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A parameter that is averaged, and its place in the flat vector."""
+
+    parameter: nn.Parameter
+    where: slice
+
+    def of(self, flat_P: Tensor) -> Tensor:
+        """The part of a flat vector that belongs to this parameter, in its shape; shares the memory."""
+        return flat_P[self.where].view(self.parameter.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """SCAFFOLD in one period. P: elements of the flat vector."""
+
+    correction_P: Tensor  # c − c_i
+    gradients_P: Tensor  # the sum of the loss's gradients so far
+
+
+class Gradients:
+    """Between backward pass and step, in this order, with g the loss's gradient:
+
+    1. every element of g is clipped to ± `clip_value`; then g as a whole to the norm `clip_norm`;
+    2. g += μ (w − x) with x the center that the period began from (FedProx, arXiv:1812.06127);
+    3. g += c − c_i (SCAFFOLD, arXiv:1910.06378).
+
+    What is not set costs nothing and changes no bit. `center_P` is read at each step: whoever owns it keeps it up to date.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        center_P: Tensor,
+        *,
+        prox_mu: float = 0.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> None:
+        self._sites, self._center_P = sites, center_P
+        self._mu, self._clip_norm, self._clip_value = prox_mu, clip_norm, clip_value
+        self.control: Control | None = None
+        self.steps = 0  # that the optimiser was asked for
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self._before_step)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(callable(x) for x in (*args[1:], *kwargs.values())):  # args[0] is the optimiser
+            raise ConfigError(
+                "local",
+                f"{type(optimizer).__name__} computes gradients inside its own step, where clipping, prox_mu and "
+                "control_variates cannot reach them",
+                "Use an optimiser without a closure, or leave those settings out",
+            )
+        self.steps += 1
+        self._clip([p for group in optimizer.param_groups for p in group["params"]])
+        if self._mu or self.control is not None:
+            for site in self._sites:
+                self._correct(site)
+
+    def _clip(self, parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+        if self._clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self._clip_value)
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+
+    def _correct(self, site: Site) -> None:
+        """Computed in the center's dtype. A parameter that the loss did not touch has a gradient of zero."""
+        w = site.parameter
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+        if self.control is not None:
+            site.of(self.control.gradients_P).add_(w.grad)
+            w.grad.add_(site.of(self.control.correction_P))
+        if self._mu:
+            w.grad.add_(w.to(self._center_P.dtype) - site.of(self._center_P), alpha=self._mu)
