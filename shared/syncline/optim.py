@@ -77,15 +77,7 @@ def _schedule(local: Local, optimizer: Optimizer) -> LRScheduler | None:
         return None
     kind = setting.kind.lower().replace("_", "").replace("-", "").removesuffix("lr")
     made = _known(SCHEDULES, "local.schedule.kind", kind, setting.kind)
-    before = [dict(group) for group in optimizer.param_groups]
-
-    def make(**kwargs: Any) -> LRScheduler:
-        for group, was in zip(optimizer.param_groups, before, strict=True):
-            group.clear()  # whatever an attempt before has set
-            group.update(was)
-        return made(optimizer, **kwargs)
-
-    return _made("local.schedule", made, make, setting.arguments)
+    return _made("local.schedule", made, lambda **kwargs: made(optimizer, **kwargs), setting.arguments)
 
 
 def _known(registry: Mapping[str, type[T]], setting: str, kind: str, written: str) -> type[T]:

@@ -107,8 +107,8 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"sync": {"kind": "sync"}}, "sync.kind: 'sync' is not accepted. Use one of rounds, async"),
         ({"partition": {"kind": "dir"}}, "partition.kind: 'dir' is not accepted. Use one of iid, dirichlet, shards, natural"),
         ({"partition": {"alpha": 1}}, "partition.kind: is missing. Use one of iid, dirichlet, shards, natural"),
-        ({"local": {"optimizer": {"kind": "adam", "lr": -1}}}, "local.optimizer.lr: -1 is not accepted. Input should be greater "
-         "than or equal to 0"),
+        ({"local": {"optimizer": {"kind": "adam", "lr": -1}}}, "local.optimizer.lr: -1 is not accepted. Input should be "
+         "greater than or equal to 0"),
         ({"local": {"prox_mu": -1}}, "local.prox_mu: -1 is not accepted. Input should be greater than or equal to 0"),
         ({"local": {"clip_norm": 0}}, "local.clip_norm: 0 is not accepted. Input should be greater than 0"),
         ({"local": {"seconds": 0}}, "local.seconds: 0 is not accepted. Input should be greater than 0"),
@@ -118,9 +118,10 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         # settings that have no meaning beside others
         ({"local": {"steps": 5, "epochs": 1}}, "local: both steps and epochs are given; leave one out"),
         ({"local": {"steps": 5, "seconds": 1}}, "local: both steps and seconds are given; leave one out"),
-        ({"local": {"steps": 5, "max_steps": 9}}, "local: max_steps bounds a period of `seconds`, which is not given; use `steps`"),
+        ({"local": {"steps": 5, "max_steps": 9}}, "local: max_steps bounds a period of `seconds`, which is not "
+         "given; use `steps`"),
         ({"merge": {"normalize": "fednova"}, "mix": {"alpha": 0.5}}, "merge.normalize: fednova divides what a period has "
-         "changed by its steps, and with mix.alpha = 0.5 an update holds more than that. Leave mix.alpha at 1, or leave "
+         "changed by its steps, and with mix = interpolate 0.5 an update holds more than that. Leave mix.alpha at 1, or leave "
          "merge.normalize out"),
         ({"stop": {"target": {"metric": "loss"}}}, "stop.target: give either at_least or at_most"),
         ({"stop": {"target": {"at_least": 1, "at_most": 2}}}, "stop.target: give either at_least or at_most"),

@@ -1,0 +1,77 @@
+"""A training child without a process, for unit tests: asked as the service asks it, through shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec, parse
+from syncline.tasks.base import Task, load_task
+from syncline.wire.flat import DTYPES, FlatModel, manifest_of
+from syncline.wire.messages import encode
+from syncline_agent.trainer import Trainer
+from syncline_agent.training import PROGRESS, PROGRESS_BYTES, Progress
+
+REGRESSION = "syncline.tasks.quadratic:LinearRegression"
+
+
+class Ticking:
+    """A clock that goes on by so much with every look at it, and by a while between periods."""
+
+    def __init__(self, tick_s: float = 0.0) -> None:
+        self.tick_s, self.now_s = tick_s, 0.0
+
+    def __call__(self) -> float:
+        self.now_s += self.tick_s
+        return self.now_s
+
+
+class Child:
+    """`period` after `period`; what a session keeps is kept here: the clock."""
+
+    def __init__(
+        self,
+        path: Path,
+        spec: dict[str, Any],
+        *,
+        clock: Ticking | None = None,
+        fitting: Callable[[float], int] | None = None,
+        number: int = 0,
+        parts: int = 1,
+    ) -> None:
+        settings = parse(RunSpec, {"task": REGRESSION, "seed": 3, **spec})
+        self.number, self.parts, self.version = number, parts, 0
+        self.task: Task = load_task(settings.task, settings.task_options, ["*"], Path("/"))
+        torch.manual_seed(settings.seed)
+        model = self.task.model()
+        self.layout = manifest_of(model, 4096, self.task.local)
+        self.initial_P = FlatModel(model, self.layout, self.task.local).flat_P.clone()
+        self.memory = SharedMemory()
+        self.memory.grow(PROGRESS_BYTES)
+        self._clock = clock or Ticking()
+        self.trainer = Trainer(self.memory, "cpu", ["*"], Path("/"), self._clock, fitting)
+        self.clock = self.trainer.prepare(settings.model_dump(mode="json"), encode(self.layout), str(path))["clock"]
+
+    def period(self, center_P: Tensor) -> dict[str, Any]:
+        """One local period from this center; the answer, with the update as `update`."""
+        self._box(0).copy_(center_P)
+        self.clock += 1
+        self._clock.now_s += 60.0  # it is time to save again
+        answer = self.trainer.period(self.version, self.clock, self.number, self.parts)
+        self.version += 1
+        return {**answer, "update": self._box(1).clone()}
+
+    @property
+    def progress(self) -> Progress:
+        ever, step, _, steps, rows = PROGRESS.unpack_from(self.memory.view())
+        return Progress(ever, step, steps, rows)
+
+    def _box(self, which: int) -> Tensor:
+        layout = self.layout
+        offset = PROGRESS_BYTES + which * layout.nbytes
+        return torch.frombuffer(self.memory.view(), dtype=DTYPES[layout.dtype], count=layout.elements, offset=offset)
