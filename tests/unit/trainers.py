@@ -15,7 +15,7 @@ from syncline.tasks.base import Task, load_task
 from syncline.wire.flat import DTYPES, FlatModel, manifest_of
 from syncline.wire.messages import encode
 from syncline_agent.trainer import Trainer
-from syncline_agent.training import PROGRESS, PROGRESS_BYTES, Progress
+from syncline_agent.training import PROGRESS, PROGRESS_BYTES, Period, Progress
 
 REGRESSION = "syncline.tasks.quadratic:LinearRegression"
 
@@ -62,7 +62,8 @@ class Child:
         self._box(0).copy_(center_P)
         self.clock += 1
         self._clock.now_s += 60.0  # it is time to save again
-        answer = self.trainer.period(self.version, self.clock, self.number, self.parts)
+        asked = Period(self.version, self.clock, self.number, self.parts)
+        answer = self.trainer.period(**asked._asdict())
         self.version += 1
         return {**answer, "update": self._box(1).clone()}
 
