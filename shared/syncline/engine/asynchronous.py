@@ -118,7 +118,7 @@ class Asynchronous(Policy):
         if self.stop:
             return self._finish(self.stop)
         if self.version >= self.versions:
-            return self._finish(f"{self.versions} versions")
+            return self._go_on(now_s)
         drops: list[Command] = [drop for o in self.waiting if (drop := self._too_stale(o)) is not None]
         self.waiting = [o for o in self.waiting if o.clock > self.judged.get(o.agent, 0)]
         return [*drops, *self._let_run(), *self._close(now_s)]
@@ -127,6 +127,8 @@ class Asynchronous(Policy):
     def _go_on(self, now_s: float) -> list[Command]:
         if not (self.waiting or self.merging) and (end := self._nobody_can_train()):
             return end
+        if self.state != "merging" and self.version >= self.versions:
+            return self._finish(f"{self.versions} versions")
         if not self.started:
             if len(self.live) < self.min_agents:
                 return []
