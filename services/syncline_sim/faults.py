@@ -209,7 +209,7 @@ class Weather:
     share_lost: float = 0.0
     slow_s: dict[str, float] = field(default_factory=dict)  # service → seconds more
 
-    def delay(self, source: str, target: str, kind: str) -> float | None:
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         if self.share_lost and kind in CORE_KINDS and self.rng.random() < self.share_lost:
             return None
         who = (target if source == BROKER else source).partition("/")[0]
