@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
@@ -24,7 +23,7 @@ from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.bus.memory_faults import Operation
 from syncline.bus.memory_store import Stream
 from syncline.child import ChildDied
-from syncline.errors import BusError, PeerError
+from syncline.errors import BusError, ConfigError, PeerError
 from syncline.shm import SharedMemory
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
@@ -33,6 +32,7 @@ from syncline_agent.session import Superseded
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.books import Books
 from syncline_sim.children import Children, StubChildren, TaskChildren
+from syncline_sim.dice import Dice
 from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
 from syncline_sim.guard import guarded, quiet
 from syncline_sim.inline import InlineChild, InlineTraining
@@ -81,9 +81,9 @@ class Stage:
 
 def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 240.0) -> Outcome:
     """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
-    order = random.Random(f"{seed} order") if scene.shuffled else None
+    order = Dice(f"{seed} order") if scene.shuffled else None
     loop = VirtualLoop(order, longest_s=longest_s)
-    weather = Weather(random.Random(f"{seed} network"), scene.longest_delay_s)
+    weather = Weather(Dice(f"{seed} network"), scene.longest_delay_s)
     with tempfile.TemporaryDirectory() as disk, guarded(), quiet():
         stub = scene.children == "stub"
         children = StubChildren(scene) if stub else TaskChildren(scene, Path(disk), loop.time)
@@ -101,6 +101,7 @@ class World:
         self.scene, self.faults, self.seed, self.loop = scene, faults, seed, loop
         self.children, self.weather, self.books = stage.children, stage.weather, stage.books
         self.timeline: list[str] = []
+        self.refused: ConfigError | None = None  # what the coordinator says of the spec
         self.lives: dict[str, Life] = {}  # by connection
         self._operations: dict[str, int] = {}
         self._trace = hashlib.blake2b(digest_size=16)
@@ -180,6 +181,10 @@ class World:
                 answer = Submitted(problem="nobody answers")
             if answer.run or "already" in answer.problem:
                 return
+            if answer.setting not in ("", "spec"):  # the user's input is wrong, and asking again mends nothing
+                self.refused = ConfigError(answer.setting, answer.problem, answer.mend)
+                self._ended.set()
+                return
             await asyncio.sleep(ASK_AGAIN_S)
 
     # -- services ------------------------------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ class World:
     def _begin(self, life: Life, work: Any) -> None:
         context = self._context.copy()
         context.run(_life.set, life)
-        context.run(chance.source.set, random.Random(f"{self.seed} {life.connection}"))
+        context.run(chance.source.set, Dice(f"{self.seed} {life.connection}"))
         context.run(chance.wall_clock.set, self.broker.now)
         task = self.loop.create_task(work, context=context)
         task.add_done_callback(partial(self._on_exit, life), context=self._context)
@@ -330,8 +335,9 @@ class World:
     # -- the end -------------------------------------------------------------------------------------------------------
     def _check_the_end(self) -> None:
         head, spec = self.books.head, self.scene.spec
-        assert head is not None
-        if head.phase != "done":
+        if head is None:
+            self._problem(f"the run was refused: {self.refused}")
+        elif head.phase != "done":
             self._problem(f"the run ended as {head.phase}: {head.reason}")
         elif spec.stop.target is None and head.version != spec.stop.versions:
             self._problem(f"the run was done at version {head.version} of {spec.stop.versions}")

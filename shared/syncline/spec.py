@@ -17,6 +17,7 @@ from syncline.errors import ConfigError
 from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
+SIM_SECTION = "sim"  # of a spec's file: what a simulation of the run needs, and nobody else
 
 
 class Settings(BaseModel):
@@ -152,6 +153,7 @@ class Evaluate(Settings):
     """Held-out evaluation. It never holds up merging: a version that comes while one is evaluated is skipped."""
 
     center: bool = Field(True, description="The coordinator evaluates the center.")
+    every: int = Field(1, ge=1, description="… at every so many versions, and at the last one.")
     agents: bool = Field(False, description="Every agent evaluates its own W_i after each period.")
 
 
@@ -251,38 +253,45 @@ class RunSpec(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-def parse(model: type[S], data: Any) -> S:
-    """Validated settings, or one ConfigError that lists everything wrong."""
+def parse(model: type[S], data: Any, section: str = "") -> S:
+    """Validated settings, or one ConfigError that lists everything wrong. `section`: where in the spec they stand."""
     if not isinstance(data, dict):
-        raise ConfigError("spec", f"is a {type(data).__name__}, not a mapping", "Start with a line like `task: …`")
+        mend = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
+        raise ConfigError(section or "spec", f"is a {type(data).__name__}, not a mapping", mend)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(model, item) for item in error.errors()]
+        problems = [_explain(model, item, section) for item in error.errors()]
         first = problems[0]
         rest = "".join(f"\n{p}" for p in problems[1:])
         raise ConfigError(first.setting, first.problem, first.mend + rest) from None
 
 
 def load_spec(path: Path, **overrides: Any) -> RunSpec:
-    """The spec in a YAML file; `overrides` replace top-level settings."""
+    """The spec in a YAML file, without what it says of a simulation; `overrides` replace top-level settings."""
+    data = read_yaml(path)
+    if isinstance(data, dict):
+        data = {**{name: value for name, value in data.items() if name != SIM_SECTION}, **overrides}
+    return parse(RunSpec, data)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError."""
     try:
-        data = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError("spec", f"{path}: {error.strerror}", "Name a YAML file that you can read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("spec", f"{path} is not YAML: {error}", "Mend the line it names") from None
-    if isinstance(data, dict):
-        data = {**data, **overrides}
-    return parse(RunSpec, data)
 
 
-def _explain(model: type[BaseModel], item: Any) -> ConfigError:
+def _explain(model: type[BaseModel], item: Any, section: str = "") -> ConfigError:
     """Pydantic's finding in the words of the user: setting, value, mend."""
     kind, value, loc = item["type"], item.get("input"), [str(p) for p in item["loc"]]
     own = len(loc) - (kind == "extra_forbidden")  # the last name is the user's then, and may read like a tag
-    path = [p for i, p in enumerate(loc) if i >= own or p not in _UNION_TAGS]
-    setting = ".".join(path) or "spec"
+    tags = _UNION_TAGS | _kinds_in(model)
+    path = [p for i, p in enumerate(loc) if i >= own or p not in tags]
+    setting = ".".join([section, *path] if section else path) or "spec"
     if kind == "extra_forbidden":
         known = _settings_at(model, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
@@ -299,14 +308,13 @@ def _explain(model: type[BaseModel], item: Any) -> ConfigError:
     return ConfigError(setting, f"{value!r} is not accepted", message[:1].upper() + message[1:])
 
 
-_UNION_TAGS = frozenset(
-    {"iid", "dirichlet", "shards", "natural", "function-after", "literal['all']", "constrained-int"}
-)
+_UNION_TAGS = frozenset({"function-after", "literal['all']", "constrained-int"})
 
 
 def _settings_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The names of the settings of a section, for «did you mean»."""
-    return sorted({name for section in _sections_at(model, path) for name in section.model_fields})
+    beside = [SIM_SECTION] if model is RunSpec and not path else []
+    return sorted({name for section in _sections_at(model, path) for name in section.model_fields} | {*beside})
 
 
 def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -316,9 +324,16 @@ def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 def _sections_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     found: list[type[BaseModel]] = [model]
-    for name in path:
+    for name in (p for p in path if not p.isdigit()):
         found = [m for section in found if (f := section.model_fields.get(name)) for m in _models_in(f.annotation)]
     return found
+
+
+def _kinds_in(model: type[BaseModel]) -> set[str]:
+    """Every value of a `kind` below, which pydantic puts into the place of an error."""
+    below = [m for field in model.model_fields.values() for m in _models_in(field.annotation)]
+    here = [kind for m in below if (f := m.model_fields.get("kind")) for kind in get_args(f.annotation)]
+    return {*here, *(kind for m in below for kind in _kinds_in(m))}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
