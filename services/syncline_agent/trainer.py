@@ -72,7 +72,7 @@ class Trainer:
     def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]:
         """Loads the task, makes the model, and finds what this agent kept of the run. Answers with its clock."""
         settings = self._settings = parse(RunSpec, spec)
-        self._task: Task = load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+        self._task = self.load_task(settings)
         self._layout = decode(Manifest, manifest)
         torch.manual_seed(settings.seed)
         model = self._task.model().to(self._claim.device)
@@ -139,6 +139,9 @@ class Trainer:
 
     def questions(self) -> dict[str, Handler]:
         return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
+
+    def load_task(self, settings: RunSpec) -> Task:
+        return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
 
     # -- the steps of a period -----------------------------------------------------------------------------------------
     def _take_part(self, number: int, parts: int) -> None:

@@ -44,7 +44,7 @@ class Evaluator:
     def describe(self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"") -> dict[str, Any]:
         """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one."""
         settings = parse(RunSpec, spec)
-        task = load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+        task = self.load_task(settings)
         torch.manual_seed(settings.seed)
         model = task.model()
         if not manifest:
@@ -76,6 +76,9 @@ class Evaluator:
 
     def questions(self) -> dict[str, Handler]:
         return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
+
+    def load_task(self, settings: RunSpec) -> Task:
+        return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
 
     def _buffer(self, which: int) -> torch.Tensor:
         view, layout = self._memory.view(), self._layout

@@ -304,7 +304,7 @@ class Run:
         }
         await self._move(head.model_copy(update=moved), roster)
         totals.opened_at_s = _now()
-        if parts.evaluation is not None:
+        if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
             parts.evaluation.offer(plan.version, parts.center.current)
         if self._round_pace.due(_now()) or not start:
             await parts.telemetry.metric(self._round_metric(done, seconds))

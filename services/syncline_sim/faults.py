@@ -5,12 +5,12 @@ Every fault ends by itself. Once the last one is over the run has to finish. Tim
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from syncline.bus.memory_faults import BROKER, CORE_KINDS
+from syncline_sim.dice import Dice
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,16 @@ class Crash:
     when: Literal["before", "done"] = "before"
     down_s: float = 0.5  # until it is started again
     disk: bool = True  # it finds its state directory again
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """The service is dead for a while: whatever it was doing, it dies at this time."""
+
+    service: str
+    at_s: float
+    for_s: float
+    disk: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,7 @@ class Zombie:
 
 
 AtOperation = Crash | Unanswered
-Fault = AtOperation | Cut | BrokerDown | Lose | Delay | KillTrainer | Twin | Zombie
+Fault = AtOperation | Down | Cut | BrokerDown | Lose | Delay | KillTrainer | Twin | Zombie
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,9 @@ class Faults:
         disk: bool = True,
     ) -> Faults:
         return self._and(Crash(service, at_op, when, down_s, disk))
+
+    def down(self, service: str, *, after_s: float, for_s: float, disk: bool = True) -> Faults:
+        return self._and(Down(service, after_s, for_s, disk))
 
     def cut(self, service: str, *, after_s: float, for_s: float) -> Faults:
         return self._and(Cut(service, after_s, for_s))
@@ -151,9 +164,9 @@ class Faults:
         )
 
     @classmethod
-    def random(cls, rng: random.Random, services: Sequence[str], *, most: int = 6, within_s: float = 3.0) -> Faults:
+    def random(cls, rng: Dice, services: Sequence[str], *, most: int = 6, within_s: float = 3.0) -> Faults:
         """Up to `most` faults that begin within `within_s`; crashes within the first few hundred operations."""
-        return cls(tuple(_draw(rng, services, within_s) for _ in range(rng.randint(0, most))))
+        return cls(tuple(_draw(rng, services, within_s) for _ in range(rng.between(0, most))))
 
 
 def shrunk(faults: Faults, fails: Callable[[Faults], bool]) -> Faults:
@@ -169,7 +182,7 @@ def shrunk(faults: Faults, fails: Callable[[Faults], bool]) -> Faults:
     return faults
 
 
-def _draw(rng: random.Random, services: Sequence[str], within_s: float) -> Fault:
+def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
     agents = [s for s in services if s != "coordinator"]
     service, agent, at_s = rng.choice(services), rng.choice(agents), round(rng.uniform(0.0, within_s), 3)
     for_s = round(0.02 * 1000 ** rng.random(), 3)  # 20 ms to 20 s, every order of magnitude as often
@@ -181,9 +194,9 @@ def _draw(rng: random.Random, services: Sequence[str], within_s: float) -> Fault
             whom = "coordinator" if rng.random() < 0.6 else agent
             most = 250 if whom == "coordinator" else 60
             when: Literal["before", "done"] = "done" if rng.random() < 0.5 else "before"
-            return Crash(whom, rng.randint(1, most), when, min(for_s, 5.0), rng.random() < 0.8)
+            return Crash(whom, rng.between(1, most), when, min(for_s, 5.0), rng.random() < 0.8)
         case "unanswered":
-            return Unanswered(service, rng.randint(1, 250 if service == "coordinator" else 60), for_s)
+            return Unanswered(service, rng.between(1, 250 if service == "coordinator" else 60), for_s)
         case "cut":
             return Cut(service, at_s, for_s)
         case "broker":
@@ -204,12 +217,12 @@ def _draw(rng: random.Random, services: Sequence[str], within_s: float) -> Fault
 class Weather:
     """The network of a simulation: uniform delays up to `longest_s`, worse while a fault says so."""
 
-    rng: random.Random
+    rng: Dice
     longest_s: float
     share_lost: float = 0.0
     slow_s: dict[str, float] = field(default_factory=dict)  # service → seconds more
 
-    def delay(self, source: str, target: str, kind: str) -> float | None:
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         if self.share_lost and kind in CORE_KINDS and self.rng.random() < self.share_lost:
             return None
         who = (target if source == BROKER else source).partition("/")[0]

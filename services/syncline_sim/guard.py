@@ -45,8 +45,9 @@ def _no_clock() -> float:
 
 
 @contextmanager
-def guarded(prefix: str = "syncline") -> Iterator[None]:
-    """Callers in modules whose names begin with `prefix` get no real time and no real randomness; nobody gets a thread."""
+def guarded(prefix: str = "syncline", *, threads: bool = False) -> Iterator[None]:
+    """Callers in modules whose names begin with `prefix` get no real time and no real randomness; nobody gets a thread,
+    unless `threads` lets a user's task do as it likes."""
     before: list[tuple[Any, str, Any]] = []
 
     def put(owner: Any, name: str, stand_in: Any) -> None:
@@ -58,7 +59,8 @@ def guarded(prefix: str = "syncline") -> Iterator[None]:
         for owner, names in _GUARDED:
             for name in names:
                 put(owner, name, _checked(f"{owner.__name__}.{name}", getattr(owner, name), prefix))
-        put(threading.Thread, "start", _no_thread)
+        if not threads:
+            put(threading.Thread, "start", _no_thread)
         yield
     finally:
         for owner, name, was in reversed(before):

@@ -17,7 +17,7 @@ from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
 from syncline.wire.messages import encode
-from syncline_agent.training import PROGRESS_BYTES, ChildTraining, Period, outboxes
+from syncline_agent.training import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
 from syncline_agent.updates import updates_of
 
 TASK = "syncline_sim.inline:Stub"  # the name stubs go by; nothing is loaded
@@ -37,7 +37,7 @@ class InlineChild:
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         asked: dict[str, Any] = msgpack.unpackb(msgpack.packb({"ask": question, **fields}), strict_map_key=False)
         async with self._lock:
-            if not await self._spend(self._seconds(asked), question == "period"):
+            if not await self._spend(asked):
                 return {"stopped": True}
             said: dict[str, Any] = msgpack.unpackb(msgpack.packb(answer(self._handlers, asked)), strict_map_key=False)
         if "error" in said:
@@ -51,18 +51,26 @@ class InlineChild:
         """As if the kernel had killed it."""
         self._died.set()
 
-    async def _spend(self, seconds: float, period: bool) -> bool:
+    def show(self) -> None:
+        """Progress is asked for: it lies in the shared memory."""
+
+    def stop(self) -> None:
+        """The wish to end the period lies in the shared memory."""
+
+    async def _spend(self, asked: dict[str, Any]) -> bool:
         """Lets the time pass; a period shows progress, and ends early (False) where the service asks for it."""
-        view = self._memory.view() if period else memoryview(b"")
-        if period:
-            view[8:17] = bytes(9)
-        for _ in range(SLICES if period else 1):
-            await self._pause(seconds / (SLICES if period else 1))
-            if period:
-                ever, steps = struct.unpack_from("<QQ", view)
-                struct.pack_into("<QQ", view, 0, ever + 1, steps + 1)
-                if view[16]:
-                    return False
+        seconds = self._seconds(asked)
+        if asked["ask"] != "period":
+            await self._pause(seconds)
+            return True
+        view = self._memory.view()
+        view[8:17] = bytes(9)
+        for _ in range(SLICES):
+            await self._pause(seconds / SLICES)
+            ever, steps = struct.unpack_from("<QQ", view)
+            struct.pack_into("<QQ", view, 0, ever + 1, steps + 1)
+            if view[16]:
+                return False
         return True
 
     async def _pause(self, seconds: float) -> None:
@@ -71,7 +79,11 @@ class InlineChild:
                 await self._died.wait()
         except TimeoutError:
             return
-        raise ChildDied("process was killed by SIGKILL")
+        self._insist_on_life()
+
+    def _insist_on_life(self) -> None:
+        if self._died.is_set():
+            raise ChildDied("process was killed by SIGKILL")
 
 
 class InlineTraining(ChildTraining):
@@ -84,6 +96,16 @@ class InlineTraining(ChildTraining):
     def die(self) -> None:
         if isinstance(self._child, InlineChild):
             self._child.die()
+
+    def progress(self) -> Progress:
+        if isinstance(self._child, InlineChild):
+            self._child.show()
+        return super().progress()
+
+    def stop_early(self) -> None:
+        super().stop_early()
+        if isinstance(self._child, InlineChild):
+            self._child.stop()
 
     def discard(self) -> None:
         if not self._discarded:

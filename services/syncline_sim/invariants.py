@@ -58,18 +58,20 @@ class Invariants:
         return self.heads[-1] if self.heads else None
 
     # -- what happens --------------------------------------------------------------------------------------------------
-    def stored(self, stream: str, message: Stored) -> None:
+    def stored(self, stream: str, message: Stored) -> str:
+        """What the timeline says of it: heads and offers."""
         run = self.spec.name
         if message.subject.endswith(f".{subjects.head_key(run)}"):
-            self._on_head(message.data)
-        elif stream in (subjects.updates_stream(run), subjects.model_stream(run)):
+            return self._on_head(message.data)
+        if stream in (subjects.updates_stream(run), subjects.model_stream(run)):
             known = self.chunks.setdefault(message.subject, message.data)
             self._insist(known == message.data, f"{message.subject} was written twice, with different content")
         elif stream == subjects.offers_stream(run):
-            self._on_offer(message)
+            return self._on_offer(message)
         elif stream == subjects.log_stream(run):
             record = decode(Committed, message.data)
             self.records[record.version, record.term] = record
+        return ""
 
     def purged(self, stream: str, removed: Iterable[str]) -> None:
         """Only what head names no more may go, and of updates only those that it calls judged."""
@@ -91,6 +93,9 @@ class Invariants:
             self._insist((term, version) >= before, f"session {session[:6]} saw {before} and then {(term, version)}")
             self.seen[session] = max(before, (term, version))
 
+    def told(self, subject: str, data: bytes) -> None:
+        """Metrics and events decide nothing."""
+
     def wrote(self, who: str, head: Head) -> None:
         """Head was changed. A term belongs to one coordinator, once the run has begun."""
         begun = self.head is not None and self.head.model is not None
@@ -99,7 +104,7 @@ class Invariants:
             self._insist(known == who, f"term {head.term} is {known}'s, and {who} writes under it")
 
     # -- head ----------------------------------------------------------------------------------------------------------
-    def _on_head(self, data: bytes) -> None:
+    def _on_head(self, data: bytes) -> str:
         self._insist(len(data) <= MAX_HEAD_BYTES, f"head has {len(data)} bytes")
         head, before = decode(Head, data), self.head
         self.heads.append(head)
@@ -123,6 +128,8 @@ class Invariants:
                 "head is training without a participant",
             )
             self._check_offers_seq(head, roster)
+        where = f"{_short(head)} round {head.round} offers up to {head.offers_seq}"
+        return f"head: {where} {head.digest[:8]} {head.reason}"
 
     def _on_plan(self, head: Head, before: Head | None) -> None:
         old = self.plan if before is not None and before.plan is not None else None
@@ -224,7 +231,7 @@ class Invariants:
                 self._insist(judged, f"offers_seq {head.offers_seq} is beyond {agent}'s unjudged clock {clock}")
 
     # -- the rest ------------------------------------------------------------------------------------------------------
-    def _on_offer(self, message: Stored) -> None:
+    def _on_offer(self, message: Stored) -> str:
         agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
         known = self.offers.setdefault((agent, offer.clock), [])
         known.append(offer)
@@ -233,6 +240,7 @@ class Invariants:
         names = [f"{prefix}.{k}" for k in range(offer.blob.chunks)]
         self._insist(all(n in self.chunks for n in names), f"{agent} offers clock {offer.clock} without all its chunks")
         self._insist(not self.gone & {*names} or self._judged(agent) >= offer.clock, f"{agent}'s chunks were purged")
+        return f"{agent} offers clock {offer.clock} for version {offer.base}"
 
     def _on_purged_update(self, agent: str, blob: str) -> None:
         for clock, offers in ((c, o) for (a, c), o in self.offers.items() if a == agent):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar
+
+from syncline_sim.dice import Dice
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """`order`: shuffles what is ready at the same instant; without it, first come, first served."""
 
     def __init__(
-        self, order: random.Random | None = None, *, longest_s: float = LONGEST_S, most_turns: int = MOST_TURNS
+        self, order: Dice | None = None, *, longest_s: float = LONGEST_S, most_turns: int = MOST_TURNS
     ) -> None:
         super().__init__()
         self.on_task: Callable[[SimTask[Any]], None] = lambda task: None  # told of every new task, in its own context

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.world import COORDINATOR, simulate
@@ -36,13 +36,13 @@ class Failure:
 
 def scene_of(seed: int) -> Scene:
     """The settings and the fleet of a seed."""
-    rng = random.Random(f"{seed} scene")
+    rng = Dice(f"{seed} scene")
     count = rng.choice((1, 2, 3, 4, 4, 5))
     agents = tuple(f"a{i}" for i in range(1, count + 1))
-    least = count if rng.random() < 0.7 else rng.randint(1, count)
+    least = count if rng.random() < 0.7 else rng.between(1, count)
     sync: dict[str, Any] = {"kind": "rounds"}
     if rng.random() < 0.4:
-        sync["quorum"] = rng.randint(1, least)
+        sync["quorum"] = rng.between(1, least)
         sync["grace_s"] = rng.choice((None, 0.0, 0.05, 0.5))
     if rng.random() < 0.2:
         sync["sample"] = rng.choice((0.3, 0.5, 0.8))
@@ -51,7 +51,7 @@ def scene_of(seed: int) -> Scene:
         sync=sync,
         mix={"alpha": rng.choice((1.0, 1.0, 0.5, 0.0))},
         merge={"weights": rng.choice(("uniform", "samples"))},
-        stop={"versions": rng.randint(2, 5)},
+        stop={"versions": rng.between(2, 5)},
         task_options={"elements": rng.choice((4, 4, 4, 2500))},
         evaluate={"center": rng.random() < 0.2},
         keep_models=rng.choice((2, 2, 3)),
@@ -63,7 +63,7 @@ def scene_of(seed: int) -> Scene:
 
 
 def faults_of(seed: int, scene: Scene) -> Faults:
-    return Faults.random(random.Random(f"{seed} faults"), (COORDINATOR, *scene.agents))
+    return Faults.random(Dice(f"{seed} faults"), (COORDINATOR, *scene.agents))
 
 
 def play(seed: int) -> Outcome:

@@ -14,6 +14,7 @@ from syncline_sim.faults import (
     Crash,
     Cut,
     Delay,
+    Down,
     Fault,
     KillTrainer,
     Lose,
@@ -43,6 +44,8 @@ class Trouble:
     def _how(self, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
         """What to do when a fault begins, and when it ends."""
         match fault:
+            case Down(service, _, _, disk):
+                return partial(self._kill, service, disk), partial(self._start_again, service)
             case Cut(service):
                 return partial(self._cut, service), partial(self._mend, service)
             case BrokerDown():
@@ -59,6 +62,12 @@ class Trouble:
                 return partial(self._replace, for_s, awake_s), _nothing
             case Crash() | Unanswered():
                 return _nothing, _nothing
+
+    def _kill(self, service: str, disk: bool) -> None:
+        life = self._world.current(service)
+        if life is not None:
+            self._world.say(f"{life.connection} is killed" + ("" if disk else ", its disk is gone"))
+            self._world.crash(life, disk)
 
     def _cut(self, service: str) -> None:
         life = self._world.current(service)

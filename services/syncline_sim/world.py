@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
@@ -24,16 +23,19 @@ from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.bus.memory_faults import Operation
 from syncline.bus.memory_store import Stream
 from syncline.child import ChildDied
-from syncline.errors import BusError, PeerError
+from syncline.errors import BusError, ConfigError, PeerError
 from syncline.shm import SharedMemory
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.signs import Superseded
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
+from syncline_sim.books import Books
+from syncline_sim.children import Children, StubChildren, TaskChildren
+from syncline_sim.dice import Dice
 from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
 from syncline_sim.guard import guarded, quiet
-from syncline_sim.inline import Disk, InlineChild, InlineTraining, StubEvaluator, StubTrainer
+from syncline_sim.inline import InlineChild, InlineTraining
 from syncline_sim.invariants import Invariants
 from syncline_sim.loop import SimTask, Stuck, VirtualLoop
 from syncline_sim.scene import Outcome, Scene
@@ -43,7 +45,6 @@ COORDINATOR = subjects.COORDINATOR
 START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because somebody else failed
 ASK_AGAIN_S = 0.5
 AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
-QUICK_S = 0.002  # what a child takes for any other question than a period
 
 
 class Crashed(BaseException):
@@ -69,14 +70,26 @@ class Life:
 _life: ContextVar[Life | None] = ContextVar("life", default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a world stands on: who computes, how messages travel, and who looks on."""
+
+    children: Children
+    weather: Weather
+    books: Books
+
+
 def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 240.0) -> Outcome:
     """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
-    order = random.Random(f"{seed} order") if scene.shuffled else None
+    order = Dice(f"{seed} order") if scene.shuffled else None
     loop = VirtualLoop(order, longest_s=longest_s)
+    weather = Weather(Dice(f"{seed} network"), scene.longest_delay_s)
     with tempfile.TemporaryDirectory() as disk, guarded(), quiet():
-        world = World(scene, faults or Faults(), seed, Path(disk), loop)
+        stub = scene.children == "stub"
+        children = StubChildren(scene) if stub else TaskChildren(scene, Path(disk), loop.time)
+        world = World(scene, faults or Faults(), seed, loop, Stage(children, weather, Invariants(scene.spec)))
         try:
-            return copy_context().run(world.play)
+            return world.play()
         finally:
             loop.close()
 
@@ -84,15 +97,14 @@ def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longe
 class World:
     """Everything there is in one simulation."""
 
-    def __init__(self, scene: Scene, faults: Faults, seed: int, disk: Path, loop: VirtualLoop) -> None:
-        self.scene, self.faults, self.seed, self.disk, self.loop = scene, faults, seed, disk, loop
-        self.weather = Weather(random.Random(f"{seed} network"), scene.longest_delay_s)
-        self.invariants = Invariants(scene.spec)
+    def __init__(self, scene: Scene, faults: Faults, seed: int, loop: VirtualLoop, stage: Stage) -> None:
+        self.scene, self.faults, self.seed, self.loop = scene, faults, seed, loop
+        self.children, self.weather, self.books = stage.children, stage.weather, stage.books
         self.timeline: list[str] = []
+        self.refused: ConfigError | None = None  # what the coordinator says of the spec
         self.lives: dict[str, Life] = {}  # by connection
         self._operations: dict[str, int] = {}
         self._trace = hashlib.blake2b(digest_size=16)
-        self._stub_disk: Disk = {}
         self._struck = {(f.service, f.at_op): f for f in faults.items if isinstance(f, AtOperation)}
         self._struck_when_done: dict[int, AtOperation] = {}
         self._ended = asyncio.Event()
@@ -103,17 +115,21 @@ class World:
 
     # -- the play ------------------------------------------------------------------------------------------------------
     def play(self) -> Outcome:
+        """In a context of its own."""
+        return copy_context().run(self._until_the_end)
+
+    def _until_the_end(self) -> Outcome:
         try:
             self.loop.run_until_complete(self._play())
         except Stuck as error:
             self._problem(str(error))
         finally:
             self._tidy_up()
-        head, by_version = self.invariants.head, sorted(self.invariants.merged.items(), key=lambda m: (m[1], m[0]))
+        head, by_version = self.books.head, sorted(self.books.merged.items(), key=lambda m: (m[1], m[0]))
         versions = range(1, head.version + 1) if head is not None else range(0)
         merged = tuple(tuple(agent for (agent, _), v in by_version if v == version) for version in versions)
         return Outcome(
-            head, tuple(self.invariants.problems), tuple(self.timeline), dict(self._operations),
+            head, tuple(self.books.problems), tuple(self.timeline), dict(self._operations),
             self._trace.hexdigest(), self.loop.time(), merged,
         )  # fmt: skip
 
@@ -127,7 +143,7 @@ class World:
             self._trouble.schedule(fault)
         self._begin(Life("cli", 0), self._submit())
         await self._ended.wait()
-        if not self.invariants.problems:
+        if not self.books.problems:
             await asyncio.sleep(AFTERWARDS_S)
             self._check_the_end()
 
@@ -165,6 +181,10 @@ class World:
                 answer = Submitted(problem="nobody answers")
             if answer.run or "already" in answer.problem:
                 return
+            if answer.setting not in ("", "spec"):  # the user's input is wrong, and asking again mends nothing
+                self.refused = ConfigError(answer.setting, answer.problem, answer.mend)
+                self._ended.set()
+                return
             await asyncio.sleep(ASK_AGAIN_S)
 
     # -- services ------------------------------------------------------------------------------------------------------
@@ -182,10 +202,7 @@ class World:
         """Ends a life at once."""
         self.end(life)
         if not disk:
-            for path in [p for p in self._stub_disk if p.startswith(f"{life.service}/")]:
-                del self._stub_disk[path]
-            for file in (self.disk / life.service).rglob("*.safetensors"):
-                file.unlink()
+            self.children.forget(life.service)
 
     def current(self, service: str) -> Life | None:
         """Its newest life, if it is alive."""
@@ -194,36 +211,18 @@ class World:
 
     async def _coordinator(self, life: Life) -> None:
         async def child(memory: SharedMemory) -> InlineChild:
-            if self.scene.children == "stub":
-                return InlineChild(StubEvaluator(memory).questions(), memory, lambda _: QUICK_S)
-            from syncline_coordinator.evaluator import Evaluator
-
-            evaluator = Evaluator(memory, ["*"], self.scene.task_dir, self.loop.time)
-            return InlineChild(evaluator.questions(), memory, lambda _: QUICK_S)
+            return self.children.evaluator(memory)
 
         bus = self._connect(life.connection, COORDINATOR)
         await Coordinator(bus, child, CoordinatorSettings()).serve()
 
     async def _agent(self, life: Life) -> None:
-        name = life.service
-        number = self.scene.agents.index(name)
-        period_s = self.scene.period_s[number % len(self.scene.period_s)]
-
-        def seconds(question: dict[str, Any]) -> float:
-            return period_s if question["ask"] == "period" else QUICK_S
-
         async def child(memory: SharedMemory) -> InlineChild:
-            if self.scene.children == "stub":
-                return InlineChild(StubTrainer(memory, self._stub_disk).questions(), memory, seconds)
-            from syncline_agent.trainer import Trainer
-
-            trainer = Trainer(memory, "cpu", ["*"], self.scene.task_dir, self.loop.time)
-            return InlineChild(trainer.questions(), memory, seconds)
+            return self.children.trainer(life.service, memory)
 
         life.training = InlineTraining(child)
-        state_dir = Path(name) if self.scene.children == "stub" else self.disk / name
-        bus = self._connect(life.connection, name)
-        await Agent(bus, AgentSettings(name, state_dir, ("*",)), life.training).serve()
+        settings = AgentSettings(life.service, self.children.state_dir(life.service), ("*",))
+        await Agent(self._connect(life.connection, life.service), settings, life.training).serve()
 
     def _connect(self, connection: str, who: str) -> MemoryBus:
         core = who in (COORDINATOR, "cli")
@@ -232,7 +231,7 @@ class World:
     def _begin(self, life: Life, work: Any) -> None:
         context = self._context.copy()
         context.run(_life.set, life)
-        context.run(chance.source.set, random.Random(f"{self.seed} {life.connection}"))
+        context.run(chance.source.set, Dice(f"{self.seed} {life.connection}"))
         context.run(chance.wall_clock.set, self.broker.now)
         task = self.loop.create_task(work, context=context)
         task.add_done_callback(partial(self._on_exit, life), context=self._context)
@@ -277,7 +276,9 @@ class World:
         self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {subject_of(now)}\n".encode())
         if now.name == "request" and ".heartbeat" in str(now.arguments[0]):
             beat = decode(Heartbeat, now.arguments[1] if isinstance(now.arguments[1], bytes) else b"")
-            self.invariants.heard(beat.session, beat.seen_term, beat.seen_version)
+            self.books.heard(beat.session, beat.seen_term, beat.seen_version)
+        if now.name == "publish" and isinstance(now.arguments[1], bytes):
+            self.books.told(str(now.arguments[0]), now.arguments[1])
         fault = self._struck.get((life.service, count))
         if fault is None:
             return
@@ -294,34 +295,26 @@ class World:
             held = self.broker.store.streams[f"KV_{bucket}"].last(f"$KV.{bucket}.{key}")
             if held is not None and held.data == now.arguments[2] and held.seq > self._head_seq:
                 self._head_seq = held.seq
-                self.invariants.wrote(life.connection, decode(Head, held.data))
+                self.books.wrote(life.connection, decode(Head, held.data))
 
     def _stored(self, stream: str, message: Stored) -> None:
-        heads = len(self.invariants.heads)
-        self.invariants.stored(stream, message)
-        if stream == subjects.offers_stream(self.scene.spec.name):
-            agent, clock = self.invariants.offer_seqs[message.seq]
-            self.say(f"{agent} offers clock {clock} for version {self.invariants.offers[agent, clock][-1].base}")
-        if len(self.invariants.heads) > heads:
-            head = self.invariants.heads[-1]
-            self.say(
-                f"head: term {head.term} version {head.version} round {head.round} {head.phase}"
-                f" offers up to {head.offers_seq} {head.digest[:8]} {head.reason}"
-            )
-            if head.phase in ENDED:
-                self._ended.set()
-        if self.invariants.problems:
+        line = self.books.stored(stream, message)
+        if line:
+            self.say(line)
+        if self.books.head is not None and self.books.head.phase in ENDED:
+            self._ended.set()
+        if self.books.problems:
             self._problem()
 
     def _purged(self, stream: str, removed: list[str]) -> None:
-        self.invariants.purged(stream, removed)
-        if self.invariants.problems:
+        self.books.purged(stream, removed)
+        if self.books.problems:
             self._problem()
 
     def _problem(self, text: str = "") -> None:
         if text:
-            self.invariants.problems.append(text)
-        self.say(f"WRONG: {self.invariants.problems[-1]}")
+            self.books.problems.append(text)
+        self.say(f"WRONG: {self.books.problems[-1]}")
         self._ended.set()
 
     def say(self, text: str) -> None:
@@ -341,9 +334,10 @@ class World:
 
     # -- the end -------------------------------------------------------------------------------------------------------
     def _check_the_end(self) -> None:
-        head, spec = self.invariants.head, self.scene.spec
-        assert head is not None
-        if head.phase != "done":
+        head, spec = self.books.head, self.scene.spec
+        if head is None:
+            self._problem(f"the run was refused: {self.refused}")
+        elif head.phase != "done":
             self._problem(f"the run ended as {head.phase}: {head.reason}")
         elif spec.stop.target is None and head.version != spec.stop.versions:
             self._problem(f"the run was done at version {head.version} of {spec.stop.versions}")

@@ -9,8 +9,17 @@ import random
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Protocol
 
-source: ContextVar[random.Random] = ContextVar("source", default=random.SystemRandom())  # noqa: B039 (no state of its own)
+
+class Source(Protocol):
+    """What is asked of a source of randomness."""
+
+    def getrandbits(self, k: int, /) -> int: ...
+    def uniform(self, a: float, b: float, /) -> float: ...
+
+
+source: ContextVar[Source] = ContextVar("source", default=random.SystemRandom())  # noqa: B039 (no state of its own)
 wall_clock: ContextVar[Callable[[], float]] = ContextVar("wall_clock", default=time.time)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -12,6 +12,9 @@ from syncline.errors import ConfigError
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    beside: ClassVar[
+        tuple[str, ...]
+    ] = ()  # sections that stand beside these settings in a file, and are read elsewhere
 
 
 def default_kind(kind: str) -> BeforeValidator:
@@ -22,26 +25,27 @@ def default_kind(kind: str) -> BeforeValidator:
 S = TypeVar("S", bound=Settings)
 
 
-def parse(model: type[S], data: Any) -> S:
-    """Validated settings, or one ConfigError that lists everything wrong."""
+def parse(model: type[S], data: Any, section: str = "") -> S:
+    """Validated settings, or one ConfigError that lists everything wrong. `section`: where in the spec they stand."""
     if not isinstance(data, dict):
-        raise ConfigError("spec", f"is a {type(data).__name__}, not a mapping", "Start with a line like `task: …`")
+        mend = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
+        raise ConfigError(section or "spec", f"is a {type(data).__name__}, not a mapping", mend)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(model, item) for item in error.errors()]
+        problems = [_explain(model, item, section) for item in error.errors()]
         first = problems[0]
         rest = "".join(f"\n{p}" for p in problems[1:])
         raise ConfigError(first.setting, first.problem, first.mend + rest) from None
 
 
-def _explain(model: type[BaseModel], item: Any) -> ConfigError:
+def _explain(model: type[Settings], item: Any, section: str) -> ConfigError:
     """Pydantic's finding in the words of the user: setting, value, mend."""
     kind, value, loc = item["type"], item.get("input"), [str(p) for p in item["loc"]]
     own = len(loc) - (kind == "extra_forbidden")  # the last name is the user's then, and may read like a tag
     tags = _tags(model)
     path = [p for i, p in enumerate(loc) if i >= own or p not in tags]
-    setting = ".".join(path) or "spec"
+    setting = ".".join([section, *path] if section else path) or "spec"
     if kind == "extra_forbidden":
         known = _settings_at(model, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
@@ -69,9 +73,10 @@ def _tags(model: type[BaseModel]) -> set[str]:
     return found
 
 
-def _settings_at(model: type[BaseModel], path: list[str]) -> list[str]:
+def _settings_at(model: type[Settings], path: list[str]) -> list[str]:
     """The names of the settings of a section, for «did you mean»."""
-    return sorted({name for section in _sections_at(model, path) for name in section.model_fields})
+    beside = () if path else model.beside
+    return sorted({*beside, *(name for section in _sections_at(model, path) for name in section.model_fields)})
 
 
 def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -81,7 +86,7 @@ def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 def _sections_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     found: list[type[BaseModel]] = [model]
-    for name in path:
+    for name in (p for p in path if not p.isdigit()):  # places in a list
         found = [m for section in found if (f := section.model_fields.get(name)) for m in _models_in(f.annotation)]
     return found
 

@@ -20,6 +20,7 @@ from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
 MOST_STEPS = 1_000_000  # of a local period that is given in seconds
+SIM_SECTION = "sim"  # of a spec's file: what a simulation of the run needs, and nobody else
 
 
 class Agents(Settings):
@@ -279,6 +280,7 @@ class Evaluate(Settings):
     """Held-out evaluation. It never holds up merging: a version that comes while one is evaluated is skipped."""
 
     center: bool = Field(True, description="The coordinator evaluates the center.")
+    every: int = Field(1, ge=1, description="… at every so many versions, and at the last one.")
     agents: bool = Field(False, description="Every agent evaluates its own W_i after each period.")
 
 
@@ -305,6 +307,7 @@ class Stop(Settings):
 class RunSpec(Settings):
     """One training job. The same spec, seed and agents give the same model, bit for bit, in synchronous runs."""
 
+    beside = (SIM_SECTION,)
     v: int = SPEC_VERSION
     name: str = "run"
     task: str = Field(
@@ -360,13 +363,18 @@ class RunSpec(Settings):
 
 
 def load_spec(path: Path, **overrides: Any) -> RunSpec:
-    """The spec in a YAML file; `overrides` replace top-level settings."""
+    """The spec in a YAML file, without what it says of a simulation; `overrides` replace top-level settings."""
+    data = read_yaml(path)
+    if isinstance(data, dict):
+        data = {**{name: value for name, value in data.items() if name != SIM_SECTION}, **overrides}
+    return parse(RunSpec, data)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError."""
     try:
-        data = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError("spec", f"{path}: {error.strerror}", "Name a YAML file that you can read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("spec", f"{path} is not YAML: {error}", "Mend the line it names") from None
-    if isinstance(data, dict):
-        data = {**data, **overrides}
-    return parse(RunSpec, data)

@@ -243,7 +243,7 @@ class Kind(Instant):
     def __init__(self, kind: str, delay_s: float | None) -> None:
         self._kind, self._delay_s = kind, delay_s
 
-    def delay(self, source: str, target: str, kind: str) -> float | None:
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         return self._delay_s if kind == self._kind else 0.0
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import Literal
 
 import pytest
 
+from syncline_sim.dice import Dice
 from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import explain, scene_of
@@ -89,8 +89,8 @@ def test_a_participant_that_goes_while_its_round_is_opened_is_numbered_all_the_s
 
 
 def test_schedules_are_drawn_by_the_seed_and_every_fault_ends() -> None:
-    draws = [Faults.random(random.Random(seed), ("coordinator", "a1", "a2")) for seed in range(200)]
-    assert draws == [Faults.random(random.Random(seed), ("coordinator", "a1", "a2")) for seed in range(200)]
+    draws = [Faults.random(Dice(str(seed)), ("coordinator", "a1", "a2")) for seed in range(200)]
+    assert draws == [Faults.random(Dice(str(seed)), ("coordinator", "a1", "a2")) for seed in range(200)]
     assert {type(fault).__name__ for faults in draws for fault in faults.items} >= {"Crash", "Cut", "Lose", "Zombie"}
     assert all(faults.over_s < 60 for faults in draws)
 

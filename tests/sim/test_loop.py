@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from syncline import chance
+from syncline_sim.dice import Dice
 from syncline_sim.guard import guarded
 from syncline_sim.loop import NotSimulated, Stuck, VirtualLoop
 
@@ -25,7 +26,7 @@ def loop() -> Iterator[VirtualLoop]:
     made.close()
 
 
-def order_of_ten(order: random.Random | None) -> list[int]:
+def order_of_ten(order: Dice | None) -> list[int]:
     loop, ran = VirtualLoop(order), list[int]()
 
     async def ten() -> None:
@@ -60,7 +61,7 @@ def test_an_hour_takes_no_time_and_timers_come_in_their_order(loop: VirtualLoop)
 
 def test_a_timer_never_comes_before_its_time(loop: VirtualLoop) -> None:
     async def many() -> None:
-        rng = random.Random(1)
+        rng = Dice("1")
         for _ in range(1000):
             due = loop.time() + rng.uniform(1e-9, 1e-3)
             await asyncio.sleep(due - loop.time())
@@ -71,8 +72,8 @@ def test_a_timer_never_comes_before_its_time(loop: VirtualLoop) -> None:
 
 def test_what_is_ready_runs_first_come_first_served_or_in_an_order_by_the_seed() -> None:
     assert order_of_ten(None) == list(range(10))
-    assert order_of_ten(random.Random(1)) == order_of_ten(random.Random(1)) != order_of_ten(random.Random(2))
-    assert sorted(order_of_ten(random.Random(1))) == list(range(10))
+    assert order_of_ten(Dice("1")) == order_of_ten(Dice("1")) != order_of_ten(Dice("2"))
+    assert sorted(order_of_ten(Dice("1"))) == list(range(10))
 
 
 def test_an_executor_runs_inline(loop: VirtualLoop) -> None:

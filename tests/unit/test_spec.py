@@ -91,7 +91,7 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"partition": {"kind": "dirichlet", "alhpa": 1}}, "partition.alhpa: there is no such setting. Did you mean `alpha`?"),
         ({"mix": {"zzz": 1}}, "mix.zzz: there is no such setting. Known here: alpha, kind"),
         ({"iid": True}, "iid: there is no such setting. Known here: agents, evaluate, keep_models, local, merge, mix, name, "
-         "outer, partition, seed, stop, sync, task, task_options, v, wire"),
+         "outer, partition, seed, sim, stop, sync, task, task_options, v, wire"),
         ({"wire": {"natural": 1}}, "wire.natural: there is no such setting. Known here: chunk_bytes, window"),
         # values out of range or of the wrong type
         ({"agents": {"min": 0}}, "agents.min: 0 is not accepted. Input should be greater than or equal to 1"),

@@ -199,7 +199,7 @@ class MemoryBroker:
             heard += self._deliver(tenant, message)
         stream = self.store.taking(message.subject) if tenant is self._core else None
         if stream is not None:
-            delay_s = self.network.delay(BROKER, stream.name, "store")
+            delay_s = self.network.delay(BROKER, stream.name, "store", message.size_bytes)
             if delay_s is not None:
                 self._storing.setdefault(stream.name, Pipe()).send(delay_s, partial(self._keep, stream, message))
             return

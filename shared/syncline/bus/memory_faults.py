@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from syncline.bus.accounts import Account
-from syncline.bus.base import Delivery, Handler
+from syncline.bus.base import Delivery, Handler, Stored
 from syncline.errors import BusError, Denied, NoResponders, Unreachable
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ CORE_KINDS = frozenset({"publish", "deliver"})  # what NATS itself may lose
 
 
 class Network(Protocol):
-    def delay(self, source: str, target: str, kind: str) -> float | None:
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         """Seconds that one message takes, or None where it is lost.
 
         From a connection to "broker", `kind` is the name of the operation, `subscribe` among them; from "broker" to a
@@ -45,7 +45,7 @@ class Network(Protocol):
 class Instant:
     """No delay and no loss: everything happens in the order in which it was asked, one turn of the event loop per hop."""
 
-    def delay(self, source: str, target: str, kind: str) -> float | None:
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         return 0.0
 
 
@@ -55,7 +55,7 @@ class Seeded:
     def __init__(self, rng: random.Random, longest_s: float, lost: float = 0.0) -> None:
         self._rng, self._longest_s, self._lost = rng, longest_s, lost
 
-    def delay(self, source: str, target: str, kind: str) -> float | None:
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         if kind in CORE_KINDS and self._rng.random() < self._lost:
             return None
         return self._rng.uniform(0.0, self._longest_s)
@@ -128,6 +128,12 @@ class Message:
     ask: Callable[[], object] | None = None  # a question to JetStream: what is to be done there
     result: Any = None  # JetStream's answer, or the error it is
     operation: Operation | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the way, but for headers: subject and content."""
+        held = self.result if isinstance(self.result, list) else [self.result]
+        return len(self.subject) + len(self.data) + sum(len(m.data) for m in held if isinstance(m, Stored))
 
 
 class Server(Protocol):
@@ -225,7 +231,7 @@ class _Buffer:
     """What is to be sent when the connection is back."""
 
     bytes: int = 0
-    sends: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    sends: list[tuple[str, int, Callable[[], None]]] = field(default_factory=list)
 
 
 class Lane:
@@ -245,8 +251,7 @@ class Lane:
 
     # -- talking ---------------------------------------------------------------------------------------------------
     def publish(self, message: Message, kind: str) -> None:
-        size = len(message.data) + len(message.subject)
-        self._send(kind, size, partial(self._server.arrive, self, message))
+        self._send(kind, message.size_bytes, partial(self._server.arrive, self, message))
 
     async def request(self, message: Message, kind: str, timeout_s: float) -> Message:
         """The first answer. Raises NoResponders, Unreachable, Denied; another error of JetStream's is its result."""
@@ -294,9 +299,9 @@ class Lane:
             if self._buffer.bytes + size > PENDING_BYTES:
                 raise Unreachable("no connection to the broker, and too much waits for it already")
             self._buffer.bytes += size
-            self._buffer.sends.append((kind, arrive))
+            self._buffer.sends.append((kind, size, arrive))
             return
-        delay_s = self._server.network.delay(self.who.name, BROKER, kind)
+        delay_s = self._server.network.delay(self.who.name, BROKER, kind, size)
         if delay_s is not None:
             self._outgoing.send(delay_s, arrive)
 
@@ -305,18 +310,18 @@ class Lane:
             raise Unreachable("the connection is closed")
 
     # -- hearing: what the broker calls --------------------------------------------------------------------------
-    def receive(self, kind: str, arrive: Callable[[], None]) -> None:
+    def receive(self, kind: str, size: int, arrive: Callable[[], None]) -> None:
         if not self.up:
             return
-        delay_s = self._server.network.delay(BROKER, self.who.name, kind)
+        delay_s = self._server.network.delay(BROKER, self.who.name, kind, size)
         if delay_s is not None:
             self._incoming.send(delay_s, arrive)
 
     def deliver(self, ear: Ear, message: Message) -> None:
-        self.receive(ear.kind, partial(self._hear, ear, message))
+        self.receive(ear.kind, message.size_bytes, partial(self._hear, ear, message))
 
     def refuse(self, what: Literal["publish", "subscribe"], subject: str) -> None:
-        self.receive("refusal", partial(self._on_refusal, what, subject))
+        self.receive("refusal", len(subject), partial(self._on_refusal, what, subject))
 
     def _hear(self, ear: Ear, message: Message) -> None:
         if ear in self._ears:
@@ -348,15 +353,15 @@ class Lane:
         if self.up or self._mending or self.closed:
             return
         self._mending = True
-        self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect") or 0.0, self._connected)
+        self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect", 0) or 0.0, self._connected)
 
     def _connected(self) -> None:
         self.up, self._mending = True, False
         for ear in self._ears:
             self._send("subscribe", 0, partial(self._server.listen, ear))
         buffer, self._buffer = self._buffer, _Buffer()
-        for kind, arrive in buffer.sends:
-            self._send(kind, 0, arrive)
+        for kind, size, arrive in buffer.sends:
+            self._send(kind, size, arrive)
         pong = partial(self._incoming.send, 0.0, self._back)
         self._outgoing.send(0.0, pong)  # the broker has all that was sent before
 

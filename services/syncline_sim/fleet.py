@@ -1,0 +1,184 @@
+"""A fleet of a real task in one process: the real services, real tensors, made-up time. The engine of `syncline sim`.
+
+    result = run_fleet(RunSpec(task="syncline.tasks.digits:Digits", agents={"min": 100}), SimSettings(step_s=0.01))
+
+The same spec and settings give the same result, bit for bit; a synchronous run gives the digest that real processes give.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from syncline.errors import RunFailed
+from syncline.spec import RunSpec
+from syncline.wire.messages import ENDED
+from syncline_sim.dice import Dice
+from syncline_sim.guard import guarded, quiet
+from syncline_sim.links import Links
+from syncline_sim.loop import VirtualLoop
+from syncline_sim.scene import Scene
+from syncline_sim.settings import SimSettings
+from syncline_sim.tally import Commit, Point, Tally, Updates
+from syncline_sim.timed import FleetChildren
+from syncline_sim.world import Stage, World
+
+MOST_TURNS = 10_000_000  # at one instant: a large model goes in many chunks, and an instant link takes them all at once
+
+
+@dataclass(frozen=True, slots=True)
+class AgentResult:
+    """What an agent did, and what became of it."""
+
+    agent: str
+    step_s: float
+    periods: int  # that it began
+    steps: int
+    busy_s: float  # training
+    merged: int
+    dropped: int
+    mean_lag: float
+    max_lag: int
+    bytes_up: int  # that went over its link
+    bytes_down: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetResult:
+    """What a run came to. All seconds are virtual, from the start of the fleet; `opened_s`: when the first round was."""
+
+    run: str
+    phase: str
+    reason: str
+    versions: int
+    digest: str
+    opened_s: float
+    ended_s: float
+    metrics: dict[str, float | None]  # of the last version
+    timeline: tuple[Point, ...]
+    commits: tuple[Commit, ...]
+    agents: tuple[AgentResult, ...]
+    warnings: tuple[tuple[float, str], ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the opening of the first round to the end."""
+        return self.ended_s - self.opened_s
+
+    @property
+    def updates(self) -> int:
+        """That were merged."""
+        return sum(commit.updates for commit in self.commits)
+
+    def first(self, metric: str, at_least: float) -> float | None:
+        """Seconds from the opening of the first round until the metric was so good; None where it never was."""
+        times = (p.time_s for p in self.timeline if (p.metrics.get(metric) or float("-inf")) >= at_least)
+        found = next(times, None)
+        return None if found is None else found - self.opened_s
+
+
+def run_fleet(
+    spec: RunSpec,
+    settings: SimSettings | None = None,
+    *,
+    task_dir: Path = Path(),
+    on_commit: Callable[[Tally], None] = lambda tally: None,
+) -> FleetResult:
+    """One run from submit to end. Raises ConfigError for what the coordinator refuses, RunFailed for a run that does not end.
+
+    `task_dir`: where task files are looked for. `on_commit` is told of every version and every evaluation.
+    """
+    fleet = Fleet(spec, settings or SimSettings(), task_dir, on_commit)
+    fleet.play()
+    return fleet.result()
+
+
+class Fleet:
+    """`play` once; `result` at any time, also after an interruption."""
+
+    def __init__(
+        self, spec: RunSpec, settings: SimSettings, task_dir: Path, on_commit: Callable[[Tally], None]
+    ) -> None:
+        settings.check(spec)
+        self.spec, self.settings = spec, settings
+        agents = settings.names(spec)
+        starts_s = tuple(settings.start_within_s * i / len(agents) for i in range(len(agents)))
+        self._scene = Scene(spec, agents, starts_s=starts_s, longest_delay_s=0.0, children="real", task_dir=task_dir)
+        self._seed = spec.seed if settings.seed is None else settings.seed
+        self._loop = VirtualLoop(longest_s=settings.longest_s, most_turns=MOST_TURNS)
+        links = {agent: settings.link[i % len(settings.link)] for i, agent in enumerate(agents)}
+        self._links = Links(Dice(f"{self._seed} network"), 0.0, links=links)
+        self.tally = Tally(spec, self._loop.time, on_commit)
+        self._children: FleetChildren | None = None
+
+    def play(self) -> None:
+        """Raises ConfigError and RunFailed."""
+        with (
+            tempfile.TemporaryDirectory(prefix="syncline-sim-") as disk,
+            guarded(threads=True),
+            quiet(),
+            _threads(self.settings.threads),
+        ):
+            self._children = FleetChildren(self._scene, Path(disk), self._loop.time, self.settings)
+            stage = Stage(self._children, self._links, self.tally)
+            world = World(self._scene, self.settings.schedule(), self._seed, self._loop, stage)
+            try:
+                outcome = world.play()
+            finally:
+                self._loop.close()
+        if world.refused is not None:
+            raise world.refused
+        if outcome.problems and (self.tally.head is None or self.tally.head.phase not in ENDED):
+            raise RunFailed(outcome.problems[0])
+
+    def result(self) -> FleetResult:
+        """What there is of it."""
+        tally, head = self.tally, self.tally.head
+        assert head is not None
+        last = tally.points[-1] if tally.points else None
+        return FleetResult(
+            run=head.run,
+            phase=head.phase,
+            reason=head.reason,
+            versions=head.version,
+            digest=head.digest,
+            opened_s=tally.opened_s,
+            ended_s=tally.ended_s,
+            metrics=last.metrics if last is not None and last.version == head.version else {},
+            timeline=tuple(tally.points),
+            commits=tuple(tally.commits),
+            agents=tuple(self._agent(name) for name in self._scene.agents),
+            warnings=tuple(tally.warnings),
+        )
+
+    def _agent(self, name: str) -> AgentResult:
+        assert self._children is not None
+        speed, updates = self._children.speeds[name], self.tally.updates.get(name, Updates())
+        return AgentResult(
+            agent=name,
+            step_s=speed.step_s,
+            periods=speed.periods,
+            steps=speed.steps,
+            busy_s=speed.busy_s,
+            merged=updates.merged,
+            dropped=updates.dropped,
+            mean_lag=updates.lags / max(1, updates.merged),
+            max_lag=updates.max_lag,
+            bytes_up=self._links.up[name].bytes,
+            bytes_down=self._links.down[name].bytes,
+        )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,210 @@
+"""The task's own training at an agent's own speed: tensors are real, and a step takes the virtual time that the settings say.
+
+One process holds the whole fleet, so its agents share what they only read: the task's data. What an agent is asked costs
+real time where it trains, and next to none where it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from syncline.data.partition import Part
+from syncline.shm import SharedMemory
+from syncline.spec import RunSpec
+from syncline.tasks.base import Task, load_task
+from syncline_agent.trainer import Trainer
+from syncline_coordinator.evaluator import Evaluator
+from syncline_sim.children import QUICK_S, TaskChildren
+from syncline_sim.dice import Dice
+from syncline_sim.inline import InlineChild
+from syncline_sim.scene import Scene
+from syncline_sim.settings import SimSettings
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Speed:
+    """How fast an agent is, and what it has done."""
+
+    step_s: float
+    jitter: float  # σ of a period's own factor
+    dice: Dice
+    periods: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
+
+    @classmethod
+    def of(cls, number: int, settings: SimSettings, seed: int) -> Speed:
+        """Agent `number`'s, counted from 0."""
+        dice = Dice(f"{seed} speed {number}")
+        own = math.exp(settings.spread * dice.normal()) if settings.spread else 1.0
+        return cls(settings.step_s[number % len(settings.step_s)] * own, settings.jitter, dice)
+
+    def next_step_s(self) -> float:
+        """Seconds a step in the period that begins."""
+        return self.step_s * (math.exp(self.jitter * self.dice.normal()) if self.jitter else 1.0)
+
+    def did(self, steps: int, seconds: float) -> None:
+        self.periods, self.steps, self.busy_s = self.periods + 1, self.steps + steps, self.busy_s + seconds
+
+
+class SharedTask:
+    """One task for all children of a fleet: every one has a copy of its own, and the data are loaded once."""
+
+    def __init__(self, allowed: list[str], task_dir: Path) -> None:
+        self._allowed, self._task_dir = allowed, task_dir
+        self._task: Task | None = None
+        self._datasets: dict[tuple[bool, int, int], Any] = {}
+
+    def load(self, settings: RunSpec) -> Task:
+        """Raises ConfigError."""
+        if self._task is None:
+            self._task = load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+            self.dataset(Part.test())  # what that caches in the task, the copies have too
+        own = copy.copy(self._task)
+        setattr(own, "dataset", self.dataset)  # noqa: B010 (in the place of a method)
+        return own
+
+    def dataset(self, part: Part) -> Any:
+        assert self._task is not None
+        place = (part.held_out, part.index, part.parts)
+        if place not in self._datasets:
+            for old in [p for p in self._datasets if p[0] == part.held_out and p[2] != part.parts]:
+                del self._datasets[old]
+            self._datasets[place] = self._task.dataset(part)
+        return self._datasets[place]
+
+
+class TimedTrainer(Trainer):
+    """A trainer whose steps take `step_s`. `began_s`, `limit`: when the period asked for began, and its steps at most."""
+
+    def __init__(self, memory: SharedMemory, task: SharedTask, clock: Clock, *, keeps: bool) -> None:
+        super().__init__(memory, "cpu", [], Path(), self._now_s, lambda seconds: int(seconds / self.step_s))
+        self._shared, self._loop_time, self._keeps = task, clock, keeps
+        self.began_s: float | None = None
+        self.step_s = 0.0
+        self.limit: int | None = None
+
+    def load_task(self, settings: RunSpec) -> Task:
+        return self._shared.load(settings)
+
+    def planned_steps(self, number: int, parts: int, step_s: float) -> int:
+        """Of the next period; 0 where the task says nothing about it, and will fail."""
+        self.step_s = step_s
+        try:
+            self._take_part(number, parts)
+            return self._allotted(len(self._dataset)).most
+        except Exception:
+            return 0
+
+    def period(self, **fields: Any) -> dict[str, Any]:
+        try:
+            return super().period(**fields)
+        finally:
+            self._inner.optimizer.zero_grad(set_to_none=True)  # a fleet holds many models, and few train at a time
+            self.began_s = None
+
+    def show(self, steps: int) -> None:
+        """Progress while the period passes: nothing is computed before its end."""
+        struct.pack_into("<QQ", self._memory.view(), 0, self._steps_ever + steps, steps)
+
+    def _now_s(self) -> float:
+        return self._loop_time() if self.began_s is None else self.began_s + self.step_s * self._made()
+
+    def _stopped(self) -> bool:
+        return self.limit is not None and self._made() >= self.limit
+
+    def _made(self) -> int:
+        made: int = struct.unpack_from("<Q", self._view, 8)[0]
+        return made
+
+    def _save(self, clock: int, *, at_once: bool = False) -> None:
+        if self._keeps:
+            super()._save(clock, at_once=at_once)
+
+
+class TimedChild(InlineChild):
+    """A period passes first and is computed then, with as many steps as there was time for."""
+
+    def __init__(self, trainer: TimedTrainer, memory: SharedMemory, speed: Speed, clock: Clock) -> None:
+        super().__init__(trainer.questions(), memory, lambda _: QUICK_S)
+        self._trainer, self._speed, self._clock = trainer, speed, clock
+        self._woken = asyncio.Event()
+        self._begun: tuple[float, float] | None = None  # when, and seconds a step
+        self._stopping = False
+
+    async def _spend(self, asked: dict[str, Any]) -> bool:
+        if asked["ask"] != "period":
+            return await super()._spend(asked)
+        trainer = self._trainer
+        began_s, step_s = self._begun = self._clock(), self._speed.next_step_s()
+        steps = trainer.planned_steps(asked["number"], asked["parts"], step_s)
+        self._stopping = False
+        self._woken.clear()
+        self.show()
+        made = steps
+        try:
+            await self._wait(steps * step_s)
+            if self._stopping:  # the step it is in is finished
+                made = min(steps, int((self._clock() - began_s) / step_s) + 1)
+                await self._pause(max(0.0, began_s + made * step_s - self._clock()))
+        finally:
+            self._begun = None
+            self._speed.did(made, made * step_s)
+        trainer.began_s, trainer.step_s, trainer.limit = began_s, step_s, made if made < steps else None
+        return True
+
+    def show(self) -> None:
+        if self._begun is not None:
+            began_s, step_s = self._begun
+            self._trainer.show(int((self._clock() - began_s) / step_s))
+
+    def stop(self) -> None:
+        if self._begun is not None:
+            self._stopping = True
+            self._woken.set()
+
+    def die(self) -> None:
+        super().die()
+        self._woken.set()
+
+    async def close(self) -> None:
+        await super().close()
+        self._woken.set()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until the time has passed, or somebody wants it to end."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        except TimeoutError:
+            return
+        self._insist_on_life()
+
+
+class FleetChildren(TaskChildren):
+    """Of a whole fleet in one process. `keeps`: something can go wrong after which an agent needs its disk."""
+
+    def __init__(self, scene: Scene, disk: Path, clock: Clock, settings: SimSettings) -> None:
+        super().__init__(scene, disk, clock)
+        seed = scene.spec.seed if settings.seed is None else settings.seed
+        self.speeds = {agent: Speed.of(i, settings, seed) for i, agent in enumerate(scene.agents)}
+        self._keeps = bool(settings.faults)
+        self._task = SharedTask(["*"], scene.task_dir)
+
+    def evaluator(self, memory: SharedMemory) -> InlineChild:
+        evaluator = Evaluator(memory, [], Path(), self.clock)
+        setattr(evaluator, "load_task", self._task.load)  # noqa: B010 (in the place of a method)
+        return InlineChild(evaluator.questions(), memory, lambda _: QUICK_S)
+
+    def trainer(self, agent: str, memory: SharedMemory) -> InlineChild:
+        trainer = TimedTrainer(memory, self._task, self.clock, keeps=self._keeps)
+        return TimedChild(trainer, memory, self.speeds[agent], self.clock)
