@@ -42,12 +42,14 @@ class Janitor:
         """One look: purges what is too old, names who holds too much."""
         every = f"{subjects.PREFIX}.{self._run}.agent.*.update.>"
         state = await self._bus.state(subjects.updates_stream(self._run), every)
-        unoffered = {blob for blob in map(_blob_of, state.subjects) if blob and blob[1] not in self._offered()}
+        offered = self._offered()
+        unoffered = {blob for blob in map(_blob_of, state.subjects) if blob and blob[1] not in offered}
         self._seen_at_s = {blob: self._seen_at_s.get(blob, now_s) for blob in sorted(unoffered)}
         for (agent, blob), seen_at_s in self._seen_at_s.items():
             if now_s - seen_at_s > UNOFFERED_S:
                 self._purger.add(subjects.updates_stream(self._run), subjects.update_prefix(self._run, agent, blob))
-        over = {agent for agent, count in Counter(a for a, _ in unoffered).items() if count > QUOTA_BLOBS}
+        stays = Counter(agent for (agent, _), seen_at_s in self._seen_at_s.items() if seen_at_s < now_s)  # not on its way
+        over = {agent for agent, count in stays.items() if count > QUOTA_BLOBS}
         for agent in sorted(over - self._named):
             text = f"{agent} holds more than {QUOTA_BLOBS} blobs that it never offered; they go after {UNOFFERED_S:g} s"
             await self._telemetry.event("over-quota", text, level="warning", agent=agent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from syncline.bus.base import Bus, StreamConfig
@@ -53,14 +54,21 @@ def most_agents(spec: RunSpec) -> int:
 
 
 async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
-    """Makes the run's streams. Raises ConfigError with the figures where they do not fit; then none of them is left."""
+    """Makes the run's streams. Raises ConfigError where they do not fit, with the figures, or where something else is there
+    under such a name or subject; then none that was made is left, and what was there before stays."""
     agents = most_agents(spec)
     space = Reservation.of(spec, manifest, agents)
+    made: list[str] = []
     try:
         for stream in space.streams(spec.name):
             await bus.ensure_stream(stream)
+            made.append(stream.name)
     except (StreamFull, Unavailable) as error:
-        await release(bus, spec.name)
+        for name in made:
+            await _quietly(bus.delete_stream(name))
+        if isinstance(error, Unavailable):
+            mend = "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
+            raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", mend) from None
         raise ConfigError(
             "agents.max",
             f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.nbytes >> 10} KiB "
@@ -73,7 +81,12 @@ async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
     """Deletes the run's streams with all they hold. Of a run that has ended, models and log stay, as large as they are."""
     kept = (subjects.model_stream, subjects.log_stream)
     for name in (subjects.updates_stream, subjects.offers_stream, *kept):
-        try:
-            await (bus.fit_stream(name(run)) if ended and name in kept else bus.delete_stream(name(run)))
-        except BusError:
-            pass  # best effort: what stays is named by the run and bounded
+        await _quietly(bus.fit_stream(name(run)) if ended and name in kept else bus.delete_stream(name(run)))
+
+
+async def _quietly(work: Awaitable[None]) -> None:
+    """Best effort: what stays is named by the run and bounded."""
+    try:
+        await work
+    except BusError:
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -9,10 +10,15 @@ import pytest
 import pytest_asyncio
 from harness import Fleet, eventually, settings
 
+from syncline.bus.base import StreamConfig
+from syncline.bus.blobs import put_blob
 from syncline.errors import Unavailable
 from syncline.nursery import Nursery
+from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline_cli.local import LocalFleet
+from syncline_coordinator.janitor import LOOK_S, QUOTA_BLOBS, UNOFFERED_S, Janitor
+from syncline_coordinator.purge import Purger
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -63,3 +69,50 @@ async def test_blobs_of_judged_updates_and_old_models_are_purged(small: Fleet) -
     head = await small.run(name="purged", **noop(1000), stop={"versions": 60}, keep_models=2)
     state = await small.bus.state(subjects.model_stream("purged"), f"{subjects.PREFIX}.purged.model.>")
     assert head.version == 60 and state.messages < 60
+
+
+async def test_a_stream_of_somebody_else_in_the_way_is_named_and_stays(small: Fleet) -> None:
+    mine = StreamConfig(subjects.model_stream("taken"), ("mine.>",), 1 << 20)
+    for theirs in (mine, StreamConfig("RECORDER", ("syncline.v1.taken.log.>",), 1 << 20)):
+        await small.bus.ensure_stream(theirs)
+        answer = await small.submit(name="taken", **noop(1000))
+        assert answer.run == "" and answer.setting == "name", answer
+        assert "another configuration" in answer.problem or "overlap" in answer.problem
+        assert "nats stream ls" in answer.mend
+        await small.bus.ensure_stream(theirs)
+        assert await gone(small, subjects.updates_stream("taken")), "what was made for the run is still there"
+        await small.bus.delete_stream(theirs.name)
+    await small.run(name="taken", **noop(1000), stop={"versions": 1})
+
+
+async def test_blobs_that_nobody_offers_go_after_a_time_and_who_keeps_putting_them_is_named(small: Fleet) -> None:
+    """As the coordinator looks, but with the time as an argument."""
+    run, stream = "hoarded", subjects.updates_stream("hoarded")
+    every = f"{subjects.PREFIX}.{run}.agent.*.update.>"
+    await small.bus.ensure_stream(StreamConfig(stream, (every,), 1 << 20, write_once=True))
+    hoarder, purger, offered = await small.local.connect("a1"), Purger(small.bus), set[str]()
+    janitor = Janitor(small.bus, run, purger, Telemetry(small.bus, run, subjects.COORDINATOR), lambda: offered)
+    purging = asyncio.create_task(purger.run())
+    try:
+        prefix = partial(subjects.update_prefix, run, "a1")
+        for _ in range(QUOTA_BLOBS + 2):
+            ref, _ = await put_blob(hoarder, prefix, memoryview(bytes(3000)), 1000)
+        offered.add(ref.id)
+        await janitor.look(0.0)
+        assert small.events(run, "over-quota") == [], "they may all be on their way"
+        await janitor.look(LOOK_S)
+        assert "a1 holds more than 2 blobs" in (await small.event(run, "over-quota", "a1"))["text"]
+        await janitor.look(UNOFFERED_S)
+        assert (await small.bus.state(stream)).messages == 3 * (QUOTA_BLOBS + 2)
+        await janitor.look(UNOFFERED_S + LOOK_S)
+
+        async def purged() -> bool:
+            left = (await small.bus.state(stream, every)).subjects
+            return set(left) == {f"{prefix(ref.id)}.{k}" for k in range(3)}
+
+        await eventually(purged, "only the offered blob is left")
+        assert len(small.events(run, "over-quota")) == 1, "once is enough"
+    finally:
+        purging.cancel()
+        await asyncio.gather(purging, return_exceptions=True)
+        await hoarder.close()
