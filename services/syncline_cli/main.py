@@ -25,6 +25,7 @@ COMMANDS = {  # name → module with a typer `app`
     "coordinator": "syncline_cli.coordinator",
     "agent": "syncline_cli.agent",
     "keys": "syncline_cli.keys",
+    "doctor": "syncline_cli.doctor",
     "bench": "syncline_cli.bench",
 }
 
