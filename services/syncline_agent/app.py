@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from syncline.nursery import Nursery
 from syncline.service import FAILED, run_service, set_up_logging
 from syncline.shm import SharedMemory
 from syncline.wire.signing import Signer
-from syncline.wire.subjects import checked_name
 from syncline_agent.options import AgentOptions
+from syncline_agent.pool import claim
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.signs import Superseded
 from syncline_agent.training import ChildTraining
@@ -28,7 +29,8 @@ TRAINER = "syncline_agent.trainer:main"
 def run(options: AgentOptions) -> int:
     """Serves until a signal. Returns the exit code."""
     set_up_logging(options.log_file)
-    checked_name("--name", options.name)
+    claimed = claim(options.name, options.key, Path(options.state_dir))  # its lock is held as long as we live
+    options = replace(options, name=claimed.name, key=claimed.key)
     seed = read_seed(Path(options.key)) if options.key else ""
     nursery = Nursery.start(("torch",))
     serving: list[Agent] = []

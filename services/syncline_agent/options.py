@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class AgentOptions:
     """The flags of `syncline agent`, as plain values."""
 
-    name: str
+    name: str  # "auto": that of a free key in the directory `key`
     connect: str
-    key: str = ""  # path of the key file; empty: no authentication
+    key: str = ""  # path of the key file, or of a directory of them; empty: no authentication
     state_dir: str = "."
     device: str = "auto"
     threads: int = 0

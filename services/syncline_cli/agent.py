@@ -13,9 +13,10 @@ from syncline_cli.options import (
     HELP_NAMES,
     AllowTask,
     Connect,
-    Key,
+    Device,
     LogFile,
     Patience,
+    StateDir,
     TaskDir,
     Threads,
     new_app,
@@ -32,18 +33,17 @@ app = new_app()
 def agent(
     connect: Connect = DEFAULT_URL,
     name: Annotated[
-        str, typer.Option(envvar="SYNCLINE_NAME", metavar="NAME", help="Its name on the bus; default: the host's.")
-    ] = "",
-    key: Key = "",
-    state_dir: Annotated[
         str,
         typer.Option(
-            envvar="SYNCLINE_STATE_DIR", metavar="DIR", help="What survives it; default: ~/.local/state/syncline."
+            envvar="SYNCLINE_NAME", metavar="NAME", help="On the bus; default: the host's; auto: that of a free key."
         ),
     ] = "",
-    device: Annotated[
-        str, typer.Option(envvar="SYNCLINE_DEVICE", metavar="DEVICE", help="auto, cpu, cuda:0 or mps.")
-    ] = "auto",
+    key: Annotated[
+        str,
+        typer.Option(envvar="SYNCLINE_KEY", metavar="PATH", help="Key file, or a directory of NAME.nk."),
+    ] = "",
+    state_dir: StateDir = "",
+    device: Device = "auto",
     threads: Threads = 0,
     allow_task: AllowTask = None,
     task_dir: TaskDir = ".",

@@ -34,9 +34,12 @@ def coordinator(
     allow_task: AllowTask = None,
     task_dir: TaskDir = ".",
     broker_log: Annotated[
-        str, typer.Option(metavar="FILE", help="The broker's log: what it refuses is told as events.")
+        str,
+        typer.Option(envvar="SYNCLINE_BROKER_LOG", metavar="FILE", help="The broker's log: tell what it refuses."),
     ] = "",
-    keys: Annotated[str, typer.Option(metavar="DIR", help="Directory of the fleet's keys, to name agents.")] = "",
+    keys: Annotated[
+        str, typer.Option(envvar="SYNCLINE_KEYS", metavar="DIR", help="The fleet's keys, to name agents in that.")
+    ] = "",
     log_file: LogFile = None,
     patience: Patience = 60.0,
 ) -> None:

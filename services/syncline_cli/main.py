@@ -24,6 +24,8 @@ COMMANDS = {  # name → module with a typer `app`
     "run": "syncline_cli.run",
     "coordinator": "syncline_cli.coordinator",
     "agent": "syncline_cli.agent",
+    "keys": "syncline_cli.keys",
+    "doctor": "syncline_cli.doctor",
     "bench": "syncline_cli.bench",
 }
 

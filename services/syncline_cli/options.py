@@ -16,12 +16,28 @@ Key = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 AllowTask = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Allow tasks beside syncline.tasks.*, as 'my.tasks:*'; repeatable."),
+    typer.Option(
+        envvar="SYNCLINE_ALLOW_TASK", metavar="PATTERN", help="Allow more tasks, as 'my_task.py:*'; repeatable."
+    ),
 ]
-TaskDir = Annotated[str, typer.Option(metavar="DIR", help="Where task files are looked for.")]
-Threads = Annotated[int, typer.Option(metavar="N", help="Threads of torch; 0: torch decides.")]
-LogFile = Annotated[str | None, typer.Option(metavar="FILE", help="Log there instead of to standard error.")]
-Patience = Annotated[float, typer.Option(metavar="SECONDS", help="How long to try for the first connection.")]
+TaskDir = Annotated[
+    str, typer.Option(envvar="SYNCLINE_TASK_DIR", metavar="DIR", help="Where task files are looked for.")
+]
+StateDir = Annotated[
+    str,
+    typer.Option(
+        envvar="SYNCLINE_STATE_DIR", metavar="DIR", help="What survives it; default: ~/.local/state/syncline."
+    ),
+]
+Device = Annotated[str, typer.Option(envvar="SYNCLINE_DEVICE", metavar="DEVICE", help="auto, cpu, cuda:0 or mps.")]
+Threads = Annotated[int, typer.Option(envvar="SYNCLINE_THREADS", metavar="N", help="Of torch; 0: torch decides.")]
+LogFile = Annotated[
+    str | None,
+    typer.Option(envvar="SYNCLINE_LOG_FILE", metavar="FILE", help="Log there; default: to standard error."),
+]
+Patience = Annotated[
+    float, typer.Option(envvar="SYNCLINE_PATIENCE", metavar="SECONDS", help="To try for a first connection.")
+]
 
 
 def new_app() -> typer.Typer:

@@ -17,7 +17,7 @@ from syncline.bus.accounts import (
     public_key_of,
     read_seed,
     server_config,
-    write_private,
+    write_whole,
 )
 from syncline.errors import ConfigError
 
@@ -137,20 +137,20 @@ def test_what_is_no_seed_is_refused_and_not_quoted(tmp_path: Path, kind: str) ->
 
 def test_a_seed_may_have_space_around_it(tmp_path: Path) -> None:
     seed = Identity.new("a1").seed
-    write_private(tmp_path / "key", f"\n  {seed} \r\n")
+    write_whole(tmp_path / "key", f"\n  {seed} \r\n")
     assert read_seed(tmp_path / "key") == seed
 
 
 def test_a_private_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "key"
-    write_private(path, "old")
+    write_whole(path, "old")
 
     def fails(_: int) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="disk full"):
-        write_private(path, "new")
+        write_whole(path, "new")
     assert path.read_text() == "old" and mode(path) == 0o600
     assert list(tmp_path.iterdir()) == [path]
 

@@ -41,6 +41,7 @@ SUFFIX = ".nk"
 AGENT_CONNECTIONS = 256  # an agent has two; those that a broken line leaves behind count for some minutes
 MAX_PAYLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk of 1 MiB, its frame and its headers
 _ACCOUNT_OF: dict[str, Account] = {COORDINATOR: "CORE", WATCH: "WATCH"}  # all other names are agents
+_PLACE: dict[Account, str] = {"CORE": "core", "FLEET": "agents", "WATCH": "watch"}  # of an operator's keyring
 LOG_BYTES = 16 << 20  # the server begins a new log file there, and keeps three: nobody can fill the disk with refusals
 _SEED_BYTES = 4096  # a seed has 58; whatever is longer than this is not read
 
@@ -84,6 +85,7 @@ class BrokerSettings:
     max_payload_bytes: int = MAX_PAYLOAD_BYTES
     max_file_store_bytes: int | None = None  # None: what the server takes by itself, three quarters of the disk
     sync_interval: str = ""  # how often writes are synced to disk: "always", "10s"; empty: the server's two minutes
+    monitor: str = ""  # address and port of the server's HTTP pages, "127.0.0.1:8222"; empty: none
     log_path: Path | None = None  # None: standard error
     pid_path: Path | None = None
 
@@ -91,11 +93,14 @@ class BrokerSettings:
 class Keyring:
     """A directory with one seed file `<name>.nk` per identity: `coordinator`, `watch`, and every agent.
 
-    The name says the account: `coordinator` is of CORE, `watch` of WATCH, and all others are agents.
+    The name says the account: `coordinator` is of CORE, `watch` of WATCH, and all others are agents. An operator's keyring
+    has a directory for each kind, so that a machine or a container is given the keys of its own kind alone.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, by_kind: bool | None = None) -> None:
+        """`by_kind`: a directory for each kind of identity; None: as it is found."""
         self.directory = directory
+        self.by_kind = (directory / _PLACE["CORE"]).is_dir() if by_kind is None else by_kind
         self._read: dict[str, Identity] = {}
         self._names: dict[str, str] = {}
 
@@ -112,11 +117,12 @@ class Keyring:
     @property
     def agents(self) -> list[str]:
         """Every agent that has a key, sorted. Raises ConfigError for a key file whose name is no agent's."""
-        stems = sorted(path.name.removesuffix(SUFFIX) for path in self.directory.glob(f"*{SUFFIX}"))
-        return [checked_name(f"key file in {self.directory}", stem) for stem in stems if stem not in _ACCOUNT_OF]
+        place = self._place("FLEET")
+        stems = sorted(path.name.removesuffix(SUFFIX) for path in place.glob(f"*{SUFFIX}"))
+        return [checked_name(f"key file in {place}", stem) for stem in stems if stem not in _ACCOUNT_OF]
 
     def path(self, name: str) -> Path:
-        return self.directory / f"{name}{SUFFIX}"
+        return self._place(_ACCOUNT_OF.get(name, "FLEET")) / f"{name}{SUFFIX}"
 
     def identity(self, name: str) -> Identity:
         """Raises ConfigError where the file is missing, is no seed, or may be read by others."""
@@ -141,10 +147,15 @@ class Keyring:
         """Whose key it is, or None for a stranger's."""
         return self.names.get(public_key)
 
+    def _place(self, account: Account) -> Path:
+        return self.directory / _PLACE[account] if self.by_kind else self.directory
+
     def _ensure(self, name: str) -> Identity:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.path(name).exists():
-            write_private(self.path(name), Identity.new(name).seed + "\n")
+        path = self.path(name)
+        for directory in (self.directory, path.parent):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            write_whole(path, Identity.new(name).seed + "\n")
         return self.identity(name)
 
 
@@ -182,12 +193,13 @@ def public_key_of(seed: str) -> str:
     return str(public)
 
 
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that only its owner may read, whole or not at all."""
+def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replaces a file, whole or not at all. By default only its owner may read it, at no moment anybody else."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -238,6 +250,11 @@ def _watch(users: Sequence[Identity], agents: Sequence[Identity]) -> str:
 
 def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> str:
     """A whole nats-server configuration: `nats-server -c` takes it, and takes it anew on SIGHUP."""
+    return server_settings(settings) + accounts_config(identities)
+
+
+def server_settings(settings: BrokerSettings) -> str:
+    """All of a nats-server configuration but the accounts."""
     jetstream = [f"store_dir: {_quoted(settings.store_dir)}"]
     if settings.max_file_store_bytes is not None:
         jetstream.append(f"max_file_store: {settings.max_file_store_bytes}")
@@ -253,7 +270,9 @@ def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> s
         lines += [f"log_file: {_quoted(settings.log_path)}", f"logfile_size_limit: {LOG_BYTES}", "logfile_max_num: 3"]
     if settings.pid_path is not None:
         lines.append(f"pid_file: {_quoted(settings.pid_path)}")
-    return "\n".join([*lines, "jetstream {", *(f"  {line}" for line in jetstream), "}", accounts_config(identities)])
+    if settings.monitor:
+        lines.append(f"http: {_quoted(settings.monitor)}")
+    return "\n".join([*lines, "jetstream {", *(f"  {line}" for line in jetstream), "}", ""])
 
 
 def _account_name(agent: Identity) -> str:

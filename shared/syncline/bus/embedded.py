@@ -32,7 +32,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from syncline.bus.accounts import BrokerSettings, Identity, Keyring, server_config, write_private
+from syncline.bus.accounts import BrokerSettings, Identity, Keyring, server_config, write_whole
 from syncline.bus.violations import LogTail, ViolationLog
 from syncline.errors import ConfigError, Unavailable
 from syncline.wire.subjects import COORDINATOR
@@ -251,7 +251,7 @@ class EmbeddedBroker:
             pid_path=self.directory / "broker.pid",
         )
         text = server_config(settings, self.keyring.identities())
-        write_private(self.directory / CONFIG, text)
+        write_whole(self.directory / CONFIG, text)
         return text
 
     # -- changing and ending ---------------------------------------------------------------------------------------

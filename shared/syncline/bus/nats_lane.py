@@ -112,6 +112,7 @@ class Lane:
                 **options,
             )
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
+            await _give_up(client)
             why = self._last_error or str(error) or type(error).__name__
             if "authorization" in f"{why} {error}".lower():
                 raise Denied(f"the broker at {url} does not know this key") from None
@@ -305,6 +306,15 @@ class Lane:
                 await live.unsubscribe()
             except nats.errors.Error:
                 pass  # the connection is gone, and the subscription with it
+
+
+async def _give_up(client: Client) -> None:
+    """nats-py leaves the socket of a login that was refused open, and its public `close` would call us back."""
+    try:
+        async with asyncio.timeout(1.0):
+            await client._close(Client.CLOSED, do_cbs=False)
+    except (TimeoutError, nats.errors.Error, OSError):
+        pass
 
 
 def size_of(headers: dict[str, str] | None) -> int:

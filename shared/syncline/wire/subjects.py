@@ -15,7 +15,8 @@ RUNS_BUCKET = "syncline-runs"
 FLEET = "fleet"  # the run token of what concerns no single run
 COORDINATOR = "coordinator"
 BROKER = "broker"
-RESERVED = frozenset({FLEET, COORDINATOR, BROKER, "dashboard", "data", "watch"})
+AUTO = "auto"  # in place of an agent's name: whichever key is free
+RESERVED = frozenset({FLEET, COORDINATOR, BROKER, AUTO, "dashboard", "data", "watch"})
 NAME = re.compile(r"[a-z0-9-]{1,63}")
 
 

@@ -1,0 +1,96 @@
+"""An agent's name and key out of a directory of keys: how equal containers become different agents. Imports no torch.
+
+`--scale agent=8` starts eight containers with the same settings. With `--name auto` each claims a key of the directory that
+`--key` names, and is the agent of that key. A claim is a lock on the key file, held by the service: the kernel lets go of
+it when the process ends, however it ends, and it needs no right to write. It is known to every process and container of
+one machine; machines that share a fleet must have directories of their own.
+
+Whoever starts again takes the name that its host had last, and else the first that is free, so that the same names stay in
+use. What an agent keeps on disk is kept by its name: where the state directory is shared, it comes with the name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from syncline.bus.accounts import SUFFIX, write_whole
+from syncline.bus.operator import in_order
+from syncline.errors import ConfigError
+from syncline.wire.subjects import AUTO, checked_name
+
+_HOST = ".host"  # <state>/<name>.host: whose name it was last
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A name, its key file, and the lock that makes it ours (-1: a name that was given needs none)."""
+
+    name: str
+    key: str
+    lock_fd: int = -1
+
+
+def claim(name: str, key: str, state_dir: Path, host: str = "") -> Claimed:
+    """Who the agent is, by `--name` and `--key`. Raises ConfigError for a directory without a free key."""
+    if name != AUTO:
+        checked_name("--name", name)
+        return Claimed(name, str(Path(key, f"{name}{SUFFIX}")) if key and Path(key).is_dir() else key)
+    if not key:
+        raise ConfigError("--key", "none is named", "With --name auto it is a directory of agents' keys")
+    if not Path(key).is_dir():
+        raise ConfigError("--key", f"{key} is no directory", "With --name auto it is a directory of agents' keys")
+    return _free_key(Path(key), state_dir, host or socket.gethostname())
+
+
+def _free_key(directory: Path, state_dir: Path, host: str) -> Claimed:
+    names = in_order([path.name.removesuffix(SUFFIX) for path in directory.glob(f"*{SUFFIX}")])
+    if not names:
+        raise ConfigError("--key", f"{directory} holds no keys", "Make some: syncline keys make DIR --agents N")
+    for name in sorted(names, key=_had_before(state_dir, host)):  # the sort is stable: else in their order
+        path = directory / f"{name}{SUFFIX}"
+        fd = _lock(path)
+        if fd >= 0:
+            _remember(state_dir, checked_name(f"key file in {directory}", name), host)
+            return Claimed(name, str(path), fd)
+    mend = "Start fewer agents, or make more keys: syncline keys add DIR NAME"
+    raise ConfigError("--key", f"all {len(names)} keys in {directory} are in use on this machine", mend)
+
+
+def _had_before(state_dir: Path, host: str) -> Callable[[str], bool]:
+    def other(name: str) -> bool:
+        try:
+            return (state_dir / f"{name}{_HOST}").read_text() != host
+        except (OSError, ValueError):
+            return True
+
+    return other
+
+
+def _remember(state_dir: Path, name: str, host: str) -> None:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(state_dir / f"{name}{_HOST}", host)
+    except OSError as error:
+        problem = f"{error.filename or state_dir}: {error.strerror}"
+        raise ConfigError("--state-dir", problem, "Use a directory that you may write") from None
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock on the file as it stands there now, or -1 where another holds it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1  # revoked just now
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_ino == path.stat().st_ino:
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return -1

@@ -1,0 +1,53 @@
+"""A nats-server as an operator runs it: from a configuration file, reloaded by signals. The test that starts it ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Self
+
+from command import until
+
+from syncline.bus.embedded import server_binary
+
+READY_S = 20.0
+
+
+class Server:
+    """`with Server(config, log):` runs `nats-server -c config`."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        self.config, self.log = config, log
+
+    def __enter__(self) -> Self:
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen([str(server_binary()), "-c", str(self.config)], stderr=out, stdout=out)
+        until(lambda: "Server is ready" in self.text or self._ended(), READY_S, lambda: self.text)
+        assert not self._ended(), self.text
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def reload(self) -> None:
+        """As `nats-server --signal reload` does; returns when it is done."""
+        before = self.text.count("Reloaded server configuration")
+        os.kill(self.process.pid, signal.SIGHUP)
+        until(lambda: self.text.count("Reloaded server configuration") > before, READY_S, lambda: self.text)
+
+    def _ended(self) -> bool:
+        return self.process.poll() is not None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,117 @@
+"""Keys with a real nats-server: an added agent gets in by reloading, a revoked one is out at once and stays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import Command
+from server import Server, free_port
+
+from syncline.bus.accounts import Identity
+from syncline.bus.base import Delivery
+from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.operator import OperatorSet
+from syncline.errors import BusError, Denied
+from syncline.wire import subjects
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Operator:
+    """Somebody who uses the command, and a broker that runs with what it writes."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.port = place, free_port()
+        self.syncline("make", "ops", "--agents", "2", "--listen", f"127.0.0.1:{self.port}", "--monitor", "")
+        self.keys = OperatorSet(place / "ops")
+        self.server = Server(self.keys.config, place / "broker.log")
+
+    def syncline(self, *args: str) -> str:
+        command = Command(self.place, ("keys", *args))
+        try:
+            assert command.ended(60.0) == 0, command.err
+            return command.out
+        finally:
+            command.stop()
+
+    async def connect(self, who: str | Identity) -> NatsBus:
+        identity = self.keys.keyring.identity(who) if isinstance(who, str) else who
+        url = f"nats://127.0.0.1:{self.port}"
+        return await NatsBus.connect(Connection(url, identity.name, identity.seed, patience_s=2.0))
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> Iterator[Operator]:
+    made = Operator(tmp_path)
+    with made.server:
+        yield made
+
+
+async def answered(bus: NatsBus, agent: str, within_s: float) -> bool:
+    """Whether the coordinator hears the agent, and the agent its answer."""
+    try:
+        return await bus.request(subjects.hello(agent), b"hello", within_s) == b"welcome"
+    except BusError:
+        return False
+
+
+async def coordinator(operator: Operator) -> NatsBus:
+    bus = await operator.connect("coordinator")
+
+    async def welcome(delivery: Delivery) -> None:
+        await bus.publish(delivery.reply, b"welcome")
+
+    await bus.subscribe(f"{subjects.PREFIX}.*.agent.*.hello", welcome)
+    return bus
+
+
+async def test_an_added_agent_is_heard_after_two_reloads_and_nobody_is_disconnected(operator: Operator) -> None:
+    core, first = await coordinator(operator), await operator.connect("a1")
+    dropped: list[str] = []
+    core.when_reconnected(lambda: dropped.append("coordinator"))
+    first.when_reconnected(lambda: dropped.append("a1"))
+    assert await answered(first, "a1", 5.0)
+    operator.syncline("add", "ops", "late")
+    with pytest.raises(Denied):
+        await operator.connect("late")
+    operator.server.reload()
+    operator.server.reload()
+    late = await operator.connect("late")
+    assert await answered(late, "late", 5.0)
+    assert await answered(first, "a1", 5.0) and dropped == []
+    for bus in (core, first, late):
+        await bus.close()
+
+
+async def test_a_revoked_agent_is_thrown_out_and_never_comes_in_again(operator: Operator) -> None:
+    core, stays, thief = await coordinator(operator), await operator.connect("a1"), await operator.connect("a2")
+    stolen = operator.keys.keyring.identity("a2")
+    assert await answered(stays, "a1", 5.0) and await answered(thief, "a2", 5.0)
+    operator.syncline("revoke", "ops", "a2")
+    assert await answered(thief, "a2", 5.0), "until the broker reloads, nothing has changed"
+    operator.server.reload()
+    assert not await answered(thief, "a2", 1.0)
+    with pytest.raises(Denied):
+        await operator.connect(stolen)
+    assert await answered(stays, "a1", 5.0)
+    operator.syncline("add", "ops", "a2")
+    operator.server.reload()
+    operator.server.reload()
+    with pytest.raises(Denied):
+        await operator.connect(stolen)
+    again = await operator.connect(Identity.of("a2", (operator.place / "ops/agents/a2.nk").read_text().strip()))
+    assert await answered(again, "a2", 5.0)
+    for bus in (core, stays, thief, again):
+        await bus.close()
+
+
+async def test_the_operators_own_settings_survive_every_change(operator: Operator) -> None:
+    config = operator.keys.config
+    config.write_text(config.read_text() + "max_connections: 77\n")
+    operator.syncline("add", "ops", "late")
+    operator.server.reload()
+    assert config.read_text().endswith("max_connections: 77\n")
+    bus = await operator.connect("late")
+    await bus.close()
