@@ -78,7 +78,7 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
     [
         # names
         ({"name": "My Run"}, "name: 'My Run' is not a name. Use 1 to 63 of a-z, 0-9 and '-'"),
-        ({"name": "fleet"}, "name: 'fleet' is reserved. Choose another than broker, coordinator, dashboard, data, fleet, "
+        ({"name": "fleet"}, "name: 'fleet' is reserved. Choose another than auto, broker, coordinator, dashboard, data, fleet, "
          "watch"),
         ({"task": "digits"}, "task: 'digits' names no class. Write `package.module:Class` or `file.py:Class`"),
         ({"task": "a.b:not-a-name"}, "task: 'a.b:not-a-name' names no class. Write `package.module:Class` or `file.py:Class`"),
