@@ -6,21 +6,24 @@ refused here, before anything starts, with the setting, its value and the mend.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from syncline.engine.outer import OUTERS, Outer, Sgd
 from syncline.errors import ConfigError
+from syncline.explain import explain
+from syncline.settings import Settings, one_of
 from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
 
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+if TYPE_CHECKING:
+    OuterOptimizer = Outer
+else:
+    OuterOptimizer = one_of(OUTERS, "kind", "sgd")
 
 
 class Agents(Settings):
@@ -132,13 +135,6 @@ class Merge(Settings):
     )
 
 
-class Outer(Settings):
-    """What the coordinator does with the merged update D: W ← W + lr · D."""
-
-    kind: Literal["sgd"] = "sgd"
-    lr: float = Field(1.0, gt=0, le=100)
-
-
 class Mix(Settings):
     """What an agent does with the new center: W_i ← W_i + alpha (W − W_i)."""
 
@@ -193,7 +189,7 @@ class RunSpec(Settings):
     sync: Rounds = Rounds()
     local: Local = Local()
     merge: Merge = Merge()
-    outer: Outer = Outer()
+    outer: OuterOptimizer = Sgd()
     mix: Mix = Mix()
     wire: Wire = Wire()
     evaluate: Evaluate = Evaluate()
@@ -249,6 +245,11 @@ class RunSpec(Settings):
         return self
 
     @property
+    def states(self) -> int:
+        """Flat vectors of the model's size that the coordinator keeps beside the center."""
+        return self.outer.states
+
+    @property
     def warnings(self) -> list[str]:
         """Settings that are allowed and rarely meant, in plain words with the mend."""
         found = []
@@ -269,7 +270,7 @@ def parse(model: type[S], data: Any) -> S:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(model, item) for item in error.errors()]
+        problems = [explain(model, item) for item in error.errors()]
         first = problems[0]
         rest = "".join(f"\n{p}" for p in problems[1:])
         raise ConfigError(first.setting, first.problem, first.mend + rest) from None
@@ -286,53 +287,3 @@ def load_spec(path: Path, **overrides: Any) -> RunSpec:
     if isinstance(data, dict):
         data = {**data, **overrides}
     return parse(RunSpec, data)
-
-
-def _explain(model: type[BaseModel], item: Any) -> ConfigError:
-    """Pydantic's finding in the words of the user: setting, value, mend."""
-    kind, value, loc = item["type"], item.get("input"), [str(p) for p in item["loc"]]
-    own = len(loc) - (kind == "extra_forbidden")  # the last name is the user's then, and may read like a tag
-    path = [p for i, p in enumerate(loc) if i >= own or p not in _UNION_TAGS]
-    setting = ".".join(path) or "spec"
-    if kind == "extra_forbidden":
-        known = _settings_at(model, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        mend = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(known)}"
-        return ConfigError(setting, "there is no such setting", mend)
-    if kind == "missing":
-        return ConfigError(setting, "is missing", "Add it")
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        problem = "is missing" if kind == "union_tag_not_found" else f"{value.get('kind')!r} is not accepted"
-        return ConfigError(f"{setting}.kind", problem, f"Use one of {', '.join(_kinds_at(model, path))}")
-    if kind == "value_error":
-        return ConfigError(setting, str(item["ctx"]["error"]), "")
-    message = item["msg"][:1].lower() + item["msg"][1:]
-    return ConfigError(setting, f"{value!r} is not accepted", message[:1].upper() + message[1:])
-
-
-_UNION_TAGS = frozenset(
-    {"iid", "dirichlet", "shards", "natural", "function-after", "literal['all']", "constrained-int"}
-)
-
-
-def _settings_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The names of the settings of a section, for «did you mean»."""
-    return sorted({name for section in _sections_at(model, path) for name in section.model_fields})
-
-
-def _kinds_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The values of `kind` that a section can have."""
-    return [kind for section in _sections_at(model, path) for kind in get_args(section.model_fields["kind"].annotation)]
-
-
-def _sections_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
-    found: list[type[BaseModel]] = [model]
-    for name in path:
-        found = [m for section in found if (f := section.model_fields.get(name)) for m in _models_in(f.annotation)]
-    return found
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
