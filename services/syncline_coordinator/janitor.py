@@ -48,7 +48,9 @@ class Janitor:
         for (agent, blob), seen_at_s in self._seen_at_s.items():
             if now_s - seen_at_s > UNOFFERED_S:
                 self._purger.add(subjects.updates_stream(self._run), subjects.update_prefix(self._run, agent, blob))
-        stays = Counter(agent for (agent, _), seen_at_s in self._seen_at_s.items() if seen_at_s < now_s)  # not on its way
+        stays = Counter(
+            agent for (agent, _), seen_at_s in self._seen_at_s.items() if seen_at_s < now_s
+        )  # not on its way
         over = {agent for agent, count in stays.items() if count > QUOTA_BLOBS}
         for agent in sorted(over - self._named):
             text = f"{agent} holds more than {QUOTA_BLOBS} blobs that it never offered; they go after {UNOFFERED_S:g} s"

@@ -34,6 +34,7 @@ class Judged:
 class Ledger:
     def __init__(self, spec: RunSpec, max_agents: int, head: Head, purger: Purger) -> None:
         self._run, self._keep_models, self._purger = spec.name, spec.keep_models, purger
+        self._with_outer = spec.states > 0
         self.numbering = Numbering(fixed_parts=spec.partition.parts, max_agents=max_agents)
         self.dropped: list[Dropped] = []  # since the last commit
         self.read_up_to = head.offers_seq
@@ -115,7 +116,7 @@ class Ledger:
 
     def abandoned(self, model: str) -> None:
         """A model that was put in part, by a merge that could not be finished."""
-        self._purger.add(subjects.model_stream(self._run), subjects.model_prefix(self._run, model))
+        self._purge_model(model)
 
     def entry(self, agent: str, clock: int) -> PlanEntry:
         return self._offered[agent, clock].entry
@@ -151,7 +152,13 @@ class Ledger:
         if after.model is not None and after.model not in self._kept:
             self._kept.append(after.model)
         while len(self._kept) > self._keep_models:
-            self._purge_record(self._kept.pop(0))
+            self._purge_model(self._kept.pop(0).id)
+
+    def _purge_model(self, blob: str) -> None:
+        """A model, and the outer state beside it."""
+        self._purger.add(subjects.model_stream(self._run), subjects.model_prefix(self._run, blob))
+        if self._with_outer:
+            self._purger.add(subjects.model_stream(self._run), subjects.outer_prefix(self._run, blob))
 
     def _purge_record(self, ref: BlobRef | None) -> None:
         if ref is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from syncline.engine.asynchronous import Asynchronous
 from syncline.engine.policy import Policy, Standing
 from syncline.engine.rounds import Rounds
-from syncline.engine.staleness import STALENESS
 from syncline.spec import Async, RunSpec
 from syncline.wire.messages import Head, Roster
 
@@ -33,7 +32,7 @@ def policy_of(spec: RunSpec) -> Policy:
         overlap=sync.overlap,
         quorum=sync.quorum,
         grace_s=sync.grace_s,
-        staleness=STALENESS[sync.weighing.kind](**sync.weighing.arguments),
+        staleness=sync.weighing,
         weights=merge.weights,
         normalize=merge.normalize,
         elastic=elastic,

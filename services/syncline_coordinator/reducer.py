@@ -1,8 +1,11 @@
-"""Streams the updates of a plan through the merge rule, chunk by chunk, into the next version of the center.
+"""Streams the updates of a plan through the merge rule and the outer optimiser, chunk by chunk, into the next version.
 
-Memory is two models, in shared memory that the evaluator reads too, and `depth` chunks of every update: the chunk size is
-fixed at submit so that those stay within `STAGING_BYTES` for the largest number of agents. Nothing here decides anything:
-the plan says what is merged, with which weights, in which order.
+Memory is two models with their outer state, and a window of chunks of every update: the chunk size is fixed at submit so
+that those stay within `STAGING_BYTES` for the largest number of agents. Nothing here decides anything: the plan says what is
+merged, with which weights, in which order.
+
+The outer state of a version lies beside its model, under the same blob id: a blob of S · C chunks, vector after vector, for
+S vectors and a model of C chunks. It is committed and purged with the model. Version 0 has none: zeros.
 """
 
 from __future__ import annotations
@@ -19,12 +22,10 @@ import xxhash
 from torch import Tensor
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import get_chunk, put_chunk, windowed
+from syncline.bus.blobs import Prefix, get_chunk, put_chunk, windowed
 from syncline.chance import new_id
 from syncline.engine.merge import RULES, finite
-from syncline.engine.outer import OUTERS, Outer
 from syncline.errors import PeerError, SynclineError
-from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.chunks import blob_digest, checksum, pack_chunk
@@ -32,6 +33,7 @@ from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import BlobRef, Plan, PlanEntry
+from syncline_coordinator.center import Center
 
 T = TypeVar("T")
 
@@ -64,29 +66,6 @@ def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int, overhead: int)
     return max(4096, min(wanted, allowed))
 
 
-class Center:
-    """W, and the place where the next W is made: two flat vectors in shared memory, taken in turns."""
-
-    def __init__(self, manifest: Manifest, memory: SharedMemory) -> None:
-        memory.grow(2 * manifest.nbytes)
-        view, dtype = memory.view(), DTYPES[manifest.dtype]
-        self._both = [
-            torch.frombuffer(view, dtype=dtype, count=manifest.elements, offset=i * manifest.nbytes) for i in (0, 1)
-        ]
-        self.current = 0
-
-    @property
-    def now_P(self) -> Tensor:
-        return self._both[self.current]
-
-    @property
-    def next_P(self) -> Tensor:
-        return self._both[1 - self.current]
-
-    def advance(self) -> None:
-        self.current = 1 - self.current
-
-
 class Reducer:
     """`executor` runs the arithmetic; without one it runs inline, which makes simulated time deterministic."""
 
@@ -97,7 +76,6 @@ class Reducer:
         self._bus, self._spec, self._manifest, self._center = bus, spec, manifest, center
         self._codec = CODECS[manifest.dtype]
         self._rule = RULES[spec.merge.rule]
-        self._outer: Outer = OUTERS[spec.outer.kind](spec.outer.lr)
 
     async def merge(self, plan: Plan) -> Merged:
         """The next center, put on the bus and in `center.next_P`. Raises UpdateUnusable for an update it cannot merge.
@@ -112,9 +90,11 @@ class Reducer:
         async def one(k: int) -> None:
             nonlocal put
             datas = await asyncio.gather(*(self._get(entry, k) for entry in plan.merged))
-            frame = await self._off_loop(self._reduce, plan, weights, datas, checksums, blob, k)
-            put += len(frame)
-            await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
+            model, *states = await self._off_loop(self._reduce, plan, weights, datas, checksums, blob, k)
+            put += len(model)
+            await self._put_model(blob, k, model)
+            for s, frame in enumerate(states):
+                await put_chunk(self._bus, f"{subjects.outer_prefix(self._spec.name, blob)}.{s * chunks + k}", frame)
 
         try:
             await windowed(chunks, self._spec.wire.window, one)
@@ -135,25 +115,46 @@ class Reducer:
 
         async def one(k: int) -> None:
             nonlocal put
-            frame = self._frame(self._center.now_P[self._manifest.chunk(k)], blob, k)
+            frame = self._frame(self._center.now_P[self._manifest.chunk(k)], blob, k, chunks)
             put += len(frame)
-            await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
+            await self._put_model(blob, k, frame)
 
         await windowed(chunks, self._spec.wire.window, one)
         return Merged(
             BlobRef(id=blob, size=self._manifest.nbytes, chunks=chunks), digest_of(self._center.now_P), 0, put
         )
 
-    async def get_center(self, ref: BlobRef) -> None:
-        """Fills the current center from a blob."""
+    async def get_center(self, ref: BlobRef, version: int) -> None:
+        """Fills the current center, and its outer state, from the blobs of a version."""
+        model = partial(subjects.model_prefix, self._spec.name)
+        await self._fill(model, ref, [self._center.now_P[part] for part in self._parts()])
+        states = [
+            state_E for vector in zip(*map(self._center.states_now, self._parts()), strict=True) for state_E in vector
+        ]
+        if version and states:
+            outer = partial(subjects.outer_prefix, self._spec.name)
+            await self._fill(outer, self.outer_ref(ref), states)
+
+    def outer_ref(self, model: BlobRef) -> BlobRef:
+        """The outer state that lies beside a model."""
+        states = self._spec.states
+        return BlobRef(id=model.id, size=states * model.size, chunks=states * model.chunks)
+
+    def _parts(self) -> list[slice]:
+        return [self._manifest.chunk(k) for k in range(self._manifest.chunks)]
+
+    async def _fill(self, prefix: Prefix, ref: BlobRef, parts: Sequence[Tensor]) -> None:
+        """Chunk k of the blob into `parts[k]`."""
+        stream = subjects.model_stream(self._spec.name)
 
         async def one(k: int) -> None:
-            part_E = self._center.now_P[self._manifest.chunk(k)]
-            stream, prefix = subjects.model_stream(self._spec.name), partial(subjects.model_prefix, self._spec.name)
-            size = self._codec.nbytes(part_E.numel())
-            self._codec.decode(await get_chunk(self._bus, stream, prefix, ref, k, size, self._codec.name), part_E)
+            size = self._codec.nbytes(parts[k].numel())
+            self._codec.decode(await get_chunk(self._bus, stream, prefix, ref, k, size, self._codec.name), parts[k])
 
         await windowed(ref.chunks, self._spec.wire.window, one)
+
+    async def _put_model(self, blob: str, k: int, frame: bytes) -> None:
+        await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
 
     async def _get(self, entry: PlanEntry, k: int) -> bytes:
         run, part = self._spec.name, self._manifest.chunk(k)
@@ -174,8 +175,8 @@ class Reducer:
         checksums: Sequence[list[int]],
         blob: str,
         k: int,
-    ) -> bytes:
-        """Chunk k: decode, merge, step, encode. Returns its frame."""
+    ) -> list[bytes]:
+        """Chunk k: decode, merge, step, encode. Returns the frame of the model, and those of the outer state."""
         part = self._manifest.chunk(k)
         elements = part.stop - part.start
         staged_NE = torch.empty((len(datas), elements), dtype=DTYPES[self._manifest.dtype])
@@ -186,9 +187,13 @@ class Reducer:
         self._rule(list(staged_NE), weights, merged_E)
         if not finite(merged_E):
             raise self._diverged(plan, staged_NE)
-        next_E = self._center.next_P[part]
-        self._outer(self._center.now_P[part], merged_E, next_E)
-        return self._frame(next_E, blob, k)
+        center, next_E, states = self._center, self._center.next_P[part], self._center.states_next(part)
+        self._spec.outer.step(center.now_P[part], merged_E, center.states_now(part), next_E, states, plan.version - 1)
+        chunks = self._manifest.chunks
+        return [
+            self._frame(next_E, blob, k, chunks),
+            *(self._frame(state_E, blob, s * chunks + k, len(states) * chunks) for s, state_E in enumerate(states)),
+        ]
 
     @staticmethod
     def _diverged(plan: Plan, staged_NE: Tensor) -> UpdateUnusable:
@@ -198,10 +203,10 @@ class Reducer:
         what = "values too large to add up" if odd is None else "NaN or infinite values"
         return UpdateUnusable(entry.agent, entry.clock, f"it holds {what}: its training diverged")
 
-    def _frame(self, part_E: Tensor, blob: str, k: int) -> bytes:
+    def _frame(self, part_E: Tensor, blob: str, k: int, n: int) -> bytes:
         coded = bytearray(self._codec.nbytes(part_E.numel()))
         self._codec.encode(part_E, memoryview(coded))
-        return pack_chunk(blob, k, self._manifest.chunks, self._codec.name, memoryview(coded))
+        return pack_chunk(blob, k, n, self._codec.name, memoryview(coded))
 
     async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Runs it in the executor; on the event loop where the whole model is so small that handing over costs more."""

@@ -52,6 +52,7 @@ from syncline.wire.messages import (
     encode,
 )
 from syncline.wire.messages import Committed as CommitRecord
+from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
@@ -59,7 +60,7 @@ from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
-from syncline_coordinator.reducer import Center, Merged, Reducer, UpdateUnusable
+from syncline_coordinator.reducer import Merged, Reducer, UpdateUnusable
 
 log = logging.getLogger(__name__)
 

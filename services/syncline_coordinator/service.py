@@ -38,10 +38,11 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
+from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.offers import OfferReader
-from syncline_coordinator.reducer import Center, Reducer, chunk_bytes_for
+from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.run import RECORD_CHUNK_BYTES, Parts, Run
 from syncline_coordinator.space import most_agents, release, reserve
 
@@ -297,13 +298,13 @@ class Coordinator:
         spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
         known = b"" if keeper.head.manifest is None else await self._manifest_blob(keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
-        center = Center(manifest, memory)
+        center = Center(manifest, memory, spec.states)
         reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
         if keeper.head.model is None:
             await child.ask("initial")
             await self._commit_initial(keeper, reducer, manifest)
         else:
-            await reducer.get_center(keeper.head.model)
+            await reducer.get_center(keeper.head.model, keeper.head.version)
             await keeper.write(keeper.head.model_copy(update={"term": keeper.head.term + 1}))
         offers = OfferReader(self._bus, name, manifest, self._public_key)
         parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))

@@ -30,7 +30,7 @@ class Reservation:
     def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
         blob = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
         updates = UPDATES_PER_AGENT * agents * blob + UPDATES_SLACK_BYTES
-        return cls(updates, (spec.keep_models + 1) * blob + RECORDS_BYTES)
+        return cls(updates, (spec.keep_models + 1) * (1 + spec.states) * blob + RECORDS_BYTES)
 
     @property
     def total(self) -> int:
@@ -67,12 +67,15 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
         for name in made:
             await _quietly(bus.delete_stream(name))
         if isinstance(error, Unavailable):
-            mend = "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
+            mend = (
+                "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
+            )
             raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", mend) from None
+        kept = f" of {1 + spec.states} vectors, because outer.kind is {spec.outer.kind}" if spec.states else ""
         raise ConfigError(
             "agents.max",
             f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.nbytes >> 10} KiB "
-            f"for each of {agents} agents, {spec.keep_models + 1} models), and the broker says: {error}",
+            f"for each of {agents} agents, {spec.keep_models + 1} models{kept}), and the broker says: {error}",
             "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store)",
         ) from None
 

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from syncline.bus.base import Stored
+from syncline.engine.staleness import Polynomial
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
@@ -29,6 +30,7 @@ from syncline.wire.messages import (
     Verdict,
     decode,
 )
+from syncline_sim.oracle import Vector, next_center
 
 DTYPES = {"fp32": "<f4", "fp64": "<f8"}
 ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
@@ -52,6 +54,7 @@ class Invariants:
     dropped: set[tuple[str, int]] = field(default_factory=set)
     roster: Roster | None = None
     plan: Plan | None = None
+    kept: list[Vector] = field(default_factory=list)  # what the outer optimiser keeps beside the newest center
 
     @property
     def head(self) -> Head | None:
@@ -158,7 +161,7 @@ class Invariants:
         if spec.sync.kind == "rounds":
             return share
         size, s = spec.sync.updates(spec.agents.min), spec.sync.weighing
-        stale = float((1 + entry.lag) ** -s.a) if s.kind == "polynomial" else 1.0
+        stale = float((1 + entry.lag) ** -s.a) if isinstance(s, Polynomial) else 1.0
         return share * (n / size if size else 1.0) * stale
 
     def _check_entry(self, head: Head, entry: PlanEntry) -> None:
@@ -199,20 +202,24 @@ class Invariants:
         self._check_center(before, head, plan)
 
     def _check_center(self, before: Head, head: Head, plan: Plan) -> None:
-        """W_{v+1} = W_v + lr Σ p_i Δ_i, from the bytes that passed by."""
+        """The center and the outer state beside it are what the formulas make of the bytes that passed by."""
         assert head.manifest is not None and head.model is not None and before.model is not None
         layout = self._record(Manifest, head.manifest)
         data = self._content("model", head.model)
         self._insist(xxhash.xxh3_128_hexdigest(data) == head.digest, f"version {head.version}: a wrong digest")
-        dtype, exact = DTYPES[layout.dtype], np.float64
-        center = np.frombuffer(self._content("model", before.model), dtype).astype(exact)
-        moved = sum(
-            (e.weight * np.frombuffer(self._content(f"agent.{e.agent}.update", e.blob), dtype) for e in plan.merged),
-            np.zeros(1),
+        dtype, close = DTYPES[layout.dtype], ROUNDING[layout.dtype]
+        center, *updates = (
+            np.frombuffer(self._content(what, ref), dtype).astype(np.float64)
+            for what, ref in (("model", before.model), *((f"agent.{e.agent}.update", e.blob) for e in plan.merged))
         )
-        close = ROUNDING[layout.dtype]
-        right = np.allclose(np.frombuffer(data, dtype), center + self.spec.outer.lr * moved, rtol=close, atol=close)
-        self._insist(right, f"version {head.version}: the center is not W + Σ p_i Δ_i")
+        weights = [e.weight for e in plan.merged]
+        expected, self.kept = next_center(self.spec, center, updates, weights, self.kept, before.version)
+        right = np.allclose(np.frombuffer(data, dtype), expected, rtol=close, atol=close)
+        self._insist(right, f"version {head.version}: the center is not what its updates and its rule make")
+        if self.kept:
+            there = np.frombuffer(self._content("outer", self._outer(head.model)), dtype)
+            right = np.allclose(there, np.concatenate(self.kept), rtol=close, atol=close)
+            self._insist(right, f"version {head.version}: the outer state is not what its updates make")
 
     def _compare(self, old: Roster, new: Roster) -> None:
         self._insist(new.agents[: len(old.agents)] == old.agents, f"{old.agents} were numbered anew: {new.agents}")
@@ -259,9 +266,16 @@ class Invariants:
         return [(what, ref) for what, ref in (*refs, *plan) if ref is not None]
 
     def _misses(self, ref: BlobRef) -> bool:
-        prefix = subjects.model_prefix(self.spec.name, ref.id)
-        names = [f"{prefix}.{k}" for k in range(ref.chunks)]
+        """Whether a chunk of it is not there; or, for the current model, one of the outer state beside it."""
+        blobs = [(subjects.model_prefix, ref)]
+        if self.spec.states and self.head is not None and self.head.version and ref == self.head.model:
+            blobs.append((subjects.outer_prefix, self._outer(ref)))
+        names = [f"{prefix(self.spec.name, blob.id)}.{k}" for prefix, blob in blobs for k in range(blob.chunks)]
         return any(name not in self.chunks or name in self.gone for name in names)
+
+    def _outer(self, model: BlobRef) -> BlobRef:
+        states = self.spec.states
+        return BlobRef(id=model.id, size=states * model.size, chunks=states * model.chunks)
 
     def _content(self, what: str, ref: BlobRef) -> bytes:
         prefix = f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}"

@@ -7,10 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.world import COORDINATOR, simulate
+
+OUTER_OPTIMIZERS = (
+    Momentum(lr=0.5),
+    Nesterov(),
+    DelayedNesterov(every=2),
+    Adam(lr=0.5),
+    Yogi(lr=0.5),
+    Adagrad(lr=0.5),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,7 @@ class Failure:
         return (
             f"seed {self.seed}: {self.outcome.problems[0]}\n"
             f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.alpha}, agents: {spec.agents}, "
+            f"outer: {spec.outer!r}, "
             f"periods: {self.scene.period_s} s, starts: {self.scene.starts_s} s, "
             f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}\n"
             f"faults:\n{faults}\n" + "\n".join(self.outcome.timeline)
@@ -57,6 +68,9 @@ def scene_of(seed: int) -> Scene:
         keep_models=rng.choice((2, 2, 3)),
         seed=seed,
     )
+    more = Dice(f"{seed} outer")
+    if more.random() < 0.3:
+        spec = spec.model_copy(update={"outer": more.choice(OUTER_OPTIMIZERS)})
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
     starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
     return Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)

@@ -71,7 +71,7 @@ def _check_async(spec: RunSpec) -> None:
         raise ConfigError(
             "outer.kind",
             "'nesterov' in an asynchronous run applies the momentum once for every small merge, which diverges",
-            "Use `outer: {kind: delayed_nesterov}` (arXiv:2401.09135), or sgd",
+            f"Use `outer: {{kind: delayed_nesterov, every: {spec.agents.min}}}` (arXiv:2401.09135), or sgd",
         )
 
 

@@ -7,20 +7,29 @@ refused here, before anything starts, with the setting, its value and the mend.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, model_validator
 
+from syncline.engine.outer import OUTERS, Outer, Sgd
+from syncline.engine.staleness import STALENESS, Polynomial, Staleness
 from syncline.errors import ConfigError
 from syncline.guardrails import doubts, refuse_nonsense
-from syncline.settings import Settings, default_kind
+from syncline.settings import Settings, one_of, untagged
 from syncline.settings import parse as parse  # whoever wants a spec wants to parse one
 from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
 MOST_STEPS = 1_000_000  # of a local period that is given in seconds
 SIM_SECTION = "sim"  # of a spec's file: what a simulation of the run needs, and nobody else
+
+if TYPE_CHECKING:
+    OuterOptimizer = Outer
+    StalenessWeight = Staleness
+else:
+    OuterOptimizer = one_of(OUTERS, "kind", "sgd")
+    StalenessWeight = one_of(STALENESS, "kind", "polynomial")
 
 
 class Agents(Settings):
@@ -83,35 +92,6 @@ class Rounds(Settings):
     sample: float | None = Field(None, gt=0, le=1, description="Share of the live agents drawn for each round.")
 
 
-class _Staleness(Settings):
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"kind"})
-
-
-class ConstantStaleness(_Staleness):
-    """s(τ) = 1: an update counts the same however old it is."""
-
-    kind: Literal["constant"]
-
-
-class PolynomialStaleness(_Staleness):
-    """s(τ) = (1 + τ)^−a (arXiv:1903.03934); a = 0.5 is FedBuff's 1/√(1 + τ)."""
-
-    kind: Literal["polynomial"] = "polynomial"
-    a: float = Field(0.5, ge=0, le=100)
-
-
-class HingeStaleness(_Staleness):
-    """s(τ) = 1 up to a lag of b versions, then 1 / (a (τ − b) + 1) (arXiv:1903.03934)."""
-
-    kind: Literal["hinge"]
-    a: float = Field(10.0, ge=0, le=1e6)
-    b: int = Field(4, ge=0, le=1_000_000)
-
-
-Staleness = Annotated[ConstantStaleness | PolynomialStaleness | HingeStaleness, Field(discriminator="kind")]
-
 SLOWEST = 5  # how many times slower than the others an agent may be before a default `max_lag` drops its updates
 
 
@@ -136,7 +116,7 @@ class Async(Settings):
         True,
         description="An agent sends an update while it trains the next period; else it waits until that is judged.",
     )
-    staleness: Staleness | None = Field(
+    staleness: StalenessWeight | None = Field(
         None, description="What an update of lag τ counts; default: 1/√(1 + τ), and 1 for elastic differences."
     )
     quorum: int | None = Field(
@@ -154,8 +134,8 @@ class Async(Settings):
         return self.buffer or min(10, max(2, -(-agents // 2)))
 
     @property
-    def weighing(self) -> ConstantStaleness | PolynomialStaleness | HingeStaleness:
-        return self.staleness or PolynomialStaleness()
+    def weighing(self) -> Staleness:
+        return self.staleness or Polynomial()
 
     def lag_bound(self, agents: int) -> int:
         """`max_lag`, or room for a slow agent: its lag is about r (N − 1) / K where it is r times slower."""
@@ -164,7 +144,7 @@ class Async(Settings):
         return max(16, 2 * SLOWEST * (agents - 1) // (self.updates(agents) or agents))
 
 
-Sync = Annotated[Rounds | Async, Field(discriminator="kind"), default_kind("rounds")]
+Sync = Annotated[Rounds | Async, Field(discriminator="kind"), untagged("kind", "rounds")]
 
 
 class Optimizer(Settings):
@@ -251,13 +231,6 @@ class Merge(Settings):
     )
 
 
-class Outer(Settings):
-    """What the coordinator does with the merged update D: W ← W + lr · D."""
-
-    kind: Literal["sgd"] = "sgd"
-    lr: float = Field(1.0, gt=0, le=100)
-
-
 class Mix(Settings):
     """How agents and center come together.
 
@@ -319,7 +292,7 @@ class RunSpec(Settings):
     sync: Sync = Rounds()
     local: Local = Local()
     merge: Merge = Merge()
-    outer: Outer = Outer()
+    outer: OuterOptimizer = Sgd()
     mix: Mix = Mix()
     wire: Wire = Wire()
     evaluate: Evaluate = Evaluate()
@@ -355,6 +328,11 @@ class RunSpec(Settings):
             )
         refuse_nonsense(self)
         return self
+
+    @property
+    def states(self) -> int:
+        """Flat vectors of the model's size that the coordinator keeps beside the center."""
+        return self.outer.states
 
     @property
     def warnings(self) -> list[str]:

@@ -17,9 +17,10 @@ from syncline.errors import AlreadyPut, Conflict, Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
 from syncline_agent.session import Session
+from syncline_coordinator.center import Center
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.ledger import Judged, Ledger
-from syncline_coordinator.reducer import Center, Reducer
+from syncline_coordinator.reducer import Reducer
 from syncline_coordinator.run import Run
 from syncline_sim.seeds import play
 
@@ -185,10 +186,34 @@ def agents_are_numbered_anew_after_a_restart(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_restarted_coordinator_begins_with_another_center(patch: pytest.MonkeyPatch) -> None:
-    async def get_center(self: Reducer, ref: BlobRef) -> None:
+    async def get_center(self: Reducer, ref: BlobRef, version: int) -> None:
         self._center.now_P.zero_()
 
     patch.setattr(Reducer, "get_center", get_center)
+
+
+def a_restarted_coordinator_forgets_the_outer_state(patch: pytest.MonkeyPatch) -> None:
+    real = Reducer.get_center
+
+    async def get_center(self: Reducer, ref: BlobRef, version: int) -> None:
+        await real(self, ref, 0)
+
+    patch.setattr(Reducer, "get_center", get_center)
+
+
+def the_outer_state_goes_on_though_its_merge_was_given_up(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Center, "states_next", lambda self, part: self.states_now(part))
+
+
+def the_outer_state_is_purged_with_the_model_before_the_last(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger._purge_model
+
+    def purge(self: Ledger, blob: str) -> None:
+        real(self, blob)
+        for model in self._kept:
+            self._purger.add(subjects.model_stream(self._run), subjects.outer_prefix(self._run, model.id))
+
+    patch.setattr(Ledger, "_purge_model", purge)
 
 
 def the_center_stays_where_it_was(patch: pytest.MonkeyPatch) -> None:
@@ -260,6 +285,9 @@ PLANTED: tuple[Plant, ...] = (
     the_roster_forgets_the_verdicts,
     agents_are_numbered_anew_after_a_restart,
     a_restarted_coordinator_begins_with_another_center,
+    a_restarted_coordinator_forgets_the_outer_state,
+    the_outer_state_goes_on_though_its_merge_was_given_up,
+    the_outer_state_is_purged_with_the_model_before_the_last,
     the_center_stays_where_it_was,
     a_commit_is_recorded_after_it,
     an_offer_goes_out_before_its_chunks_are_held,

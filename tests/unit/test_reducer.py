@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from syncline.bus.blobs import put_blob
+from syncline.bus.blobs import get_chunk, put_blob
 from syncline.errors import StreamFull
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
@@ -21,7 +21,8 @@ from syncline.wire.chunks import pack_chunk
 from syncline.wire.flat import manifest_of
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Plan, PlanEntry
-from syncline_coordinator.reducer import STAGING_BYTES, Center, Reducer, UpdateUnusable, chunk_bytes_for, digest_of
+from syncline_coordinator.center import Center
+from syncline_coordinator.reducer import STAGING_BYTES, Reducer, UpdateUnusable, chunk_bytes_for, digest_of
 
 RUN = "run-1"
 ELEMENTS = 5000  # five chunks of 1,024 elements, the last one short
@@ -45,9 +46,10 @@ class Place:
     def __init__(self, bus: Any, dtype: torch.dtype = torch.float32, executor: Any = None, **settings: Any) -> None:
         self.bus, self.dtype, self.memory = bus, dtype, SharedMemory()
         self.layout: Manifest = manifest_of(nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))]), 4096)
-        self.center = Center(self.layout, self.memory)
+        spec = spec_of(**settings)
+        self.center = Center(self.layout, self.memory, spec.states)
         self.center.now_P.copy_(vectors(1, dtype, seed=99)[0])
-        self.reducer = Reducer(bus, spec_of(**settings), self.layout, self.center, executor)
+        self.reducer = Reducer(bus, spec, self.layout, self.center, executor)
 
     async def offered(self, agent: str, update: Tensor, weight: float) -> PlanEntry:
         prefix = partial(subjects.update_prefix, RUN, agent)
@@ -55,10 +57,16 @@ class Place:
         ref, digest = await put_blob(self.bus, prefix, data, self.layout.chunk_bytes, codec=self.layout.dtype)
         return PlanEntry(agent=agent, clock=3, weight=weight, blob=ref, digest=digest)
 
-    async def plan(self, updates: Sequence[Tensor], weights: Sequence[float] | None = None) -> Plan:
+    async def plan(
+        self, updates: Sequence[Tensor], weights: Sequence[float] | None = None, *, version: int = 1
+    ) -> Plan:
         weights = weights or [1 / len(updates)] * len(updates)
         entries = [await self.offered(f"a{i}", u, w) for i, (u, w) in enumerate(zip(updates, weights, strict=True), 1)]
-        return Plan(version=1, reason="all", merged=entries)
+        return Plan(version=version, reason="all", merged=entries)
+
+    def state(self) -> Tensor:
+        """All of the outer state, vector after vector."""
+        return torch.stack(self.center.states_now(slice(0, ELEMENTS)))
 
     def put_frame(self, entry: PlanEntry, k: int, frame: bytes) -> None:
         self.bus.held[f"{subjects.update_prefix(RUN, entry.agent, entry.blob.id)}.{k}"] = frame
@@ -121,7 +129,7 @@ async def test_the_next_center_lies_on_the_bus_and_another_coordinator_reads_it(
     merged = await place.reducer.merge(await place.plan(vectors(3)))
     assert (merged.model.size, merged.model.chunks) == (place.layout.nbytes, 5)
     other = make()
-    await other.reducer.get_center(merged.model)
+    await other.reducer.get_center(merged.model, 1)
     assert torch.equal(other.center.now_P, place.center.next_P)
     assert digest_of(other.center.now_P) == merged.digest
 
@@ -136,7 +144,7 @@ async def test_bytes_are_counted(place: Place, bus: Any) -> None:
 async def test_version_zero_is_put_as_it_is(place: Place, make: Make) -> None:
     put = await place.reducer.put_center()
     other = make()
-    await other.reducer.get_center(put.model)
+    await other.reducer.get_center(put.model, 0)
     assert torch.equal(other.center.now_P, place.center.now_P) and put.digest == digest_of(place.center.now_P)
 
 
@@ -148,6 +156,74 @@ async def test_rounds_take_turns_in_the_two_places(place: Place) -> None:
         place.center.advance()
         expected += update
         assert torch.equal(place.center.now_P, expected)
+
+
+# -- the outer state ---------------------------------------------------------------------------------------------------
+ADAM = {"outer": {"kind": "adam", "lr": 1.0}}
+
+
+async def test_outer_state_is_committed_with_its_version_and_another_coordinator_goes_on_from_it(make: Make) -> None:
+    """Two coordinators in turns, each reading from the bus, end where one ends."""
+    one, turns = make(torch.float64, **ADAM), make(torch.float64, **ADAM)
+    for version, update in enumerate(vectors(4, torch.float64), 1):
+        plan = await one.plan([update], version=version)
+        await one.reducer.merge(plan)
+        one.center.advance()
+        merged = await turns.reducer.merge(plan)
+        turns = make(torch.float64, **ADAM)
+        await turns.reducer.get_center(merged.model, version)
+        assert torch.equal(turns.center.now_P, one.center.now_P)
+        assert torch.equal(turns.state(), one.state()) and one.state().all()
+
+
+async def test_outer_state_lies_beside_its_model_vector_after_vector(make: Make, bus: Any) -> None:
+    place = make(**ADAM)
+    merged = await place.reducer.merge(await place.plan(vectors(2)))
+    ref = place.reducer.outer_ref(merged.model)
+    assert (ref.id, ref.size, ref.chunks) == (merged.model.id, 2 * place.layout.nbytes, 10)
+    chunks = [
+        get_chunk(bus, "", partial(subjects.outer_prefix, RUN), ref, k, size, "fp32")
+        for k, size in enumerate([4096, 4096, 4096, 4096, 3616] * 2)
+    ]
+    place.center.advance()
+    assert b"".join([await chunk for chunk in chunks]) == place.state().numpy().tobytes()
+
+
+async def test_a_merge_that_is_given_up_changes_no_outer_state(make: Make) -> None:
+    place = make(**ADAM)
+    await place.reducer.merge(await place.plan(vectors(2)))
+    place.center.advance()
+    before, bad = place.state().clone(), vectors(2, seed=1)
+    bad[1][-1] = float("nan")
+    await unusable(place, await place.plan(bad, version=2))
+    assert torch.equal(place.state(), before)
+
+
+async def test_a_plan_that_is_executed_again_makes_the_same_outer_state(make: Make) -> None:
+    place = make(**ADAM)
+    plan = await place.plan(vectors(2))
+    assert (await place.reducer.merge(plan)).digest == (await place.reducer.merge(plan)).digest
+    place.center.advance()
+    once = make(**ADAM)
+    await once.reducer.merge(plan)
+    once.center.advance()
+    assert torch.equal(place.state(), once.state())
+
+
+async def test_without_outer_state_nothing_is_put_beside_the_model(place: Place, bus: Any) -> None:
+    await place.reducer.merge(await place.plan(vectors(2)))
+    assert not any(".outer." in subject for subject in bus.held)
+
+
+async def test_delayed_nesterov_knows_from_the_version_when_its_time_has_come(make: Make) -> None:
+    moved = []
+    for version in (1, 2, 3, 4):
+        place = make(outer={"kind": "delayed_nesterov", "every": 2})
+        await place.reducer.merge(await place.plan(vectors(1), version=version))
+        place.center.advance()
+        m, gathered = place.state()
+        moved.append((bool(m.any()), bool(gathered.any())))
+    assert moved == [(False, True), (True, False)] * 2
 
 
 # -- the same bits, however it comes about -----------------------------------------------------------------------------
