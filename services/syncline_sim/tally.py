@@ -45,11 +45,11 @@ class Updates:
 
 @dataclass
 class Tally:
-    """`clock`: the fleet's time. `on_commit`: told of each."""
+    """`clock`: the fleet's time. `follow(subject, data)`: told of every metric and event, as a watcher is."""
 
     spec: RunSpec
     clock: Callable[[], float]
-    on_commit: Callable[[Tally], None] = lambda tally: None
+    follow: Callable[[str, bytes], None] = lambda subject, data: None
     problems: list[str] = field(default_factory=list)
     merged: dict[tuple[str, int], int] = field(default_factory=dict)
     head: Head | None = None
@@ -72,6 +72,7 @@ class Tally:
 
     def told(self, subject: str, data: bytes) -> None:
         run = self.spec.name
+        self.follow(subject, data)
         if subject == subjects.metrics(run, subjects.COORDINATOR, CenterEval.what):
             self._on_metrics(CenterEval.model_validate_json(data))
         elif subject.startswith(f"{subjects.PREFIX}.{run}.events.") and b'"level":"info"' not in data:
@@ -109,7 +110,6 @@ class Tally:
         for drop in record.dropped:
             self.updates.setdefault(drop.agent, Updates()).dropped += 1
         self.commits.append(Commit(self.clock(), version, len(lags), sum(lags) / max(1, len(lags))))
-        self.on_commit(self)
 
     def _on_metrics(self, result: CenterEval) -> None:
         when_s = self.opened_s
@@ -118,4 +118,3 @@ class Tally:
                 when_s = commit.time_s
                 break
         self.points.append(Point(when_s, result.version, dict(result.metrics)))
-        self.on_commit(self)

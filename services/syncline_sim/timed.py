@@ -84,7 +84,7 @@ class SharedTask:
 
 
 class TimedTrainer(Trainer):
-    """A trainer whose steps take `step_s`. `began_s`, `limit`: when the period that is asked for began, and its steps at most."""
+    """A trainer whose steps take `step_s`. `began_s`: when the period that is asked for began; `limit`: its steps at most."""
 
     def __init__(self, memory: SharedMemory, task: SharedTask, clock: Clock, *, keeps: bool) -> None:
         super().__init__(memory, "cpu", [], Path(), self._now_s)

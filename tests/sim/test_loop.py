@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from syncline import chance
-from syncline_sim.guard import guarded
 from syncline_sim.dice import Dice
+from syncline_sim.guard import guarded
 from syncline_sim.loop import NotSimulated, Stuck, VirtualLoop
 
 
