@@ -86,8 +86,9 @@ class SimRun:
             f"{counted(result.updates, 'update')}, {rate:.3g} a second", f"{_seconds(result.seconds)} of its own time",
             f"{real_s:.1f} s of yours", f"digest {result.digest}",
         )  # fmt: skip
-        whole = Group(_agents(result), "", *_curve(result), Text(", ".join(said)))
-        self.console.print(Padding(whole, (1, 0, 0, 0), expand=False), soft_wrap=True)
+        whole = Group(_agents(result), "", *_curve(result))
+        self.console.print(Padding(whole, (1, 0, 0, 0), expand=False))
+        self.console.print(Text(", ".join(said)), soft_wrap=True)
 
 
 def as_object(result: FleetResult, real_s: float) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def as_object(result: FleetResult, real_s: float) -> dict[str, Any]:
 
 
 def _agents(result: FleetResult) -> Table:
-    table = Table.grid(padding=(0, 3, 0, 0))
-    heads = ("", "s a step", "periods", "training", "merged", "dropped", "lag", "most", "up", "down")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    heads = ("", "s/step", "periods", "busy", "merged", "dropped", "lag", "most", "up", "down")
     for i, _ in enumerate(heads):
         table.add_column(no_wrap=True, justify="right" if i else "left")
     table.add_row(*(Text(head, "dim") for head in heads))

@@ -136,6 +136,8 @@ class Fleet:
                 self._loop.close()
         if world.refused is not None:
             raise world.refused
+        if self.tally.broken is not None:
+            raise self.tally.broken
         if outcome.problems and (self.tally.head is None or self.tally.head.phase not in ENDED):
             raise RunFailed(outcome.problems[0])
 
