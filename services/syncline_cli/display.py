@@ -195,10 +195,21 @@ class Screen:
     _said: tuple[int, float] = (-1, 0.0)  # tenths and seconds of the last plain line
     _line: str = ""
 
-    async def __aenter__(self) -> Screen:
+    def __enter__(self) -> Screen:
+        """For whoever has no event loop, and draws by `frame`."""
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish_view()
+        if self._live is not None:
+            self._live.update("")
+            self._live.stop()
+
+    async def __aenter__(self) -> Screen:
+        self.__enter__()
         self._drawing = asyncio.create_task(self._draw())
         return self
 
@@ -206,10 +217,7 @@ class Screen:
         if self._drawing is not None:
             self._drawing.cancel()
             await asyncio.gather(self._drawing, return_exceptions=True)
-        self._finish_view()
-        if self._live is not None:
-            self._live.update("")
-            self._live.stop()
+        self.__exit__()
 
     def show(self, view: View) -> None:
         self._finish_view()
@@ -232,15 +240,19 @@ class Screen:
             for event in self.view.state.take_events():
                 self.say(event.level, event.text)
 
+    def frame(self) -> None:
+        """Draws what there is."""
+        self.drain()
+        if self._live is not None:
+            width = min(self.console.width, WIDEST)
+            picture = self.view.picture(width, self.console.height)
+            self._live.update(Padding(picture, (1, 0, 0, 0)), refresh=True)
+        else:
+            self._plain()
+
     async def _draw(self) -> None:
         while True:
-            self.drain()
-            if self._live is not None:
-                width = min(self.console.width, WIDEST)
-                picture = self.view.picture(width, self.console.height)
-                self._live.update(Padding(picture, (1, 0, 0, 0)), refresh=True)
-            else:
-                self._plain()
+            self.frame()
             await asyncio.sleep(FRAME_S)
 
     def _plain(self) -> None:

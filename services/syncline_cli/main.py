@@ -22,6 +22,7 @@ INTERRUPTED = 130
 COMMANDS = {  # name → module with a typer `app`
     "demo": "syncline_cli.demo",
     "run": "syncline_cli.run",
+    "sim": "syncline_cli.sim",
     "coordinator": "syncline_cli.coordinator",
     "agent": "syncline_cli.agent",
     "keys": "syncline_cli.keys",

@@ -1,4 +1,7 @@
-"""Chance by a seed, the same on every Python: of `random.Random` only `random()` is promised to stay as it is."""
+"""Chance by a seed, the same on every Python.
+
+Of `random.Random`, `random()` alone is promised to give the same numbers for ever.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,12 @@ from syncline_sim.tally import Commit, Point, Tally, Updates
 from syncline_sim.timed import FleetChildren
 from syncline_sim.world import Stage, World
 
+Follow = Callable[[str, bytes], None]
 MOST_TURNS = 10_000_000  # at one instant: a large model goes in many chunks, and an instant link takes them all at once
+
+
+def _nobody(subject: str, data: bytes) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,13 @@ def run_fleet(
     settings: SimSettings | None = None,
     *,
     task_dir: Path = Path(),
-    on_commit: Callable[[Tally], None] = lambda tally: None,
+    follow: Follow = _nobody,
 ) -> FleetResult:
     """One run from submit to end. Raises ConfigError for what the coordinator refuses, RunFailed for a run that does not end.
 
-    `task_dir`: where task files are looked for. `on_commit` is told of every version and every evaluation.
+    `task_dir`: where task files are looked for. `follow(subject, data)` is told every metric and event as it happens.
     """
-    fleet = Fleet(spec, settings or SimSettings(), task_dir, on_commit)
+    fleet = Fleet(spec, settings or SimSettings(), task_dir, follow)
     fleet.play()
     return fleet.result()
 
@@ -101,9 +106,7 @@ def run_fleet(
 class Fleet:
     """`play` once; `result` at any time, also after an interruption."""
 
-    def __init__(
-        self, spec: RunSpec, settings: SimSettings, task_dir: Path, on_commit: Callable[[Tally], None]
-    ) -> None:
+    def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path, follow: Follow = _nobody) -> None:
         settings.check(spec)
         self.spec, self.settings = spec, settings
         agents = settings.names(spec)
@@ -113,7 +116,7 @@ class Fleet:
         self._loop = VirtualLoop(longest_s=settings.longest_s, most_turns=MOST_TURNS)
         links = {agent: settings.link[i % len(settings.link)] for i, agent in enumerate(agents)}
         self._links = Links(Dice(f"{self._seed} network"), 0.0, links=links)
-        self.tally = Tally(spec, self._loop.time, on_commit)
+        self.tally = Tally(spec, self._loop.time, follow)
         self._children: FleetChildren | None = None
 
     def play(self) -> None:
@@ -133,8 +136,15 @@ class Fleet:
                 self._loop.close()
         if world.refused is not None:
             raise world.refused
+        if self.tally.broken is not None:
+            raise self.tally.broken
         if outcome.problems and (self.tally.head is None or self.tally.head.phase not in ENDED):
             raise RunFailed(outcome.problems[0])
+
+    @property
+    def now_s(self) -> float:
+        """Virtual, from the start of the fleet."""
+        return self._loop.time()
 
     def result(self) -> FleetResult:
         """What there is of it."""

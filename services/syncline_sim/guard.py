@@ -44,8 +44,11 @@ def _no_clock() -> float:
     raise NotSimulated("chance.wall_clock was not set for this service")
 
 
+SIMULATED = ("syncline.", "syncline_agent", "syncline_coordinator", "syncline_sim")
+
+
 @contextmanager
-def guarded(prefix: str = "syncline", *, threads: bool = False) -> Iterator[None]:
+def guarded(prefix: str | tuple[str, ...] = SIMULATED, *, threads: bool = False) -> Iterator[None]:
     """Callers in modules whose names begin with `prefix` get no real time and no real randomness; nobody gets a thread,
     unless `threads` lets a user's task do as it likes."""
     before: list[tuple[Any, str, Any]] = []
@@ -69,7 +72,7 @@ def guarded(prefix: str = "syncline", *, threads: bool = False) -> Iterator[None
         chance.wall_clock.reset(clock)
 
 
-def _checked(name: str, real: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+def _checked(name: str, real: Callable[..., Any], prefix: str | tuple[str, ...]) -> Callable[..., Any]:
     def check(*args: Any, **kwargs: Any) -> Any:
         caller = str(sys._getframe(1).f_globals.get("__name__", ""))
         if caller.startswith(prefix):

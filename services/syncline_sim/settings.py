@@ -166,11 +166,17 @@ class SimSettings(Settings):
         return Faults(tuple(fault.fault() for fault in self.faults))
 
 
-def load(path: Path) -> tuple[RunSpec, SimSettings]:
-    """A spec and its section `sim:`; the run starts with the whole fleet, unless it says otherwise. Raises ConfigError."""
+def load(path: Path, count: int | None = None) -> tuple[RunSpec, SimSettings]:
+    """A spec and its section `sim:`; the run starts with the whole fleet, unless it says otherwise. Raises ConfigError.
+
+    `count`: agents, whatever the section says.
+    """
     given = read_yaml(path)
     section = given.get(SIM_SECTION) if isinstance(given, dict) else None
-    settings = parse(SimSettings, {} if section is None else section, SIM_SECTION)
+    section = {} if section is None else section
+    if count is not None and isinstance(section, dict):
+        section = {**section, "agents": count}
+    settings = parse(SimSettings, section, SIM_SECTION)
     changes: dict[str, Any] = {}
     agents = given.get("agents", {}) if isinstance(given, dict) else {}
     if settings.agents is not None and isinstance(agents, dict) and "min" not in agents:

@@ -45,11 +45,11 @@ class Updates:
 
 @dataclass
 class Tally:
-    """`clock`: the fleet's time. `on_commit`: told of each."""
+    """`clock`: the fleet's time. `follow(subject, data)`: told of every metric and event, as a watcher is."""
 
     spec: RunSpec
     clock: Callable[[], float]
-    on_commit: Callable[[Tally], None] = lambda tally: None
+    follow: Callable[[str, bytes], None] = lambda subject, data: None
     problems: list[str] = field(default_factory=list)
     merged: dict[tuple[str, int], int] = field(default_factory=dict)
     head: Head | None = None
@@ -60,6 +60,7 @@ class Tally:
     updates: dict[str, Updates] = field(default_factory=dict)  # by agent
     warnings: list[tuple[float, str]] = field(default_factory=list)
     events: dict[str, int] = field(default_factory=dict)  # warnings and errors by their kind
+    broken: Exception | None = None  # what `follow` raised
     _records: dict[int, Committed] = field(default_factory=dict)  # of versions that are not committed yet
 
     def stored(self, stream: str, message: Stored) -> str:
@@ -71,15 +72,22 @@ class Tally:
         return ""
 
     def told(self, subject: str, data: bytes) -> None:
+        kind = subject.split(".")[3:4]
+        if kind not in (["metrics"], ["events"]):
+            return
+        try:
+            self.follow(subject, data)
+        except Exception as error:  # whoever follows is no service, and none may have to deal with it
+            self.broken = error
+            self.problems.append(f"whoever follows the run failed: {type(error).__name__}: {error}")
         run = self.spec.name
         if subject == subjects.metrics(run, subjects.COORDINATOR, CenterEval.what):
             self._on_metrics(CenterEval.model_validate_json(data))
-        elif subject.startswith(f"{subjects.PREFIX}.{run}.events.") and b'"level":"info"' not in data:
+        elif kind == ["events"] and subjects.run_of(subject) == run and b'"level":"info"' not in data:
             event = Event.model_validate_json(data)
-            if event.level != "info":
-                self.events[event.event] = self.events.get(event.event, 0) + 1
-                if len(self.warnings) < WARNINGS:
-                    self.warnings.append((self.clock(), event.text))
+            self.events[event.event] = self.events.get(event.event, 0) + 1
+            if len(self.warnings) < WARNINGS:
+                self.warnings.append((self.clock(), event.text))
 
     def purged(self, stream: str, removed: list[str]) -> None:
         pass
@@ -109,7 +117,6 @@ class Tally:
         for drop in record.dropped:
             self.updates.setdefault(drop.agent, Updates()).dropped += 1
         self.commits.append(Commit(self.clock(), version, len(lags), sum(lags) / max(1, len(lags))))
-        self.on_commit(self)
 
     def _on_metrics(self, result: CenterEval) -> None:
         when_s = self.opened_s
@@ -118,4 +125,3 @@ class Tally:
                 when_s = commit.time_s
                 break
         self.points.append(Point(when_s, result.version, dict(result.metrics)))
-        self.on_commit(self)

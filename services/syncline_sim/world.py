@@ -279,6 +279,8 @@ class World:
             self.books.heard(beat.session, beat.seen_term, beat.seen_version)
         if now.name == "publish" and isinstance(now.arguments[1], bytes):
             self.books.told(str(now.arguments[0]), now.arguments[1])
+            if self.books.problems:
+                self._problem()
         fault = self._struck.get((life.service, count))
         if fault is None:
             return
