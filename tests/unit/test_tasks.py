@@ -1,4 +1,4 @@
-"""One contract for every ready-made task; finding tasks, and refusing them; the order of batches; evaluation."""
+"""Finding tasks, and refusing them; the order of batches; evaluation. What ready-made tasks promise: test_ready_made.py."""
 
 from __future__ import annotations
 
@@ -19,19 +19,12 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
-from syncline.spec import Dirichlet, Iid
+from syncline.spec import Iid
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline.tasks.base import Task, batch_rows, batches, evaluate, load_task, to_device
-from syncline.tasks.digits import Digits
-from syncline.tasks.noop import Noop
 from syncline.tasks.quadratic import LinearRegression
 
 HERE = Path(__file__).parent
-READY_MADE: dict[str, type[Task]] = {
-    "syncline.tasks.digits:Digits": Digits,
-    "syncline.tasks.noop:Noop": Noop,
-    "syncline.tasks.quadratic:LinearRegression": LinearRegression,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -49,108 +42,6 @@ def refused(path: str, allowed: tuple[str, ...] = DEFAULT_ALLOWED, base_dir: Pat
     with pytest.raises(ConfigError) as error:
         load_task(path, options, allowed, base_dir)
     return str(error.value)
-
-
-# -- the contract of ready-made tasks ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=sorted(READY_MADE))
-def task_path(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def seeded_model(task: Task, seed: int = 5) -> nn.Module:
-    torch.manual_seed(seed)
-    return task.model()
-
-
-def test_every_ready_made_task_loads_without_options(task_path: str) -> None:
-    assert type(load(task_path)) is READY_MADE[task_path]
-
-
-def test_every_module_of_tasks_is_under_contract() -> None:
-    modules = {p.stem for p in Path(sys.modules["syncline.tasks.base"].__file__ or "").parent.glob("*.py")}
-    assert modules - {"__init__", "base"} == {path.partition(":")[0].rpartition(".")[2] for path in READY_MADE}
-
-
-def test_loss_is_a_finite_scalar_and_reaches_every_parameter(task_path: str) -> None:
-    task = load(task_path)
-    model = seeded_model(task)
-    loss = task.loss(model, next(batches(task.dataset(Part(1, 4, Iid(), 0)), 8, seed=0, part_index=1, first_step=0)))
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.shape == () and torch.isfinite(loss)
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_metrics_are_finite_numbers_and_have_the_loss(task_path: str) -> None:
-    task = load(task_path)
-    found = evaluate(task, seeded_model(task), task.dataset(Part.test()), 100, "cpu")
-    assert "loss" in found and all(type(v) is float and np.isfinite(v) for v in found.values())
-
-
-def test_two_instances_agree_on_the_model_the_data_and_the_loss(task_path: str) -> None:
-    def first_loss(task: Task) -> Tensor:
-        data = task.dataset(Part(0, 3, Dirichlet(kind="dirichlet"), 1))
-        return task.loss(seeded_model(task), next(batches(data, 4, seed=1, part_index=0, first_step=3)))
-
-    a, b = load(task_path), load(task_path)
-    assert torch.equal(first_loss(a), first_loss(b))
-    for p, q in zip(seeded_model(a).parameters(), seeded_model(b).parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("task_class", [Digits, LinearRegression])
-def test_parts_are_disjoint_complete_and_apart_from_the_held_out_rows(task_class: type[Task]) -> None:
-    task = task_class()
-    whole, test = (rows_of(task.dataset(p)) for p in (Part(0, 1, Iid(), 0), Part.test()))
-    parts = [rows_of(task.dataset(Part(i, 4, Dirichlet(kind="dirichlet"), 7))) for i in range(4)]
-    assert sorted(itertools.chain(*parts)) == sorted(whole)
-    assert len(set(whole)) == len(whole) and not set(whole) & set(test)
-
-
-def rows_of(dataset: Dataset[Any]) -> list[tuple[float, ...]]:
-    assert isinstance(dataset, TensorDataset)
-    return [
-        tuple(np.concatenate([np.ravel(t) for t in row]).tolist()) for row in (dataset[i] for i in range(len(dataset)))
-    ]
-
-
-def test_digits_are_real_images_in_unit_range_with_a_fifth_of_each_class_held_out() -> None:
-    task = Digits()
-    images, labels = task.dataset(Part.test()).tensors
-    assert images.shape == (360, 64) and images.dtype == torch.float32 and labels.dtype == torch.int64
-    assert images.min() == 0 and images.max() == 1
-    assert set(torch.bincount(labels).tolist()) <= {35, 36, 37}
-    assert len(task.dataset(Part(0, 1, Iid(), 0))) == 1437
-
-
-def test_digits_are_learnt_in_a_few_steps() -> None:
-    task = Digits(hidden=16)
-    model = task.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    for batch in itertools.islice(batches(task.dataset(Part(0, 1, Iid(), 0)), 32, 0, 0, 0), 150):
-        optimizer.zero_grad()
-        task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    assert evaluate(task, model, task.dataset(Part.test()), 128, "cpu")["accuracy"] > 0.9
-
-
-def test_noop_has_the_size_asked_for_and_no_gradient() -> None:
-    task = Noop(params=123)
-    model = task.model()
-    task.loss(model, next(batches(task.dataset(Part(3, 4, Iid(), 0)), "all", 0, 3, 0))).backward()  # type: ignore[no-untyped-call]
-    (vector,) = model.parameters()
-    assert vector.shape == (123,) and vector.grad is not None and not vector.grad.any()
-
-
-def test_the_loss_of_linear_regression_is_the_mean_of_squares_over_the_batch() -> None:
-    task = LinearRegression(rows=7, features=2)
-    model = task.model()
-    inputs, targets = batch = task.dataset(Part.test())[:]
-    assert inputs.dtype == torch.float64 and inputs.shape == (7, 2)
-    expected = sum((model(x) - y).square().item() for x, y in zip(inputs, targets, strict=True)) / 7
-    assert task.loss(model, batch).item() == pytest.approx(expected, rel=1e-14)
-    assert next(LinearRegression(dtype="float32").model().parameters()).dtype == torch.float32
 
 
 # -- finding tasks ----------------------------------------------------------------------------------------------------
@@ -251,7 +142,9 @@ def test_an_unknown_ready_made_task_is_refused_with_the_near_one() -> None:
         "task: 'syncline.tasks.digit:Digits': there is no module 'syncline.tasks.digit' on this machine. "
         "Did you mean `syncline.tasks.digits`?"
     )
-    assert "Ready-made ones: syncline.tasks.digits, syncline.tasks.noop" in refused("syncline.tasks.xyz:Digits")
+    assert "Ready-made ones: syncline.tasks.digits, syncline.tasks.fashion_mnist, " in refused(
+        "syncline.tasks.xyz:Digits"
+    )
     assert "there is no module 'no_such_package.tasks'" in refused("no_such_package.tasks:T", ("*",))
 
 
@@ -330,6 +223,16 @@ class Items(Dataset[dict[str, Any]]):
         return {"x": torch.tensor([row, row]), "row": row}
 
 
+class Doubled(Subset[Any]):
+    """Does more than choose rows, so it must be asked for each."""
+
+    def __getitem__(self, row: Any) -> Any:
+        return tuple(2 * value for value in super().__getitem__(row))
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        return [self[row] for row in rows]
+
+
 def numbered(rows: int) -> TensorDataset:
     return TensorDataset(torch.arange(rows))
 
@@ -366,6 +269,10 @@ def test_all_is_the_whole_part_in_its_own_order_at_each_step() -> None:
 def test_every_kind_of_data_set_gives_the_same_rows() -> None:
     quick = take(numbered(10), 4, 6)
     assert take(Subset(numbered(20), range(10)), 4, 6) == quick
+    assert take(Subset(Subset(numbered(20), np.arange(1, 20)), np.arange(10)), 4, 6) == [  # type: ignore[arg-type]
+        [row + 1 for row in batch] for batch in quick
+    ]
+    assert take(Doubled(numbered(20), range(10)), 4, 6) == [[2 * row for row in batch] for batch in quick]
     slow = list(itertools.islice(batches(Items(10), 4, 0, 0, 0), 6))
     assert [batch["row"].tolist() for batch in slow] == quick
     assert slow[0]["x"].shape == (4, 2)

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 
 _READY_MADE = "syncline.tasks"
+_NOT_TASKS = ("base", "classification")  # modules there that hold none
 
 
 class Task(abc.ABC):
@@ -196,7 +197,7 @@ def _make(path: str, task_class: type[Task], options: Mapping[str, Any]) -> Task
 
 def _ready_made() -> list[str]:
     package = importlib.import_module(_READY_MADE)
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _NOT_TASKS)
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
@@ -290,7 +291,10 @@ def _rows(dataset: Dataset[Any]) -> int:
 
 
 def _collate(dataset: Dataset[Any], rows: NDArray[np.int64]) -> Any:
-    """The rows as one batch; a TensorDataset is indexed at once, which is far faster than row by row."""
+    """The rows as one batch; a TensorDataset, or a Subset of one, is indexed at once: far faster than row by row."""
+    while type(dataset) is Subset:  # a class derived from it may do more than choose rows
+        chosen = dataset
+        dataset, rows = chosen.dataset, np.array([chosen.indices[row] for row in rows])
     if type(dataset) is TensorDataset:
         index = torch.from_numpy(rows)
         return tuple(tensor[index] for tensor in dataset.tensors)

