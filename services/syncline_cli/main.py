@@ -24,6 +24,10 @@ COMMANDS = {  # name → module with a typer `app`
     "run": "syncline_cli.run",
     "coordinator": "syncline_cli.coordinator",
     "agent": "syncline_cli.agent",
+    "why": "syncline_cli.why",
+    "ls": "syncline_cli.ls",
+    "stop": "syncline_cli.stop",
+    "export": "syncline_cli.export",
     "bench": "syncline_cli.bench",
 }
 

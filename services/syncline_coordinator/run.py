@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
 from syncline.chance import jitter
 from syncline.engine.events import (
     AgentJoined,
@@ -63,7 +63,6 @@ from syncline_coordinator.reducer import Center, Merged, Reducer, UpdateUnusable
 
 log = logging.getLogger(__name__)
 
-RECORD_CHUNK_BYTES = 512 * 1024  # of rosters and plans that are too large for one message
 INBOX_FACTS = 10_000
 LOOK_AT_HEAD_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
 LATE_NAMED = 20
@@ -144,6 +143,10 @@ class Run:
             await self._inbox.put(AgentLost(agent, reason, failed))
         elif failed:
             await self._inbox.put(AgentLost(agent, reason, failed))
+
+    async def stop(self, why: str) -> None:
+        """Ends the run as if it had reached its target: at once, or with the merge that is under way."""
+        await self._inbox.put(TargetReached(why))
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def resume(self) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from syncline.bus.base import BucketConfig, Bus, Delivery
-from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
 from syncline.bus.violations import ViolationLog
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
@@ -32,6 +32,8 @@ from syncline.wire.messages import (
     Head,
     Heartbeat,
     Hello,
+    Stop,
+    Stopped,
     Submit,
     Submitted,
     Welcome,
@@ -42,8 +44,9 @@ from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.reducer import Center, Reducer, chunk_bytes_for
-from syncline_coordinator.run import RECORD_CHUNK_BYTES, Parts, Run
+from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.space import most_agents, release, reserve
+from syncline_coordinator.stopping import end_undriven, why
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class Coordinator:
         self._fleet = Membership(IDLE_LOST_AFTER_S)
         self._hellos: dict[str, Hello] = {}
         self._active: Run | None = None
+        self._opening = ""  # the run that is being opened: not active yet, and no longer just in the queue
+        self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
         self._queue_changed = asyncio.Event()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._reducers = settings.executor
@@ -80,6 +85,7 @@ class Coordinator:
         await self._bus.subscribe(f"{agents}.hello", self._on_hello)
         await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
         await self._bus.subscribe(subjects.submit(), self._on_submit)
+        await self._bus.subscribe(subjects.stop(), self._on_stop)
         await self._fleet_events.event("coordinator-started", "the coordinator is up")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_silence())
@@ -163,7 +169,7 @@ class Coordinator:
         who = tokens[4] if len(tokens) > 4 else "somebody"
         await self._fleet_events.event("bad-message", f"{who}: {error}", level="warning", agent=who)
 
-    async def _answer(self, delivery: Delivery, record: Welcome | Submitted) -> None:
+    async def _answer(self, delivery: Delivery, record: Welcome | Submitted | Stopped) -> None:
         if delivery.reply:
             try:
                 await self._bus.publish(delivery.reply, encode(record))
@@ -184,10 +190,29 @@ class Coordinator:
         else:
             await self._answer(delivery, Submitted(run=spec.name, warnings=spec.warnings))
 
+    async def _on_stop(self, delivery: Delivery) -> None:
+        try:
+            stop = decode(Stop, delivery.data)
+            await self._answer(delivery, await self._stop(stop))
+        except PeerError as error:
+            await self._bad(delivery, error)
+        except (BusError, Deposed) as error:  # no answer: who asked asks again
+            log.warning("stop: %s", error)
+
+    async def _stop(self, stop: Stop) -> Stopped:
+        run = self._active
+        if run is not None and run.parts.spec.name == stop.run:
+            await run.stop(why(stop))
+        elif self._opening == stop.run:
+            self._stop_asked[stop.run] = stop
+        else:
+            return await end_undriven(self._bus, stop)
+        return Stopped(run=stop.run, outcome="stopping", reason=why(stop))
+
     async def _accept(self, spec: RunSpec) -> None:
         """Checks all that can be checked before a run starts, and queues it. Raises ConfigError."""
-        if await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(spec.name)) is not None:
-            raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name")
+        if (there := await HeadKeeper.read(self._bus, spec.name)) is not None:
+            raise _exists(there.head)
         manifest = await self._manifest_of(spec)
         await reserve(self._bus, spec, manifest)
         try:
@@ -195,7 +220,7 @@ class Coordinator:
                 subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(Submit(spec=spec.model_dump(mode="json")))
             )
         except Conflict:
-            raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name") from None
+            raise _exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
         await self._first_head(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
@@ -270,11 +295,14 @@ class Coordinator:
         telemetry = Telemetry(self._bus, name, subjects.COORDINATOR)
         memory = SharedMemory()
         run: Run | None = None
+        self._opening = name
         try:
             run = await self._open(name, memory, telemetry)
             for agent in sorted(run.present):
                 self._fleet.expect(agent, _now())
-            self._active = run
+            self._active, self._opening = run, ""
+            if (stop := self._stop_asked.get(name)) is not None:
+                await run.stop(why(stop))
             await run.keeper.notify()
             await run.pump()
         except Deposed as error:
@@ -285,7 +313,8 @@ class Coordinator:
         else:
             await release(self._bus, name, ended=True)
         finally:
-            self._active = None
+            self._active, self._opening = None, ""
+            self._stop_asked.clear()
             if run is not None and run.parts.evaluation is not None:
                 await run.parts.evaluation.close()
             memory.close()
@@ -294,6 +323,8 @@ class Coordinator:
         keeper = await HeadKeeper.read(self._bus, name)
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
         assert keeper is not None and entry is not None
+        if keeper.head.phase in ENDED:
+            raise Deposed("it was ended before it was opened")
         spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
         known = b"" if keeper.head.manifest is None else await self._manifest_blob(keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
@@ -347,6 +378,15 @@ class Coordinator:
 def _allows(patterns: Sequence[str], task: str) -> bool:
     module = task.rpartition(":")[0]
     return any(fnmatch.fnmatchcase(task, p) or fnmatch.fnmatchcase(module, p) for p in patterns)
+
+
+def _exists(head: Head) -> ConfigError:
+    there, other = f"there is a run {head.run!r} already", "or choose another name (--name)"
+    if head.phase in ENDED:
+        mend = f"See how it went with `syncline why {head.run}`, {other}"
+        return ConfigError("name", f"{there}, and it has ended: {head.reason}", mend)
+    mend = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
+    return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", mend)
 
 
 def _superseded(agent: str) -> Welcome:
