@@ -35,7 +35,7 @@ from syncline.engine.events import (
 )
 from syncline.errors import PeerError
 from syncline.spec import RunSpec
-from syncline.telemetry import Pace, Round, Telemetry
+from syncline.telemetry import Pace, Round, Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
@@ -60,6 +60,7 @@ from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.reducer import Center, Merged, Reducer, UpdateUnusable
+from syncline_coordinator.status import status_of
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class Run:
             self._begin(self._purger.run())
             self._begin(self._janitor.run())
             self._begin(self._watch_head())
+            self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))
             while not self.ended.is_set():
                 fact = await self._next()
                 if isinstance(fact, _MergeDone):
@@ -325,6 +327,7 @@ class Run:
         if self.parts.evaluation is not None and phase == "done":
             await self.parts.evaluation.last(head.version, self.parts.center.current)
         await self.keeper.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
+        await self.parts.telemetry.metric(status_of(self))
         level = "info" if phase == "done" else "error"
         await self.parts.telemetry.event(f"run-{phase}", f"run {head.run}: {reason}", level=level)  # type: ignore[arg-type]
         self.ended.set()

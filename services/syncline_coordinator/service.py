@@ -23,7 +23,7 @@ from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.telemetry import Telemetry
+from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
 from syncline.wire.manifest import Manifest
@@ -40,6 +40,7 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
+from syncline_coordinator.answers import exists, superseded
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.offers import OfferReader
@@ -75,6 +76,7 @@ class Coordinator:
         self._active: Run | None = None
         self._opening = ""  # the run that is being opened: not active yet, and no longer just in the queue
         self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
+        self._queue: list[str] = []  # as last read, the oldest first
         self._queue_changed = asyncio.Event()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._reducers = settings.executor
@@ -91,6 +93,12 @@ class Coordinator:
             tasks.create_task(self._watch_silence())
             tasks.create_task(self._watch_broker_log())
             tasks.create_task(self._take_runs())
+            tasks.create_task(tell_often(self._fleet_events, self._status))
+
+    def _status(self) -> FleetStatus:
+        run = self._active.parts.spec.name if self._active is not None else self._opening
+        queued = [name for name in self._queue if name != run]
+        return FleetStatus(agents=len(self._fleet.lives), run=run, queued=queued[:QUEUED_NAMED])
 
     # -- the fleet -----------------------------------------------------------------------------------------------------
     async def _on_hello(self, delivery: Delivery) -> None:
@@ -102,7 +110,7 @@ class Coordinator:
             return
         replaced = self._fleet.claim(agent, hello.session, _now())
         if not self._fleet.holds(agent, hello.session):
-            await self._answer(delivery, _superseded(agent))
+            await self._answer(delivery, superseded(agent))
             return
         if replaced and self._active is not None:
             await self._active.lost(agent, "its name was claimed by a newer process")
@@ -130,7 +138,7 @@ class Coordinator:
             return
         if not self._fleet.heard(agent, beat.session, beat.progress, beat.state == "training", _now()):
             known = beat.session in self._fleet.superseded
-            await self._answer(delivery, _superseded(agent) if known else Welcome(unknown=True))
+            await self._answer(delivery, superseded(agent) if known else Welcome(unknown=True))
             return
         run, why_not = self._active, ""
         if run is not None and run.parts.spec.name == name and beat.state != "starting":
@@ -206,13 +214,14 @@ class Coordinator:
         elif self._opening == stop.run:
             self._stop_asked[stop.run] = stop
         else:
+            self._queue = [name for name in self._queue if name != stop.run]
             return await end_undriven(self._bus, stop)
         return Stopped(run=stop.run, outcome="stopping", reason=why(stop))
 
     async def _accept(self, spec: RunSpec) -> None:
         """Checks all that can be checked before a run starts, and queues it. Raises ConfigError."""
         if (there := await HeadKeeper.read(self._bus, spec.name)) is not None:
-            raise _exists(there.head)
+            raise exists(there.head)
         manifest = await self._manifest_of(spec)
         await reserve(self._bus, spec, manifest)
         try:
@@ -220,8 +229,9 @@ class Coordinator:
                 subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(Submit(spec=spec.model_dump(mode="json")))
             )
         except Conflict:
-            raise _exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
+            raise exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
         await self._first_head(spec.name)
+        self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
 
@@ -288,7 +298,8 @@ class Coordinator:
             entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
             if keeper is not None and entry is not None and keeper.head.phase not in ENDED:
                 waiting.append((entry.revision, name))
-        return min(waiting)[1] if waiting else None
+        self._queue = [name for _, name in sorted(waiting)]
+        return self._queue[0] if self._queue else None
 
     async def _drive(self, name: str) -> None:
         """One run from its start, or from where head stands, to its end."""
@@ -378,19 +389,6 @@ class Coordinator:
 def _allows(patterns: Sequence[str], task: str) -> bool:
     module = task.rpartition(":")[0]
     return any(fnmatch.fnmatchcase(task, p) or fnmatch.fnmatchcase(module, p) for p in patterns)
-
-
-def _exists(head: Head) -> ConfigError:
-    there, other = f"there is a run {head.run!r} already", "or choose another name (--name)"
-    if head.phase in ENDED:
-        mend = f"See how it went with `syncline why {head.run}`, {other}"
-        return ConfigError("name", f"{there}, and it has ended: {head.reason}", mend)
-    mend = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
-    return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", mend)
-
-
-def _superseded(agent: str) -> Welcome:
-    return Welcome(superseded=True, reason=f"another process has claimed the name {agent}")
 
 
 def _now() -> float:
