@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import get_small_blob, patiently
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently
 from syncline.chance import jitter
 from syncline.errors import SynclineError
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Roster, Verdict, decode
 
 READ_AGAIN_S = 3.0
-RECORD_CHUNK_BYTES = 512 * 1024
 MAX_RECORD_BYTES = 64 << 20
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from syncline.bus.base import Bus
 from syncline.chance import jitter
 from syncline.errors import BusError, PeerError, SynclineError
-from syncline.telemetry import AgentEval, Pace, Telemetry, Train, numbers
+from syncline.telemetry import STATUS_S, AgentEval, Pace, Telemetry, Train, numbers
 from syncline.wire import subjects
 from syncline.wire.messages import Heartbeat, Welcome, decode, encode
 from syncline_agent.news import News
@@ -89,13 +89,14 @@ class SignsOfLife:
             pass
 
     async def show(self) -> None:
-        """Where this agent stands, five times a second, while something moves."""
+        """Where this agent stands, five times a second while something moves, and now and then while nothing does."""
         shown: Any = None
+        again_s, clock = 0.0, asyncio.get_running_loop().time
         while True:
             stand = self._stand
             now = (stand.state, stand.version, stand.clock, self._training.progress())
-            if now != shown and self._metrics.due(asyncio.get_running_loop().time()):
-                shown = now
+            if (now != shown or clock() >= again_s) and self._metrics.due(clock()):
+                shown, again_s = now, clock() + STATUS_S
                 await self.show_once()
             await asyncio.sleep(METRICS_S)
 

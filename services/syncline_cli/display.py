@@ -159,6 +159,11 @@ def _shared(state: RunState, width: int) -> RenderableType:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
+def clean(text: str) -> str:
+    """What came from anywhere, so that it does not command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
 def number(name: str, value: float | None) -> str:
     if value is None:
         return "—"
@@ -168,6 +173,8 @@ def number(name: str, value: float | None) -> str:
 
 
 def megabytes(count: int) -> str:
+    if 0 < count < 1e5:
+        return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
@@ -225,8 +232,7 @@ class Screen:
 
     def say(self, level: str, text: str) -> None:
         """A line above the picture. It may come from anywhere, so it does not command the terminal."""
-        shown = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
-        self.console.print(Text(shown, STYLES.get(level, "")), soft_wrap=True)
+        self.console.print(Text(clean(text), STYLES.get(level, "")), soft_wrap=True)
 
     def _finish_view(self) -> None:
         """Nothing of it is left unsaid."""

@@ -31,6 +31,7 @@ PRELOAD = (
     "syncline_coordinator.evaluator",
 )
 STOP_S = 3.0
+URL = "broker.url"  # a file in the fleet's directory with the broker's address, so that others on this machine find it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class LocalFleet:
         self._nursery.open()
         try:
             await self.broker.start()
+            (self.broker.directory / URL).write_text(f"{self.broker.url}\n")
             for sub in ("logs", "state"):
                 (self.broker.directory / sub).mkdir(exist_ok=True)
             await self.start_coordinator()

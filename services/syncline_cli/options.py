@@ -10,9 +10,20 @@ HELP_NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 DEFAULT_URL = "nats://127.0.0.1:4222"
 
 Connect = Annotated[str, typer.Option(envvar="SYNCLINE_NATS_URL", metavar="URL", help="The broker.")]
+FindConnect = Annotated[
+    str,
+    typer.Option(
+        "--connect",
+        envvar="SYNCLINE_NATS_URL",
+        metavar="URL",
+        show_default=False,
+        help=f"The broker; default: the demo's or `run --local`'s on this machine, else {DEFAULT_URL}.",
+    ),
+]
 Key = Annotated[
     str, typer.Option(envvar="SYNCLINE_KEY", metavar="FILE", help="Key file; none: a broker without accounts.")
 ]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Its name, as `syncline ls` shows it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 AllowTask = Annotated[
     list[str] | None,

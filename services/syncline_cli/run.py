@@ -35,17 +35,25 @@ def run(
     name: Annotated[
         str, typer.Option(metavar="NAME", help="The run's name; default: the spec's, else made from the file's.")
     ] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="Submit it, print its name, and return.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="With --local: leave the fleet up after the run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Submit a run and follow it to its end.
 
-    Ctrl-C ends the watching and not the run; with --local it ends both.
+    Ctrl-C ends the watching and not the run: `syncline watch NAME` comes back to it. With --local it ends both.
     """
+    if local is not None and detach:
+        raise ConfigError("--detach", "a local fleet ends with this command", "Leave it out, or --local")
+    if local is None and stay:
+        raise ConfigError("--stay", "only a fleet of our own can stay up", "Leave it out, or add --local N")
     if local is not None and not 1 <= local <= MAX_AGENTS:
         raise ConfigError("--local", f"{local} is out of range", f"Use 1 to {MAX_AGENTS}")
     settings = read_spec(spec, name, local)
     raise typer.Exit(
-        _remote(settings, connect, key, as_json) if local is None else _local(settings, local, spec, as_json)
+        _remote(settings, connect, key, as_json, detach)
+        if local is None
+        else _local(settings, local, spec, as_json, stay)
     )
 
 
@@ -85,23 +93,29 @@ def _peek(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _remote(spec: RunSpec, connect: str, key: str, as_json: bool) -> int:
+def _remote(spec: RunSpec, connect: str, key: str, as_json: bool, detach: bool) -> int:
     from syncline.bus.accounts import read_seed
+    from syncline_cli.connect import come_back, watch_key
     from syncline_cli.process import Interrupted, run_interruptible
-    from syncline_cli.run_follow import RunWatch, follow_remote
+    from syncline_cli.run_follow import RunWatch, follow_remote, submit_alone
 
     watch = RunWatch(spec, as_json)
-    seed = read_seed(Path(key)) if key else ""
+    seeds = [read_seed(Path(file)) if file else "" for file in (key, watch_key(key))]
     try:
-        return run_interruptible(lambda: follow_remote(watch, connect, seed)) or watch.summary()
+        if detach:
+            return run_interruptible(lambda: submit_alone(watch, connect, seeds[0]))
+        return run_interruptible(lambda: follow_remote(watch, connect, *seeds)) or watch.summary()
     except Interrupted:
-        goes_on = f"; run {spec.name} goes on without this terminal" if watch.submitted else ""
-        raise Interrupted(goes_on) from None
+        again = come_back(f"syncline watch {spec.name}", connect, watch_key(key))
+        if watch.submitted:
+            raise Interrupted(f"; run {spec.name} goes on without this terminal. Come back with: {again}") from None
+        perhaps = f"; run {spec.name} may have been submitted. See: {come_back('syncline ls', connect, key)}"
+        raise Interrupted(perhaps if watch.asked else "") from None
     finally:
         watch.report()
 
 
-def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
+def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) -> int:
     from syncline_cli.preload import start_nursery
 
     module = spec.task.rpartition(":")[0]
@@ -111,7 +125,8 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
     from syncline.tasks import DEFAULT_ALLOWED
     from syncline_cli.display import counted
     from syncline_cli.local import FleetSettings, agent_names
-    from syncline_cli.run_follow import RunWatch, follow_local
+    from syncline_cli.process import Interrupted
+    from syncline_cli.run_follow import RunWatch, follow_and_stay, follow_local
     from syncline_cli.supervise import with_fleet
 
     watch = RunWatch(spec, as_json, f"starting a broker, a coordinator and {counted(agents, 'agent')}")
@@ -121,8 +136,13 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool) -> int:
         task_dir=path.resolve().parent,
         threads=max(1, (os.cpu_count() or 1) // agents),
     )
+    follow = follow_and_stay if stay else follow_local
     try:
-        return with_fleet(fleet, nursery, lambda up: follow_local(watch, up), around=watch.screen) or watch.summary()
+        return with_fleet(fleet, nursery, lambda up: follow(watch, up), around=watch.screen) or watch.summary()
+    except Interrupted:
+        if watch.stayed is None:
+            raise
+        return watch.stayed
     finally:
         watch.report()
 

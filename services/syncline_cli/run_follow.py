@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.text import Text
 from syncline.bus.base import Bus
 from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.errors import BusError, RunFailed
-from syncline.service import DONE
+from syncline.service import DONE, FAILED
 from syncline.spec import RunSpec
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.display import Message, RunView, Screen, megabytes, number
@@ -31,7 +32,8 @@ class RunWatch:
         steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
         self.state = RunState(spec.name, spec.stop.versions, steps)
         self.screen = Screen(self.console, Message(text or f"submitting run {spec.name}"))
-        self.submitted = False
+        self.asked = self.submitted = False
+        self.stayed: int | None = None  # the exit code of a run whose fleet stays up
         self.result: dict[str, Any] = {}
 
     def follows(self, warnings: list[str]) -> None:
@@ -46,9 +48,10 @@ class RunWatch:
         self.result = result_of(follower.head, follower, self.state)
 
     def report(self) -> None:
-        """What came of it; nothing where the run was not followed to its end."""
+        """What came of it; nothing where the run was not followed to its end. Said once."""
         if self.result and self.as_json:
             print_json(self.result)
+            self.result = {}
 
     def summary(self) -> int:
         """The same for people, where all went well."""
@@ -87,14 +90,57 @@ async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
     return DONE
 
 
-async def follow_remote(watch: RunWatch, url: str, seed: str) -> int:
-    """On a broker that somebody else runs. Raises RunFailed for a run that failed."""
-    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
+async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
+    """The same, and the fleet stays up when the run has ended, however it did, until somebody interrupts."""
+    code = DONE
+    try:
+        await follow_local(watch, fleet)
+        watch.summary()
+    except RunFailed as error:
+        watch.screen.say("error", f"error: {error}")
+        code = FAILED
+    watch.report()
+    name = watch.spec.name
+    watch.screen.say("hint", f"the fleet stays up: syncline why {name}, syncline export {name} {name}.safetensors")
+    watch.screen.show(Message("Ctrl-C ends the fleet"))
+    watch.stayed = code
+    await asyncio.Event().wait()
+    return code
+
+
+async def submit_alone(watch: RunWatch, url: str, seed: str) -> int:
+    """Submits, and says the run's name."""
+    logging.getLogger().addHandler(logging.NullHandler())
     bus = await _connect(url, seed)
     try:
-        async with watch.screen:
-            await _follow_remote(watch, bus, url)
+        watch.asked = True
+        warnings = (await submit_remote(bus, watch.spec, url)).warnings
     finally:
+        await bus.close()
+    for warning in warnings:
+        Console(stderr=True, highlight=False).print(Text(warning, "yellow"), soft_wrap=True)
+    if watch.as_json:
+        print_json({"run": watch.spec.name, "warnings": warnings})
+    else:
+        print(watch.spec.name)
+    return DONE
+
+
+async def follow_remote(watch: RunWatch, url: str, seed: str, watch_seed: str) -> int:
+    """On a broker that somebody else runs. `watch_seed`: the key that hears the agents; the coordinator's does not.
+
+    Raises RunFailed for a run that failed.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
+    bus = await _connect(url, seed)
+    feed_bus = bus
+    try:
+        if watch_seed != seed:
+            feed_bus = await _connect(url, watch_seed)
+        async with watch.screen:
+            await _follow_remote(watch, bus, feed_bus, url)
+    finally:
+        await feed_bus.close()
         await bus.close()
     return DONE
 
@@ -106,9 +152,10 @@ async def _connect(url: str, seed: str) -> NatsBus:
         raise mended(error, url) from None
 
 
-async def _follow_remote(watch: RunWatch, bus: Bus, url: str) -> None:
-    feed = Feed(bus, watch.state)
+async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> None:
+    feed = Feed(feed_bus, watch.state)
     await feed.open()
+    watch.asked = True
     watch.follows((await submit_remote(bus, watch.spec, url)).warnings)
     follower = Follower(bus, watch.spec.name, watch.screen.say)
     head = await follower.until_ended()

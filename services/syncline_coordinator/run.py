@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
 from syncline.chance import jitter
 from syncline.engine.events import (
     AgentJoined,
@@ -35,7 +35,7 @@ from syncline.engine.events import (
 )
 from syncline.errors import PeerError
 from syncline.spec import RunSpec
-from syncline.telemetry import Pace, Round, Telemetry
+from syncline.telemetry import Pace, Round, Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
@@ -61,10 +61,10 @@ from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.reducer import Merged, Reducer, UpdateUnusable
+from syncline_coordinator.status import status_of
 
 log = logging.getLogger(__name__)
 
-RECORD_CHUNK_BYTES = 512 * 1024  # of rosters and plans that are too large for one message
 INBOX_FACTS = 10_000
 LOOK_AT_HEAD_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
 LATE_NAMED = 20
@@ -146,6 +146,10 @@ class Run:
         elif failed:
             await self._inbox.put(AgentLost(agent, reason, failed))
 
+    async def stop(self, why: str) -> None:
+        """Ends the run as if it had reached its target: at once, or with the merge that is under way."""
+        await self._inbox.put(TargetReached(why))
+
     # -- life ----------------------------------------------------------------------------------------------------------
     async def resume(self) -> None:
         """Goes on from head, as a restarted coordinator: same round, same plan, offers from where head stopped."""
@@ -172,6 +176,7 @@ class Run:
             self._begin(self._purger.run())
             self._begin(self._janitor.run())
             self._begin(self._watch_head())
+            self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))
             while not self.ended.is_set():
                 fact = await self._next()
                 if isinstance(fact, _MergeDone):
@@ -323,6 +328,7 @@ class Run:
         if self.parts.evaluation is not None and phase == "done":
             await self.parts.evaluation.last(head.version, self.parts.center.current)
         await self.keeper.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
+        await self.parts.telemetry.metric(status_of(self))
         level = "info" if phase == "done" else "error"
         await self.parts.telemetry.event(f"run-{phase}", f"run {head.run}: {reason}", level=level)  # type: ignore[arg-type]
         self.ended.set()

@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from syncline.bus.base import BucketConfig, Bus, Delivery
-from syncline.bus.blobs import get_small_blob, patiently, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
 from syncline.bus.violations import ViolationLog
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.telemetry import Telemetry
+from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
 from syncline.wire.manifest import Manifest
@@ -32,19 +32,23 @@ from syncline.wire.messages import (
     Head,
     Heartbeat,
     Hello,
+    Stop,
+    Stopped,
     Submit,
     Submitted,
     Welcome,
     decode,
     encode,
 )
+from syncline_coordinator.answers import exists, superseded
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
-from syncline_coordinator.run import RECORD_CHUNK_BYTES, Parts, Run
+from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.space import most_agents, release, reserve
+from syncline_coordinator.stopping import end_undriven, why
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,9 @@ class Coordinator:
         self._fleet = Membership(IDLE_LOST_AFTER_S)
         self._hellos: dict[str, Hello] = {}
         self._active: Run | None = None
+        self._opening = ""  # the run that is being opened: not active yet, and no longer just in the queue
+        self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
+        self._queue: list[str] = []  # as last read, the oldest first
         self._queue_changed = asyncio.Event()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._reducers = settings.executor
@@ -81,11 +88,18 @@ class Coordinator:
         await self._bus.subscribe(f"{agents}.hello", self._on_hello)
         await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
         await self._bus.subscribe(subjects.submit(), self._on_submit)
+        await self._bus.subscribe(subjects.stop(), self._on_stop)
         await self._fleet_events.event("coordinator-started", "the coordinator is up")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_silence())
             tasks.create_task(self._watch_broker_log())
             tasks.create_task(self._take_runs())
+            tasks.create_task(tell_often(self._fleet_events, self._status))
+
+    def _status(self) -> FleetStatus:
+        run = self._active.parts.spec.name if self._active is not None else self._opening
+        queued = [name for name in self._queue if name != run]
+        return FleetStatus(agents=len(self._fleet.lives), run=run, queued=queued[:QUEUED_NAMED])
 
     # -- the fleet -----------------------------------------------------------------------------------------------------
     async def _on_hello(self, delivery: Delivery) -> None:
@@ -97,7 +111,7 @@ class Coordinator:
             return
         replaced = self._fleet.claim(agent, hello.session, _now())
         if not self._fleet.holds(agent, hello.session):
-            await self._answer(delivery, _superseded(agent))
+            await self._answer(delivery, superseded(agent))
             return
         if replaced and self._active is not None:
             await self._active.lost(agent, "its name was claimed by a newer process")
@@ -125,7 +139,7 @@ class Coordinator:
             return
         if not self._fleet.heard(agent, beat.session, beat.progress, beat.state == "training", _now()):
             known = beat.session in self._fleet.superseded
-            await self._answer(delivery, _superseded(agent) if known else Welcome(unknown=True))
+            await self._answer(delivery, superseded(agent) if known else Welcome(unknown=True))
             return
         run, why_not = self._active, ""
         if run is not None and run.parts.spec.name == name and beat.state != "starting":
@@ -164,7 +178,7 @@ class Coordinator:
         who = tokens[4] if len(tokens) > 4 else "somebody"
         await self._fleet_events.event("bad-message", f"{who}: {error}", level="warning", agent=who)
 
-    async def _answer(self, delivery: Delivery, record: Welcome | Submitted) -> None:
+    async def _answer(self, delivery: Delivery, record: Welcome | Submitted | Stopped) -> None:
         if delivery.reply:
             try:
                 await self._bus.publish(delivery.reply, encode(record))
@@ -185,10 +199,30 @@ class Coordinator:
         else:
             await self._answer(delivery, Submitted(run=spec.name, warnings=spec.warnings))
 
+    async def _on_stop(self, delivery: Delivery) -> None:
+        try:
+            stop = decode(Stop, delivery.data)
+            await self._answer(delivery, await self._stop(stop))
+        except PeerError as error:
+            await self._bad(delivery, error)
+        except (BusError, Deposed) as error:  # no answer: who asked asks again
+            log.warning("stop: %s", error)
+
+    async def _stop(self, stop: Stop) -> Stopped:
+        run = self._active
+        if run is not None and run.parts.spec.name == stop.run:
+            await run.stop(why(stop))
+        elif self._opening == stop.run:
+            self._stop_asked[stop.run] = stop
+        else:
+            self._queue = [name for name in self._queue if name != stop.run]
+            return await end_undriven(self._bus, stop)
+        return Stopped(run=stop.run, outcome="stopping", reason=why(stop))
+
     async def _accept(self, spec: RunSpec) -> None:
         """Checks all that can be checked before a run starts, and queues it. Raises ConfigError."""
-        if await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(spec.name)) is not None:
-            raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name")
+        if (there := await HeadKeeper.read(self._bus, spec.name)) is not None:
+            raise exists(there.head)
         manifest = await self._manifest_of(spec)
         await reserve(self._bus, spec, manifest)
         try:
@@ -196,8 +230,9 @@ class Coordinator:
                 subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(Submit(spec=spec.model_dump(mode="json")))
             )
         except Conflict:
-            raise ConfigError("name", f"there is a run {spec.name!r} already", "Choose another name") from None
+            raise exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
         await self._first_head(spec.name)
+        self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
 
@@ -264,18 +299,22 @@ class Coordinator:
             entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
             if keeper is not None and entry is not None and keeper.head.phase not in ENDED:
                 waiting.append((entry.revision, name))
-        return min(waiting)[1] if waiting else None
+        self._queue = [name for _, name in sorted(waiting)]
+        return self._queue[0] if self._queue else None
 
     async def _drive(self, name: str) -> None:
         """One run from its start, or from where head stands, to its end."""
         telemetry = Telemetry(self._bus, name, subjects.COORDINATOR)
         memory = SharedMemory()
         run: Run | None = None
+        self._opening = name
         try:
             run = await self._open(name, memory, telemetry)
             for agent in sorted(run.present):
                 self._fleet.expect(agent, _now())
-            self._active = run
+            self._active, self._opening = run, ""
+            if (stop := self._stop_asked.get(name)) is not None:
+                await run.stop(why(stop))
             await run.keeper.notify()
             await run.pump()
         except Deposed as error:
@@ -286,7 +325,8 @@ class Coordinator:
         else:
             await release(self._bus, name, ended=True)
         finally:
-            self._active = None
+            self._active, self._opening = None, ""
+            self._stop_asked.clear()
             if run is not None and run.parts.evaluation is not None:
                 await run.parts.evaluation.close()
             memory.close()
@@ -295,6 +335,8 @@ class Coordinator:
         keeper = await HeadKeeper.read(self._bus, name)
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
         assert keeper is not None and entry is not None
+        if keeper.head.phase in ENDED:
+            raise Deposed("it was ended before it was opened")
         spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
         known = b"" if keeper.head.manifest is None else await self._manifest_blob(keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
@@ -348,10 +390,6 @@ class Coordinator:
 def _allows(patterns: Sequence[str], task: str) -> bool:
     module = task.rpartition(":")[0]
     return any(fnmatch.fnmatchcase(task, p) or fnmatch.fnmatchcase(module, p) for p in patterns)
-
-
-def _superseded(agent: str) -> Welcome:
-    return Welcome(superseded=True, reason=f"another process has claimed the name {agent}")
 
 
 def _now() -> float:

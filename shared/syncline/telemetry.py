@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +18,11 @@ from syncline.errors import BusError
 from syncline.wire import subjects
 
 log = logging.getLogger(__name__)
+
+STATUS_S = 2.0  # what stands still is told again so often, for whoever begins to listen late
+LOST_NAMED = 100
+QUEUED_NAMED = 20
+REASON_CHARS = 500
 
 
 class Published(BaseModel):
@@ -29,7 +36,7 @@ class Published(BaseModel):
 
 
 class Train(Published):
-    """An agent at work. At most 10 a second, and one when a period ends."""
+    """An agent at work. At most 10 a second, one when a period ends, and one every few seconds while nothing moves."""
 
     what: ClassVar[str] = "train"
     state: str = Field(description="starting, waiting, fetching, training, evaluating, sending or failed")
@@ -78,6 +85,29 @@ class Round(Published):
     bytes_down: int = Field(description="model bytes put since the run began")
 
 
+class RunStatus(Published):
+    """Where a run stands, every few seconds and at its end: for whoever begins to listen late."""
+
+    what: ClassVar[str] = "run"
+    task: str
+    phase: str = Field(description="as in head: waiting, training, merging; done, failed and refused are ends")
+    version: int
+    versions: int = Field(description="commits after which it is done")
+    agents: int = Field(description="agents that take part now")
+    needed: int = Field(description="agents with which it starts")
+    lost: list[str] = Field(max_length=LOST_NAMED, description="those that took part and are gone, so many at most")
+    reason: str = Field(description="what closed the last round, or ended the run")
+
+
+class FleetStatus(Published):
+    """What the coordinator has to do, every few seconds. The run is `fleet`."""
+
+    what: ClassVar[str] = "fleet"
+    agents: int = Field(description="agents that are here, with or without a run")
+    run: str = Field(description="the run that goes on, or empty")
+    queued: list[str] = Field(max_length=QUEUED_NAMED, description="runs that wait for it to end, so many at most")
+
+
 class Event(Published):
     """Something happened that a person may want to know."""
 
@@ -92,6 +122,8 @@ METRICS: tuple[tuple[str, type[Published]], ...] = (
     ("<agent>", AgentEval),
     ("coordinator", Round),
     ("coordinator", CenterEval),
+    ("coordinator", RunStatus),
+    ("coordinator", FleetStatus),
 )
 
 
@@ -117,6 +149,13 @@ class Telemetry:
             await self._bus.publish(subject, published.model_dump_json().encode())
         except BusError as error:
             log.debug("%s: %s", subject, error)
+
+
+async def tell_often(telemetry: Telemetry, status: Callable[[], Published]) -> None:
+    """Says it every few seconds, until cancelled."""
+    while True:
+        await telemetry.metric(status())
+        await asyncio.sleep(STATUS_S)
 
 
 class Pace:

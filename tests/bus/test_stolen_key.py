@@ -66,6 +66,7 @@ NOT_HIS_TO_SAY = (
     "syncline.v1.r.log.1.1",
     "syncline.v1.r.notify",
     "syncline.v1.fleet.submit",
+    "syncline.v1.fleet.stop",
     "syncline.v1.r.agent.a2.offer",
     "syncline.v1.r.agent.a2.update.b.0",
     "syncline.v1.r.agent.a2.heartbeat",

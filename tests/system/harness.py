@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from syncline.bus.base import Delivery
-from syncline.bus.blobs import get_blob, get_small_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_blob, get_small_blob
 from syncline.bus.nats import NatsBus
 from syncline.wire import subjects
 from syncline.wire.flat import DTYPES
@@ -25,7 +25,6 @@ from syncline_cli.local import FleetSettings, LocalFleet
 
 TASKS = Path(__file__).with_name("tasks.py")
 PATIENCE_S = 60.0
-RECORD_CHUNK_BYTES = 512 * 1024
 
 
 @dataclass

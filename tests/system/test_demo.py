@@ -253,7 +253,9 @@ async def test_run_follows_on_a_broker_that_is_there_and_ctrl_c_leaves_the_run(
     await asyncio.to_thread(long.says, "round ")
     long.process.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(long.ended, 5.0) == 130
+    key = broker.keyring.path("watch")
     assert "run long goes on" in long.err
+    assert f"syncline watch long --connect {broker.url} --key {key}" in long.err
     before = await fleet.head("long")
     assert before is not None
     await fleet.version("long", before.version + 5)

@@ -29,6 +29,8 @@ from syncline.wire.messages import (
     PlanEntry,
     Record,
     Roster,
+    Stop,
+    Stopped,
     Submit,
     Submitted,
     Verdict,
@@ -54,6 +56,8 @@ EXAMPLES: dict[type[Record], Record] = {
         Notify(head=b"head", roster=b"roster"),
         Submit(spec={"task": "a.b:C", "local": {"steps": 5}}),
         Submitted(run="r", warnings=["w"]),
+        Stop(run="r", by="ann@hub"),
+        Stopped(run="r", outcome="ended", reason="40 versions"),
         Committed(
             run="r",
             term=1,

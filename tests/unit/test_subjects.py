@@ -43,7 +43,7 @@ def test_reserved_names_are_refused(name: str) -> None:
         checked_name("name", name)
 
 
-@pytest.mark.parametrize("subject", [*OF_AGENTS, *OF_RUNS, subjects.hello(AGENT), subjects.submit()])
+@pytest.mark.parametrize("subject", [*OF_AGENTS, *OF_RUNS, subjects.hello(AGENT), subjects.submit(), subjects.stop()])
 def test_every_subject_is_under_the_prefix_and_of_whole_tokens(subject: str) -> None:
     assert subject.startswith("syncline.v1.")
     assert all(re.fullmatch(r"[a-z0-9-]+", token) for token in subject.split("."))
@@ -60,7 +60,7 @@ def test_the_agent_is_read_from_the_subject(subject: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "subject", [*OF_RUNS, subjects.submit(), "", "agent.a1", "syncline.v1.run-1.agent.a1", "......"]
+    "subject", [*OF_RUNS, subjects.submit(), subjects.stop(), "", "agent.a1", "syncline.v1.run-1.agent.a1", "......"]
 )
 def test_a_subject_of_no_agent_is_the_peers_mistake(subject: str) -> None:
     with pytest.raises(PeerError, match="is no agent's subject"):

@@ -15,9 +15,11 @@ from syncline.telemetry import (
     AgentEval,
     CenterEval,
     Event,
+    FleetStatus,
     Pace,
     Published,
     Round,
+    RunStatus,
     Telemetry,
     Train,
     numbers,
@@ -35,6 +37,10 @@ EXAMPLES: dict[type[Published], Published] = {
     AgentEval: AgentEval(version=3, clock=4, metrics={"accuracy": 0.9}),
     Round: ROUND,
     CenterEval: CenterEval(version=4, metrics={"accuracy": 0.9}, seconds=0.1),
+    RunStatus: RunStatus(
+        task="t:T", phase="training", version=4, versions=40, agents=3, needed=4, lost=["a4"], reason="3 of 3"
+    ),
+    FleetStatus: FleetStatus(agents=4, run="r", queued=["s"]),
 }
 
 

@@ -38,6 +38,7 @@ from syncline.errors import ConfigError, Unavailable
 from syncline.wire.subjects import COORDINATOR
 
 HOST = "127.0.0.1"
+TEMPORARY = "syncline-broker-"  # how the name of a directory that is removed at the end begins
 CONFIG = "broker.conf"
 POLL_S = 0.005  # how often the end of a process is looked for
 READY_S = 30.0  # a large store is read before the server listens
@@ -111,7 +112,7 @@ class EmbeddedBroker:
         assert self._watchdog is None, "started already"
         binary = server_binary()
         try:
-            temporary = Path(tempfile.gettempdir(), f"syncline-broker-{secrets.token_hex(8)}")
+            temporary = Path(tempfile.gettempdir(), f"{TEMPORARY}{secrets.token_hex(8)}")
             self.directory = (self._given or temporary).resolve()
             self._watchdog = _Watchdog(str(self.directory) if self._given is None else "")
             self._make_directory()  # only now that there is somebody to remove it

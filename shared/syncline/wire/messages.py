@@ -263,6 +263,27 @@ class Submitted(Record):
     warnings: list[Text] = Field(default_factory=list, max_length=100)
 
 
+class Stop(Record):
+    """Ends a run: at once, or with the merge that is under way. Asking again changes nothing."""
+
+    kind: ClassVar[str] = "stop"
+    max_bytes: ClassVar[int] = 16 * 1024
+    run: Name
+    by: Annotated[str, Field(max_length=200)] = Field("", description="who asks, for the run's reason")
+
+
+class Stopped(Record):
+    """The answer: what becomes of the run."""
+
+    kind: ClassVar[str] = "stopped"
+    run: Name
+    outcome: Literal["stopping", "stopped", "ended", "unknown"] = Field(
+        description="`stopping`: it ends in a moment; `stopped`: it had not begun, and never will; `ended`: it had ended "
+        "before; `unknown`: there is no such run"
+    )
+    reason: Text = Field("", description="why it ended")
+
+
 class Dropped(Record):
     """An update that was judged and not merged."""
 
@@ -301,6 +322,8 @@ MESSAGES: tuple[type[Record], ...] = (
     Notify,
     Submit,
     Submitted,
+    Stop,
+    Stopped,
     Committed,
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from syncline.bus.accounts import MAX_PAYLOAD_BYTES, Identity, accounts_config
-from syncline.telemetry import METRICS, AgentEval, CenterEval, Event, Published, Round, Train
+from syncline.telemetry import METRICS, AgentEval, CenterEval, Event, FleetStatus, Published, Round, RunStatus, Train
 from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
@@ -73,6 +73,7 @@ SUBJECTS = (
     (f"{subjects.PREFIX}.{RUN}.log.<version>.<term>", "coordinator", "anybody in `CORE`", "`committed`; JetStream"),
     (subjects.notify(RUN), "coordinator", "agents", "`notify`, a hint that head has moved"),
     (subjects.submit(), "anybody in `CORE`", "coordinator", "`submit`, a request; the reply is a `submitted`"),
+    (subjects.stop(), "anybody in `CORE`", "coordinator", "`stop`, a request; the reply is a `stopped`"),
     (subjects.metrics(RUN, WHO, "<what>"), "agents, coordinator", "anybody", "a metric, JSON"),
     (subjects.events(RUN, WHO), "agents, coordinator", "anybody", "an event, JSON"),
 )
@@ -141,6 +142,11 @@ EXAMPLES: dict[type[Published], Published] = {
         merge_s=0.1, bytes_up=4_700_000, bytes_down=1_300_000,
     ),
     CenterEval: CenterEval(time_s=TIME_S, version=13, metrics={"accuracy": 0.942, "loss": 0.21}, seconds=0.08),
+    RunStatus: RunStatus(
+        time_s=TIME_S, task="syncline.tasks.digits:Digits", phase="training", version=13, versions=40, agents=3,
+        needed=4, lost=["a4"], reason="quorum 3 of 4 + 2.0 s",
+    ),
+    FleetStatus: FleetStatus(time_s=TIME_S, agents=3, run="digits-3f2a1b", queued=["digits-90c411"]),
     Event: Event(
         time_s=TIME_S, event="agent-lost", level="warning", text="a4 lost: not heard of for 10.2 s", agent="a4"
     ),
@@ -209,7 +215,8 @@ def _metrics() -> Iterable[str]:
         "infinity) are `null`.\n"
     )
     for who, metric in METRICS:
-        yield from _published(subjects.metrics(RUN, who, metric.what), metric)
+        run = subjects.FLEET if metric is FleetStatus else RUN
+        yield from _published(subjects.metrics(run, who, metric.what), metric)
     yield from _published(subjects.events(RUN, "<who>"), Event)
 
 

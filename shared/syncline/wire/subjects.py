@@ -82,6 +82,10 @@ def submit() -> str:
     return f"{PREFIX}.{FLEET}.submit"
 
 
+def stop() -> str:
+    return f"{PREFIX}.{FLEET}.stop"
+
+
 def log_record(run: str, version: int, term: int) -> str:
     return f"{PREFIX}.{run}.log.{version}.{term}"
 

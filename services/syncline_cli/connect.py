@@ -1,0 +1,119 @@
+"""Where a command finds its bus: the broker that is named, else a fleet that `demo` or `run --local` has up on this machine.
+
+A local fleet is found by its temporary directory, which is gone with it; only the user's own are looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from syncline.bus.accounts import SUFFIX, WATCH, read_seed
+from syncline.bus.embedded import TEMPORARY
+from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.errors import BusError, ConfigError, Denied
+from syncline.wire.subjects import COORDINATOR
+from syncline_cli.local import URL
+from syncline_cli.options import DEFAULT_URL
+from syncline_cli.process import run_interruptible
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A broker, and the key file to use there; '' for a broker without accounts."""
+
+    url: str
+    key: str
+    found: bool = False  # a local fleet that nobody named: it goes when its run has ended
+    named: bool = True
+
+
+def place(connect: str, key: str, role: str = COORDINATOR) -> Place:
+    """The broker to ask. `role`: whose key to take of a local fleet. Raises ConfigError where several are up."""
+    fleets = local_fleets()
+    if connect:
+        own = next((str(_key(d, role)) for d, url in fleets if url == connect), "")
+        return Place(connect, key or own)
+    if not fleets or key:
+        return Place(DEFAULT_URL, key, named=bool(key))
+    if len(fleets) > 1:
+        urls = ", ".join(sorted(url for _, url in fleets))
+        raise ConfigError("--connect", f"several local fleets are up: {urls}", "Name one of them")
+    directory, url = fleets[0]
+    return Place(url, str(_key(directory, role)), found=True)
+
+
+def watch_key(key: str) -> str:
+    """The key of one who only reads the public feeds, where it lies beside the one that was given; else that one itself."""
+    beside = Path(key).parent / f"{WATCH}{SUFFIX}"
+    return str(beside) if key and beside.is_file() else key
+
+
+def local_fleets() -> list[tuple[Path, str]]:
+    """Directory and address of every fleet of this user's that `demo` or `run --local` has up here."""
+    found = []
+    for directory in sorted(Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")):
+        try:
+            about = directory.lstat()
+            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077:
+                url = (directory / URL).read_text()
+                if url.endswith("\n"):  # whole
+                    found.append((directory, url.strip()))
+        except OSError:
+            pass  # it is not up yet, or just gone
+    return found
+
+
+def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:
+    """Connects, does the work and returns its result; what is wrong with the broker is said as a ConfigError."""
+    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is in the error
+    seed = read_seed(Path(at.key)) if at.key else ""
+    results: list[T] = []
+
+    async def all_of_it() -> int:
+        try:
+            bus = await NatsBus.connect(Connection(at.url, "cli", seed))
+        except BusError as error:
+            raise unreachable(error, at) from None
+        try:
+            results.append(await work(bus))
+        except Denied as error:
+            raise ConfigError("--key", str(error), "Use the coordinator's key") from None
+        except BusError as error:
+            raise mended(error, at.url) from None
+        finally:
+            await bus.close()
+        return 0
+
+    run_interruptible(all_of_it)
+    return results[0]
+
+
+def unreachable(error: BusError, at: Place) -> ConfigError:
+    """What a person should read where there is nothing to connect to."""
+    if at.named or isinstance(error, Denied):
+        return mended(error, at.url)
+    mend = "Start one with `syncline demo` or `syncline run SPEC.yaml --local 4`, or name a broker: --connect URL"
+    return ConfigError("--connect", f"no local fleet is up on this machine, and {error}", mend)
+
+
+def come_back(command: str, connect: str, key: str) -> str:
+    """What to type in another terminal, or later, to reach this broker: what the environment says need not be said."""
+    said = [command]
+    if connect not in (DEFAULT_URL, os.environ.get("SYNCLINE_NATS_URL")):
+        said.append(f"--connect {connect}")
+    if key and key != os.environ.get("SYNCLINE_KEY"):
+        said.append(f"--key {key}")
+    return " ".join(said)
+
+
+def _key(directory: Path, role: str) -> Path:
+    return directory / "keys" / f"{role}{SUFFIX}"

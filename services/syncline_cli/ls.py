@@ -1,0 +1,115 @@
+"""`syncline ls`: the runs on a broker, the newest first."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, new_app
+
+if TYPE_CHECKING:
+    from syncline.bus.base import Bus
+
+app = new_app()
+
+AT_ONCE = 16  # runs that are read at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A run as it is listed."""
+
+    run: str
+    phase: str  # as in head; and `queued` where it has not begun
+    version: int
+    versions: int | None  # the commits after which it is done
+    agents: int  # live ones, in the newest round
+    roster: int  # all that ever took part
+    task: str
+    reason: str  # what closed the last round, or ended the run
+    revision: int  # of its spec: the order in which runs came
+
+
+@app.command(
+    context_settings=HELP_NAMES,
+    short_help="List the runs on a broker.",
+    epilog="Example: syncline ls --connect nats://hub:4222 --key coordinator.nk",
+)
+def ls(connect: FindConnect = "", key: Key = "", as_json: Json = False) -> None:
+    """List the runs on a broker, the newest first: phase, version, agents, and what ended or last moved each."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from syncline_cli.connect import ask, place
+    from syncline_cli.display import clean
+    from syncline_cli.results import print_json
+
+    at = place(connect, key)
+    rows = ask(at, read)
+    if as_json:
+        print_json({"runs": [{k: v for k, v in asdict(row).items() if k != "revision"} for row in rows]})
+        return
+    console = Console(highlight=False)
+    if not rows:
+        console.print(f"no runs on {at.url}: submit one with `syncline run SPEC.yaml`", markup=False, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, justify in (("run", "left"), ("phase", "left"), ("version", "right"), ("agents", "right")):
+        table.add_column(Text(name, "dim"), no_wrap=True, justify=justify)  # type: ignore[arg-type]
+    table.add_column(Text("reason", "dim"), overflow="ellipsis", no_wrap=console.is_terminal)
+    table.show_header = True
+    for row in rows:
+        versions = f"{row.version:,}" + (f"/{row.versions:,}" if row.versions else "")
+        agents = f"{row.agents}/{row.roster}" if row.roster else "—"
+        table.add_row(row.run, Text(row.phase, _STYLES.get(row.phase, "")), versions, agents, Text(clean(row.reason)))
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+_STYLES = {"done": "green", "failed": "red", "refused": "red", "queued": "dim"}
+
+
+async def read(bus: Bus) -> list[Row]:
+    """Every run with a head that can be read. Raises BusError."""
+    from syncline_cli import runs
+
+    known = await runs.names(bus)
+    found: list[Row | None] = []
+    for i in range(0, len(known), AT_ONCE):
+        found += await asyncio.gather(*(_row(bus, name) for name in known[i : i + AT_ONCE]))
+    return sorted((row for row in found if row is not None), key=lambda row: -row.revision)
+
+
+async def _row(bus: Bus, name: str) -> Row | None:
+    from syncline.bus.blobs import BlobGone
+    from syncline.errors import ConfigError
+    from syncline.wire import subjects
+    from syncline.wire.messages import ENDED, Roster, decode
+    from syncline_cli import runs
+
+    entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
+    spec = await runs.spec_of(bus, name)
+    agents = roster = 0
+    try:
+        head = await runs.head_of(bus, name)
+        if head.roster is not None:
+            data = await runs.record(bus, name, head.roster)
+            members = decode(Roster, data)
+            agents, roster = sum(map(members.live, range(len(members.agents)))), len(members.agents)
+    except BlobGone:
+        pass  # head has just moved on
+    except ConfigError:
+        return None  # submitted just now, or a newer Syncline's
+    queued = head.phase not in ENDED and head.manifest is None
+    return Row(
+        run=name,
+        phase="queued" if queued else head.phase,
+        version=head.version,
+        versions=spec.stop.versions if spec is not None else None,
+        agents=agents,
+        roster=roster,
+        task=spec.task if spec is not None else "",
+        reason=head.reason,
+        revision=entry.revision if entry is not None else 0,
+    )

@@ -1,0 +1,19 @@
+"""The words in which agents and people are told no."""
+
+from __future__ import annotations
+
+from syncline.errors import ConfigError
+from syncline.wire.messages import ENDED, Head, Welcome
+
+
+def exists(head: Head) -> ConfigError:
+    there, other = f"there is a run {head.run!r} already", "or choose another name (--name)"
+    if head.phase in ENDED:
+        mend = f"See how it went with `syncline why {head.run}`, {other}"
+        return ConfigError("name", f"{there}, and it has ended: {head.reason}", mend)
+    mend = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
+    return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", mend)
+
+
+def superseded(agent: str) -> Welcome:
+    return Welcome(superseded=True, reason=f"another process has claimed the name {agent}")
