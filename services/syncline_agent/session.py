@@ -296,6 +296,7 @@ class Session:
             term=update.term,
             samples=update.report["rows"],
             steps=update.report["steps"],
+            seconds=update.report["seconds"],
             blob=ref,
             digest=digest,
         )

@@ -114,6 +114,7 @@ class Trainer:
             "steps": steps,
             "rows": rows,
             "loss": loss,
+            "seconds": max(0.0, seconds),
             "samples_per_s": seen / seconds if seconds > 0 else 0.0,
         }
         if self._stopped():

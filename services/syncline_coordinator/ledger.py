@@ -99,6 +99,7 @@ class Ledger:
             digest=offer.digest,
             samples=offer.samples,
             steps=offer.steps,
+            seconds=offer.seconds,
         )
         self._offered.setdefault((agent, offer.clock), Offered(entry, seq))
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from syncline.engine.advice import Adviser
 from syncline.engine.asynchronous import Asynchronous
 from syncline.engine.policy import Policy, Standing
 from syncline.engine.rounds import Rounds
@@ -37,6 +38,18 @@ def policy_of(spec: RunSpec) -> Policy:
         normalize=merge.normalize,
         elastic=elastic,
         one_each=merge.rule != "mean",
+    )
+
+
+def adviser_of(spec: RunSpec) -> Adviser:
+    sync = spec.sync
+    bounded = isinstance(sync, Async) and sync.max_ahead is not None
+    return Adviser(
+        waits=bounded or (not isinstance(sync, Async) and sync.quorum == "all"),
+        max_lag=sync.lag_bound(spec.agents.min) if isinstance(sync, Async) else None,
+        max_ahead=sync.max_ahead if isinstance(sync, Async) else None,
+        by_rows=spec.merge.weights == "samples",
+        alpha=spec.mix.alpha,
     )
 
 

@@ -58,7 +58,7 @@ from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
-from syncline_coordinator.policies import policy_of, standing_of
+from syncline_coordinator.policies import adviser_of, policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.reducer import Merged, Reducer, UpdateUnusable
 from syncline_coordinator.status import status_of
@@ -108,7 +108,7 @@ class Run:
     def __init__(self, parts: Parts, keeper: HeadKeeper) -> None:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
-        self.policy = policy_of(spec)
+        self.policy, self._adviser = policy_of(spec), adviser_of(spec)
         self.present: set[str] = set()
         self.ended = asyncio.Event()
         self._inbox: asyncio.Queue[Fact | _MergeDone] = asyncio.Queue(INBOX_FACTS)
@@ -314,12 +314,21 @@ class Run:
             parts.evaluation.offer(plan.version, parts.center.current)
         if self._round_pace.due(_now()) or not start:
             await parts.telemetry.metric(self._round_metric(done, seconds))
+        await self._advise(plan)
         for command in commands:
             if command is not start and not isinstance(command, Drop):
                 await self._execute(command)
 
+    async def _advise(self, plan: Plan) -> None:
+        """What the run shows of itself that its owner should know, each once."""
+        for entry in plan.merged:
+            self._adviser.judged(entry.agent, entry.lag, merged=True)
+        for advice in self._adviser.committed():
+            await self.parts.telemetry.event("advice", advice.text, level="warning", agent=advice.agent)
+
     async def _drop(self, drop: Drop) -> None:
         self.ledger.drop(drop.agent, drop.clock, drop.reason, Verdict.BROKEN if drop.broken else Verdict.LATE)
+        self._adviser.judged(drop.agent, drop.lag, merged=False, too_stale=drop.lag > 0)
         text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
         await self.parts.telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
 
@@ -342,6 +351,7 @@ class Run:
             if problem is not None:
                 await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
             elif isinstance(offer, Offer) and self.ledger.offer(agent, offer, stored.seq):
+                self._adviser.offered(agent, offer.samples, offer.seconds)
                 await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:

@@ -186,7 +186,7 @@ class StubTrainer:
         self._steps_ever += max(SLICES, self._steps)
         struct.pack_into("<QQ", self._view, 0, self._steps_ever, self._steps)
         rows = 64 // period.parts
-        return {"steps": self._steps, "rows": rows, "loss": 0.0, "samples_per_s": 0.0, "stopped": False}
+        return {"steps": self._steps, "rows": rows, "loss": 0.0, "seconds": 0.0, "samples_per_s": 0.0, "stopped": False}
 
     def meet(self, **asked: Any) -> dict[str, Any]:
         period = Period(**asked)

@@ -18,7 +18,7 @@ Sources: FedBuff (arXiv:2106.06639), FedAsync (arXiv:1903.03934), stale synchron
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from syncline.engine.events import Chosen, Command, Drop, LetRun, Merge, OfferReady, WakeAt
 from syncline.engine.policy import REASON_CHARS, Policy, Standing, brief
@@ -196,7 +196,9 @@ class Asynchronous(Policy):
 
     def _too_stale(self, offer: OfferReady) -> Drop | None:
         lag = self.version - offer.base
-        return self._drop(offer, f"lag {lag} > max_lag {self.max_lag}") if lag > self.max_lag else None
+        if lag <= self.max_lag:
+            return None
+        return replace(self._drop(offer, f"lag {lag} > max_lag {self.max_lag}"), lag=lag)
 
     # -- who may run ---------------------------------------------------------------------------------------------------
     def _level(self, agent: str) -> int:

@@ -3,7 +3,7 @@ I/O, never a clock of its own. So every scheme, and every failure, is tested wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # -- facts ---------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +107,7 @@ class Drop:
     clock: int
     reason: str
     broken: bool = False  # unusable, rather than late
+    lag: int = field(default=0, compare=False)  # versions, where that is the reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,186 @@
+"""What a run shows of itself that its owner should know: facts of offers and judgements in, advice in plain words out.
+
+Pure. Each advice is given once for an agent; it says what is seen, with figures, and the mend. Nothing here changes a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DROPPED_IN_A_ROW = 4  # updates of an agent, all too stale: it will never be learned from
+EVEN_AFTER = 8  # updates an agent, after which shares are compared
+UNEVEN = 2.0  # times an even share
+SLOW = 2.0  # times the usual period
+SLOW_S = 0.1  # shorter periods are not worth a word
+LOOK_EVERY = 4  # versions: looking costs a little for every agent
+ROUNDS_IN_A_ROW = 5
+OUTLIER = 10.0  # times the median norm
+MANY_ROWS = 100.0  # times the median of rows, where rows are weights
+PERIODS = 9  # of an agent, for the median
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    agent: str  # '': the run as a whole
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Of a merge. `updates`: ‖Δ_i‖² by agent; `merged`: ‖Σ p_i Δ_i‖² for the shares p_i; `center`: ‖W‖²."""
+
+    updates: Mapping[str, float]
+    merged: float
+    center: float
+
+
+@dataclass(slots=True)
+class _Agent:
+    merged: int = 0
+    dropped: int = 0
+    too_stale: int = 0  # in a row
+    lag: int = 0  # the largest
+    rows: int = 0
+    periods_s: deque[float] = field(default_factory=lambda: deque(maxlen=PERIODS))
+
+
+@dataclass(slots=True, kw_only=True)
+class Adviser:
+    """`offered` and `judged` for every update, `committed` for every version."""
+
+    waits: bool  # every version waits for every agent: rounds without a quorum, or bounded clocks
+    max_lag: int | None  # asynchronous runs
+    max_ahead: int | None
+    by_rows: bool  # merge weights are rows
+    alpha: float = 1.0
+    _agents: dict[str, _Agent] = field(default_factory=dict)
+    _versions: int = 0
+    _given: set[tuple[str, str]] = field(default_factory=set)
+    _apart: int = 0  # rounds in a row in which the updates pulled in different directions
+    _spread: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS_IN_A_ROW + 1))
+
+    def offered(self, agent: str, rows: int, seconds: float) -> None:
+        """`seconds`: that its period took."""
+        known = self._agent(agent)
+        known.rows = rows
+        if seconds > 0:
+            known.periods_s.append(seconds)
+
+    def judged(self, agent: str, lag: int, *, merged: bool, too_stale: bool = False) -> None:
+        known = self._agent(agent)
+        known.merged += merged
+        known.dropped += not merged
+        known.too_stale = known.too_stale + 1 if too_stale else 0
+        known.lag = max(known.lag, lag)
+
+    def committed(self, norms: Norms | None = None) -> list[Advice]:
+        """What there is to say after a version."""
+        found: list[Advice] = []
+        self._versions += 1
+        if self._versions % LOOK_EVERY == 0 and self._agents:
+            self._look(found)
+        if norms is not None:
+            self._on_norms(found, norms)
+        return found
+
+    def _look(self, found: list[Advice]) -> None:
+        agents = self._agents
+        total = sum(a.merged for a in agents.values())
+        usual_rows = statistics.median_low([a.rows for a in agents.values()])
+        periods_s = {
+            n: statistics.median(a.periods_s) for n, a in agents.items() if len(a.periods_s) >= ROUNDS_IN_A_ROW
+        }
+        usual_s = statistics.median_low(periods_s.values()) if periods_s else 0.0
+        for agent, known in sorted(agents.items()):
+            self._give(found, agent, "stale", self._on_staleness(agent, known))
+            self._give(found, agent, "share", self._on_share(agent, known, total))
+            self._give(found, agent, "slow", self._on_slowness(agent, periods_s.get(agent, 0.0), usual_s))
+            self._give(found, agent, "rows", self._on_rows(agent, known.rows, usual_rows))
+
+    # -- one finding each ----------------------------------------------------------------------------------------------
+    def _on_staleness(self, agent: str, known: _Agent) -> str:
+        if known.too_stale < DROPPED_IN_A_ROW or self.max_lag is None:
+            return ""
+        every = known.merged + known.dropped
+        return (
+            f"{agent}: its last {known.too_stale} updates were dropped, more than sync.max_lag = {self.max_lag} versions old; "
+            f"of {every} in all {known.merged} were merged. What only its data hold is not learned. Raise sync.max_lag to "
+            f"{known.lag} at least, or set local.seconds, so that a slow agent makes fewer steps a period"
+        )
+
+    def _on_share(self, agent: str, known: _Agent, total: int) -> str:
+        n = len(self._agents)
+        if self.max_lag is None or n < 2 or total < EVEN_AFTER * n:
+            return ""
+        share = known.merged / total
+        if share <= UNEVEN / n:
+            return ""
+        return (
+            f"{agent} has made {share:.0%} of what was merged, where an even share is {1 / n:.0%}: the center leans to its "
+            "data. Bound sync.max_ahead, or set local.seconds, so that fast agents do more steps a period and no more periods"
+        )
+
+    def _on_slowness(self, agent: str, period_s: float, usual_s: float) -> str:
+        if not self.waits or period_s < SLOW_S or period_s <= SLOW * usual_s:
+            return ""
+        times = period_s / max(usual_s, 1e-9)
+        seen = f"{agent} takes {times:.1f} times as long for a period as the others, and everybody waits for it"
+        if self.max_ahead is not None:
+            return (
+                f"{seen}: bounded clocks even out short delays and not a permanent one. Set local.seconds with "
+                "merge.normalize: fednova, or leave sync.max_ahead out"
+            )
+        return (
+            f"{seen}. Set sync.quorum with grace_s, or local.seconds with merge.normalize: fednova, or use "
+            "`sync: {kind: async}`"
+        )
+
+    def _on_rows(self, agent: str, rows: int, usual: int) -> str:
+        if not self.by_rows or len(self._agents) < 3 or rows <= MANY_ROWS * max(1, usual):
+            return ""
+        return (
+            f"{agent} says that it has {rows:,} rows, more than {MANY_ROWS:.0f} times the median of the others, and weighs "
+            "as much. If that is not so, set merge.weights: uniform, and look at that agent"
+        )
+
+    def _on_norms(self, found: list[Advice], norms: Norms) -> None:
+        squares = {agent: square for agent, square in norms.updates.items() if square > 0}
+        n = len(squares)
+        if n < 3:
+            return
+        median = statistics.median(squares.values())
+        for agent, square in sorted(squares.items()):
+            times = (square / median) ** 0.5
+            text = (
+                f"{agent}: its update is {times:.0f} times as long as the median of the others'. A robust rule bounds what one "
+                "agent can do, as `merge: {rule: norm_clip}` or `{rule: median}`"
+            )
+            self._give(found, agent, "norm", text if times > OUTLIER else "")
+        drift = norms.merged / (sum(squares.values()) / n)
+        self._apart = self._apart + 1 if drift < UNEVEN / n else 0
+        text = (
+            f"the agents pull in different directions: |mean update|² is {drift:.2f} of the mean |update|² (1: aligned, "
+            f"{1 / n:.2f}: unrelated). Lower local.steps or the learning rate, or use `local: {{control_variates: scaffold}}`"
+        )
+        self._give(found, "", "drift", text if self._apart >= ROUNDS_IN_A_ROW else "")
+        if 0 < self.alpha < 1 and norms.center > 0:
+            self._spread.append(sum(squares.values()) / n / norms.center)
+            steps = list(self._spread)
+            grows = len(steps) > ROUNDS_IN_A_ROW and all(a < b for a, b in itertools.pairwise(steps))
+            text = (
+                f"the agents drift apart: their mean squared distance from the center has grown for {ROUNDS_IN_A_ROW} rounds, "
+                f"to {steps[-1]:.3g} |W|². Raise mix.alpha (now {self.alpha:g}), or lower local.steps"
+            )
+            self._give(found, "", "spread", text if grows else "")
+
+    def _give(self, found: list[Advice], agent: str, what: str, text: str) -> None:
+        if text and (agent, what) not in self._given:
+            self._given.add((agent, what))
+            found.append(Advice(agent, text))
+
+    def _agent(self, name: str) -> _Agent:
+        return self._agents.setdefault(name, _Agent())
