@@ -102,7 +102,7 @@ class Offer(Record):
     term: Count = Field(description="term under which that version was read")
     samples: Count = Field(description="rows of the agent's part")
     steps: Count = Field(description="local steps in the update")
-    seconds: Annotated[float, Field(ge=0)] = Field(0.0, description="that the period took")
+    seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(0.0, description="that the period took")
     blob: BlobRef = Field(description="the update's chunks")
     digest: Annotated[bytes, Field(min_length=16, max_length=16)] = Field(description="over the frames' checksums")
     signature: Annotated[bytes, Field(max_length=64)] = Field(
