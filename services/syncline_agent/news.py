@@ -16,7 +16,7 @@ from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently
 from syncline.chance import jitter
 from syncline.errors import SynclineError
 from syncline.wire import subjects
-from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Roster, Verdict, decode
+from syncline.wire.messages import ENDED, REMEMBERED, BlobRef, Head, Notify, Roster, Verdict, decode
 
 READ_AGAIN_S = 3.0
 MAX_RECORD_BYTES = 64 << 20
@@ -44,16 +44,16 @@ class Place:
     participant: bool
     judged: int  # its last judged clock
     offset: int
-    verdicts: dict[int, bool]  # of its last two judged clocks: merged or not
+    verdicts: dict[int, bool]  # of its last judged clocks: merged or not
 
     @classmethod
     def of(cls, roster: Roster, agent: str) -> Place | None:
         number = roster.number(agent)
         if number is None:
             return None
-        clock = roster.clocks[number]
-        told = {clock - 1: roster.verdict_before(number), clock: roster.verdict(number)}
-        verdicts = {c: v == Verdict.MERGED for c, v in told.items() if c > 0 and v != Verdict.NONE}
+        clock, before = roster.clocks[number], roster.merged_before(number)
+        merged = [roster.verdict(number) == Verdict.MERGED, *(bool(before >> k & 1) for k in range(REMEMBERED))]
+        verdicts = {clock - k: merged[k] for k in range(min(clock, len(merged)))}
         return cls(number, roster.parts, roster.participant(number), clock, roster.offset(number), verdicts)
 
 

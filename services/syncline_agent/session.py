@@ -72,6 +72,7 @@ class Session:
         self._held: BlobRef | None = None  # the center in the inbox
         self._held_term = 0  # under which it was the newest
         self._fresh = False  # the child has not seen it yet
+        self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._to_send: asyncio.Queue[_Update] = asyncio.Queue(1)
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class Session:
         if not (elastic and self._is_async and self._held is not None):
             await self._fetch(head)
         stand.state, stand.part, clock = "training", place.number, stand.clock + 1
-        box = clock % outboxes(self._spec)
+        box = self._made % outboxes(self._spec)  # its last update but one was judged; clocks may leave one out
         period = Period(stand.version, clock, place.number, place.parts, self._fresh, box, [*place.verdicts.items()])
         report = await self._ask(self._training.period(period))
         self._fresh = False
@@ -213,6 +214,7 @@ class Session:
                 stand.state = "waiting"
                 return
         stand.last, stand.clock = report, clock
+        self._made += 1
         update = _Update(clock, stand.version, self._held_term, period.box, report)
         if self._is_async:
             self._handed = clock

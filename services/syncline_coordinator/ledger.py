@@ -5,12 +5,14 @@ Everything here can be read again from the bus: the roster blob and the offers a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from syncline.engine.events import Chosen
 from syncline.engine.membership import Numbering
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.messages import BlobRef, Dropped, Head, Offer, Plan, PlanEntry, Roster, Verdict
+from syncline.wire.messages import REMEMBERED, BlobRef, Dropped, Head, Offer, Plan, PlanEntry, Roster, Verdict
 from syncline_coordinator.purge import Purger
 
 
@@ -28,7 +30,19 @@ class Judged:
 
     clock: int = 0
     verdict: Verdict = Verdict.NONE
-    before: Verdict = Verdict.NONE  # on the clock before that one
+    merged_before: int = 0  # as in a roster: which of the clocks before it were merged
+
+    def then(self, clock: int, verdict: Verdict) -> Judged:
+        """After a verdict, on a newer clock or on one that waited for its merge while a newer one was dropped."""
+        merged, apart = verdict == Verdict.MERGED, clock - self.clock
+        if apart > REMEMBERED:
+            return Judged(clock, verdict)
+        if apart > 0:
+            known = self.merged_before << 1 | (self.verdict == Verdict.MERGED)
+            return Judged(clock, verdict, (known << apart - 1) % (1 << REMEMBERED))
+        if merged and -REMEMBERED <= apart < 0:
+            return replace(self, merged_before=self.merged_before | 1 << -apart - 1)
+        return self
 
 
 class Ledger:
@@ -40,6 +54,7 @@ class Ledger:
         self.read_up_to = head.offers_seq
         self._judged: dict[str, Judged] = {}
         self._offered: dict[tuple[str, int], Offered] = {}
+        self._planned: set[tuple[str, int]] = set()  # of those, what the plan in head merges
         self._purge_later: list[tuple[str, BlobRef]] = []
         self._kept = [model for model in (head.previous, head.model) if model is not None]
 
@@ -48,8 +63,7 @@ class Ledger:
         """Takes over what a roster says."""
         self.numbering.names = list(roster.agents)
         self._judged = {
-            a: Judged(roster.clocks[i], roster.verdict(i), roster.verdict_before(i))
-            for i, a in enumerate(roster.agents)
+            a: Judged(roster.clocks[i], roster.verdict(i), roster.merged_before(i)) for i, a in enumerate(roster.agents)
         }
 
     def roster(self, present: set[str], participants: tuple[str, ...], offsets: dict[str, int]) -> Roster:
@@ -59,7 +73,7 @@ class Ledger:
         names = list(self.numbering.names)
         judged = [self.judged(a) for a in names]
         flags = (
-            Roster.flag(a in present, a in participants, j.verdict, j.before)
+            Roster.flag(a in present, a in participants, j.verdict, j.merged_before)
             for a, j in zip(names, judged, strict=True)
         )
         return Roster(
@@ -107,6 +121,7 @@ class Ledger:
     def planned(self, plan: Plan, seq: int) -> None:
         """A plan that was found in head: its updates are offered, from `seq` on."""
         self._offered |= {(e.agent, e.clock): Offered(e, seq) for e in plan.merged}
+        self._planned = {(e.agent, e.clock) for e in plan.merged}
 
     def offered_blobs(self) -> set[str]:
         return {o.entry.blob.id for o in self._offered.values()} | {blob.id for _, blob in self._purge_later}
@@ -119,10 +134,15 @@ class Ledger:
         """A model that was put in part, by a merge that could not be finished."""
         self._purge_model(model)
 
-    def entry(self, agent: str, clock: int) -> PlanEntry:
-        return self._offered[agent, clock].entry
+    def entries(self, chosen: Sequence[Chosen]) -> list[PlanEntry]:
+        """What a plan says of the updates it merges. They stay until they are judged, whatever is dropped meanwhile."""
+        self._planned = {(c.agent, c.clock) for c in chosen}
+        offered = [self._offered[c.agent, c.clock].entry for c in chosen]
+        weighed = [{"lag": c.lag, "weight": c.weight} for c in chosen]
+        return [entry.model_copy(update=w) for entry, w in zip(offered, weighed, strict=True)]
 
     def merged(self, plan: Plan) -> None:
+        self._planned.clear()
         for entry in plan.merged:
             self._judge(entry.agent, entry.clock, Verdict.MERGED)
 
@@ -134,11 +154,9 @@ class Ledger:
         offered = self._offered.pop((agent, clock), None)
         if offered is not None:
             self._purge_later.append((agent, offered.entry.blob))
-        known = self.judged(agent)
-        if clock > known.clock:
-            self._judged[agent] = Judged(clock, verdict, known.verdict if clock == known.clock + 1 else Verdict.NONE)
-            for older in [key for key in self._offered if key[0] == agent and key[1] < clock]:
-                self._purge_later.append((agent, self._offered.pop(older).entry.blob))
+        judged = self._judged[agent] = self.judged(agent).then(clock, verdict)
+        for key in [k for k in self._offered if k[0] == agent and k[1] < judged.clock and k not in self._planned]:
+            self._purge_later.append((agent, self._offered.pop(key).entry.blob))
 
     # -- what can go ---------------------------------------------------------------------------------------------------
     def settled(self, before: Head, after: Head) -> None:

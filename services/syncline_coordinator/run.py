@@ -258,11 +258,7 @@ class Run:
 
     async def _decide(self, merge: Merge) -> None:
         """The plan goes into head; then it is executed."""
-        entries = [
-            self.ledger.entry(c.agent, c.clock).model_copy(update={"lag": c.lag, "weight": c.weight})
-            for c in merge.updates
-        ]
-        head = self.keeper.head
+        head, entries = self.keeper.head, self.ledger.entries(merge.updates)
         plan = Plan(version=head.version + 1, reason=merge.reason, merged=entries, late=list(merge.late))
         self._totals.collect_s = _now() - self._totals.opened_at_s
         packed = encode(plan)

@@ -18,6 +18,7 @@ from syncline.wire.messages import (
     INLINE_BYTES,
     MAX_HEAD_BYTES,
     MESSAGES,
+    REMEMBERED,
     BlobRef,
     Committed,
     Head,
@@ -414,6 +415,14 @@ def test_a_flag_holds_live_participant_and_verdict() -> None:
     roster = Roster(parts=1, agents=[f"a{i}" for i in range(len(rows))], clocks=[0] * len(rows), flags=flags)
     assert [(roster.live(i), roster.participant(i), roster.verdict(i)) for i in range(len(rows))] == rows
     assert roster.number("a3") == 3 and roster.number("b") is None
+
+
+def test_a_flag_holds_which_of_the_clocks_before_were_merged() -> None:
+    flags = bytes(Roster.flag(True, False, Verdict.REFUSED, merged) for merged in range(1 << REMEMBERED))
+    roster = Roster(parts=1, agents=[f"a{i}" for i in range(len(flags))], clocks=[9] * len(flags), flags=flags)
+    assert decode(Roster, encode(roster)) == roster
+    assert [roster.merged_before(i) for i in range(len(flags))] == [*range(1 << REMEMBERED)]
+    assert {roster.verdict(i) for i in range(len(flags))} == {Verdict.REFUSED}
 
 
 def test_a_verdict_that_is_none_is_refused() -> None:

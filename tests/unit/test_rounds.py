@@ -144,6 +144,15 @@ def test_an_offer_from_the_future_is_refused_and_changes_nothing() -> None:
     assert rounds == before
 
 
+def test_an_update_from_an_older_version_than_the_one_before_it_is_refused_and_changes_nothing() -> None:
+    rounds = policy(2)
+    tell(rounds, *offers("a1", "a2"), Committed(1), *offers("a1", clock=2, base=1))
+    before = copy.deepcopy(rounds)
+    with pytest.raises(PeerError, match=r"^a1: base 0 is older than 1, that of clock 2$"):
+        rounds.handle(OfferReady("a1", 3, base=0), 0.0)
+    assert rounds == before
+
+
 def test_an_update_that_comes_while_others_are_merged_is_late() -> None:
     rounds = policy(2, quorum=1, grace_s=0.0)
     tell(rounds, *offers("a1"))
@@ -423,6 +432,12 @@ def test_an_update_that_is_in_is_merged_before_the_run_fails_for_want_of_agents(
     assert tell(rounds, Committed(1)) == [Finish("no agent can train: a1: a bug; a2: a bug", failed=True)]
 
 
+def test_a_run_that_has_made_its_versions_is_done_though_no_agent_can_train_any_more() -> None:
+    rounds = policy(1, versions=1)
+    tell(rounds, *offers("a1"), AgentLost("a1", "a bug", failed=True))
+    assert tell(rounds, Committed(1)) == [Finish("1 versions")]
+
+
 def test_an_agent_that_was_mended_takes_part_again() -> None:
     rounds = policy(2)
     tell(rounds, AgentLost("a1", "a bug", failed=True), AgentJoined("a1"))
@@ -657,7 +672,7 @@ def test_the_trace_of_a_schedule_is_the_golden_one(name: str, golden: Callable[[
 # -- random schedules --------------------------------------------------------------------------------------------------
 NAMES = ("a1", "a2", "a3", "a4", "a5")
 ACTS = ("train",) * 6 + ("join",) * 3 + ("commit",) * 3 + (
-    "lose", "fail", "stale", "future", "again", "uninvited", "newer", "broken", "broken elsewhere", "tick", "take over",
+    "lose", "fail", "stale", "future", "back", "again", "uninvited", "newer", "broken", "broken elsewhere", "tick", "take over",
 )  # fmt: skip
 Act = tuple[str, str, float]
 
@@ -690,17 +705,16 @@ class Fleet:
             case "train" if self.may_train(who):
                 self.trained.add((who, version))
                 self.offer(who, version)
-            case "stale" if version > 0:
+            case "stale" if version > 0 and who not in self.rounds.offers:
                 self.offer(who, version - 1)
             case "uninvited" if who not in self.rounds.participants:
                 self.offer(who, version)
             case "newer" if (who, version) in self.trained:  # a new process of the same name
                 self.offer(who, version)
             case "future" if self.finished is None:
-                before = copy.deepcopy(self.rounds)
-                with pytest.raises(PeerError):
-                    self.rounds.handle(OfferReady(who, self.clocks[who] + 1, version + 1), self.now_s)
-                assert self.rounds == before
+                self.refused(OfferReady(who, self.clocks[who] + 1, version + 1))
+            case "back" if version > 0 and who in self.rounds.offers and self.finished is None:
+                self.refused(OfferReady(who, self.clocks[who] + 1, version - 1))
             case "again" if self.sent[who]:
                 self.tell(self.sent[who][int(seconds * 10) % len(self.sent[who])])
             case "broken" if self.merging:
@@ -713,6 +727,12 @@ class Fleet:
                 self.tell(Tick())
             case "take over" if self.rounds.started and self.finished is None:
                 self.take_over()
+
+    def refused(self, offer: OfferReady) -> None:
+        before = copy.deepcopy(self.rounds)
+        with pytest.raises(PeerError):
+            self.rounds.handle(offer, self.now_s)
+        assert self.rounds == before
 
     def may_train(self, who: str) -> bool:
         version, invited = self.asked

@@ -81,33 +81,35 @@ class Asynchronous(Policy):
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         if offer.clock <= max(self.offered.get(offer.agent, 0), self.judged.get(offer.agent, 0)):
             return []  # told twice
+        self._insist_on_order(offer, [*self.waiting, *self.merging])
         self.offered[offer.agent] = offer.clock
+        if not self.started:
+            return [self._drop(offer, "the run has not started")]
         if (drop := self._too_stale(offer)) is not None:
             return [drop, *self._go_on(now_s)]
-        replaced: list[Command] = []
-        if self.ahead == 1:  # a second one is of an agent that started again and does not know of the first
-            twice = [o for o in self.waiting if o.agent == offer.agent]
-            self.waiting = [o for o in self.waiting if o.agent != offer.agent]
-            replaced = [self._drop(o, f"replaced by clock {offer.clock} of the same agent") for o in twice]
         self.waiting.append(offer)
-        return [*replaced, *self._go_on(now_s)]
+        return [*self._replaced(), *self._go_on(now_s)]
 
     def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
         offer = next((o for o in self.merging if (o.agent, o.clock) == (agent, clock)), None)
         if offer is None:
             return []
         self.merging.remove(offer)
+        reason = f"{self.closed_by}; without {agent}: {brief(why)}"
+        if any(o.agent == agent and o.clock < clock for o in self.merging):
+            self._put_back(offer)
+            return [self._plan(self.merging, reason)]
         self.broken.add(agent)
         dropped = self._drop(offer, why, broken=True)
         if self.merging:
-            return [dropped, self._plan(self.merging, f"{self.closed_by}; without {agent}: {brief(why)}")]
+            return [dropped, self._plan(self.merging, reason)]
         if self.stop:
             return [dropped, *self._finish(self.stop)]
         if not self.waiting and self.live <= self.broken:
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
             return [dropped, *self._finish(every, failed=True)]
         self.state = "open"
-        return [dropped, *self._let_run(), *self._close(now_s)]
+        return [dropped, *self._replaced(), *self._let_run(), *self._close(now_s)]
 
     def _committed(self, now_s: float) -> list[Command]:
         for offer in self.merging:
@@ -121,7 +123,22 @@ class Asynchronous(Policy):
             return self._go_on(now_s)
         drops: list[Command] = [drop for o in self.waiting if (drop := self._too_stale(o)) is not None]
         self.waiting = [o for o in self.waiting if o.clock > self.judged.get(o.agent, 0)]
-        return [*drops, *self._let_run(), *self._close(now_s)]
+        return [*drops, *self._replaced(), *self._let_run(), *self._close(now_s)]
+
+    def _put_back(self, offer: OfferReady) -> None:
+        """An agent's updates are judged in the order of their clocks: this one has to wait for the verdict on another."""
+        earlier = [i for i, o in enumerate(self.waiting) if o.agent == offer.agent and o.clock < offer.clock]
+        self.waiting.insert(max(earlier, default=-1) + 1, offer)
+
+    def _replaced(self) -> list[Command]:
+        """Where one update of an agent may wait, a second one is of an agent that started again and knew of none."""
+        if self.ahead > 1:
+            return []
+        newest = {o.agent: o.clock for o in self.waiting}
+        merging = {o.agent for o in self.merging}
+        older = [o for o in self.waiting if o.clock < newest[o.agent] and o.agent not in merging]
+        self.waiting = [o for o in self.waiting if o not in older]
+        return [self._drop(o, f"replaced by clock {newest[o.agent]} of the same agent") for o in older]
 
     # -- what follows --------------------------------------------------------------------------------------------------
     def _go_on(self, now_s: float) -> list[Command]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,6 +74,8 @@ class Policy(ABC):
             return []
         match fact:
             case AgentJoined(agent):
+                if agent in self.live:
+                    return self._go_on(now_s)  # told twice
                 self.live.add(agent)
                 self.away.discard(agent)
                 self.failed.pop(agent, None)
@@ -137,13 +140,22 @@ class Policy(ABC):
     # -- what they share -----------------------------------------------------------------------------------------------
     def _nobody_can_train(self) -> list[Command]:
         """The end, where so many agents have said that they cannot train that the run cannot begin; else nothing."""
-        if self.live or self.away or len(self.failed) < self.min_agents:
+        if self.live or self.away or len(self.failed) < self.min_agents or self.version >= self.versions:
             return []
         return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
 
     def _finish(self, reason: str, failed: bool = False) -> list[Command]:
         self.state = "ended"
         return [Finish(reason, failed)]
+
+    @staticmethod
+    def _insist_on_order(offer: OfferReady, waiting: Iterable[OfferReady]) -> None:
+        """An agent's updates are judged in the order of their clocks: one that is older than those waiting cannot be late."""
+        for other in waiting:
+            if other.agent == offer.agent and other.base > offer.base:
+                raise PeerError(
+                    f"{offer.agent}: base {offer.base} is older than {other.base}, that of clock {other.clock}"
+                )
 
     def _judge(self, offer: OfferReady) -> None:
         self.judged[offer.agent] = max(offer.clock, self.judged.get(offer.agent, 0))

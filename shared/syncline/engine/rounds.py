@@ -52,6 +52,7 @@ class Rounds(Policy):
         known = self.offers.get(agent)
         if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
             return []  # told twice
+        self._insist_on_order(offer, self.offers.values())
         if offer.base < self.version or self.state == "merging":
             return [self._drop(offer, f"late: the round of version {offer.base} is closed")]
         if agent not in self.participants:

@@ -158,7 +158,7 @@ class Roster(Record):
     """The agents of a run, numbered for good: the list only grows. Columns, so that an agent costs little beside its name.
 
     A flag byte holds: bit 0 live, bit 1 participant of the round that this roster opens, bits 2 to 4 the verdict on the last
-    judged clock, bits 5 to 7 the verdict on the clock before that one (0: none, or not known).
+    judged clock, bits 5 to 7 whether the first, second and third clock before that one were merged.
     """
 
     kind: ClassVar[str] = "roster"
@@ -179,7 +179,7 @@ class Roster(Record):
         if not len(self.agents) == len(self.clocks) == len(self.flags) == len(self.offsets or self.flags):
             raise ValueError("agents, clocks, flags and offsets differ in length")
         for flag in set(self.flags):
-            if max(flag >> 2 & 7, flag >> 5) > max(Verdict):
+            if flag >> 2 & 7 > max(Verdict):
                 raise ValueError(f"flags hold {flag:#04x}, with a verdict that is none")
         return self
 
@@ -195,17 +195,19 @@ class Roster(Record):
     def verdict(self, number: int) -> Verdict:
         return Verdict(self.flags[number] >> 2 & 7)
 
-    def verdict_before(self, number: int) -> Verdict:
-        """On the clock before the last judged one."""
-        return Verdict(self.flags[number] >> 5)
+    def merged_before(self, number: int) -> int:
+        """Of the clocks before the last judged one, which were merged: bit 0 for the one just before it, and so on."""
+        return self.flags[number] >> 5
 
     def offset(self, number: int) -> int:
         return self.offsets[number] if self.offsets else 0
 
     @staticmethod
-    def flag(live: bool, participant: bool, verdict: Verdict, before: Verdict = Verdict.NONE) -> int:
-        return live | participant << 1 | verdict << 2 | before << 5
+    def flag(live: bool, participant: bool, verdict: Verdict, merged_before: int = 0) -> int:
+        return live | participant << 1 | verdict << 2 | merged_before << 5
 
+
+REMEMBERED = 3  # clocks before the last judged one, of which a roster says whether they were merged
 
 Phase = Literal["waiting", "training", "merging", "done", "failed", "refused"]
 ENDED: frozenset[str] = frozenset({"done", "failed", "refused"})
