@@ -69,7 +69,7 @@ class Asynchronous(Policy):
         self.merging, self.state = list(offers), "merging"
         for offer in offers:
             self.offered[offer.agent] = max(offer.clock, self.offered.get(offer.agent, 0))
-        self.closed_by = self._count(len(offers))
+        self.closed_by = self._count(offers)
 
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _joined(self, agent: str, now_s: float) -> list[Command]:
@@ -160,9 +160,9 @@ class Asynchronous(Policy):
             self.closes_at_s = None
             return []
         if self._full(ready):
-            return [self._merge(ready, self._count(len(ready)))]
+            return [self._merge(ready, self._count(ready))]
         if not any(self._may_run(agent) for agent in self.live):
-            return [self._merge(ready, f"{self._count(len(ready))}, nobody may run before they are judged")]
+            return [self._merge(ready, f"{self._count(ready)}, nobody may run before they are judged")]
         if self.quorum is None or len(ready) < self.quorum:
             self.closes_at_s = None
             return []
@@ -170,7 +170,7 @@ class Asynchronous(Policy):
             self.closes_at_s = now_s + self.grace()
         if now_s < self.closes_at_s:
             return [WakeAt(self.closes_at_s)]
-        return [self._merge(ready, f"quorum {self._count(len(ready))} + {self.grace():.1f} s")]
+        return [self._merge(ready, f"quorum {self._count(ready)} + {self.grace():.1f} s")]
 
     def _ready(self) -> list[OfferReady]:
         """What a merge would take, in the order of arrival."""
@@ -252,8 +252,11 @@ class Asynchronous(Policy):
         offsets = tuple(sorted((a, o) for a, o in self.offsets.items() if o))
         return [LetRun(self.version, self.told.participants, self.told.gate, offsets, self.state == "merging")]
 
-    def _count(self, n: int) -> str:
-        return f"{n} of {len(self.live) if self.buffer is None else self.buffer}"
+    def _count(self, offers: list[OfferReady]) -> str:
+        if self.buffer is not None:
+            return f"{len(offers)} of {self.buffer}"
+        agents = {o.agent for o in offers}
+        return f"{len(agents)} of {len(self.live | agents | self.lost.keys())}"
 
     def validate(self) -> None:
         assert (self.state == "merging") == bool(self.merging), "a merge of nothing, or none where there should be"
