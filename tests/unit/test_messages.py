@@ -107,7 +107,8 @@ def instances(schema: dict[str, Any], parts: dict[str, Any]) -> st.SearchStrateg
             top = schema.get("maximum", schema.get("exclusiveMaximum", 1 << 63) - 1)
             return st.integers(schema.get("minimum", 0), top)
         case "number":
-            return st.floats(allow_nan=False, allow_infinity=False)
+            lowest, highest = schema.get("minimum"), schema.get("maximum")
+            return st.floats(lowest, highest, allow_nan=False, allow_infinity=False)
         case "string" if schema.get("format") == "binary":
             return st.binary(min_size=least, max_size=most)
         case "string" if "pattern" in schema:
