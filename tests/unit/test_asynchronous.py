@@ -260,12 +260,12 @@ def test_steps_can_be_normalized() -> None:
     ("staleness", "expected"),
     [
         (Constant(), [1.0, 1.0, 1.0]),
-        (Polynomial(0.5), [1.0, 1 / 2**0.5, 0.5]),
-        (Polynomial(1.0), [1.0, 0.5, 0.25]),
-        (Polynomial(0.0), [1.0, 1.0, 1.0]),
-        (Hinge(10.0, 4), [1.0, 1.0, 1.0]),
-        (Hinge(10.0, 0), [1.0, 1 / 11, 1 / 31]),
-        (Hinge(0.5, 1), [1.0, 1.0, 0.5]),
+        (Polynomial(a=0.5), [1.0, 1 / 2**0.5, 0.5]),
+        (Polynomial(a=1.0), [1.0, 0.5, 0.25]),
+        (Polynomial(a=0.0), [1.0, 1.0, 1.0]),
+        (Hinge(a=10.0, b=4), [1.0, 1.0, 1.0]),
+        (Hinge(a=10.0, b=0), [1.0, 1 / 11, 1 / 31]),
+        (Hinge(a=0.5, b=1), [1.0, 1.0, 0.5]),
     ],
     ids=str,
 )
@@ -278,12 +278,12 @@ def test_an_update_counts_by_its_lag(staleness: Any, expected: list[float]) -> N
 
 
 def test_the_staleness_of_fedasync_falls_beyond_the_hinge() -> None:
-    hinge = Hinge(10.0, 4)
+    hinge = Hinge(a=10.0, b=4)
     assert [hinge.weight(lag) for lag in (0, 4, 5, 6)] == [1.0, 1.0, 1 / 11, 1 / 21]
 
 
 def test_an_elastic_difference_is_added_whole_whatever_the_buffer_and_its_lag() -> None:
-    made = at_version(3, buffer=4, staleness=Polynomial(0.5), elastic=True, overlap=False)
+    made = at_version(3, buffer=4, staleness=Polynomial(a=0.5), elastic=True, overlap=False)
     assert weights(made, *offers("a1", base=0), *offers("a2", base=2), *offers("a3", clock=4, base=3)) == [1.0] * 3
 
 
