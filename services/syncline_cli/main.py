@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app(argv, prog_name="syncline")
     except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer has caught Ctrl-C, and says nothing
+            print("interrupted", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except SynclineError as error:
         from syncline.service import complain

@@ -5,8 +5,9 @@ whatever its owner asks for. The same part serves an agent (its training child),
 `syncline demo` (all services).
 
 Nothing is left behind, whoever is killed: the nursery kills its workers when its owner's end of the socket closes, and on
-Linux the kernel kills the workers when the nursery itself dies. A worker that hangs inside a training step, holding the
-interpreter, changes nothing about that: the nursery runs no code of its workers.
+Linux the kernel kills the nursery when its owner dies, be it in the middle of an import, and the workers when the nursery
+does. A worker that hangs inside a training step, holding the interpreter, changes nothing about that: the nursery runs no
+code of its workers.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Worker:
 
 @dataclass(slots=True)
 class Nursery:
-    """The owner's side. Start it before the event loop and before any thread, `open` it inside the loop."""
+    """The owner's side. Start it in the main thread, before the event loop and any other thread; `open` it in the loop."""
 
     pid: int
     _socket: socket.socket
@@ -68,14 +69,15 @@ class Nursery:
     def start(cls, preload: Sequence[str] = ()) -> Nursery:
         """Forks this process where it has the modules already, else starts a fresh interpreter that imports them."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        owner = os.getpid()
         if all(module in sys.modules for module in preload) and preload:
             pid = os.fork()
             if pid == 0:
                 ours.close()
-                _serve_and_exit(theirs, ())
+                _serve_and_exit(theirs, owner, ())
             theirs.close()
             return cls(pid, ours)
-        command = [sys.executable, "-m", "syncline.nursery", str(theirs.fileno()), *preload]
+        command = [sys.executable, "-m", "syncline.nursery", str(theirs.fileno()), str(owner), *preload]
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -200,9 +202,10 @@ def _send(end: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) 
 # -- the nursery's own process -------------------------------------------------------------------------------------------
 
 
-def _serve_and_exit(owner: socket.socket, preload: Sequence[str]) -> NoReturn:
+def _serve_and_exit(owner: socket.socket, owner_pid: int, preload: Sequence[str]) -> NoReturn:
     code = 1
     try:
+        die_with_parent(owner_pid)
         _serve(owner, preload)
         code = 0
     except BaseException:
@@ -309,4 +312,4 @@ def _kill(pid: int, which: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve_and_exit(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    _serve_and_exit(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3:])

@@ -153,7 +153,7 @@ async def test_a_restart_keeps_port_keys_and_data(broker: EmbeddedBroker, connec
 
 
 OWNER = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from syncline.bus.embedded import EmbeddedBroker
 
@@ -163,6 +163,7 @@ async def main():
     if sys.argv[2] == "wait":
         await asyncio.Event().wait()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
 asyncio.run(main())
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import nats
 import pytest
 import pytest_asyncio
-from command import Command, until
+from command import LONG_S, Command, until
 from harness import Fleet, eventually
 
 from syncline.bus.embedded import EmbeddedBroker
@@ -128,10 +128,22 @@ async def test_a_demo_that_keeps_its_directory_leaves_nothing_else(demo: Demo) -
 # -- interrupted --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["starting a broker", "round "])
+IMPORTING = "has begun to import"
+MOMENTS = [IMPORTING, "starting a broker", "round ", "each agent alone"]
+
+
+def wait_for(demo: Command, moment: str) -> None:
+    """Until it says so; `IMPORTING` as soon as the process is there that imports torch for all others."""
+    if moment == IMPORTING:
+        until(lambda: len(demo.processes()) > 1, LONG_S, lambda: demo.err)
+    else:
+        demo.says(moment)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_stops_everything_within_seconds(start: Start, moment: str) -> None:
-    demo = start("demo")
-    demo.says(moment)
+    demo = start("demo", "--rounds", "8")
+    wait_for(demo, moment)
     began = time.monotonic()
     demo.process.send_signal(signal.SIGINT)
     assert demo.ended(5.0) == 130
@@ -140,13 +152,14 @@ def test_ctrl_c_stops_everything_within_seconds(start: Start, moment: str) -> No
     assert "Traceback" not in demo.err
 
 
-def test_a_demo_that_is_killed_takes_everything_with_it(start: Start) -> None:
-    demo = start("demo")
-    demo.says("round ")
-    assert len(demo.processes()) > 10, "a broker, a coordinator and four agents, each with a child"
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_demo_that_is_killed_takes_everything_with_it(start: Start, moment: str) -> None:
+    demo = start("demo", "--rounds", "8")
+    wait_for(demo, moment)
+    assert moment != "round " or len(demo.processes()) > 10, "a broker, a coordinator and four agents, each with a child"
     demo.process.kill()
     demo.ended(5.0)
-    demo.leaves_nothing(15.0)
+    demo.leaves_nothing(10.0)
 
 
 def test_an_agent_that_is_killed_is_named_and_the_demo_goes_on(start: Start) -> None:
