@@ -76,21 +76,40 @@ def shown(values: list[float]) -> str:
     return f"{middle} %" if low == high else f"{middle} % ({low} – {high})"
 
 
-def row(name: str, seeds: list[int], directory: Path) -> str:
+class Runs:
+    """What came of each run: also of those that an earlier call has made and kept in the file."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self.kept: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def outcome(self, way: str, spec: dict[str, Any]) -> tuple[list[float], float]:
+        """Accuracies and seconds."""
+        found = next((kept for kept in self.kept if kept["way"] == way and kept["spec"] == spec), None)
+        if found is None:
+            with tempfile.TemporaryDirectory() as directory:
+                result = run(spec, Path(directory))
+            values = accuracies(way, result, spec["agents"]["min"])
+            found = {"way": way, "spec": spec, "accuracies": values, "seconds": result["seconds"]}
+            self.kept.append(found)
+            if self.file is not None:
+                with self.file.open("a") as kept:
+                    print(json.dumps(found), file=kept)
+        return found["accuracies"], found["seconds"]
+
+
+def row(name: str, seeds: list[int], runs: Runs) -> str:
     """One line of the table."""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    seconds = []
+    together = []
     for seed in seeds:
         for way, spec in settings(name, seed).items():
-            result = run(spec, directory)
-            values = accuracies(way, result, spec["agents"]["min"])
+            values, seconds = runs.outcome(way, spec)
             found[way] += values
-            if way == "together":
-                seconds.append(result["seconds"])
-            print(
-                f"{name} seed {seed} {way}: {shown(values)} in {result['seconds']:.0f} s", file=sys.stderr, flush=True
-            )
-    cells = [f"`{name}`", *(shown(found[way]) for way in WAYS), f"{statistics.median(seconds):.0f} s"]
+            together += [seconds] if way == "together" else []
+            print(f"{name} seed {seed} {way}: {shown(values)} in {seconds:.0f} s", file=sys.stderr, flush=True)
+    cells = [f"`{name}`", *(shown(found[way]) for way in WAYS), f"{statistics.median(together):.0f} s"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -98,18 +117,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N; default: 3")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="runs that are done are kept there, and not made again"
+    )
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in NAMES]:
         parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(NAMES)}")
     if given.seeds < 1:
         parser.error("--seeds must be 1 or more")
-    with tempfile.TemporaryDirectory() as directory:
-        seeds = list(range(1, given.seeds + 1))
-        rows = [row(name, seeds, Path(directory)) for name in given.names or NAMES]
-    print(
-        f"| task, seeds 1 to {given.seeds} | together | centralised | alone | a run together |\n|---|---|---|---|---|"
-    )
-    print("\n".join(rows))
+    seeds, runs = list(range(1, given.seeds + 1)), Runs(given.keep)
+    rows = [row(name, seeds, runs) for name in given.names or NAMES]
+    print(f"| task, seeds 1 to {given.seeds} | together | centralised | alone | a run together |")
+    print("\n".join(["|---|---|---|---|---|", *rows]))
 
 
 if __name__ == "__main__":
