@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check bench sim docs clean
+.PHONY: help install demo test check bench sim results-tasks docs clean
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
 	@echo "make check    format, lint, types, import rules, unit and simulation tests (under a minute)"
 	@echo "make bench    this machine's round figures"
 	@echo "make sim      whole runs in virtual time under seeded faults; SEEDS=2000 of them"
+	@echo "make results-tasks  accuracy of the tasks in examples/: together, centralised, alone (an hour on two cores)"
 	@echo "make install  make $(VENV) and install Syncline into it"
 	@echo "make docs     write docs/protocol.md anew from the code"
 	@echo "make clean    remove $(VENV) and caches"
@@ -45,6 +46,9 @@ bench: install
 SEEDS ?= 2000
 sim: install
 	@$(BIN)/syncline-sim --seeds $(SEEDS)
+
+results-tasks: install
+	@$(BIN)/python experiments/tasks.py
 
 docs: install
 	@$(BIN)/python -m syncline.wire.reference > docs/protocol.md

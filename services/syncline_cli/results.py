@@ -11,8 +11,12 @@ from syncline_cli.state import RunState
 
 
 def result_of(head: Head, follower: Follower, state: RunState) -> dict[str, Any]:
-    """The keys that `demo` and `run` share. A metric that was not measured, or is not finite, is null."""
+    """The keys that `demo` and `run` share. A metric that was not measured, or is not finite, is null.
+
+    With `evaluate.agents` also `agents`: what each agent's own model reached at the end of its last period.
+    """
     current = state.metrics if state.evaluated == head.version else {}
+    own = {name: agent.metrics for name, agent in sorted(state.agents.items()) if agent.metrics}
     return {
         "run": head.run,
         "versions": head.version,
@@ -23,6 +27,7 @@ def result_of(head: Head, follower: Follower, state: RunState) -> dict[str, Any]
         "bytes_down": state.bytes_down,
         "digest": head.digest,
         "reason": head.reason,
+        **({"agents": own} if own else {}),
     }
 
 

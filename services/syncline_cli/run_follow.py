@@ -168,4 +168,5 @@ async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> 
 async def _last_metrics(watch: RunWatch, feed: Feed, follower: Follower) -> None:
     head = follower.head
     if head is not None and head.phase == "done":
-        await feed.last(head.version, evaluated=watch.spec.evaluate.center)
+        evaluate = watch.spec.evaluate
+        await feed.last(head.version, evaluated=evaluate.center, agents=watch.spec.agents.min if evaluate.agents else 0)

@@ -28,6 +28,7 @@ from syncline.tasks.fashion_mnist import FashionMnist
 from syncline.tasks.mnist5k import Mnist5k
 from syncline.tasks.noop import Noop
 from syncline.tasks.quadratic import LinearRegression
+from syncline.tasks.shakespeare import Shakespeare
 
 READY_MADE: dict[str, type[Task]] = {
     "syncline.tasks.digits:Digits": Digits,
@@ -35,6 +36,7 @@ READY_MADE: dict[str, type[Task]] = {
     "syncline.tasks.mnist5k:Mnist5k": Mnist5k,
     "syncline.tasks.noop:Noop": Noop,
     "syncline.tasks.quadratic:LinearRegression": LinearRegression,
+    "syncline.tasks.shakespeare:Shakespeare": Shakespeare,
 }
 LEARNING = sorted(path for path in READY_MADE if "noop" not in path)  # noop has nothing to split, and learns nothing
 KINDS: tuple[Partition, ...] = (
@@ -74,8 +76,25 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def options(fashion: Path) -> dict[str, dict[str, Any]]:
-    return {"syncline.tasks.fashion_mnist:FashionMnist": {"directory": str(fashion)}}
+def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two plays with three roles each, who say numbers."""
+    directory, rng = tmp_path_factory.mktemp("plays"), np.random.default_rng(3)
+    for play in ("first", "second"):
+        words = [
+            f"{who}.\n{rng.integers(10**9)} {rng.integers(10**9)}\n"
+            for _ in range(40)
+            for who in ("ANNA", "Bob", "KIT")
+        ]
+        (directory / f"{play}_gut.txt").write_text("\n".join(words))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def options(fashion: Path, plays: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "syncline.tasks.fashion_mnist:FashionMnist": {"directory": str(fashion)},
+        "syncline.tasks.shakespeare:Shakespeare": {"directory": str(plays), "length": 20, "hidden": 16},
+    }
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +219,7 @@ def test_the_held_out_rows_are_the_same_for_everybody(task: Task) -> None:
 @learning
 def test_a_few_steps_lower_the_loss(task: Task) -> None:
     model, data = task.model(), task.dataset(Part(0, 1, Iid(), 0))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     before = evaluate(task, model, task.dataset(Part.test()), 500, "cpu")["loss"]
     task.train(model, optimizer, itertools.islice(batches(data, 32, 0, 0, 0), 30), lambda rows: True)
     assert evaluate(task, model, task.dataset(Part.test()), 500, "cpu")["loss"] < 0.9 * before

@@ -20,7 +20,7 @@ SIDE = 28  # pixels
 
 
 class Classification(Task):
-    """Cross-entropy and accuracy. Batch: inputs, labels (B,) int64; the model makes scores (B, classes).
+    """Cross-entropy and accuracy. Batch: inputs, labels (B,) of whole numbers; the model makes scores (B, classes).
 
     Sequences are classified at each place: labels (B, T), scores (B, T, classes).
     """
@@ -37,7 +37,7 @@ class Classification(Task):
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(scores.flatten(0, -2), labels.flatten())
+    return functional.cross_entropy(scores.flatten(0, -2), labels.flatten().long())
 
 
 @dataclass(frozen=True)

