@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from syncline.engine.gradients import Gradients
+from syncline.engine.gradients import Control, Gradients
 from syncline.errors import ConfigError
 from syncline.optim import advance, inner_of
 from syncline.spec import Local
@@ -14,7 +14,13 @@ from syncline.tasks.base import Task
 from syncline.wire.flat import FlatModel
 from syncline_agent.state import Kept
 
-NEED_STEPS = ("clip_norm", "clip_value", "prox_mu", "schedule")  # settings that work through the optimiser's steps
+NEED_STEPS = (
+    "clip_norm",
+    "clip_value",
+    "prox_mu",
+    "control_variates",
+    "schedule",
+)  # settings that work through the optimiser's steps
 
 
 class Inner:
@@ -33,8 +39,8 @@ class Inner:
             schedule = self._schedule
             self.optimizer.register_step_post_hook(lambda *_: advance(schedule))
 
-    def period_begins(self) -> None:
-        self.gradients.steps = 0
+    def period_begins(self, control: Control | None = None) -> None:
+        self.gradients.steps, self.gradients.control = 0, control
 
     def period_ends(self, steps: int) -> None:
         """`steps`: as the task has counted them. Raises ConfigError where settings could have no effect."""

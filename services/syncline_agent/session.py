@@ -232,13 +232,21 @@ class Session:
         if self._held != head.model:
             self._stand.state, layout = "fetching", self._manifest
             prefix, stream = partial(subjects.model_prefix, self._run), subjects.model_stream(self._run)
-            into, window = self._training.inbox(layout.nbytes), self._spec.wire.window
+            into, window = self._training.inbox(layout.blob_bytes), self._spec.wire.window
             self._held = None
             await get_blob(
-                self._bus, stream, prefix, head.model, into, layout.chunk_bytes, codec=layout.dtype, window=window
+                self._bus,
+                stream,
+                prefix,
+                head.model,
+                into,
+                layout.chunk_bytes,
+                codec=layout.dtype,
+                window=window,
+                sections=layout.sections,
             )
             self._held, self._fresh = head.model, True
-            self._stand.bytes_down += layout.nbytes
+            self._stand.bytes_down += layout.blob_bytes
         self._stand.version, self._held_term = head.version, head.term
 
     async def _ask(self, question: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
@@ -274,12 +282,19 @@ class Session:
         """Puts the update and offers it. Where there is no room for it the agent says so, and tries until there is."""
         me, layout, blob = self._me, self._manifest, new_id()
         prefix = partial(subjects.update_prefix, self._run, me.agent)
-        content = self._training.outbox(layout.nbytes, update.box)
+        content = self._training.outbox(layout.blob_bytes, update.box)
         window = self._spec.wire.window
         while True:
             try:
                 ref, digest = await put_blob(
-                    self._bus, prefix, content, layout.chunk_bytes, blob=blob, codec=layout.dtype, window=window
+                    self._bus,
+                    prefix,
+                    content,
+                    layout.chunk_bytes,
+                    blob=blob,
+                    codec=layout.dtype,
+                    window=window,
+                    sections=layout.sections,
                 )
                 break
             except StreamFull as error:

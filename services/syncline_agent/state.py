@@ -35,6 +35,7 @@ class Kept:
     optimizer: dict[str, Tensor]
     pending: dict[int, Tensor] = field(default_factory=dict)  # by clock: offered, and not known to be judged
     numbers: dict[str, Any] = field(default_factory=dict)
+    variates: dict[str, Tensor] = field(default_factory=dict)  # of SCAFFOLD
 
     @classmethod
     def of(
@@ -90,6 +91,7 @@ def save_state(path: Path, kept: Kept, layout: Manifest) -> None:
         "own": kept.own_P,
         **{f"optimizer.{k}": t for k, t in kept.optimizer.items()},
         **{f"pending.{clock}": t for clock, t in kept.pending.items()},
+        **{f"variates.{name}": t for name, t in kept.variates.items()},
     }
     fresh = path.with_suffix(".new")
     save_file(
@@ -119,7 +121,8 @@ def load_state(path: Path, layout: Manifest) -> Kept | None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         pending = {int(clock): t for clock, t in _under("pending.", tensors).items()}
         numbers = json.loads(metadata.get("numbers", "{}"))
-        return Kept(int(metadata["clock"]), tensors["own"], _under("optimizer.", tensors), pending, numbers)
+        optimizer, variates = _under("optimizer.", tensors), _under("variates.", tensors)
+        return Kept(int(metadata["clock"]), tensors["own"], optimizer, pending, numbers, variates)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         log.warning("%s is unreadable (%s); beginning with the center", path, error)
         return None

@@ -16,6 +16,7 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from syncline.data.partition import Part
 from syncline.engine.duration import Duration
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.tasks.base import Task, batches, evaluate, load_task, to_device
+from syncline.tasks.base import Task, batches, evaluate, load_task, to_device, whole_gradient
 from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
@@ -37,8 +38,10 @@ from syncline_agent.inner import Inner
 from syncline_agent.state import load_state, save_state
 from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
+from syncline_agent.variates import Variates
 
 EVALUATION_ROWS = 512
+CONTROL = 1  # the section of a blob that holds control variates
 SAVE_EVERY_S = 1.0
 SAVE_SHARE = 0.05  # of an agent's time that saving may take
 
@@ -80,9 +83,11 @@ class Trainer:
         self._center_P = torch.empty_like(self._flat.flat_P)  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
         self._drawn = 0  # batches, in all periods; where these are given in seconds
-        self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.nbytes)
+        self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
         self._view = self._memory.view()
         self._updates = updates_of(settings)
+        scaffold = settings.local.control_variates
+        self._variates = None if scaffold is None else Variates(self._flat.flat_P, along=scaffold.option == 2)
         self._codec = CODECS[self._layout.dtype]
         self._place: tuple[int, int] | None = None
         self._state_path, self._save_after_s = Path(state_path), 0.0
@@ -93,6 +98,8 @@ class Trainer:
             self._flat.load()
             self._inner.restore(kept)
             self._drawn = kept.numbers.get("drawn", 0)
+            if self._variates is not None:
+                self._variates.restore(kept.variates)
             self._updates.pending = {c: d.to(self._flat.flat_P.device) for c, d in kept.pending.items()}
         return {"clock": kept.clock if kept is not None else 0}
 
@@ -123,7 +130,7 @@ class Trainer:
             answer["metrics"] = self._evaluate()
         if not self._updates.needs_center:
             self._leave_update(period)
-            self._save(clock)
+            self._save(clock, at_once=self._variates is not None)
         return {**answer, "stopped": False}
 
     def meet(self, **asked: Any) -> dict[str, Any]:
@@ -159,18 +166,25 @@ class Trainer:
         center_P = self._inbox() if period.fresh else None
         self._updates.begin(self._flat.flat_P, self._center_P, center_P, first=not self._has_own)
         self._flat.load()
-        self._has_own = True
+        self._has_own, control = True, None
+        if self._variates is not None:
+            self._variates.resolve(dict(period.verdicts))
+            control = self._variates.begin(self._inbox(CONTROL) if period.fresh else None, period.parts)
+        self._inner.period_begins(control)
 
     def _leave_update(self, period: Period) -> None:
         self._flat.store()
         update_P = self._updates.take(self._flat.flat_P, self._center_P, period.clock)
         self._flat.load()
         self._codec.encode(update_P.cpu(), self._box(1 + period.box))
+        if self._variates is not None:
+            change_P = self._variates.take(period.clock, self._inner.gradients.steps)
+            self._codec.encode(change_P.cpu(), self._box(1 + period.box, CONTROL))
 
-    def _inbox(self) -> torch.Tensor:
+    def _inbox(self, section: int = 0) -> torch.Tensor:
         """The center in the inbox, on the device."""
         center_P = torch.empty(self._layout.elements, dtype=DTYPES[self._layout.dtype])
-        self._codec.decode(self._box(0), center_P)
+        self._codec.decode(self._box(0, section), center_P)
         return center_P.to(self._flat.flat_P.device)
 
     def _allotted(self, rows: int) -> Duration:
@@ -201,7 +215,8 @@ class Trainer:
             struct.pack_into("<Q", self._view, STEPS_EXPECTED, lasts.expected)
             return more and not self._stopped()
 
-        self._inner.period_begins()
+        if self._variates is not None and self._variates.at_center:
+            self._gradient_at_center(self._variates.gradients_P)
         batches_here = (to_device(batch, self._claim.device) for batch in _while_open(lasts, stream))
         loss = self._task.train(self._flat.model, self._inner.optimizer, batches_here, on_step)
         self._inner.period_ends(lasts.done)
@@ -217,27 +232,39 @@ class Trainer:
         if now_s < self._save_after_s and not at_once:
             return
         kept = self._inner.kept(clock, self._flat.flat_P, self._updates.pending, self._drawn)
+        if self._variates is not None:
+            kept = replace(kept, variates=self._variates.kept())
         save_state(self._state_path, kept, self._layout)
         took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
 
     def _evaluate(self) -> dict[str, float]:
-        """W_i on the held-out data; every batch counts as a sign of progress."""
-
-        def on_batch() -> None:
-            self._steps_ever += 1
-            struct.pack_into("<Q", self._view, 0, self._steps_ever)
-
+        """W_i on the held-out data."""
         device = self._claim.device
-        return evaluate(self._task, self._flat.model, self._held_out(), EVALUATION_ROWS, device, on_batch)
+        return evaluate(self._task, self._flat.model, self._held_out(), EVALUATION_ROWS, device, self._on_batch)
+
+    def _gradient_at_center(self, out_P: torch.Tensor) -> None:
+        """Of the loss over this agent's whole part, where the model stands."""
+        device = self._claim.device
+        whole_gradient(self._task, self._flat.model, self._dataset, EVALUATION_ROWS, device, self._on_batch)
+        for site in self._flat.sites:
+            if site.parameter.grad is not None:
+                site.of(out_P).copy_(site.parameter.grad)
+        self._flat.model.zero_grad(set_to_none=True)
+
+    def _on_batch(self) -> None:
+        """A sign of progress beside the steps."""
+        self._steps_ever += 1
+        struct.pack_into("<Q", self._view, 0, self._steps_ever)
 
     def _held_out(self) -> Any:
         if not hasattr(self, "_test_set"):
             self._test_set = self._task.dataset(Part.test())
         return self._test_set
 
-    def _box(self, which: int) -> memoryview:
-        begin = PROGRESS_BYTES + which * self._layout.nbytes
+    def _box(self, which: int, section: int = 0) -> memoryview:
+        """The inbox (0) or an outbox, and there the delta or what goes with it for control variates."""
+        begin = PROGRESS_BYTES + which * self._layout.blob_bytes + section * self._layout.nbytes
         return self._view[begin : begin + self._layout.nbytes]
 
 

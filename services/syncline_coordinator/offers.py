@@ -77,10 +77,11 @@ class OfferReader:
         try:
             agent = subjects.agent_of(stored.subject)
             offer = decode(Offer, stored.data, limit=16 * 1024)
-            if offer.blob.size != self._manifest.nbytes or offer.blob.chunks != self._manifest.chunks:
+            size, chunks = self._manifest.blob_bytes, self._manifest.blob_chunks
+            if offer.blob.size != size or offer.blob.chunks != chunks:
                 raise PeerError(
                     f"offer: a blob of {offer.blob.size} bytes in {offer.blob.chunks} chunks, "
-                    f"expected {self._manifest.nbytes} bytes in {self._manifest.chunks}"
+                    f"expected {size} bytes in {chunks}"
                 )
             key = self._public_key(agent)
             if key and not verify(key, offer.signed_bytes(self._run, agent), offer.signature):

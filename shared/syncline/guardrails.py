@@ -28,6 +28,8 @@ def refuse_nonsense(spec: RunSpec) -> None:
             "update holds more than that",
             "Leave mix.alpha at 1, or leave merge.normalize out",
         )
+    if spec.local.control_variates is not None:
+        _check_scaffold(spec)
 
 
 def _check_counts(spec: RunSpec) -> None:
@@ -102,6 +104,24 @@ def _check_elastic(spec: RunSpec) -> None:
             f"{sync.staleness.kind!r} beside `mix: {{kind: elastic}}`: what an agent gives up, the center has to take up whole",
             "Leave sync.staleness out, and bound the lag with sync.max_lag",
         )
+
+
+def _check_scaffold(spec: RunSpec) -> None:
+    assert spec.local.control_variates is not None
+    wrong: dict[str, tuple[object, object, str]] = {
+        "merge.rule": (str(spec.merge.rule), "mean", "which c_i the center holds would not be known"),
+        "merge.weights": (spec.merge.weights, "uniform", "the center's c is the plain mean of all c_i"),
+        "mix.kind": (spec.mix.kind, "interpolate", "an elastic update is no work of a period"),
+    }
+    if spec.local.control_variates.option == 1:
+        wrong["mix.alpha"] = (spec.mix.alpha, 1.0, "option 1 takes the gradient at the center, where the period begins")
+    for setting, (value, needed, why) in wrong.items():
+        if value != needed:
+            raise ConfigError(
+                setting,
+                f"{value!r} beside local.control_variates: scaffold: {why}",
+                f"Leave {setting} at {needed!r}, or leave local.control_variates out",
+            )
 
 
 def doubts(spec: RunSpec) -> list[str]:

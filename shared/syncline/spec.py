@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from syncline.engine.outer import OUTERS, Outer, Sgd
 from syncline.engine.staleness import STALENESS, Polynomial, Staleness
@@ -179,6 +179,25 @@ def _arguments(setting: Settings) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in (setting.model_extra or {}).items()}
 
 
+def _by_name(section: Any) -> Any:
+    """`name` for `{kind: name}`."""
+    return {"kind": section} if isinstance(section, str) else section
+
+
+class Scaffold(Settings):
+    """Control variates against the drift of agents whose data differ (arXiv:1910.06378, algorithm 1).
+
+    Each step goes along g − c_i + c, with c_i the agent's own control variate and c the mean of all. Agents keep theirs on
+    disk, and updates and centers are twice as large.
+    """
+
+    kind: Literal["scaffold"] = "scaffold"
+    option: Literal[1, 2] = Field(
+        2, description="What becomes c_i. 2: the mean gradient of the period's steps; 1: the gradient of the agent's whole "
+        "part where the period began, for one more pass over it."
+    )  # fmt: skip
+
+
 class Local(Settings):
     """What an agent does between two syncs."""
 
@@ -198,6 +217,9 @@ class Local(Settings):
     clip_norm: float | None = Field(None, gt=0, description="The loss's gradient is clipped to this norm.")
     clip_value: float | None = Field(None, gt=0, description="Every element of it is clipped to ± this.")
     prox_mu: float = Field(0.0, ge=0, description="FedProx: pulls W_i to the center that the period began from.")
+    control_variates: Annotated[Scaffold | None, BeforeValidator(_by_name)] = Field(
+        None, description="`scaffold`, against the drift of agents whose data differ."
+    )
 
     @model_validator(mode="after")
     def _one_measure(self) -> Local:
@@ -207,6 +229,11 @@ class Local(Settings):
         if self.max_steps is not None and self.seconds is None:
             raise ValueError("max_steps bounds a period of `seconds`, which is not given; use `steps`")
         return self
+
+    @property
+    def sections(self) -> int:
+        """Vectors of the model's size in every update and center."""
+        return 1 if self.control_variates is None else 2
 
     def steps_for(self, rows: int) -> int:
         """Local steps of one period over a part of `rows` rows; the most of them where it is given in seconds."""

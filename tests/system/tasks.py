@@ -126,16 +126,22 @@ class DivergingOne(Slow):
 
 
 class Bowls(Task):
-    """F_i = ½ h_i ‖w − c_i‖²: part i has a centre and a curvature of its own; `same` gives all parts those of part 0."""
+    """F_i = ½ h_i ‖w − c_i‖²: part i has a centre and a curvature of its own; `same` gives all parts those of part 0.
 
-    def __init__(self, curvatures: list[float], size: int = 3, same: bool = False) -> None:
-        self.curvatures, self.size, self.same = curvatures, size, same
+    `rows`: how many (equal) rows each part has; one, if it is not given.
+    """
+
+    def __init__(
+        self, curvatures: list[float], size: int = 3, same: bool = False, rows: list[int] | None = None
+    ) -> None:
+        self.curvatures, self.size, self.same, self.rows = curvatures, size, same, rows
 
     def model(self) -> nn.Module:
         return _Point(self.size)
 
     def dataset(self, part: Part) -> TensorDataset:
-        return TensorDataset(torch.tensor([[0 if part.held_out or self.same else part.index]]))
+        number = 0 if part.held_out or self.same else part.index
+        return TensorDataset(torch.tensor([[number]] * (1 if self.rows is None else self.rows[number])))
 
     def centre(self, number: int) -> Tensor:
         return torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))

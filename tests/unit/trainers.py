@@ -49,7 +49,7 @@ class Child:
         self.task: Task = load_task(settings.task, settings.task_options, ["*"], Path("/"))
         torch.manual_seed(settings.seed)
         model = self.task.model()
-        self.layout = manifest_of(model, 4096, self.task.local)
+        self.layout = manifest_of(model, 4096, self.task.local, settings.local.sections)
         self.initial_P = FlatModel(model, self.layout, self.task.local).flat_P.clone()
         self.memory = SharedMemory()
         self.memory.grow(PROGRESS_BYTES)
@@ -57,22 +57,29 @@ class Child:
         self.trainer = Trainer(self.memory, "cpu", ["*"], Path("/"), self._clock, fitting)
         self.clock = self.trainer.prepare(settings.model_dump(mode="json"), encode(self.layout), str(path))["clock"]
 
-    def period(self, center_P: Tensor) -> dict[str, Any]:
-        """One local period from this center; the answer, with the update as `update`."""
+    def period(
+        self, center_P: Tensor, sum_P: Tensor | None = None, verdicts: dict[int, bool] | None = None
+    ) -> dict[str, Any]:
+        """One local period from this center; the answer, with the update as `update`, and `control` beside `sum_P`."""
         self._box(0).copy_(center_P)
+        if sum_P is not None:
+            self._box(0, 1).copy_(sum_P)
         self.clock += 1
         self._clock.now_s += 60.0  # it is time to save again
-        asked = Period(self.version, self.clock, self.number, self.parts)
+        asked = Period(self.version, self.clock, self.number, self.parts, verdicts=[*(verdicts or {}).items()])
         answer = self.trainer.period(**asked._asdict())
         self.version += 1
-        return {**answer, "update": self._box(1).clone()}
+        answer["update"] = self._box(1).clone()
+        if sum_P is not None:
+            answer["control"] = self._box(1, 1).clone()
+        return answer
 
     @property
     def progress(self) -> Progress:
         ever, step, _, steps, rows = PROGRESS.unpack_from(self.memory.view())
         return Progress(ever, step, steps, rows)
 
-    def _box(self, which: int) -> Tensor:
+    def _box(self, which: int, section: int = 0) -> Tensor:
         layout = self.layout
-        offset = PROGRESS_BYTES + which * layout.nbytes
+        offset = PROGRESS_BYTES + which * layout.blob_bytes + section * layout.nbytes
         return torch.frombuffer(self.memory.view(), dtype=DTYPES[layout.dtype], count=layout.elements, offset=offset)

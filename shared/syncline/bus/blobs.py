@@ -38,16 +38,21 @@ async def put_blob(
     blob: str = "",
     codec: str = RAW,
     window: int = 8,
+    sections: int = 1,
     patience_s: float = PATIENCE_S,
 ) -> tuple[BlobRef, bytes]:
-    """Puts all of `data` under `prefix(blob)`.k and returns its reference and digest once the bus holds every chunk."""
+    """Puts all of `data` under `prefix(blob)`.k and returns its reference and digest once the bus holds every chunk.
+
+    `data` is so many sections of one size; no chunk reaches from one into the next.
+    """
     blob = blob or new_id()
     data = data.cast("B")
-    n = max(1, -(-len(data) // chunk_bytes))
+    places = _places(len(data), chunk_bytes, sections)
+    n = len(places)
     checksums = [0] * n
 
     async def put(k: int) -> None:
-        part = data[k * chunk_bytes : (k + 1) * chunk_bytes]
+        part = data[places[k]]
         checksums[k] = checksum(part)
         await put_chunk(bus, f"{prefix(blob)}.{k}", pack_chunk(blob, k, n, codec, part), patience_s=patience_s)
 
@@ -65,17 +70,29 @@ async def get_blob(
     *,
     codec: str = RAW,
     window: int = 8,
+    sections: int = 1,
 ) -> None:
     """Fills `into` (exactly `ref.size` bytes). Raises BlobGone for a chunk that is not there, PeerError for a bad one."""
     into = into.cast("B")
-    if len(into) != ref.size or ref.chunks != max(1, -(-ref.size // chunk_bytes)):
+    places = _places(len(into), chunk_bytes, sections)
+    if len(into) != ref.size or ref.chunks != len(places):
         raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes in {ref.chunks} chunks, expected {len(into)} bytes")
 
     async def get(k: int) -> None:
-        place = into[k * chunk_bytes : (k + 1) * chunk_bytes]
+        place = into[places[k]]
         place[:] = await get_chunk(bus, stream, prefix, ref, k, len(place), codec)
 
     await windowed(ref.chunks, window, get)
+
+
+def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
+    """Where each chunk of a blob lies in its bytes."""
+    each = size // sections
+    return [
+        slice(begin + offset, begin + min(offset + chunk_bytes, each))
+        for begin in range(0, sections * each or 1, each or 1)
+        for offset in range(0, each or 1, chunk_bytes)
+    ]
 
 
 async def get_small_blob(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, chunk_bytes: int, limit: int) -> bytes:

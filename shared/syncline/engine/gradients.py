@@ -33,7 +33,7 @@ class Control:
     """SCAFFOLD in one period. P: elements of the flat vector."""
 
     correction_P: Tensor  # c − c_i
-    gradients_P: Tensor  # the sum of the loss's gradients so far
+    gradients_P: Tensor | None  # takes the sum of the loss's gradients, clipped, before the correction
 
 
 class Gradients:
@@ -93,7 +93,8 @@ class Gradients:
         if w.grad is None:
             w.grad = torch.zeros_like(w)
         if self.control is not None:
-            site.of(self.control.gradients_P).add_(w.grad)
+            if self.control.gradients_P is not None:
+                site.of(self.control.gradients_P).add_(w.grad)
             w.grad.add_(site.of(self.control.correction_P))
         if self._mu:
             w.grad.add_(w.to(self._center_P.dtype) - site.of(self._center_P), alpha=self._mu)

@@ -1,7 +1,7 @@
 """What a task is: the user's model, data and loss. Knows no bus, no run and no agent; loads code from this disk only.
 
 A task is one small class, `syncline.tasks.digits` is one. Beside it: finding the class that a run names (`load_task`), the
-order in which an agent sees its rows (`batches`), and held-out metrics (`evaluate`).
+order in which an agent sees its rows (`batches`), held-out metrics (`evaluate`), and the gradient over all rows.
 """
 
 from __future__ import annotations
@@ -281,6 +281,29 @@ def evaluate(
         for module, mode in modes:
             module.training = mode
     return {name: total / rows for name, total in sums.items()}
+
+
+def whole_gradient(
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    batch_size: int,
+    device: torch.device | str,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Leaves the gradient of the loss over all rows in `.grad`, and everything else of the model as it was."""
+    rows = _rows(dataset)
+    before = [buffer.clone() for buffer in model.buffers()]
+    model.zero_grad(set_to_none=True)
+    model.train()
+    for start in range(0, rows, batch_size):
+        chosen = np.arange(start, min(start + batch_size, rows))
+        loss = task.loss(model, to_device(_collate(dataset, chosen), device))
+        (loss * (len(chosen) / rows)).backward()  # type: ignore[no-untyped-call]
+        on_batch()
+    with torch.no_grad():
+        for buffer, was in zip(model.buffers(), before, strict=True):
+            buffer.copy_(was)
 
 
 def _rows(dataset: Dataset[Any]) -> int:

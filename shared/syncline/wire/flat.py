@@ -15,7 +15,7 @@ from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = ()) -> Manifest:
+def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), sections: int = 1) -> Manifest:
     """The layout of a model's averaged tensors, in the model's own order.
 
     `local`: name patterns of tensors that stay with the agent. Raises ConfigError for a model with nothing to average.
@@ -37,6 +37,7 @@ def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = ()) -
         elements=offset,
         chunk_elements=max(ALIGN_ELEMENTS, chunk_bytes // itemsize // ALIGN_ELEMENTS * ALIGN_ELEMENTS),
         tensors=tensors,
+        sections=sections,
         at_home=[n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n not in names],
     )
 

@@ -38,6 +38,10 @@ class Manifest(Record):
     elements: Annotated[int, Field(ge=1, lt=1 << 48)]
     chunk_elements: Annotated[int, Field(ge=1)]
     tensors: Annotated[list[Entry], Field(max_length=100_000)]
+    sections: Annotated[int, Field(ge=1, le=2)] = Field(
+        1,
+        description="vectors in a blob: of an update delta, then control; of a center W, then the sum of all controls",
+    )
     at_home: Annotated[list[str], Field(max_length=100_000)] = Field(
         default_factory=list, description="tensors that do not travel"
     )
@@ -62,6 +66,15 @@ class Manifest(Record):
     def chunk(self, k: int) -> slice:
         """The elements of chunk k."""
         return slice(k * self.chunk_elements, min((k + 1) * self.chunk_elements, self.elements))
+
+    @property
+    def blob_bytes(self) -> int:
+        """Of an update or a center on the bus: all its sections, each with chunks of its own, one after the other."""
+        return self.sections * self.nbytes
+
+    @property
+    def blob_chunks(self) -> int:
+        return self.sections * self.chunks
 
     def layout_digest(self) -> str:
         """Equal where two models have the same averaged tensors."""
