@@ -156,7 +156,9 @@ def test_ctrl_c_stops_everything_within_seconds(start: Start, moment: str) -> No
 def test_a_demo_that_is_killed_takes_everything_with_it(start: Start, moment: str) -> None:
     demo = start("demo", "--rounds", "8")
     wait_for(demo, moment)
-    assert moment != "round " or len(demo.processes()) > 10, "a broker, a coordinator and four agents, each with a child"
+    assert moment != "round " or len(demo.processes()) > 10, (
+        "a broker, a coordinator and four agents, each with a child"
+    )
     demo.process.kill()
     demo.ended(5.0)
     demo.leaves_nothing(10.0)

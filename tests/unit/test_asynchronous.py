@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -22,14 +20,12 @@ from syncline.engine.events import (
     LetRun,
     Merge,
     OfferReady,
-    StartRound,
     TargetReached,
     Tick,
     UpdateBroken,
     WakeAt,
 )
 from syncline.engine.policy import REASON_CHARS, Standing
-from syncline.engine.rounds import Rounds
 from syncline.engine.staleness import Constant, Hinge, Polynomial
 from syncline.errors import PeerError
 
@@ -150,9 +146,7 @@ def test_two_updates_of_one_agent_are_merged_in_the_order_of_their_clocks() -> N
 def test_a_buffer_of_all_waits_for_one_of_every_live_agent() -> None:
     made = policy(3, buffer=None)
     assert tell(made, *offers("a1", "a3"), *offers("a1", clock=2)) == []
-    assert tell(made, *offers("a2")) == [
-        merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a3", 1, 0), reason="3 of 3")
-    ]
+    assert tell(made, *offers("a2")) == [merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a3", 1, 0), reason="3 of 3")]
 
 
 def test_a_buffer_of_all_takes_the_agent_that_joins_into_account() -> None:
@@ -521,9 +515,7 @@ def test_the_update_of_an_agent_that_was_lost_afterwards_is_merged() -> None:
     made = policy(3, buffer=2)
     tell(made, *offers("a1"))
     assert tell(made, AgentLost("a1", SILENT)) == [run(0, "a2", "a3")]
-    assert tell(made, *offers("a2")) == [
-        merge(("a1", 1, 0), ("a2", 1, 0), reason="2 of 2 (a1 not heard of for 5.1 s)")
-    ]
+    assert tell(made, *offers("a2")) == [merge(("a1", 1, 0), ("a2", 1, 0), reason="2 of 2 (a1 not heard of for 5.1 s)")]
 
 
 def test_the_update_that_an_agent_left_behind_counts_although_it_is_told_of_after_the_loss() -> None:
@@ -726,13 +718,22 @@ def test_after_the_end_nothing_is_asked_for() -> None:
     made = policy(1)
     tell(made, TargetReached("enough"))
     before = copy.deepcopy(made)
-    late = (AgentJoined("a2"), AgentLost("a1", SILENT), *offers("a1"), *offers("a1", base=9), Tick(), TargetReached("2"))
+    late = (
+        AgentJoined("a2"),
+        AgentLost("a1", SILENT),
+        *offers("a1"),
+        *offers("a1", base=9),
+        Tick(),
+        TargetReached("2"),
+    )
     assert tell(made, *late, UpdateBroken("a1", 1, "?"), Committed(1), at=99.0) == []
     assert made == before
 
 
 # -- a coordinator takes over ------------------------------------------------------------------------------------------
-def taken_over(standing: Standing, plan: list[OfferReady] | None = None, at: float = 100.0, **settings: Any) -> Asynchronous:
+def taken_over(
+    standing: Standing, plan: list[OfferReady] | None = None, at: float = 100.0, **settings: Any
+) -> Asynchronous:
     """As the shell does it: resume, the plan where head has one, and a look."""
     made = policy(2, joined=False, **settings)
     made.resume(standing, at)
