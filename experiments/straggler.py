@@ -1,0 +1,112 @@
+"""One agent is five times slower than the others: what each way of averaging makes of it.
+
+Fashion-MNIST, IID, four and eight agents, a two-layer network (199,210 parameters), ten local steps a period; 20 ms a step,
+100 ms for the slow one, in virtual time. Each way trains until the center has 85 % of the held-out images right.
+
+    rounds       synchronous: every round waits for the slow one
+    max_ahead    bounded clocks, three periods ahead at most
+    fedbuff      a buffer of half the agents, weights 1/√(1 + τ)
+    fedasync     every update at once, weights 1/√(1 + τ), server learning rate 0.6
+    elastic      asynchronous elastic averaging, α = 0.9 / N
+
+The rate of updates of an asynchronous run is (r (N − 1) + 1) / N times that of rounds, for one agent r times slower.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from common import arguments, fleet, picture, say, table
+
+SLOW = 5
+STEP_S = 0.02
+TARGET = 0.85
+VERSIONS = 4000
+
+
+def ways(n: int) -> dict[str, dict[str, Any]]:
+    return {
+        "rounds": {"sync": {"kind": "rounds"}},
+        "max_ahead": {"sync": {"kind": "async", "max_ahead": 3, "buffer": n // 2}},
+        "fedbuff": {"sync": {"kind": "async", "buffer": n // 2}},
+        "fedasync": {"sync": {"kind": "async", "buffer": 1, "max_lag": 100}, "outer": {"kind": "sgd", "lr": 0.6}},
+        "elastic": {"sync": {"kind": "async", "buffer": 1}, "mix": {"kind": "elastic", "alpha": round(0.9 / n, 4)}},
+    }
+
+
+def spec(n: int, way: dict[str, Any], seed: int) -> dict[str, Any]:
+    size = way["sync"].get("buffer", n)
+    return {
+        "task": "models.py:TwoLayers",
+        "agents": {"min": n},
+        "local": {"steps": 10, "batch_size": 32, "optimizer": {"kind": "sgd", "lr": 0.05}},
+        "evaluate": {"every": max(1, n // size)},
+        "stop": {"versions": VERSIONS, "target": {"metric": "accuracy", "at_least": TARGET}},
+        "seed": seed,
+        **way,
+    }
+
+
+def outcome(n: int, way: dict[str, Any], seed: int) -> dict[str, Any]:
+    result = fleet(spec(n, way, seed), {"step_s": [STEP_S] * (n - 1) + [STEP_S * SLOW]})
+    curve = [(p.time_s - result.opened_s, p.metrics.get("accuracy")) for p in result.timeline]
+    slow = result.agents[-1]
+    return {
+        "reached_s": result.first("accuracy", TARGET),
+        "updates_per_s": result.updates / result.seconds,
+        "slow_lag": slow.mean_lag,
+        "slow_merged": slow.merged,
+        "slow_dropped": slow.dropped,
+        "curve": curve[:: max(1, len(curve) // 200)],
+    }
+
+
+def main() -> None:
+    given, kept = arguments(__doc__)
+    rows, curves = [], {}
+    for n in (4, 8):
+        rate = time = 0.0
+        for name, way in ways(n).items():
+            found = []
+            for seed in range(1, given.seeds + 1):
+                what = {"experiment": "straggler", "n": n, "way": way, "seed": seed, "slow": SLOW}
+                found.append(kept.of(what, lambda n=n, way=way, seed=seed: outcome(n, way, seed)))
+            rates = statistics.median(f["updates_per_s"] for f in found)
+            reached = [f["reached_s"] for f in found if f["reached_s"] is not None]
+            seconds = statistics.median(reached) if len(reached) == len(found) else float("inf")
+            if name == "rounds":
+                rate, time = rates, seconds
+            say(f"N = {n} {name}: {rates:.2f} updates/s, {TARGET:.0%} after {seconds:.1f} s")
+            expected = (SLOW * (n - 1) + 1) / n if name in ("fedbuff", "fedasync", "elastic") else 1.0
+            rows.append(
+                [
+                    str(n),
+                    f"`{name}`",
+                    f"{rates:.2f}",
+                    f"{rates / rate:.2f} ({expected:.2f})",
+                    f"{seconds:.1f} s ({min(reached, default=0):.1f} – {max(reached, default=0):.1f})",
+                    f"{time / seconds:.2f}",
+                    f"{statistics.median(f['slow_lag'] for f in found):.1f}",
+                ]
+            )
+            curves[n, name] = found[0]["curve"]
+    table(
+        ["N", "way", "updates/s", "ratio (theory)", f"to {TARGET:.0%}, virtual", "times faster", "lag of the slow one"],
+        rows,
+    )
+    if not given.no_plot:
+        picture("straggler", lambda axes: _draw(axes, {name: c for (n, name), c in curves.items() if n == 4}))
+
+
+def _draw(axes: Any, curves: dict[str, list[tuple[float, float]]]) -> None:
+    for name, curve in curves.items():
+        axes.plot([t for t, _ in curve], [100 * a for _, a in curve], label=name, linewidth=1.6)
+    axes.axhline(100 * TARGET, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="virtual seconds", ylabel="held-out accuracy, %", ylim=(60, 87))
+    axes.set_title("One of four agents is five times slower (Fashion-MNIST, IID)")
+    axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    main()
