@@ -19,6 +19,7 @@ from syncline_cli.demo import TASK, DemoSettings
 from syncline_cli.display import Message, RunView, Screen, counted, megabytes, natural, number
 from syncline_cli.follow import Feed, Follower, submit
 from syncline_cli.local import LocalFleet
+from syncline_cli.process import as_typed
 from syncline_cli.results import print_json, result_of
 from syncline_cli.state import AgentState, RunState
 from syncline_cli.supervise import Services
@@ -57,6 +58,8 @@ class Demo:
 
     async def _together(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         state = self.shared = RunState(spec.name, spec.stop.versions, spec.local.steps_for(0))
+        for warning in spec.warnings:
+            self.screen.say("warning", warning)
         self.screen.show(RunView("training together", state, about=self.about))
         head, follower = await self._follow(services, bus, watch, spec, state)
         self.result = {**result_of(head, follower, state), "first_commit_s": round(follower.first_commit_s or 0.0, 3)}
@@ -133,10 +136,11 @@ class Demo:
 
     def _next(self) -> Group:
         digits = importlib.util.find_spec("syncline.tasks.digits")
+        syncline = as_typed()
         lines = (
-            "syncline demo --alpha 0.5 --agents 8",
+            f"{syncline} demo --alpha 0.5 --agents 8",
             f"echo 'task: {TASK}' > mine.yaml",
-            "syncline run mine.yaml --local 4",
+            f"{syncline} run mine.yaml --local 4",
         )
         own = f"a task of your own: start from {digits.origin}" if digits else ""
         return Group(Text("next:", "dim"), *(Text(f"  {line}") for line in lines), Text(own, "dim", overflow="fold"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,6 +35,12 @@ _BEGAN_S = time.monotonic() - _age_s()
 def since_start_s() -> float:
     """Seconds since this process was created; since this module was imported, where the system does not tell."""
     return time.monotonic() - _BEGAN_S
+
+
+def as_typed() -> str:
+    """How this command is typed in the terminal where it runs: `syncline`, or its path where it is not on the PATH."""
+    script = Path(sys.executable).with_name("syncline")  # beside the interpreter of its environment
+    return os.path.relpath(script) if shutil.which("syncline") is None and script.exists() else "syncline"
 
 
 def run_interruptible(work: Callable[[], Awaitable[int]], *, on_signal: Callable[[], None] = lambda: None) -> int:

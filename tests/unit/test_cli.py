@@ -17,7 +17,7 @@ from syncline.errors import ConfigError, RunFailed
 from syncline_cli import main as cli
 from syncline_cli.agent import name_of_host
 from syncline_cli.demo import DemoSettings
-from syncline_cli.process import Interrupted, run_interruptible, since_start_s
+from syncline_cli.process import Interrupted, as_typed, run_interruptible, since_start_s
 from syncline_cli.run import name_of_file, read_spec
 from syncline_cli.supervise import how_it_ended
 
@@ -176,6 +176,19 @@ def test_the_age_of_a_process_counts_from_its_creation() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.3 <= float(done.stdout) <= time.monotonic() - began + 0.02  # the kernel counts in hundredths
     assert since_start_s() > 0
+
+
+def test_a_command_is_shown_as_it_can_be_typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / ".venv" / "bin" / "syncline"
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    assert as_typed() == "syncline", "there is no better"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    assert as_typed() == ".venv/bin/syncline"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert as_typed() == "syncline"
 
 
 def test_a_signal_cancels_the_work_lets_it_clean_up_and_is_reported() -> None:
