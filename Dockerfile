@@ -29,7 +29,7 @@ RUN useradd --uid 10001 --create-home syncline && \
     install --directory --owner=syncline --group=syncline --mode=0700 \
     /keys /keys/broker /keys/core /keys/agents /keys/watch /data /state /claims
 COPY --from=build /opt/syncline /opt/syncline
-COPY runs /runs
+COPY examples /runs
 ENV PATH=/opt/syncline/bin:$PATH PYTHONUNBUFFERED=1 SYNCLINE_STATE_DIR=/state SYNCLINE_TASK_DIR=/runs
 USER 10001:10001
 WORKDIR /runs

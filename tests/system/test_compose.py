@@ -87,7 +87,7 @@ def test_the_key_that_a_variable_names_is_mounted() -> None:
 
 def test_volumes_are_declared_used_and_made_in_the_image_for_its_user() -> None:
     whole = load(*FILES)
-    used = {v.split(":")[0] for s in whole["services"].values() for v in s.get("volumes", [])} - {"./runs"}
+    used = {v.split(":")[0] for s in whole["services"].values() for v in s.get("volumes", [])} - {"./examples"}
     assert used == set(whole["volumes"])
     made = (ROOT / "Dockerfile").read_text()
     (line,) = [line for line in made.splitlines() if "/keys/broker" in line]
@@ -139,14 +139,14 @@ def names(composition: Composition) -> list[str]:
 def test_the_first_run_ends_well(up: Composition) -> None:
     (submit,) = up.running["submit"]
     last = submit.text.strip().splitlines()[-1]
-    assert last.startswith("run digits-") and "40 versions" in last
+    assert last.startswith("run first-run-") and "40 versions" in last
     accuracy = re.search(r"accuracy ([\d.]+)", last)
     assert accuracy is not None and float(accuracy[1]) > 0.9
 
 
 def test_equal_replicas_are_different_agents_and_keep_their_state_by_name(up: Composition) -> None:
     assert sorted(names(up)) == ["a1", "a2", "a3"]
-    assert {p.stem for p in up.volume("state").glob("digits-*/*.safetensors")} == {"a1", "a2", "a3"}
+    assert {p.stem for p in up.volume("state").glob("first-run-*/*.safetensors")} == {"a1", "a2", "a3"}
 
 
 def test_keys_are_the_owners_alone(up: Composition) -> None:

@@ -160,7 +160,7 @@ def test_the_steps_give_a_command_that_works_from_what_was_copied_alone(build: B
     )
     assert all(path.startswith(str(build.venv)) for path in where.stdout.split())
     assert not (build.venv / "bin" / "pip").exists(), "nothing to install more with"
-    assert (build.root / "runs" / "digits.yaml").is_file()
+    assert (build.root / "runs" / "first-run.yaml").is_file()
 
 
 def test_the_packages_are_those_that_are_tested(build: Build) -> None:
