@@ -86,12 +86,21 @@ async def _ask_torch() -> tuple[dict[str, Any], str]:
         return {}, f"no answer from torch within {TORCH_S:g} s: a GPU or its driver hangs"
     finally:
         if child.returncode is None:
-            child.kill()
+            await _kill(child)
     lines = (out if child.returncode == 0 else err).decode(errors="replace").strip().splitlines()
     if child.returncode != 0:
         return {}, f"it cannot be imported: {lines[-1][:300] if lines else f'exit code {child.returncode}'}"
     seen: dict[str, Any] = json.loads(lines[-1])
     return seen, ""
+
+
+async def _kill(child: asyncio.subprocess.Process) -> None:
+    child.kill()
+    try:
+        async with asyncio.timeout(5.0):
+            await child.communicate()
+    except TimeoutError:
+        pass  # it hangs in the kernel, where no signal reaches it
 
 
 def has_driver() -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from syncline.errors import ConfigError
-from syncline_cli.options import DEFAULT_URL, HELP_NAMES, Connect, Device, Json, StateDir, new_app
+from syncline_cli.options import HELP_NAMES, Device, FindConnect, Json, StateDir, new_app
 
 if TYPE_CHECKING:
     from syncline_cli.checks_broker import Target
@@ -29,7 +29,7 @@ CHECKS = (*HERE, "broker", "key", *ON_BROKER)
     epilog="Example: syncline doctor --connect nats://hub:4222 --key edge-7.nk. Exit code 1: something is broken.",
 )
 def doctor(
-    connect: Connect = DEFAULT_URL,
+    connect: FindConnect = "",
     key: Annotated[
         str, typer.Option(envvar="SYNCLINE_KEY", metavar="PATH", help="Key file, or a directory of them.")
     ] = "",
@@ -58,9 +58,11 @@ def doctor(
     from syncline.service import state_dir as default_state_dir
     from syncline_cli import findings
     from syncline_cli.checks_broker import Target
+    from syncline_cli.connect import place
     from syncline_cli.process import run_interruptible
 
-    target = Target(connect, key, name, monitor)
+    at = place(connect, key)
+    target = Target(at.url, at.key, name, monitor)
     directories = {"disk": default_state_dir(state_dir), **({"store": Path(store)} if store else {})}
     found: list[Finding] = []
 

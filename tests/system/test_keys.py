@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from command import Command
 from server import Server, free_port
 
@@ -36,9 +37,9 @@ class Operator:
         finally:
             command.stop()
 
-    async def connect(self, who: str | Identity) -> NatsBus:
+    async def connect(self, who: str | Identity, scheme: str = "nats") -> NatsBus:
         identity = self.keys.keyring.identity(who) if isinstance(who, str) else who
-        url = f"nats://127.0.0.1:{self.port}"
+        url = f"{scheme}://127.0.0.1:{self.port}"
         return await NatsBus.connect(Connection(url, identity.name, identity.seed, patience_s=2.0))
 
 
@@ -115,3 +116,27 @@ async def test_the_operators_own_settings_survive_every_change(operator: Operato
     assert config.read_text().endswith("max_connections: 77\n")
     bus = await operator.connect("late")
     await bus.close()
+
+
+async def test_with_tls_the_broker_is_known_by_its_certificate(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/operations.md says: a tls block, a tls:// address, and SSL_CERT_FILE for an authority of one's own."""
+    authority, certificate, key = (operator.place / name for name in ("authority.pem", "certificate.pem", "key.pem"))
+    ours = trustme.CA()
+    issued = ours.issue_cert("127.0.0.1")
+    ours.cert_pem.write_to_path(str(authority))
+    issued.cert_chain_pems[0].write_to_path(str(certificate))
+    issued.private_key_pem.write_to_path(str(key))
+    config = operator.keys.config
+    config.write_text(config.read_text() + f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n')
+    operator.server.reload()
+    with pytest.raises(BusError, match="CERTIFICATE_VERIFY_FAILED"):
+        await operator.connect("a1", "tls")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    bus = await operator.connect("a1", "tls")
+    core = await operator.connect("coordinator", "tls")
+    assert not await answered(bus, "a1", 5.0), "and nobody is there who answers"
+    assert core.max_payload == bus.max_payload > 1 << 20
+    await bus.close()
+    await core.close()

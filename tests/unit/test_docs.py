@@ -58,7 +58,7 @@ def test_the_task_in_the_documents_trains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [line for line in console_lines() if line.startswith("syncline ")])
 def test_every_command_in_the_documents_exists_with_its_options(line: str) -> None:
     words = line.split()
-    command = words[1:3] if words[1] == "bench" else words[1:2]
+    command = words[1:3] if words[1] in ("bench", "keys") else words[1:2]
     shown = subprocess.run(
         [sys.executable, "-m", "syncline_cli", *command, "--help"],
         capture_output=True,
