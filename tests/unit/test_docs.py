@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_model
 
 from syncline.data.partition import Part
-from syncline.spec import Dirichlet, RunSpec, parse
-from syncline.tasks.base import evaluate, load_task
+from syncline.spec import RunSpec, load_spec, parse
+from syncline.tasks.base import batches, evaluate, load_task
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
@@ -42,17 +44,51 @@ def test_every_spec_in_the_documents_is_accepted() -> None:
         parse(RunSpec, spec)
 
 
-def test_the_task_in_the_documents_trains(tmp_path: Path) -> None:
-    first, second = blocks(ROOT / "docs" / "your-own-task.md", "python")
-    (tmp_path / "my_task.py").write_text(f"{first}\n\n{second}")
-    for name in ("Wave", "Normalised"):
-        task = load_task(f"my_task.py:{name}", {}, ["my_task.py:*"], tmp_path)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = task.model()
-        parts = [task.dataset(Part(i, 3, Dirichlet(kind="dirichlet"), 0)) for i in range(3)]
-        assert sum(len(part) for part in parts) == 600
-        assert evaluate(task, model, task.dataset(Part.test()), 32, "cpu")["loss"] > 0
+@pytest.fixture
+def own_task(tmp_path: Path) -> Path:
+    """A directory with the files that docs/your-own-task.md has a newcomer write."""
+    document = ROOT / "docs" / "your-own-task.md"
+    first, check, *more = blocks(document, "python")
+    (tmp_path / "my_task.py").write_text("\n\n".join([first, *more]))
+    (tmp_path / "check.py").write_text(check)
+    (tmp_path / "mine.yaml").write_text(blocks(document, "yaml")[0])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["MyTask", "Normalised", "Half"])
+def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
+    spec = load_spec(own_task / "mine.yaml")
+    assert spec.task == "my_task.py:MyTask"
+    task = load_task(f"my_task.py:{name}", spec.task_options, ["my_task.py:*"], own_task)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = task.model()
+    parts = [task.dataset(Part(i, 3, spec.partition, 0)) for i in range(3)]
+    assert sum(len(part) for part in parts) == 4000  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task.train(model, optimizer, itertools.islice(batches(parts[0], 32, 0, 0, 0), 40), lambda rows: True)
+    assert evaluate(task, model, task.dataset(Part.test()), 500, "cpu")["accuracy"] > 0.3
+
+
+def test_a_model_in_a_file_has_the_accuracy_of_the_run_also_without_syncline(own_task: Path) -> None:
+    task = load_task("my_task.py:MyTask", {"width": 100}, ["my_task.py:*"], own_task)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = task.model()
+    save_model(model, str(own_task / "mine.safetensors"))
+    printed = subprocess.run(
+        [sys.executable, "check.py"], cwd=own_task, capture_output=True, text=True, timeout=60, check=True
+    )
+    accuracy = evaluate(task, model, task.dataset(Part.test()), 512, "cpu")["accuracy"]
+    assert float(printed.stdout) == pytest.approx(accuracy, rel=1e-12)
+
+
+def test_every_example_is_accepted_and_mentions_how_it_is_run() -> None:
+    examples = sorted((ROOT / "examples").glob("*.yaml"))
+    assert examples
+    for example in examples:
+        spec = load_spec(example)
+        assert f"syncline run examples/{example.name} --local {spec.agents.min}\n" in example.read_text()
 
 
 @pytest.mark.parametrize("line", [line for line in console_lines() if line.startswith("syncline ")])

@@ -365,6 +365,17 @@ def test_fashion_mnist_refuses_files_that_do_not_fit(
     assert problem in str(error.value)
 
 
+def test_pixels_are_standardised_and_the_callers_stay_as_they_are() -> None:
+    task = Mnist5k()
+    standardise = task.model()[0]  # type: ignore[index]
+    images = torch.from_numpy(task.train_rows.images)
+    standard = standardise(images)
+    assert standard.shape == (4000, 1, 28, 28) and standard.dtype == torch.float32
+    assert standard.mean().item() == pytest.approx(0, abs=2e-3) and standard.std().item() == pytest.approx(1, abs=2e-3)
+    as_floats = images.float()
+    assert torch.equal(standardise(as_floats), standard) and torch.equal(as_floats, images.float())
+
+
 # -- noop and linear regression -----------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def dataset(self, part: Part) -> Dataset[Any]:
-        """The common test set if `part.held_out`, else this agent's rows: `part.rows(len(labels), label=labels)` of all."""
+        """The common test set if `part.held_out`, else this agent's rows: `part.rows(len(labels), label=labels)` of all.
+
+        Asked again with another part when the roster grows: read files once, in a `functools.cached_property`.
+        """
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
