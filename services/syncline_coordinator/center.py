@@ -13,8 +13,8 @@ from syncline.wire.manifest import Manifest
 class Center:
     """Flat vectors, each in two places that take turns: a merge that is given up has changed nothing.
 
-    W lies in shared memory, which the evaluator reads too; the `states` vectors of the outer optimiser do not, and are zeros
-    at first.
+    W lies in shared memory, which the evaluator reads too. Where the manifest has a second section, the sum of all agents'
+    control variates does not, nor do the `states` vectors of the outer optimiser; all of those are zeros at first.
     """
 
     def __init__(self, manifest: Manifest, memory: SharedMemory, states: int = 0) -> None:
@@ -23,6 +23,7 @@ class Center:
         self._both = [
             torch.frombuffer(view, dtype=dtype, count=manifest.elements, offset=i * manifest.nbytes) for i in (0, 1)
         ]
+        self._controls = [torch.zeros(manifest.elements if manifest.sections > 1 else 0, dtype=dtype) for _ in (0, 1)]
         self._states = [[torch.zeros(manifest.elements, dtype=dtype) for _ in range(states)] for _ in (0, 1)]
         self.current = 0
 
@@ -33,6 +34,14 @@ class Center:
     @property
     def next_P(self) -> Tensor:
         return self._both[1 - self.current]
+
+    @property
+    def control_now_P(self) -> Tensor:
+        return self._controls[self.current]
+
+    @property
+    def control_next_P(self) -> Tensor:
+        return self._controls[1 - self.current]
 
     def states_now(self, part: slice) -> list[Tensor]:
         """A slice of each state vector."""

@@ -6,6 +6,9 @@ merged, with which weights, in which order.
 
 The outer state of a version lies beside its model, under the same blob id: a blob of S · C chunks, vector after vector, for
 S vectors and a model of C chunks. It is committed and purged with the model. Version 0 has none: zeros.
+
+Where the manifest has two sections (SCAFFOLD), chunks C to 2C − 1 of an update are the change of its agent's control variate,
+and those of a model the sum of all variates: the changes of the merged updates are added to it, whatever their weights.
 """
 
 from __future__ import annotations
@@ -84,50 +87,49 @@ class Reducer:
         """
         blob, chunks = new_id(), self._manifest.chunks
         weights = [entry.weight for entry in plan.merged]
-        checksums = [[0] * chunks for _ in plan.merged]
+        checksums = [[0] * self._manifest.blob_chunks for _ in plan.merged]
         put = 0
 
         async def one(k: int) -> None:
             nonlocal put
             datas = await asyncio.gather(*(self._get(entry, k) for entry in plan.merged))
-            model, *states = await self._off_loop(self._reduce, plan, weights, datas, checksums, blob, k)
+            reduce = self._reduce if k < chunks else self._add_up
+            model, *states = await self._off_loop(reduce, plan, weights, datas, checksums, blob, k)
             put += len(model)
             await self._put_model(blob, k, model)
             for s, frame in enumerate(states):
                 await put_chunk(self._bus, f"{subjects.outer_prefix(self._spec.name, blob)}.{s * chunks + k}", frame)
 
         try:
-            await windowed(chunks, self._spec.wire.window, one)
+            await windowed(self._manifest.blob_chunks, self._spec.wire.window, one)
             for entry, sums in zip(plan.merged, checksums, strict=True):
                 if blob_digest(sums) != entry.digest:
                     raise UpdateUnusable(entry.agent, entry.clock, "its content is not what it signed")
         except UpdateUnusable as error:
             error.blob = blob
             raise
-        nbytes = self._manifest.nbytes
         digest = await self._off_loop(digest_of, self._center.next_P)
-        return Merged(BlobRef(id=blob, size=nbytes, chunks=chunks), digest, nbytes * len(plan.merged), put)
+        model = self._model_ref(blob)
+        return Merged(model, digest, model.size * len(plan.merged), put)
 
     async def put_center(self) -> Merged:
         """The current center as a blob: version 0."""
-        blob, chunks = new_id(), self._manifest.chunks
+        model, parts = self._model_ref(new_id()), self._model_parts()
         put = 0
 
         async def one(k: int) -> None:
             nonlocal put
-            frame = self._frame(self._center.now_P[self._manifest.chunk(k)], blob, k, chunks)
+            frame = self._frame(parts[k], model.id, k, model.chunks)
             put += len(frame)
-            await self._put_model(blob, k, frame)
+            await self._put_model(model.id, k, frame)
 
-        await windowed(chunks, self._spec.wire.window, one)
-        return Merged(
-            BlobRef(id=blob, size=self._manifest.nbytes, chunks=chunks), digest_of(self._center.now_P), 0, put
-        )
+        await windowed(model.chunks, self._spec.wire.window, one)
+        return Merged(model, digest_of(self._center.now_P), 0, put)
 
     async def get_center(self, ref: BlobRef, version: int) -> None:
         """Fills the current center, and its outer state, from the blobs of a version."""
         model = partial(subjects.model_prefix, self._spec.name)
-        await self._fill(model, ref, [self._center.now_P[part] for part in self._parts()])
+        await self._fill(model, ref, self._model_parts())
         states = [
             state_E for vector in zip(*map(self._center.states_now, self._parts()), strict=True) for state_E in vector
         ]
@@ -137,8 +139,16 @@ class Reducer:
 
     def outer_ref(self, model: BlobRef) -> BlobRef:
         """The outer state that lies beside a model."""
-        states = self._spec.states
-        return BlobRef(id=model.id, size=states * model.size, chunks=states * model.chunks)
+        states, layout = self._spec.states, self._manifest
+        return BlobRef(id=model.id, size=states * layout.nbytes, chunks=states * layout.chunks)
+
+    def _model_ref(self, blob: str) -> BlobRef:
+        return BlobRef(id=blob, size=self._manifest.blob_bytes, chunks=self._manifest.blob_chunks)
+
+    def _model_parts(self) -> list[Tensor]:
+        """The current center as the chunks of a model hold it, section after section."""
+        vectors = [self._center.now_P, self._center.control_now_P][: self._manifest.sections]
+        return [vector_P[part] for vector_P in vectors for part in self._parts()]
 
     def _parts(self) -> list[slice]:
         return [self._manifest.chunk(k) for k in range(self._manifest.chunks)]
@@ -157,7 +167,7 @@ class Reducer:
         await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
 
     async def _get(self, entry: PlanEntry, k: int) -> bytes:
-        run, part = self._spec.name, self._manifest.chunk(k)
+        run, part = self._spec.name, self._manifest.chunk(k % self._manifest.chunks)
         prefix = partial(subjects.update_prefix, run, entry.agent)
         size = self._codec.nbytes(part.stop - part.start)
         try:
@@ -178,12 +188,8 @@ class Reducer:
     ) -> list[bytes]:
         """Chunk k: decode, merge, step, encode. Returns the frame of the model, and those of the outer state."""
         part = self._manifest.chunk(k)
-        elements = part.stop - part.start
-        staged_NE = torch.empty((len(datas), elements), dtype=DTYPES[self._manifest.dtype])
-        for row_E, data, sums in zip(staged_NE, datas, checksums, strict=True):
-            self._codec.decode(data, row_E)
-            sums[k] = checksum(data)
-        merged_E = torch.empty(elements, dtype=DTYPES[self._manifest.dtype])
+        staged_NE = self._staged(part, datas, checksums, k)
+        merged_E = torch.empty(part.stop - part.start, dtype=DTYPES[self._manifest.dtype])
         self._rule(list(staged_NE), weights, merged_E)
         if not finite(merged_E):
             raise self._diverged(plan, staged_NE)
@@ -191,9 +197,36 @@ class Reducer:
         self._spec.outer.step(center.now_P[part], merged_E, center.states_now(part), next_E, states, plan.version - 1)
         chunks = self._manifest.chunks
         return [
-            self._frame(next_E, blob, k, chunks),
+            self._frame(next_E, blob, k, self._manifest.blob_chunks),
             *(self._frame(state_E, blob, s * chunks + k, len(states) * chunks) for s, state_E in enumerate(states)),
         ]
+
+    def _add_up(
+        self,
+        plan: Plan,
+        weights: Sequence[float],
+        datas: Sequence[bytes],
+        checksums: Sequence[list[int]],
+        blob: str,
+        k: int,
+    ) -> list[bytes]:
+        """Chunk k of the section of control variates: Σ c_i ← Σ c_i + Σ Δc_i. Returns its frame."""
+        part = self._manifest.chunk(k - self._manifest.chunks)
+        staged_NE = self._staged(part, datas, checksums, k)
+        next_E = self._center.control_next_P[part].copy_(self._center.control_now_P[part])
+        for row_E in staged_NE:
+            next_E.add_(row_E)
+        if not finite(next_E):
+            raise self._diverged(plan, staged_NE)
+        return [self._frame(next_E, blob, k, self._manifest.blob_chunks)]
+
+    def _staged(self, part: slice, datas: Sequence[bytes], checksums: Sequence[list[int]], k: int) -> Tensor:
+        """Chunk k of every update, decoded; its checksums are noted."""
+        staged_NE = torch.empty((len(datas), part.stop - part.start), dtype=DTYPES[self._manifest.dtype])
+        for row_E, data, sums in zip(staged_NE, datas, checksums, strict=True):
+            self._codec.decode(data, row_E)
+            sums[k] = checksum(data)
+        return staged_NE
 
     @staticmethod
     def _diverged(plan: Plan, staged_NE: Tensor) -> UpdateUnusable:

@@ -28,9 +28,9 @@ class Reservation:
 
     @classmethod
     def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
-        blob = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
-        updates = UPDATES_PER_AGENT * agents * blob + UPDATES_SLACK_BYTES
-        return cls(updates, (spec.keep_models + 1) * (1 + spec.states) * blob + RECORDS_BYTES)
+        vector = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
+        updates = UPDATES_PER_AGENT * agents * manifest.sections * vector + UPDATES_SLACK_BYTES
+        return cls(updates, (spec.keep_models + 1) * (manifest.sections + spec.states) * vector + RECORDS_BYTES)
 
     @property
     def total(self) -> int:
@@ -71,10 +71,14 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
             )
             raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", mend) from None
-        kept = f" of {1 + spec.states} vectors, because outer.kind is {spec.outer.kind}" if spec.states else ""
+        kept = (
+            f" of {manifest.sections + spec.states} vectors, because outer.kind is {spec.outer.kind}"
+            if spec.states
+            else ""
+        )
         raise ConfigError(
             "agents.max",
-            f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.nbytes >> 10} KiB "
+            f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.blob_bytes >> 10} KiB "
             f"for each of {agents} agents, {spec.keep_models + 1} models{kept}), and the broker says: {error}",
             "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store)",
         ) from None

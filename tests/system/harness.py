@@ -96,14 +96,18 @@ class Fleet:
 
     async def center(self, head: Head) -> Tensor:
         """The flat center of a head, as it lies on the bus."""
+        return (await self.sections(head))[0]
+
+    async def sections(self, head: Head) -> list[Tensor]:
+        """The center, and where the run has one the sum of control variates."""
         assert head.model is not None and head.manifest is not None
         stream, prefix = subjects.model_stream(head.run), partial(subjects.model_prefix, head.run)
         data = await get_small_blob(self.bus, stream, prefix, head.manifest, RECORD_CHUNK_BYTES, 64 << 20)
         layout = decode(Manifest, data)
-        flat = bytearray(layout.nbytes)
-        chunk = layout.chunk_bytes
-        await get_blob(self.bus, stream, prefix, head.model, memoryview(flat), chunk, codec=layout.dtype)
-        return torch.frombuffer(flat, dtype=DTYPES[layout.dtype])
+        flat = bytearray(layout.blob_bytes)
+        how: dict[str, Any] = {"codec": layout.dtype, "sections": layout.sections}
+        await get_blob(self.bus, stream, prefix, head.model, memoryview(flat), layout.chunk_bytes, **how)
+        return list(torch.frombuffer(flat, dtype=DTYPES[layout.dtype]).view(layout.sections, -1))
 
     async def roster(self, head: Head) -> Roster:
         assert head.roster is not None

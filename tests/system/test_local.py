@@ -11,6 +11,8 @@ from harness import Fleet, task
 from tasks import Bowls
 from torch import Tensor
 
+from syncline.wire.messages import Committed
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CURVATURES = [0.5, 1.0, 2.0, 3.0]
@@ -164,3 +166,70 @@ async def test_adam_with_a_schedule_is_torch_s_own(fleet: Fleet) -> None:
             schedule.step()
         center = torch.stack([w.detach() for w in ws]).mean(0)
     assert torch.allclose(await fleet.center(head), center, **EXACT)
+
+
+# -- SCAFFOLD --------------------------------------------------------------------------------------------------------------
+SCAFFOLD = {"control_variates": "scaffold"}
+
+
+def scaffold(log: list[Committed], lr: float, steps: int) -> tuple[Tensor, Tensor]:
+    """arXiv:1910.06378, algorithm 1, option II, with those sampled who were merged: x and c after the last version."""
+    x, c, own = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), torch.zeros(4, 3).double()
+    for record in log:
+        sampled, before = [int(e.agent[1:]) - 1 for e in record.plan.merged], own.clone()
+        moved = []
+        for i in sampled:
+            y = x
+            for _ in range(steps):
+                y = y - lr * (CURVATURES[i] * (y - CENTRES[i]) - before[i] + c)
+            own[i] = before[i] - c + (x - y) / (steps * lr)
+            moved.append(y - x)
+        x = x + torch.stack(moved).mean(0)
+        c = c + len(sampled) / 4 * (own - before)[sampled].mean(0)
+        assert torch.allclose(c, own.mean(0), **EXACT)
+    return x, c
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+async def test_scaffold_is_the_paper_s_algorithm_and_finds_the_optimum(fleet: Fleet, steps: int) -> None:
+    for versions in (5, 40):
+        head = await fleet.run(**bowls(0.3, local={"steps": steps, **SCAFFOLD}, stop={"versions": versions}))
+        w, controls = await fleet.sections(head)
+        x, c = scaffold(await fleet.log(head.run), 0.3, steps)
+        assert torch.allclose(w, x, **EXACT) and torch.allclose(controls / 4, c, **EXACT)
+    assert torch.allclose(w, OPTIMUM, rtol=1e-3)
+
+
+async def test_scaffold_with_updates_that_were_dropped_keeps_c_the_mean_of_what_was_committed(fleet: Fleet) -> None:
+    """Three of four close a round at once; the fourth is late, and its variate stays what it was."""
+    sync = {"quorum": 3, "grace_s": 0}
+    head = await fleet.run(**bowls(0.2, local={"steps": 3, **SCAFFOLD}, sync=sync, stop={"versions": 40}))
+    log = await fleet.log(head.run)
+    assert {d.reason[:4] for record in log for d in record.dropped} == {"late"}, "nothing was dropped"
+    assert {len(record.plan.merged) for record in log} >= {3}
+    w, controls = await fleet.sections(head)
+    x, c = scaffold(log, 0.2, 3)
+    assert torch.allclose(w, x, **EXACT) and torch.allclose(controls / 4, c, **EXACT)
+
+
+async def test_scaffold_with_an_agent_killed_goes_on_with_the_variates_it_had(fleet: Fleet) -> None:
+    run = await fleet.start(
+        **bowls(0.2, local={"steps": 3, **SCAFFOLD}, sync={"quorum": 3, "grace_s": 0.02}, stop={"versions": 150})
+    )
+    await fleet.version(run, 20)
+    await fleet.local.kill("a2")
+    await fleet.local.start_agent("a2")
+    head = await fleet.ended(run)
+    log = await fleet.log(run)
+    assert head.phase == "done", head.reason
+    merged = ["a2" in [e.agent for e in record.plan.merged] for record in log]
+    assert any(merged[:20]) and any(merged[-50:]), merged
+    w, controls = await fleet.sections(head)
+    x, c = scaffold(log, 0.2, 3)
+    assert torch.allclose(w, x, **EXACT) and torch.allclose(controls / 4, c, **EXACT)
+
+
+async def test_scaffold_beside_a_weighting_is_refused(fleet: Fleet) -> None:
+    answer = await fleet.submit(**bowls(0.1, local={"steps": 1, **SCAFFOLD}, merge={"weights": "samples"}))
+    assert (answer.run, answer.setting) == ("", "merge.weights")
+    assert "the plain mean of all c_i" in answer.problem and "Leave merge.weights at 'uniform'" in answer.mend

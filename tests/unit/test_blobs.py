@@ -68,6 +68,22 @@ async def test_what_is_put_is_got(bus: Any, size: int) -> None:
     assert await got(bus, ref, size) == DATA[:size]
 
 
+@pytest.mark.parametrize(("size", "chunks"), [(512, 6), (100, 1), (99, 1), (101, 2), (1, 1)])
+async def test_no_chunk_reaches_from_one_section_into_the_next(bus: Any, size: int, chunks: int) -> None:
+    data = DATA[: 2 * size]
+    ref = await put(bus, data, sections=2)
+    assert (ref.size, ref.chunks) == (2 * size, 2 * chunks)
+    assert await got(bus, ref, 2 * size, sections=2) == data
+    first = [await get_chunk(bus, STREAM, prefix, ref, k, min(CHUNK, size - CHUNK * k), "raw") for k in range(chunks)]
+    assert b"".join(first) == data[:size]
+
+
+async def test_a_blob_of_other_sections_is_refused(bus: Any) -> None:
+    ref = await put(bus, DATA, sections=2)
+    with pytest.raises(PeerError, match="1024 bytes in 12 chunks, expected 1024 bytes"):
+        await got(bus, ref)
+
+
 async def test_the_digest_is_that_of_the_checksums_in_order(bus: Any) -> None:
     _, digest = await put_blob(bus, prefix, memoryview(DATA), CHUNK)
     assert digest == blob_digest(checksum(DATA[i : i + CHUNK]) for i in range(0, len(DATA), CHUNK))

@@ -45,8 +45,9 @@ class Place:
 
     def __init__(self, bus: Any, dtype: torch.dtype = torch.float32, executor: Any = None, **settings: Any) -> None:
         self.bus, self.dtype, self.memory = bus, dtype, SharedMemory()
-        self.layout: Manifest = manifest_of(nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))]), 4096)
         spec = spec_of(**settings)
+        model = nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))])
+        self.layout: Manifest = manifest_of(model, 4096, sections=spec.local.sections)
         self.center = Center(self.layout, self.memory, spec.states)
         self.center.now_P.copy_(vectors(1, dtype, seed=99)[0])
         self.reducer = Reducer(bus, spec, self.layout, self.center, executor)
@@ -54,7 +55,8 @@ class Place:
     async def offered(self, agent: str, update: Tensor, weight: float) -> PlanEntry:
         prefix = partial(subjects.update_prefix, RUN, agent)
         data = memoryview(bytearray(update.numpy().tobytes()))
-        ref, digest = await put_blob(self.bus, prefix, data, self.layout.chunk_bytes, codec=self.layout.dtype)
+        how: dict[str, Any] = {"codec": self.layout.dtype, "sections": self.layout.sections}
+        ref, digest = await put_blob(self.bus, prefix, data, self.layout.chunk_bytes, **how)
         return PlanEntry(agent=agent, clock=3, weight=weight, blob=ref, digest=digest)
 
     async def plan(
@@ -156,6 +158,55 @@ async def test_rounds_take_turns_in_the_two_places(place: Place) -> None:
         place.center.advance()
         expected += update
         assert torch.equal(place.center.now_P, expected)
+
+
+SCAFFOLD: dict[str, Any] = {"local": {"control_variates": "scaffold"}}
+
+
+async def test_changes_of_control_variates_are_added_up_whatever_the_weights(make: Make) -> None:
+    place = make(torch.float64, **SCAFFOLD)
+    place.center.control_now_P.copy_(vectors(1, torch.float64, seed=5)[0])
+    deltas, changes = vectors(3, torch.float64), vectors(3, torch.float64, seed=1)
+    both = [torch.cat(pair) for pair in zip(deltas, changes, strict=True)]
+    merged = await place.reducer.merge(await place.plan(both, [0.5, 0.2, 0.3]))
+    moved = 0.5 * deltas[0] + 0.2 * deltas[1] + 0.3 * deltas[2]
+    assert torch.allclose(place.center.next_P, place.center.now_P + moved, rtol=1e-12)
+    assert torch.allclose(place.center.control_next_P, place.center.control_now_P + sum(changes), rtol=1e-12)
+    assert (merged.model.size, merged.model.chunks) == (2 * place.layout.nbytes, 10)
+    assert merged.digest == digest_of(place.center.next_P)
+
+
+async def test_another_coordinator_reads_the_sum_of_control_variates_with_the_center(make: Make) -> None:
+    settings: dict[str, Any] = {**SCAFFOLD, "outer": {"kind": "momentum"}}
+    place, other = make(**settings), make(**settings)
+    merged = await place.reducer.merge(await place.plan([torch.cat(vectors(2))]))
+    await other.reducer.get_center(merged.model, 1)
+    place.center.advance()
+    assert torch.equal(other.center.now_P, place.center.now_P)
+    assert torch.equal(other.center.control_now_P, place.center.control_now_P) and place.center.control_now_P.any()
+    assert torch.equal(other.state(), place.state()) and place.state().any()
+
+
+async def test_version_0_has_control_variates_of_zero(make: Make) -> None:
+    place, other = make(**SCAFFOLD), make(**SCAFFOLD)
+    first = await place.reducer.put_center()
+    other.center.control_now_P.fill_(7.0)
+    await other.reducer.get_center(first.model, 0)
+    assert torch.equal(other.center.now_P, place.center.now_P) and not other.center.control_now_P.any()
+
+
+async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) -> None:
+    place = make(**SCAFFOLD)
+    good, bad = vectors(2), vectors(2, seed=1)
+    bad[1][4999] = float("nan")
+    error = await unusable(place, await place.plan([torch.cat(good), torch.cat(bad)]))
+    assert (error.agent, error.why) == ("a2", "it holds NaN or infinite values: its training diverged")
+    assert not place.center.control_now_P.any()
+    plan = await place.plan([torch.cat(good)])
+    flipped = plan.merged[0].blob
+    data = memoryview(vectors(1, seed=3)[0][:1024].numpy()).cast("B")
+    place.put_frame(plan.merged[0], 5, pack_chunk(flipped.id, 5, 10, "fp32", data))
+    assert (await unusable(place, plan)).why == "its content is not what it signed"
 
 
 # -- the outer state ---------------------------------------------------------------------------------------------------
