@@ -12,6 +12,7 @@ import syncline
 from syncline.bus.base import Bus, Delivery
 from syncline.chance import jitter, new_id
 from syncline.errors import BusError, PeerError
+from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
 from syncline.wire.signing import Signer
@@ -42,6 +43,7 @@ class Agent:
         self._session: Session | None = None
         self._news = asyncio.Event()
         self._device = ""
+        self._waits_because = ""
 
     async def serve(self) -> None:
         subscription = await self._bus.subscribe(subjects.notify("*"), self._on_notify)
@@ -69,6 +71,7 @@ class Agent:
 
     async def _take_part(self, run: str) -> None:
         log.info("taking part in run %s", run)
+        self._waits_because = ""
         self._session = Session(self._bus, run, self._me, self._training, self._hello)
         try:
             await self._session.follow()
@@ -94,11 +97,24 @@ class Agent:
             answer = await self._bus.request(subjects.hello(self._me.agent), encode(hello), HELLO_ANSWER_S)
             welcome = decode(Welcome, answer)
         except (BusError, PeerError) as error:
-            log.debug("hello: %s", error)
+            await self._waits(f"no coordinator answers yet: {error}")
             return ""
         if welcome.superseded:
             raise Superseded(welcome.reason)
+        if not welcome.run:
+            await self._waits(welcome.reason or "no run is waiting", refused=bool(welcome.reason))
         return welcome.run
+
+    async def _waits(self, why: str, *, refused: bool = False) -> None:
+        """Says so where that is news; everybody may know of a run that does not take this agent."""
+        if why == self._waits_because:
+            return
+        self._waits_because = why
+        log.info("waiting for a run: %s", why)
+        if refused:
+            text = f"{self._me.agent} takes no part: {why}"
+            fleet = Telemetry(self._bus, subjects.FLEET, self._me.agent)
+            await fleet.event("agent-not-taken", text, level="warning", agent=self._me.agent)
 
     async def _wait(self) -> None:
         """Until there may be a run: a notify of one, or some seconds."""

@@ -73,6 +73,8 @@ class RunView:
         if not state.version:
             return ""
         metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.shown_metrics()[:3]]
+        if metrics and state.evaluated < state.version:
+            metrics.append(f"after {state.evaluated}")
         traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
         return "  ".join([f"round {state.version}/{state.versions}", *metrics, traffic, f"{since_start_s():.1f} s"])
 

@@ -124,9 +124,11 @@ class Coordinator:
     def _welcome(self, agent: str) -> Welcome:
         run = self._active
         if run is None:
-            return Welcome(reason="no run is waiting")
-        if not _allows(self._hellos[agent].tasks, run.parts.spec.task):
-            return Welcome(reason=f"task {run.parts.spec.task} is not allowed on this agent")
+            return Welcome()
+        task = run.parts.spec.task
+        if not _allows(self._hellos[agent].tasks, task):
+            mend = f"If you trust it, start the agent with `--allow-task '{task}'`"
+            return Welcome(reason=f"task {task} is not allowed on this agent. {mend}")
         why_not = run.room_for(agent)
         return Welcome(reason=why_not) if why_not else Welcome(run=run.parts.spec.name)
 

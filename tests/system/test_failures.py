@@ -140,6 +140,17 @@ async def test_a_second_process_of_the_same_name_takes_over_and_the_first_exits(
     assert (await fleet.ended(run)).phase == "done"
 
 
+async def test_an_agent_that_does_not_allow_the_task_takes_no_part_and_is_named_with_the_mend(fleet: Fleet) -> None:
+    await fleet.local.start_agent("a1", allow_task=("syncline.tasks.*",))
+    run = await fleet.start(**SLOW, agents={"min": 3, "lost_after_s": 1.5}, stop={"versions": 3})
+    text = (await fleet.event("fleet", "agent-not-taken", "a1"))["text"]
+    assert "is not allowed on this agent" in text and f"--allow-task '{SLOW['task']}'" in text
+    head = await fleet.ended(run)
+    assert head.phase == "done", head.reason
+    assert {e.agent for r in await fleet.log(run) for e in r.plan.merged} == {"a2", "a3", "a4"}
+    await fleet.local.start_agent("a1")
+
+
 async def test_a_coordinator_killed_in_the_middle_goes_on_where_head_stands(fleet: Fleet) -> None:
     run = await fleet.start(**SLOW, agents=QUICK_LOSS, stop={"versions": 6})
     await fleet.version(run, 2)

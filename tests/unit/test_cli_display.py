@@ -83,6 +83,13 @@ def test_a_line_before_the_first_round_says_nothing() -> None:
     )
 
 
+def test_a_line_says_of_which_round_its_metrics_are_where_it_is_another() -> None:
+    state = state_of(1)
+    assert state.round is not None
+    state.round = state.round.model_copy(update={"version": 14})
+    assert RunView("t", state).line().startswith("round 14/40  accuracy 0.929  loss 0.0769  after 13  2.7 MB up")
+
+
 def test_agents_alone_make_progress_by_their_steps() -> None:
     view = RunView("each agent alone", state_of(4), summary="shared model: …")
     assert view.progress() == pytest.approx(11 / 20)
