@@ -88,10 +88,9 @@ class Demo:
 
     def _say_how_to_watch(self, fleet: LocalFleet) -> None:
         broker = fleet.broker
-        if self.settings.directory is not None:
-            (broker.directory / "broker.url").write_text(f"{broker.url}\n")
         key = broker.keyring.path("watch")
-        self.screen.say("hint", "watch from a second terminal, with the nats command-line tool:")
+        self.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
+        self.screen.say("hint", "or with any NATS client:")
         self.screen.say("hint", f"  nats --server {broker.url} --nkey {key} sub 'syncline.v1.*.metrics.>'")
 
     # -- what came of it -----------------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ class Feed:
             self._news.set()
 
     async def _on_event(self, delivery: Delivery) -> None:
-        self.state.on_event(subjects.run_of(delivery.subject), delivery.data)
+        tokens = delivery.subject.split(".")
+        self.state.on_event(tokens[2], delivery.data, tokens[4])
 
     async def last(self, version: int, *, evaluated: bool, agents: int = 0) -> None:
         """Waits a moment for the metrics of the end: they travel on another connection than head."""

@@ -144,6 +144,13 @@ class LocalFleet:
         identity = self.broker.keyring.identity(name)
         return await NatsBus.connect(Connection(self.broker.url, name, identity.seed))
 
+    @property
+    def watch_command(self) -> str:
+        """What to type in a second terminal. A fleet in a temporary directory is found by itself."""
+        if self.settings.directory is None:
+            return "syncline watch"
+        return f"syncline watch --connect {self.broker.url} --key {self.broker.keyring.path('watch')}"
+
     @staticmethod
     async def ask_coordinator(bus: NatsBus, subject: str, question: bytes, patience_s: float = 60.0) -> bytes:
         """One question to the coordinator, asked again while it is still coming up. Raises NoResponders after that."""

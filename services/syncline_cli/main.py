@@ -25,6 +25,7 @@ COMMANDS = {  # name → module with a typer `app`
     "sim": "syncline_cli.sim",
     "coordinator": "syncline_cli.coordinator",
     "agent": "syncline_cli.agent",
+    "watch": "syncline_cli.watch",
     "why": "syncline_cli.why",
     "ls": "syncline_cli.ls",
     "stop": "syncline_cli.stop",

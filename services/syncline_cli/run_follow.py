@@ -77,6 +77,7 @@ async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
         feed = Feed(feed_bus, watch.state)
         await feed.open()
         watch.follows((await submit(bus, watch.spec)).warnings)
+        watch.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
         follower = Follower(bus, watch.spec.name)
         try:
             await Services(fleet, watch.screen.say).until_ended(follower, watch.state, watch.spec.agents.min)

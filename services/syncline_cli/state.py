@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from syncline.telemetry import AgentEval, CenterEval, Event, Round, Train
-from syncline.wire.subjects import COORDINATOR, FLEET
+from syncline.telemetry import LOST_NAMED, AgentEval, CenterEval, Event, Round, RunStatus, Train
+from syncline.wire.messages import ENDED
+from syncline.wire.subjects import COORDINATOR, FLEET, NAME
 
 POINTS = 1024  # of a curve; a longer one is thinned out
 BLOCKS = "▁▂▃▄▅▆▇█"
+MAX_AGENTS = 10_000  # names that are remembered; a broker without accounts lets anybody make them up
+MAX_EVENTS = 1000
+TRAINING_LOSS = "training loss"  # the curve of the agents' mean
 
 
 @dataclass(slots=True)
@@ -21,6 +27,9 @@ class AgentState:
     metrics: dict[str, float | None] = field(default_factory=dict)  # of its own W_i
     lost: str = ""  # why, in the words of the coordinator
     failed: str = ""
+    seen_s: float = 0.0  # when its newest metric came, by the watcher's clock
+    late_at_s: float = -math.inf  # when it was last named as late
+    late: int = 0  # rounds in which it was
 
 
 @dataclass(slots=True)
@@ -38,6 +47,12 @@ class Curve:
         self.points.append((version, value))
         if len(self.points) > POINTS:
             self.points, self._every = self.points[::2], 2 * self._every
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest value; of a curve that has points."""
+        values = [value for _, value in self.points]
+        return min(values), max(values)
 
     def sparkline(self, width: int) -> str:
         """`width` blocks, each the last value up to its version, between the lowest and the highest of all."""
@@ -67,48 +82,93 @@ class RunState:
     metrics: dict[str, float | None] = field(default_factory=dict)  # of the center, held out
     evaluated: int = -1  # the version they are of
     curves: dict[str, Curve] = field(default_factory=dict)  # by metric, of the center
-    events: list[Event] = field(default_factory=list)  # warnings and errors, not yet shown
-    ended: str = ""
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))  # warnings and errors, not yet shown
+    status: RunStatus | None = None  # the newest
+    statuses: int = 0  # of them, so far
+    ended: str = ""  # how, and where that is known why
+    phase: str = ""
 
     # -- facts ---------------------------------------------------------------------------------------------------------
-    def on_metric(self, who: str, what: str, data: bytes) -> None:
-        """A message on `….metrics.<who>.<what>`. One that is none, or of a kind we do not know, changes nothing."""
+    def on_metric(self, who: str, what: str, data: bytes, now_s: float = 0.0) -> None:
+        """A message on `….metrics.<who>.<what>`. One that is none, or of a kind we do not know, changes nothing.
+
+        What only the coordinator can know is believed of it alone: the broker holds everybody to his own subjects.
+        """
         try:
-            if what == Train.what:
-                self._agent(who).train = Train.model_validate_json(data)
+            if who != COORDINATOR:
+                self._of_agent(who, what, data, now_s)
             elif what == Round.what:
-                self.round = Round.model_validate_json(data)
-            elif what == CenterEval.what and who == COORDINATOR:
+                self._committed(Round.model_validate_json(data), now_s)
+            elif what == CenterEval.what:
                 self._evaluated(CenterEval.model_validate_json(data))
-            elif what == AgentEval.what:
-                self._agent(who).metrics = AgentEval.model_validate_json(data).metrics
+            elif what == RunStatus.what:
+                self._stands(RunStatus.model_validate_json(data))
         except ValidationError:
             pass
 
-    def on_event(self, run: str, data: bytes) -> None:
-        """A message on `….events.<who>`, of this run or of the fleet."""
+    def on_event(self, run: str, data: bytes, who: str = COORDINATOR) -> Event | None:
+        """A message on `….events.<who>`, of this run or of the fleet; the event, where it is one that concerns us."""
         if run not in (self.run, FLEET):
-            return
+            return None
         try:
             event = Event.model_validate_json(data)
         except ValidationError:
-            return
+            return None
         if event.level != "info":
             self.events.append(event)
-        if event.agent and event.event in ("agent-joined", "agent-lost", "agent-failed"):
-            agent = self._agent(event.agent)
+        about = event.agent if who == COORDINATOR else who
+        if event.event in ("agent-joined", "agent-lost", "agent-failed") and (agent := self._agent(about)) is not None:
             agent.lost = event.text if event.event == "agent-lost" else ""
             if event.event == "agent-failed":
                 agent.failed = event.text
-        if run == self.run and event.event.startswith("run-") and event.event != "run-accepted":
-            self.ended = event.text
+        if run == self.run and who == COORDINATOR and event.event.removeprefix("run-") in ENDED:
+            self.ended, self.phase = event.text, event.event.removeprefix("run-")
+        return event
 
     def take_events(self) -> list[Event]:
-        taken, self.events = self.events, []
+        taken = list(self.events)
+        self.events.clear()
         return taken
 
-    def _agent(self, name: str) -> AgentState:
-        return self.agents.setdefault(name, AgentState())
+    def _agent(self, name: str) -> AgentState | None:
+        """None for what is no agent's name, and for one too many."""
+        if name not in self.agents and NAME.fullmatch(name) and len(self.agents) < MAX_AGENTS:
+            self.agents[name] = AgentState()
+        return self.agents.get(name)
+
+    def _of_agent(self, name: str, what: str, data: bytes, now_s: float) -> None:
+        if what == Train.what:
+            train = Train.model_validate_json(data)
+            if (agent := self._agent(name)) is not None:
+                agent.train, agent.seen_s = train, now_s
+        elif what == AgentEval.what:
+            metrics = AgentEval.model_validate_json(data).metrics
+            if (agent := self._agent(name)) is not None:
+                agent.metrics = metrics
+
+    def _committed(self, round_: Round, now_s: float) -> None:
+        self.round = round_
+        for name in round_.late:
+            if (agent := self._agent(name)) is not None:
+                agent.late_at_s, agent.late = now_s, agent.late + 1
+        here = [a.train for a in self.agents.values() if a.train is not None and not (a.lost or a.failed)]
+        losses = [train.loss for train in here if train.loss is not None]
+        if losses:
+            self.curves.setdefault(TRAINING_LOSS, Curve()).add(round_.version, sum(losses) / len(losses))
+
+    def _stands(self, status: RunStatus) -> None:
+        """The truth, for whoever missed what led to it."""
+        self.status, self.phase, self.versions = status, status.phase, status.versions
+        self.statuses += 1
+        gone = {*status.lost}
+        for name in gone:
+            if (agent := self._agent(name)) is not None:
+                agent.lost = agent.lost or f"{name} lost"
+        for name, agent in self.agents.items():
+            if name not in gone and len(gone) < LOST_NAMED:
+                agent.lost = ""
+        if status.phase in ENDED:
+            self.ended = self.ended or f"run {self.run}: {status.reason}"
 
     def _evaluated(self, result: CenterEval) -> None:
         if result.version < self.evaluated:
@@ -120,7 +180,13 @@ class RunState:
     # -- what follows --------------------------------------------------------------------------------------------------
     @property
     def version(self) -> int:
-        return max(self.round.version if self.round else 0, self.evaluated, 0)
+        known = (self.round.version if self.round else 0, self.status.version if self.status else 0)
+        return max(*known, self.evaluated)
+
+    def lag(self, agent: AgentState) -> int | None:
+        """Versions that the center has moved on since the one the agent trains from; None where it trains from none."""
+        train = agent.train
+        return None if train is None or train.state == "starting" else max(0, self.version - train.version)
 
     @property
     def bytes_up(self) -> int:
@@ -129,6 +195,12 @@ class RunState:
     @property
     def bytes_down(self) -> int:
         return self.round.bytes_down if self.round else 0
+
+    @property
+    def deaf(self) -> bool:
+        """The coordinator is heard and no agent, though some take part: with the coordinator's own key, for one."""
+        silent = all(agent.train is None for agent in self.agents.values())
+        return silent and self.statuses >= 3 and self.status is not None and self.status.agents > 0
 
     @property
     def failed(self) -> dict[str, str]:

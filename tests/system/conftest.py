@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from command import until
 from harness import Fleet, settings
 
+from syncline.bus.embedded import server_binary
 from syncline.nursery import Nursery
 from syncline_cli.local import LocalFleet
 
@@ -29,3 +32,18 @@ async def fleet(nursery: Nursery) -> AsyncIterator[Fleet]:
         opened = await Fleet.open(local)
         yield opened
         await opened.close()
+
+
+@pytest.fixture(scope="module")
+def bare_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A nats-server without JetStream and without accounts."""
+    log = tmp_path_factory.mktemp("bare") / "log"
+    with log.open("wb") as out:
+        server = subprocess.Popen([str(server_binary()), "-a", "127.0.0.1", "-p", "-1"], stderr=out)
+    try:
+        until(lambda: "Server is ready" in log.read_text(), 10.0, log.read_text)
+        line = next(line for line in log.read_text().splitlines() if "Listening for client connections" in line)
+        yield f"nats://{line.rpartition(' ')[2]}"
+    finally:
+        server.terminate()
+        server.wait()

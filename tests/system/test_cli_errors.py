@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import Command, until
+from command import Command
 from harness import Fleet
 
-from syncline.bus.embedded import server_binary
 from syncline.errors import Unavailable
 from syncline.wire import subjects
 
@@ -113,21 +110,6 @@ def test_a_broker_that_nobody_reaches(tmp_path: Path, command: str) -> None:
     said = refused(tmp_path, command, *args, "--connect", NOWHERE)
     assert said.splitlines()[-1].startswith(f"error: --connect: no broker answers at {NOWHERE}")
     assert "SYNCLINE_NATS_URL" in said
-
-
-@pytest.fixture(scope="module")
-def bare_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A nats-server without JetStream and without accounts."""
-    log = tmp_path_factory.mktemp("bare") / "log"
-    with log.open("wb") as out:
-        server = subprocess.Popen([str(server_binary()), "-a", "127.0.0.1", "-p", "-1"], stderr=out)
-    try:
-        until(lambda: "Server is ready" in log.read_text(), 10.0, log.read_text)
-        line = next(line for line in log.read_text().splitlines() if "Listening for client connections" in line)
-        yield f"nats://{line.rpartition(' ')[2]}"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.mark.parametrize("command", ["run", "coordinator"])
