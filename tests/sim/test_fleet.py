@@ -176,5 +176,3 @@ def test_agents_that_start_later_take_part_later() -> None:
     result = fleet_of(spec_of(agents={"min": 1}, stop={"versions": 40}), agents=4, start_within_s=4.0, step_s=0.01)
     merged = [a.merged for a in result.agents]
     assert merged[0] == 40 and merged == sorted(merged, reverse=True) and 0 < merged[3] < merged[1] < 40
-
-

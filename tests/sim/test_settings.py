@@ -62,13 +62,16 @@ def test_a_real_run_leaves_the_section_alone_whatever_it_holds(tmp_path: Path) -
     [
         ({"stp_s": 1}, "sim.stp_s: there is no such setting. Did you mean `step_s`?"),
         ({"step_s": 0}, "sim.step_s.0: 0 is not accepted. Input should be greater than 0"),
-        ({"step_s": []}, "sim.step_s: [] is not accepted."),
+        ({"step_s": []}, "sim.step_s: an empty list says nothing; leave it out"),
         ({"step_s": "fast"}, "sim.step_s.0: 'fast' is not accepted."),
         ({"jitter": -1}, "sim.jitter: -1 is not accepted. Input should be greater than or equal to 0"),
         ({"link": {"up_mbt": 1}}, "sim.link.0.up_mbt: there is no such setting. Did you mean `up_mbit`?"),
         ({"link": [{}, {"down_mbit": 0}]}, "sim.link.1.down_mbit: 0 is not accepted. Input should be greater than 0"),
         ([1], "sim: is a list, not a mapping. Write settings under `sim:`"),
-        ({"agents": 1}, "sim.agents: 1 are fewer than the run starts with (agents.min = 2). Raise it, or lower agents.min"),
+        (
+            {"agents": 1},
+            "sim.agents: 1 are fewer than the run starts with (agents.min = 2). Raise it, or lower agents.min",
+        ),
         (
             {"faults": [{"kind": "crsh", "after_s": 1}]},
             "sim.faults.0.kind: 'crsh' is not accepted. Use one of crash, cut, delay, lose, broker, trainer, twin",
@@ -80,11 +83,11 @@ def test_a_real_run_leaves_the_section_alone_whatever_it_holds(tmp_path: Path) -
         ({"faults": [{"kind": "cut", "service": "a1", "after_s": 1}]}, "sim.faults.0.for_s: is missing. Add it"),
         (
             {"faults": [{"kind": "cut", "service": "a9", "after_s": 1, "for_s": 1}]},
-            "sim.faults.0.service: there is no 'a9'. Use a1 to a2, or coordinator",
+            "sim.faults.0.service: there is no 'a9' here. Use a1 to a2 or coordinator",
         ),
         (
             {"faults": [{"kind": "twin", "service": "coordinator", "after_s": 1}]},
-            "sim.faults.0.service: there is no such agent as 'coordinator'. Use a1 to a2",
+            "sim.faults.0.service: there is no 'coordinator' here. Use a1 to a2",
         ),
     ],
 )
