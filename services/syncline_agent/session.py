@@ -160,7 +160,7 @@ class Session:
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
         await self._revive()
-        self._stand.state, self._stand.announced = "waiting", True
+        self._stand.is_ready()
 
     async def _revive(self) -> None:
         """A child with the model, and with what this agent kept of the run; several tries where it dies."""
@@ -264,7 +264,7 @@ class Session:
 
     async def _cannot(self, why: str) -> None:
         """Says so, and stays until the run is over: this agent is of no use in it."""
-        self._stand.state, self._stand.why = "failed", why[:2000]
+        self._stand.cannot(why[:2000])
         text = f"{self._me.agent} cannot train: {why}"
         await self._telemetry.event("agent-failed", text, level="error", agent=self._me.agent)
         await self._training.close()

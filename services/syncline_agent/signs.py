@@ -32,15 +32,29 @@ class Superseded(SynclineError):
 class Stand:
     """Where an agent stands in its run."""
 
+    moved: asyncio.Event = field(default_factory=asyncio.Event)  # anything here was written
+    turned: asyncio.Event = field(default_factory=asyncio.Event)  # it is ready, or of no use: that is news
     state: Any = "starting"
     why: str = ""  # it failed
-    announced: bool = False  # it is ready
     clock: int = 0  # local periods finished
     version: int = 0  # of the center it trains from
     part: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     last: dict[str, Any] = field(default_factory=dict)  # what the last period came to
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name != "moved":
+            self.moved.set()
+
+    def is_ready(self) -> None:
+        self.state = "waiting"
+        self.turned.set()
+
+    def cannot(self, why: str) -> None:
+        self.state, self.why = "failed", why
+        self.turned.set()
 
 
 class SignsOfLife:
@@ -57,7 +71,7 @@ class SignsOfLife:
         """Until the coordinator has other plans for this agent. Raises Superseded."""
         subject, stand = subjects.heartbeat(self._run, self._agent), self._stand
         while True:
-            announced, failed = stand.announced, stand.state == "failed"
+            stand.turned.clear()
             try:
                 answer = decode(Welcome, await self._bus.request(subject, encode(self._heartbeat()), 5.0))
                 if answer.superseded:
@@ -74,11 +88,11 @@ class SignsOfLife:
                 log.debug("heartbeat: %s", error)
             except PeerError as error:
                 log.warning("heartbeat: %s", error)
-            next_s = asyncio.get_running_loop().time() + jitter(self.heartbeat_s, 0.8, 1.0)
-            while asyncio.get_running_loop().time() < next_s:
-                await asyncio.sleep(0.02 if not announced else min(0.2, self.heartbeat_s / 4))
-                if announced != stand.announced or failed != (stand.state == "failed"):
-                    break  # ready, or of no use: that is news
+            try:
+                async with asyncio.timeout(jitter(self.heartbeat_s, 0.8, 1.0)):
+                    await stand.turned.wait()
+            except TimeoutError:
+                pass
 
     async def leave(self) -> None:
         """Says goodbye, so that nobody waits for this agent."""
@@ -91,14 +105,23 @@ class SignsOfLife:
     async def show(self) -> None:
         """Where this agent stands, five times a second while something moves, and now and then while nothing does."""
         shown: Any = None
-        again_s, clock = 0.0, asyncio.get_running_loop().time
+        stand, clock, again_s = self._stand, asyncio.get_running_loop().time, 0.0
         while True:
-            stand = self._stand
+            stand.moved.clear()
             now = (stand.state, stand.version, stand.clock, self._training.progress())
             if (now != shown or clock() >= again_s) and self._metrics.due(clock()):
                 shown, again_s = now, clock() + STATUS_S
                 await self.show_once()
+            elif now == shown and stand.state != "training":
+                await self._until_moved(again_s - clock())
             await asyncio.sleep(METRICS_S)
+
+    async def _until_moved(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._stand.moved.wait()
+        except TimeoutError:
+            pass
 
     async def show_once(self) -> None:
         progress, stand = self._training.progress(), self._stand

@@ -113,7 +113,7 @@ class Trainer:
         self._take_part(number, period.parts)
         self._begin(period)
         settings, rows = self._settings, len(self._dataset)
-        torch.manual_seed(_seed(settings.seed, number, clock))
+        _seed_torch(_seed(settings.seed, number, clock), self._claim.device)
         began = self._clock()
         loss, steps, seen = self._train(self._allotted(rows), clock, number)
         seconds = self._clock() - began
@@ -279,6 +279,14 @@ def _while_open(lasts: Duration, stream: Iterator[Any]) -> Iterator[Any]:
 def _seed(*parts: int) -> int:
     """One seed out of several numbers, for dropout and the like: the same period draws the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, which looks for every kind of device, and takes milliseconds for it, where there is none."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def main(device: str, threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:

@@ -106,7 +106,7 @@ def run_fleet(
 class Fleet:
     """`play` once; `result` at any time, also after an interruption."""
 
-    def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path, follow: Follow = _nobody) -> None:
+    def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path = Path(), follow: Follow = _nobody) -> None:
         settings.check(spec)
         self.spec, self.settings = spec, settings
         agents = settings.names(spec)

@@ -30,6 +30,8 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 def _listed(value: Any) -> Any:
+    if value in ([], ()):
+        raise ValueError("an empty list says nothing; leave it out")
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -131,11 +133,11 @@ class SimSettings(Settings):
 
     agents: int | None = Field(None, ge=1, le=10_000, description="How many; default: agents.min, or agents.max.")
     step_s: Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(_listed)] = Field(
-        (0.01,), min_length=1, description="Seconds of a local step: one for all, or a list."
+        (0.01,), description="Seconds of a local step: one for all, or a list."
     )
     spread: float = Field(0.0, ge=0, le=5, description="Agents differ: σ of a log-normal factor, for good.")
     jitter: float = Field(0.0, ge=0, le=5, description="Periods differ: σ of a log-normal factor, each time.")
-    link: Annotated[tuple[Link, ...], BeforeValidator(_listed)] = Field((Link(),), min_length=1)
+    link: Annotated[tuple[Link, ...], BeforeValidator(_listed)] = (Link(),)
     start_within_s: Seconds = Field(0.0, description="Agents are started evenly over so long.")
     faults: tuple[FaultSetting, ...] = ()
     longest_s: float = Field(1e8, gt=0, description="The simulation is given up then.")
@@ -153,14 +155,12 @@ class SimSettings(Settings):
             problem = f"{len(names)} are fewer than the run starts with (agents.min = {spec.agents.min})"
             raise ConfigError("sim.agents", problem, "Raise it, or lower agents.min")
         for i, fault in enumerate(self.faults):
-            whose = getattr(fault, "service", COORDINATOR)
-            agents_only = isinstance(fault, TrainerKilled | TwinStarted)
-            if whose not in names and (whose != COORDINATOR or (agents_only and hasattr(fault, "service"))):
-                raise ConfigError(
-                    f"sim.faults.{i}.service",
-                    f"there is no {whose!r}",
-                    f"Use {names[0]} to {names[-1]}, or coordinator",
-                )
+            whose = getattr(fault, "service", names[0])
+            known = names if isinstance(fault, TrainerKilled | TwinStarted) else (*names, COORDINATOR)
+            if whose not in known:
+                also = " or coordinator" if COORDINATOR in known else ""
+                mend = f"Use {names[0]} to {names[-1]}{also}"
+                raise ConfigError(f"{SIM_SECTION}.faults.{i}.service", f"there is no {whose!r} here", mend)
 
     def schedule(self) -> Faults:
         return Faults(tuple(fault.fault() for fault in self.faults))

@@ -65,6 +65,9 @@ def _walk(model: type[BaseModel], loc: list[str]) -> tuple[list[str], Models]:
             sections, tag = [s for s in sections if part in _tags([s], tag)], None
             continue
         tag = None
+        if part.isdigit():  # in a list
+            path.append(part)
+            continue
         found = [s.model_fields[part] for s in sections if part in s.model_fields]
         if not found:
             continue
@@ -81,7 +84,7 @@ def _tag_at(model: type[BaseModel], path: list[str]) -> str | None:
 
 
 def _below(sections: Models, path: list[str]) -> Models:
-    for name in path:
+    for name in (part for part in path if not part.isdigit()):
         sections = [m for s in sections if (f := s.model_fields.get(name)) for m in _models_in(f.annotation)]
     return sections
 

@@ -193,9 +193,9 @@ class MemoryBroker:
             message = replace(message, subject=reply)
         heard = self._deliver(tenant, message)
         for other in self._audience(tenant, message.subject):
-            heard += self._deliver(other, replace(message, reply=""))
+            heard += self._deliver(other, message.answered_to(""))
         if tenant.asks_core(message.subject):
-            tenant, message = self._core, replace(message, reply=self._mapped(tenant, message.reply))
+            tenant, message = self._core, message.answered_to(self._mapped(tenant, message.reply))
             heard += self._deliver(tenant, message)
         stream = self.store.taking(message.subject) if tenant is self._core else None
         if stream is not None:

@@ -16,7 +16,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -61,6 +61,9 @@ class Seeded:
         return self._rng.uniform(0.0, self._longest_s)
 
 
+Phase = Literal["before", "done", "after"]
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One call of a bus method, as hooks see it, up to three times.
@@ -73,8 +76,11 @@ class Operation:
     who: str  # the connection's name
     name: str  # the bus method's
     arguments: tuple[object, ...]
-    phase: Literal["before", "done", "after"] = "before"
+    phase: Phase = "before"
     error: BaseException | None = None
+
+    def at(self, phase: Phase, error: BaseException | None = None) -> Operation:
+        return Operation(self.number, self.who, self.name, self.arguments, phase, error)
 
 
 Hook = Callable[[Operation], None]
@@ -98,14 +104,15 @@ class Hooks:
         try:
             yield now
         except BaseException as error:
-            self.tell(replace(now, error=error), "after")
+            self.tell(now, "after", error)
             raise
         self.tell(now, "after")
 
-    def tell(self, now: Operation | None, phase: Literal["before", "done", "after"]) -> None:
-        if now is not None:
+    def tell(self, now: Operation | None, phase: Phase, error: BaseException | None = None) -> None:
+        if now is not None and self._hooks:
+            told = now.at(phase, error)
             for hook in self._hooks:
-                hook(replace(now, phase=phase))
+                hook(told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,10 @@ class Message:
     ask: Callable[[], object] | None = None  # a question to JetStream: what is to be done there
     result: Any = None  # JetStream's answer, or the error it is
     operation: Operation | None = None
+
+    def answered_to(self, reply: str) -> Message:
+        """The same, but for where its answer is to go."""
+        return Message(self.subject, self.data, reply, self.expected, self.ask, self.result, self.operation)
 
     @property
     def size_bytes(self) -> int:
@@ -264,7 +275,7 @@ class Lane:
         try:
             if self._inbox not in self._ears:  # with the first request: a mere listener may not have an inbox
                 self._add(self._inbox)
-            self.publish(replace(message, reply=reply), kind)
+            self.publish(message.answered_to(reply), kind)
             answer = await waiting.answer
         finally:
             timer.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from syncline.bus.accounts import Account
 from syncline.bus.base import BucketConfig, Stored, StreamConfig, StreamState
@@ -28,6 +29,7 @@ _NO_SUBJECT = re.compile(r"[ \t\r\n]|^$")
 
 
 # -- subjects ----------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1 << 15)  # a fleet says the same few things all the time
 def matches(pattern: str, subject: str) -> bool:
     """`*` is one token, `>` one or more at the end. A wildcard in the *subject* is a token like any other."""
     wanted, tokens = pattern.split("."), subject.split(".")

@@ -1,0 +1,178 @@
+"""Fleets of a real task in one process: what they compute, how long it takes, and what it takes to hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from syncline.errors import ConfigError, RunFailed
+from syncline.spec import RunSpec, parse
+from syncline_sim.fleet import Fleet, FleetResult, run_fleet
+from syncline_sim.settings import SimSettings
+
+REGRESSION = "syncline.tasks.quadratic:LinearRegression"
+COUNTING = """
+from syncline.tasks.quadratic import LinearRegression
+
+made, loaded = [], []
+
+class Counting(LinearRegression):
+    def __init__(self, **options):
+        super().__init__(**options)
+        made.append(1)
+
+    def dataset(self, part):
+        loaded.append((part.held_out, part.index, part.parts))
+        return super().dataset(part)
+"""
+
+
+def spec_of(count: int = 4, **changes: Any) -> RunSpec:
+    base: dict[str, Any] = {
+        "name": "r",
+        "task": REGRESSION,
+        "agents": {"min": count},
+        "local": {"steps": 10, "batch_size": 4},
+        "stop": {"versions": 5},
+    }
+    return parse(RunSpec, {**base, **changes})
+
+
+def fleet_of(spec: RunSpec, task_dir: Path = Path(), **settings: Any) -> FleetResult:
+    return run_fleet(spec, parse(SimSettings, settings, "sim"), task_dir=task_dir)
+
+
+def test_the_same_spec_and_settings_give_the_same_result_bit_for_bit() -> None:
+    settings = {"step_s": [0.01, 0.03], "spread": 0.3, "jitter": 0.2, "link": {"delay_s": 0.01}}
+    first, second = (fleet_of(spec_of(sync={"kind": "async", "buffer": 2}), **settings) for _ in range(2))
+    assert first == second and first.phase == "done" and first.versions == 5
+    assert fleet_of(spec_of(sync={"kind": "async", "buffer": 2}), **settings, seed=5) != first
+
+
+def test_speeds_change_no_bit_of_a_synchronous_run_and_decide_how_long_it_takes() -> None:
+    even, uneven = fleet_of(spec_of(), step_s=0.01), fleet_of(spec_of(), step_s=[0.01, 0.01, 0.01, 0.05])
+    assert even.digest == uneven.digest and len(even.digest) == 32
+    assert even.seconds == pytest.approx(5 * 10 * 0.01, rel=0.2)
+    assert uneven.seconds == pytest.approx(5 * 10 * 0.05, rel=0.1)
+    assert [a.steps for a in uneven.agents] == [50] * 4
+    assert [round(a.busy_s, 6) for a in uneven.agents] == [0.5, 0.5, 0.5, 2.5]
+    assert uneven.updates == 20 and uneven.commits[-1].time_s <= uneven.ended_s
+
+
+def test_nobody_waits_for_a_slow_agent_in_an_asynchronous_run() -> None:
+    """Updates a second, over those of the synchronous run: (r (N − 1) + 1) / N, with one of N = 4 agents r = 5 times slower."""
+    step_s = [0.02, 0.02, 0.02, 0.1]
+    sync = fleet_of(spec_of(stop={"versions": 20}), step_s=step_s)
+    sync_rate = sync.updates / sync.seconds
+    result = fleet_of(spec_of(sync={"kind": "async", "buffer": 4}, stop={"versions": 80}), step_s=step_s)
+    assert result.updates / result.seconds / sync_rate == pytest.approx(4.0, rel=0.05)
+    slow = result.agents[3]
+    assert slow.merged and slow.mean_lag > max(a.mean_lag for a in result.agents[:3])
+
+
+def test_a_period_that_a_quorum_ended_is_stopped_and_what_it_did_is_not_more_than_there_was_time_for() -> None:
+    spec = spec_of(sync={"quorum": 3, "grace_s": 0.0}, stop={"versions": 4})
+    result = fleet_of(spec, step_s=[0.01, 0.01, 0.01, 0.5])
+    slow = result.agents[3]
+    assert result.phase == "done" and slow.merged == 0 and 0 < slow.steps < 4 * 10
+    assert slow.busy_s == pytest.approx(slow.steps * 0.5)
+    assert result.seconds < 4 * 10 * 0.01 + 4 * 0.5
+
+
+def test_a_period_in_seconds_has_the_steps_that_fit_into_it() -> None:
+    result = fleet_of(spec_of(local={"seconds": 0.2}, stop={"versions": 3}), step_s=[0.01, 0.05, 0.5])
+    assert [a.steps for a in result.agents] == [60, 12, 3, 60]
+
+
+def test_a_link_has_a_delay_and_a_rate() -> None:
+    big = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": 250_000}, "local": {"steps": 1}}
+    spec = spec_of(**big, evaluate={"center": False}, stop={"versions": 4})
+    free = fleet_of(spec, step_s=0.01)
+    slow = fleet_of(spec, step_s=0.01, link=[{"up_mbit": 80, "down_mbit": 160}, {}])
+    assert slow.digest == free.digest
+    one_round_s = 8 * 1e6 / 80e6 + 8 * 1e6 / 160e6  # a million bytes up and down
+    assert slow.seconds - free.seconds == pytest.approx(4 * one_round_s, rel=0.1)
+    assert slow.agents[0].bytes_up == pytest.approx(4e6, rel=0.01) == slow.agents[0].bytes_down
+    far = fleet_of(spec, step_s=0.01, link={"delay_s": 0.5})
+    assert far.seconds > 4 * 4 * 0.5  # notify, get, put, offer
+
+
+def test_faults_are_settings_and_a_synchronous_run_survives_them_bit_for_bit() -> None:
+    spec = spec_of(agents={"min": 4, "lost_after_s": 60}, stop={"versions": 8})
+    faults = [
+        {"kind": "crash", "service": "coordinator", "after_s": 0.8, "for_s": 0.5},
+        {"kind": "crash", "service": "a2", "after_s": 1.0, "for_s": 0.3},
+        {"kind": "cut", "service": "a3", "after_s": 0.9, "for_s": 5},
+        {"kind": "trainer", "service": "a1", "after_s": 1.1},
+        {"kind": "broker", "after_s": 1.2, "for_s": 0.5},
+        {"kind": "lose", "share": 0.5, "after_s": 0.9, "for_s": 3},
+        {"kind": "delay", "service": "a4", "seconds": 0.2, "after_s": 0.7, "for_s": 2},
+    ]
+    calm, troubled = fleet_of(spec, step_s=0.05), fleet_of(spec, step_s=0.05, faults=faults)
+    assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 5
+
+
+def test_who_is_not_drawn_for_a_round_does_nothing() -> None:
+    result = fleet_of(spec_of(20, sync={"sample": 0.1}, stop={"versions": 3}))
+    assert sum(a.periods for a in result.agents) == result.updates == 6
+    assert sum(a.bytes_up > 3000 for a in result.agents) <= 6
+
+
+def test_the_task_is_made_once_and_its_data_are_shared(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(COUNTING)
+    spec = spec_of(6, task="mine.py:Counting", evaluate={"center": True, "agents": True})
+    assert fleet_of(spec, tmp_path).phase == "done"
+    import sys
+
+    mine = next(m for n, m in sys.modules.items() if n.startswith("_syncline_task_") and hasattr(m, "Counting"))
+    assert len(mine.made) == 1
+    assert sorted(mine.loaded) == [(False, i, 6) for i in range(6)] + [(True, 0, 1)]
+
+
+def test_the_center_is_evaluated_every_so_many_versions_and_at_the_end() -> None:
+    result = fleet_of(spec_of(evaluate={"every": 3}, stop={"versions": 8}))
+    assert [p.version for p in result.timeline] == [3, 6, 8]
+    assert result.metrics == result.timeline[-1].metrics and set(result.metrics) == {"loss"}
+    times = {c.version: c.time_s for c in result.commits}
+    assert all(p.time_s == times[p.version] for p in result.timeline)
+
+
+def test_a_target_ends_the_run_and_the_time_to_it_is_known() -> None:
+    result = fleet_of(spec_of(stop={"versions": 200, "target": {"metric": "loss", "at_most": 0.05}}))
+    assert result.phase == "done" and result.versions < 200 and result.metrics["loss"] is not None
+    assert result.first("loss", at_least=0.0) == result.timeline[0].time_s - result.opened_s
+    assert result.first("accuracy", at_least=0.9) is None
+
+
+def test_what_is_wrong_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(ConfigError, match="task"):
+        fleet_of(spec_of(task="no.such.module:Task"))
+    (tmp_path / "mine.py").write_text(COUNTING.replace("loaded.append", "raise RuntimeError") + "\n")
+    with pytest.raises(ConfigError, match="RuntimeError"):
+        fleet_of(spec_of(task="mine.py:Counting"), tmp_path)
+    with pytest.raises(RunFailed, match="did not end within 0.8 s"):
+        fleet_of(spec_of(), longest_s=0.8)
+    assert torch.get_num_threads() == threads
+
+
+def test_whoever_follows_sees_every_metric_and_what_it_raises_comes_back() -> None:
+    seen: set[str] = set()
+    fleet = Fleet(spec_of(), SimSettings(), follow=lambda subject, data: seen.add(".".join(subject.split(".")[3:])))
+    fleet.play()
+    assert {"metrics.coordinator.eval", "metrics.coordinator.round", "metrics.a1.train", "events.coordinator"} <= seen
+
+    def broken(subject: str, data: bytes) -> None:
+        raise ZeroDivisionError(subject)
+
+    with pytest.raises(ZeroDivisionError):
+        run_fleet(spec_of(), follow=broken)
+
+
+def test_agents_that_start_later_take_part_later() -> None:
+    result = fleet_of(spec_of(agents={"min": 1}, stop={"versions": 40}), agents=4, start_within_s=4.0, step_s=0.01)
+    merged = [a.merged for a in result.agents]
+    assert merged[0] == 40 and merged == sorted(merged, reverse=True) and 0 < merged[3] < merged[1] < 40
