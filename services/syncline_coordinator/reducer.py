@@ -1,8 +1,9 @@
 """Streams the updates of a plan through the merge rule and the outer optimiser, chunk by chunk, into the next version.
 
 Memory is two models with their outer state, and a window of chunks of every update: the chunk size is fixed at submit so
-that those stay within `STAGING_BYTES` for the largest number of agents. Nothing here decides anything: the plan says what is
-merged, with which weights, in which order.
+that those stay within `STAGING_BYTES` for the largest number of agents. A rule that looks at the updates first gets them
+from the bus twice, and keeps a few numbers of them. Nothing here decides anything: the plan says what is merged, with which
+weights, in which order.
 
 The outer state of a version lies beside its model, under the same blob id: a blob of S · C chunks, vector after vector, for
 S vectors and a model of C chunks. It is committed and purged with the model. Version 0 has none: zeros.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,29 +28,21 @@ from torch import Tensor
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Prefix, get_chunk, put_chunk, windowed
 from syncline.chance import new_id
-from syncline.engine.merge import RULES, finite
-from syncline.errors import PeerError, SynclineError
+from syncline.engine.kernels import Sums, squares
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.chunks import blob_digest, checksum, pack_chunk
-from syncline.wire.codecs import CODECS
+from syncline.wire.chunks import pack_chunk
+from syncline.wire.codecs import CODECS, bytes_of
 from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import BlobRef, Plan, PlanEntry
+from syncline.wire.messages import BlobRef, Plan
 from syncline_coordinator.center import Center
+from syncline_coordinator.updates import Updates, UpdateUnusable
 
 T = TypeVar("T")
 
 STAGING_BYTES = 64 << 20  # for chunks of updates under way, all agents together
 INLINE_BYTES = 64 * 1024  # a chunk up to this size is reduced on the event loop: handing it over costs more
-
-
-class UpdateUnusable(SynclineError):
-    """One update of the plan cannot be merged. `blob`: the model that was being put."""
-
-    def __init__(self, agent: str, clock: int, why: str, blob: str = "") -> None:
-        self.agent, self.clock, self.why, self.blob = agent, clock, why, blob
-        super().__init__(f"{agent}: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +53,32 @@ class Merged:
     digest: str
     bytes_got: int
     bytes_put: int
+    norms: tuple[float, ...] = ()  # ‖Δ_i‖ of each update, in the plan's order
+    norm: float = 0.0  # ‖D‖
+
+
+@dataclass(slots=True)
+class _Work:
+    """One merge under way."""
+
+    plan: Plan
+    blob: str
+    weights: list[float]  # of the updates that are added up, and then of what the rule has kept
+    chosen: list[int] | None = None  # numbers of those updates, once all were looked at; None: all of them
+    squares: Sums = field(default_factory=Sums)  # ‖Δ_i‖²
+    moved: Sums = field(default_factory=Sums)  # ‖D‖²
+    bytes_got: int = 0
+    bytes_put: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One chunk of the next version: frames of the model and of what is kept beside it."""
+
+    model: bytes
+    states: list[bytes]
+    moved_B: Tensor  # Σ D² of each block
+    squares_BN: Tensor | None = None  # Σ Δ_i² of each block, unless a first pass has seen them
 
 
 def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int, overhead: int) -> int:
@@ -78,39 +97,73 @@ class Reducer:
         self._executor = executor
         self._bus, self._spec, self._manifest, self._center = bus, spec, manifest, center
         self._codec = CODECS[manifest.dtype]
-        self._rule = RULES[spec.merge.rule]
+        self._rule, self._outer = spec.merge, spec.outer
 
     async def merge(self, plan: Plan) -> Merged:
         """The next center, put on the bus and in `center.next_P`. Raises UpdateUnusable for an update it cannot merge.
 
         Every update is checked as it passes: frame, checksum, digest as signed, no NaN.
         """
-        blob, chunks = new_id(), self._manifest.chunks
-        weights = [entry.weight for entry in plan.merged]
-        checksums = [[0] * self._manifest.blob_chunks for _ in plan.merged]
-        put = 0
+        work = _Work(plan, new_id(), [entry.weight for entry in plan.merged])
+        if self._rule.looks:
+            await self._look(work)
+        try:
+            await self._make(work)
+        except UpdateUnusable as error:
+            error.blob = work.blob
+            raise
+        digest, model = await self._off_loop(digest_of, self._center.next_P), self._model_ref(work.blob)
+        return Merged(model, digest, work.bytes_got, work.bytes_put, tuple(_roots(work.squares)), *_roots(work.moved))
+
+    async def _look(self, work: _Work) -> None:
+        """The first pass, of rules that need one: what the updates count in the second."""
+        updates, figures = self._updates(work.plan), Sums()
 
         async def one(k: int) -> None:
-            nonlocal put
-            datas = await asyncio.gather(*(self._get(entry, k) for entry in plan.merged))
-            reduce = self._reduce if k < chunks else self._add_up
-            model, *states = await self._off_loop(reduce, plan, weights, datas, checksums, blob, k)
-            put += len(model)
-            await self._put_model(blob, k, model)
-            for s, frame in enumerate(states):
-                await put_chunk(self._bus, f"{subjects.outer_prefix(self._spec.name, blob)}.{s * chunks + k}", frame)
+            frames = await updates.get(k)
+            squares_BN, figures_BF = await self._off_loop(self._look_at, updates, work.weights, frames, k)
+            work.squares.add(k, squares_BN)
+            figures.add(k, figures_BF)
 
-        try:
-            await windowed(self._manifest.blob_chunks, self._spec.wire.window, one)
-            for entry, sums in zip(plan.merged, checksums, strict=True):
-                if blob_digest(sums) != entry.digest:
-                    raise UpdateUnusable(entry.agent, entry.clock, "its content is not what it signed")
-        except UpdateUnusable as error:
-            error.blob = blob
-            raise
-        digest = await self._off_loop(digest_of, self._center.next_P)
-        model = self._model_ref(blob)
-        return Merged(model, digest, model.size * len(plan.merged), put)
+        assert self._manifest.sections == 1, "a rule that looks at the updates is not for control variates"
+        await windowed(self._manifest.chunks, self._spec.wire.window, one)
+        updates.finish()
+        work.bytes_got += len(updates.entries) * self._manifest.blob_bytes
+        assert figures.total is not None
+        work.weights, n = self._rule.weigh(work.weights, figures.total), len(work.plan.merged)
+        work.chosen = [i for i in range(n) if work.weights[i]]
+        work.weights = [work.weights[i] for i in (*work.chosen, *range(n, len(work.weights)))]
+
+    def _look_at(
+        self, updates: Updates, weights: list[float], frames: Sequence[bytes], k: int
+    ) -> tuple[Tensor, Tensor]:
+        slices = updates.slice(k, frames)
+        kept = self._center.states_now(self._manifest.chunk(k))[: self._rule.keeps]
+        return updates.figures(slices), self._rule.look(slices, weights, kept)
+
+    async def _make(self, work: _Work) -> None:
+        """The pass that makes the next center."""
+        updates, chunks = self._updates(work.plan, work.chosen), self._manifest.chunks
+        outer = subjects.outer_prefix(self._spec.name, work.blob)
+
+        async def one(k: int) -> None:
+            reduce = self._reduce if k < chunks else self._add_up
+            made = await self._off_loop(reduce, updates, work, await updates.get(k), k)
+            if k < chunks:
+                work.moved.add(k, made.moved_B[:, None])
+            if made.squares_BN is not None:
+                work.squares.add(k, made.squares_BN)
+            work.bytes_put += len(made.model)
+            await self._put_model(work.blob, k, made.model)
+            for s, frame in enumerate(made.states):
+                await put_chunk(self._bus, f"{outer}.{s * chunks + k}", frame)
+
+        await windowed(self._manifest.blob_chunks, self._spec.wire.window, one)
+        updates.finish()
+        work.bytes_got += len(updates.entries) * self._manifest.blob_bytes
+
+    def _updates(self, plan: Plan, chosen: list[int] | None = None) -> Updates:
+        return Updates(self._bus, self._spec.name, self._manifest, plan, chosen)
 
     async def put_center(self) -> Merged:
         """The current center as a blob: version 0."""
@@ -166,80 +219,33 @@ class Reducer:
     async def _put_model(self, blob: str, k: int, frame: bytes) -> None:
         await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
 
-    async def _get(self, entry: PlanEntry, k: int) -> bytes:
-        run, part = self._spec.name, self._manifest.chunk(k % self._manifest.chunks)
-        prefix = partial(subjects.update_prefix, run, entry.agent)
-        size = self._codec.nbytes(part.stop - part.start)
-        try:
-            return await get_chunk(
-                self._bus, subjects.updates_stream(run), prefix, entry.blob, k, size, self._codec.name
-            )
-        except PeerError as error:
-            raise UpdateUnusable(entry.agent, entry.clock, str(error)) from None
-
-    def _reduce(
-        self,
-        plan: Plan,
-        weights: Sequence[float],
-        datas: Sequence[bytes],
-        checksums: Sequence[list[int]],
-        blob: str,
-        k: int,
-    ) -> list[bytes]:
-        """Chunk k: decode, merge, step, encode. Returns the frame of the model, and those of the outer state."""
-        part = self._manifest.chunk(k)
-        staged_NE = self._staged(part, datas, checksums, k)
+    def _reduce(self, updates: Updates, work: _Work, frames: Sequence[bytes], k: int) -> _Made:
+        """Chunk k: decode, merge, step, encode."""
+        slices, part, chunks = updates.slice(k, frames), self._manifest.chunk(k), self._manifest.chunks
+        squares_BN = updates.figures(slices) if work.chosen is None else None
         merged_E = torch.empty(part.stop - part.start, dtype=DTYPES[self._manifest.dtype])
-        self._rule(list(staged_NE), weights, merged_E)
-        if not finite(merged_E):
-            raise self._diverged(plan, staged_NE)
-        center, next_E, states = self._center, self._center.next_P[part], self._center.states_next(part)
-        self._spec.outer.step(center.now_P[part], merged_E, center.states_now(part), next_E, states, plan.version - 1)
-        chunks = self._manifest.chunks
-        return [
-            self._frame(next_E, blob, k, self._manifest.blob_chunks),
-            *(self._frame(state_E, blob, s * chunks + k, len(states) * chunks) for s, state_E in enumerate(states)),
-        ]
+        old, new, keeps = self._center.states_now(part), self._center.states_next(part), self._rule.keeps
+        next_E = self._center.next_P[part]
+        self._rule.reduce(slices, work.weights, old[:keeps], merged_E, new[:keeps])
+        now_E, version = self._center.now_P[part], work.plan.version - 1
+        self._outer.step(now_E, merged_E, old[keeps:], next_E, new[keeps:], version)
+        updates.blame_unless_finite(next_E, slices)
+        states = [self._frame(x_E, work.blob, s * chunks + k, len(new) * chunks) for s, x_E in enumerate(new)]
+        model = self._frame(next_E, work.blob, k, self._manifest.blob_chunks)
+        return _Made(model, states, squares(merged_E), squares_BN)
 
-    def _add_up(
-        self,
-        plan: Plan,
-        weights: Sequence[float],
-        datas: Sequence[bytes],
-        checksums: Sequence[list[int]],
-        blob: str,
-        k: int,
-    ) -> list[bytes]:
-        """Chunk k of the section of control variates: Σ c_i ← Σ c_i + Σ Δc_i. Returns its frame."""
-        part = self._manifest.chunk(k - self._manifest.chunks)
-        staged_NE = self._staged(part, datas, checksums, k)
+    def _add_up(self, updates: Updates, work: _Work, frames: Sequence[bytes], k: int) -> _Made:
+        """Chunk k of the section of control variates: Σ c_i ← Σ c_i + Σ Δc_i."""
+        slices, part = updates.slice(k, frames), self._manifest.chunk(k - self._manifest.chunks)
+        updates.figures(slices)
         next_E = self._center.control_next_P[part].copy_(self._center.control_now_P[part])
-        for row_E in staged_NE:
-            next_E.add_(row_E)
-        if not finite(next_E):
-            raise self._diverged(plan, staged_NE)
-        return [self._frame(next_E, blob, k, self._manifest.blob_chunks)]
-
-    def _staged(self, part: slice, datas: Sequence[bytes], checksums: Sequence[list[int]], k: int) -> Tensor:
-        """Chunk k of every update, decoded; its checksums are noted."""
-        staged_NE = torch.empty((len(datas), part.stop - part.start), dtype=DTYPES[self._manifest.dtype])
-        for row_E, data, sums in zip(staged_NE, datas, checksums, strict=True):
-            self._codec.decode(data, row_E)
-            sums[k] = checksum(data)
-        return staged_NE
-
-    @staticmethod
-    def _diverged(plan: Plan, staged_NE: Tensor) -> UpdateUnusable:
-        """Whose update it is that makes the sum infinite."""
-        odd = next((i for i, row_E in enumerate(staged_NE) if not finite(row_E)), None)
-        entry = plan.merged[int(staged_NE.abs().amax(1).argmax()) if odd is None else odd]
-        what = "values too large to add up" if odd is None else "NaN or infinite values"
-        return UpdateUnusable(entry.agent, entry.clock, f"it holds {what}: its training diverged")
+        for x_E in slices:
+            next_E.add_(x_E)
+        updates.blame_unless_finite(next_E, slices)
+        return _Made(self._frame(next_E, work.blob, k, self._manifest.blob_chunks), [], squares(next_E))
 
     def _frame(self, part_E: Tensor, blob: str, k: int, n: int) -> bytes:
-        coded = bytearray(self._codec.nbytes(part_E.numel()))
-        self._codec.encode(part_E, memoryview(coded))
-        return pack_chunk(blob, k, n, self._codec.name, memoryview(coded))
+        return pack_chunk(blob, k, n, self._codec.name, bytes_of(self._codec, part_E))
 
     async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Runs it in the executor; on the event loop where the whole model is so small that handing over costs more."""
@@ -251,3 +257,7 @@ class Reducer:
 def digest_of(center_P: Tensor) -> str:
     """xxh3-128 over the center's bytes."""
     return xxhash.xxh3_128_hexdigest(center_P.numpy().data)
+
+
+def _roots(sums: Sums) -> list[float]:
+    return sums.total.sqrt().tolist() if sums.total is not None else []

@@ -29,6 +29,7 @@ from syncline.engine.events import (
     OfferReady,
     StartRound,
     TargetReached,
+    Tell,
     Tick,
     UpdateBroken,
     WakeAt,
@@ -60,8 +61,9 @@ from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import adviser_of, policy_of, standing_of
 from syncline_coordinator.purge import Purger
-from syncline_coordinator.reducer import Merged, Reducer, UpdateUnusable
+from syncline_coordinator.reducer import Merged, Reducer
 from syncline_coordinator.status import status_of
+from syncline_coordinator.updates import UpdateUnusable
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +236,8 @@ class Run:
                 await self._drop(command)
             case WakeAt(at_s):
                 self._wake_at_s = at_s
+            case Tell(event, text):
+                await self.parts.telemetry.event(event, text, level="warning")
             case Finish(reason, failed):
                 await self._finish(reason, "failed" if failed else "done")
 
@@ -273,7 +277,8 @@ class Run:
         try:
             merged = await self.parts.reducer.merge(plan)
         except UpdateUnusable as error:
-            self.ledger.abandoned(error.blob)
+            if error.blob:
+                self.ledger.abandoned(error.blob)
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
         await self._inbox.put(_MergeDone(plan, merged, _now() - began))

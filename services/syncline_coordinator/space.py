@@ -50,7 +50,8 @@ class Reservation:
 
 def most_agents(spec: RunSpec) -> int:
     """The largest fleet that the run has room for: `agents.max`, or twice what it starts with and eight at least."""
-    return spec.agents.max or max(2 * spec.agents.min, spec.agents.min + 8)
+    most = spec.agents.max or max(2 * spec.agents.min, spec.agents.min + 8)
+    return most if spec.merge.most is None else min(most, spec.merge.most)
 
 
 async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
@@ -71,11 +72,8 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
             )
             raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", mend) from None
-        kept = (
-            f" of {manifest.sections + spec.states} vectors, because outer.kind is {spec.outer.kind}"
-            if spec.states
-            else ""
-        )
+        why = f"merge.rule is {spec.merge.rule} and outer.kind is {spec.outer.kind}"
+        kept = f" of {manifest.sections + spec.states} vectors, because {why}" if spec.states else ""
         raise ConfigError(
             "agents.max",
             f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.blob_bytes >> 10} KiB "

@@ -274,8 +274,8 @@ class Invariants:
         return any(name not in self.chunks or name in self.gone for name in names)
 
     def _outer(self, model: BlobRef) -> BlobRef:
-        states = self.spec.states
-        return BlobRef(id=model.id, size=states * model.size, chunks=states * model.chunks)
+        states, sections = self.spec.states, self.spec.local.sections
+        return BlobRef(id=model.id, size=states * model.size // sections, chunks=states * model.chunks // sections)
 
     def _content(self, what: str, ref: BlobRef) -> bytes:
         prefix = f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from syncline.engine.merge import Rule
 from syncline.engine.outer import Outer
 from syncline.spec import RunSpec
 
@@ -19,8 +20,56 @@ def next_center(
 ) -> tuple[Vector, list[Vector]]:
     """W of the next version, and what is kept beside it. `version`: of `center`; `kept`: empty stands for zeros."""
     kept = kept or [np.zeros_like(center) for _ in range(spec.states)]
-    merged = np.sum([w * x for w, x in zip(weights, updates, strict=True)], axis=0)
-    return stepped(spec.outer, center, merged, kept, version)
+    d, last = merged(spec.merge, updates, weights, kept[: spec.merge.keeps])
+    w, state = stepped(spec.outer, center, d, kept[spec.merge.keeps :], version)
+    return w, [*last, *state]
+
+
+def merged(
+    rule: Rule, updates: Sequence[Vector], weights: Sequence[float], kept: Sequence[Vector]
+) -> tuple[Vector, list[Vector]]:
+    """D, and what the rule keeps for the next merge."""
+    r: Any = rule
+    p, x = np.array(weights), np.stack(updates)
+    n = len(p)
+    u = n * p[:, None] * x
+    match r.rule:
+        case "mean":
+            return p @ x, []
+        case "median":
+            return np.median(u, axis=0), []
+        case "trimmed_mean":
+            k = min(int(r.trim) if r.trim >= 1 else int(r.trim * n + 1e-9), (n - 1) // 2)
+            return np.sort(u, axis=0)[k : n - k].mean(0), []
+        case "norm_clip":
+            return (p * np.minimum(1, r.max_norm / _norms(x))) @ x, []
+        case "centred_clip":
+            away = u - kept[0]
+            d = kept[0] + (away * np.minimum(1, r.tau / _norms(away))[:, None]).mean(0)
+            return d, [d]
+        case "krum" | "multi_krum":
+            f = min(r.f, max(0, (n - 3) // 2))
+            squared = ((u[:, None] - u) ** 2).sum(-1)
+            scores = [np.sort(np.delete(row, i))[: max(0, n - f - 2)].sum() for i, row in enumerate(squared)]
+            m = 1 if r.rule == "krum" else min(n, max(1, n - f - 2) if r.m is None else r.m)
+            return u[np.argsort(scores, kind="stable")[:m]].mean(0), []
+        case "geometric_median":
+            return p.sum() * _geometric_median(x, p / p.sum()), []
+    raise AssertionError(f"no formula for {r.rule}")
+
+
+def _norms(x: Vector) -> Vector:
+    found: Vector = np.maximum(np.linalg.norm(x, axis=1), 1e-300)
+    return found
+
+
+def _geometric_median(x: Vector, shares: Vector) -> Vector:
+    """Weiszfeld's steps in the space itself, smoothed (arXiv:1912.13445)."""
+    z: Vector = shares @ x
+    for _ in range(5000):
+        w = shares / np.maximum(1e-10, np.linalg.norm(x - z, axis=1))
+        z = w @ x / w.sum()
+    return z
 
 
 def stepped(outer: Outer, w: Vector, d: Vector, state: list[Vector], version: int) -> tuple[Vector, list[Vector]]:

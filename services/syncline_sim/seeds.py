@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from syncline.engine.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
 from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
@@ -21,6 +22,14 @@ OUTER_OPTIMIZERS = (
     Yogi(lr=0.5),
     Adagrad(lr=0.5),
 )
+MERGE_RULES = (
+    NormClip(max_norm=2.0),
+    CentredClip(tau=1.0),
+    Median(),
+    TrimmedMean(trim=1),
+    Krum(f=1),
+    MultiKrum(f=0, m=3),
+)  # the formula of the geometric median ends in a few digits less
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Failure:
         return (
             f"seed {self.seed}: {self.outcome.problems[0]}\n"
             f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.alpha}, agents: {spec.agents}, "
-            f"outer: {spec.outer!r}, "
+            f"outer: {spec.outer!r}, merge: {spec.merge!r}, "
             f"periods: {self.scene.period_s} s, starts: {self.scene.starts_s} s, "
             f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}\n"
             f"faults:\n{faults}\n" + "\n".join(self.outcome.timeline)
@@ -71,6 +80,9 @@ def scene_of(seed: int) -> Scene:
     more = Dice(f"{seed} outer")
     if more.random() < 0.3:
         spec = spec.model_copy(update={"outer": more.choice(OUTER_OPTIMIZERS)})
+    rules = [rule for rule in MERGE_RULES if rule.least() <= min(least, sync.get("quorum", least))]
+    if more.random() < 0.3:
+        spec = spec.model_copy(update={"merge": more.choice(rules)})
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
     starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
     return Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)

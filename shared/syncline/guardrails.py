@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def refuse_nonsense(spec: RunSpec) -> None:
     """Raises ConfigError."""
     _check_counts(spec)
+    _check_rule(spec)
     if spec.sync.kind == "async":
         _check_async(spec)
     if spec.mix.kind == "elastic":
@@ -45,6 +46,33 @@ def _check_counts(spec: RunSpec) -> None:
             "partition.parts",
             f"{spec.partition.parts} parts are too few for agents.min = {least}",
             "Every agent needs a part of its own: raise it or leave it out",
+        )
+
+
+def _check_rule(spec: RunSpec) -> None:
+    """A merge rule has the updates it needs in every merge, as far as that can be known before the run."""
+    rule, sync, least = spec.merge, spec.sync, spec.merge.least()
+    if rule.weights != "uniform" and not rule.weighted:
+        raise ConfigError(
+            "merge.weights",
+            f"{rule.weights!r} beside merge.rule = {rule.rule}, which takes all updates as equals: an agent must not gain "
+            "weight by what it says of itself",
+            "Leave merge.weights out, or use mean, norm_clip or geometric_median, which have weights",
+        )
+    buffer = sync.updates(spec.agents.min) if sync.kind == "async" else None
+    for setting, count in (("agents.min", spec.agents.min), ("sync.quorum", sync.quorum), ("sync.buffer", buffer)):
+        if isinstance(count, int) and count < least:
+            raise ConfigError(
+                setting,
+                f"{count} is too few for merge.rule = {rule.rule}, which needs {least} updates in every merge",
+                f"Use at least {least}, or {rule.with_fewer()}",
+            )
+    most = max(spec.agents.min, spec.agents.max or 0)
+    if rule.most is not None and most > rule.most:
+        raise ConfigError(
+            "agents.max",
+            f"{most} agents are too many for merge.rule = {rule.rule}, which compares every update with every other one",
+            f"Use at most {rule.most}, or median or trimmed_mean, which take any number",
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from syncline.engine.merge import RULES, Mean, Rule
 from syncline.engine.outer import OUTERS, Outer, Sgd
 from syncline.engine.staleness import STALENESS, Polynomial, Staleness
 from syncline.errors import ConfigError
@@ -25,9 +26,11 @@ MOST_STEPS = 1_000_000  # of a local period that is given in seconds
 SIM_SECTION = "sim"  # of a spec's file: what a simulation of the run needs, and nobody else
 
 if TYPE_CHECKING:
+    MergeRule = Rule
     OuterOptimizer = Outer
     StalenessWeight = Staleness
 else:
+    MergeRule = one_of(RULES, "rule", "mean")
     OuterOptimizer = one_of(OUTERS, "kind", "sgd")
     StalenessWeight = one_of(STALENESS, "kind", "polynomial")
 
@@ -245,19 +248,6 @@ class Local(Settings):
         return self.epochs * -(-rows // max(1, batch))
 
 
-class Merge(Settings):
-    """Many updates become one."""
-
-    rule: Literal["mean"] = "mean"
-    weights: Literal["uniform", "samples", "steps"] = Field(
-        "uniform",
-        description="uniform: W = (1/N) Σ W_i; samples: weighted by the rows of each agent's part; steps: by its local steps.",
-    )
-    normalize: Literal["fednova"] | None = Field(
-        None, description="fednova: each update counts as if all agents had made the same number of local steps."
-    )
-
-
 class Mix(Settings):
     """How agents and center come together.
 
@@ -318,7 +308,7 @@ class RunSpec(Settings):
     partition: Partition = Iid()
     sync: Sync = Rounds()
     local: Local = Local()
-    merge: Merge = Merge()
+    merge: MergeRule = Mean()
     outer: OuterOptimizer = Sgd()
     mix: Mix = Mix()
     wire: Wire = Wire()
@@ -359,7 +349,7 @@ class RunSpec(Settings):
     @property
     def states(self) -> int:
         """Flat vectors of the model's size that the coordinator keeps beside the center."""
-        return self.outer.states
+        return self.merge.keeps + self.outer.states
 
     @property
     def warnings(self) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncline.engine.merge import mean
+from syncline.engine.merge import Mean
 from syncline.engine.outer import OUTERS, Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Outer, Sgd, Yogi
 from syncline.spec import RunSpec, parse
 from syncline_sim.oracle import stepped
@@ -98,7 +98,7 @@ def test_sgd_goes_lr_times_the_update(lr: float) -> None:
 def test_sgd_of_lr_one_on_uniform_updates_is_the_mean_of_the_models() -> None:
     center, *models = vectors(6)
     merged = torch.empty_like(center)
-    mean([w - center for w in models], [1 / 5] * 5, merged)
+    Mean().reduce([w - center for w in models], [1 / 5] * 5, [], merged, [])
     assert torch.allclose(walked(Sgd(), center, [merged])[0], torch.stack(models).mean(0), rtol=1e-12, atol=1e-12)
 
 

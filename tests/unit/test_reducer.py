@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from syncline.bus.base import Stored
 from syncline.bus.blobs import get_chunk, put_blob
+from syncline.engine.merge import RULES
 from syncline.errors import StreamFull
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
@@ -22,7 +25,9 @@ from syncline.wire.flat import manifest_of
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Plan, PlanEntry
 from syncline_coordinator.center import Center
-from syncline_coordinator.reducer import STAGING_BYTES, Reducer, UpdateUnusable, chunk_bytes_for, digest_of
+from syncline_coordinator.reducer import STAGING_BYTES, Reducer, chunk_bytes_for, digest_of
+from syncline_coordinator.updates import UpdateUnusable
+from syncline_sim.oracle import next_center
 
 RUN = "run-1"
 ELEMENTS = 5000  # five chunks of 1,024 elements, the last one short
@@ -45,7 +50,7 @@ class Place:
 
     def __init__(self, bus: Any, dtype: torch.dtype = torch.float32, executor: Any = None, **settings: Any) -> None:
         self.bus, self.dtype, self.memory = bus, dtype, SharedMemory()
-        spec = spec_of(**settings)
+        self.spec = spec = spec_of(**settings)
         model = nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))])
         self.layout: Manifest = manifest_of(model, 4096, sections=spec.local.sections)
         self.center = Center(self.layout, self.memory, spec.states)
@@ -207,6 +212,104 @@ async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) ->
     data = memoryview(vectors(1, seed=3)[0][:1024].numpy()).cast("B")
     place.put_frame(plan.merged[0], 5, pack_chunk(flipped.id, 5, 10, "fp32", data))
     assert (await unusable(place, plan)).why == "its content is not what it signed"
+
+
+# -- every rule --------------------------------------------------------------------------------------------------------
+NEEDED: dict[str, dict[str, Any]] = {"norm_clip": {"max_norm": 9.0}, "centred_clip": {"tau": 9.0}}
+
+
+def ruled(make: Make, rule: str, dtype: torch.dtype = torch.float64, **more: Any) -> Place:
+    section = {"rule": rule, **NEEDED.get(rule, {})}
+    return make(dtype, agents={"min": 9}, merge=section, **more)
+
+
+@pytest.fixture(params=sorted(RULES))
+def rule(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def test_every_rule_makes_what_its_formula_says_with_any_outer_optimiser(make: Make, rule: str) -> None:
+    place = ruled(make, rule, outer={"kind": "adam", "lr": 0.5})
+    spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.states)]
+    for version in range(3):
+        updates, before = vectors(7, torch.float64, seed=version), place.center.now_P.numpy().copy()
+        await place.reducer.merge(await place.plan(updates, version=version + 1))
+        place.center.advance()
+        expected, kept = next_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version)
+        assert np.allclose(place.center.now_P.numpy(), expected, rtol=1e-7, atol=1e-7)
+        assert np.allclose(place.state().numpy(), np.stack(kept), rtol=1e-7, atol=1e-7)
+
+
+async def test_no_rule_takes_an_update_that_is_not_finite(make: Make, rule: str) -> None:
+    """In the middle of sorted values, or with a weight of zero, it would not show in the result."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        updates = vectors(7)
+        updates[4][3000] = bad
+        place = ruled(make, rule, torch.float32)
+        error = await unusable(place, await place.plan(updates))
+        assert str(error) == "a5: it holds NaN or infinite values: its training diverged" and error.clock == 3
+        assert bool(error.blob) != RULES[rule].looks, "nothing is put before all updates were seen"
+
+
+async def test_no_rule_takes_values_that_are_too_large_to_be_squared(make: Make, rule: str) -> None:
+    updates = vectors(7)
+    updates[2][7] = 1e25
+    place = ruled(make, rule, torch.float32)
+    error = await unusable(place, await place.plan(updates))
+    assert str(error) == "a3: it holds values too large to add up: its training diverged"
+
+
+async def test_no_rule_takes_content_that_was_not_signed(make: Make, rule: str) -> None:
+    place = ruled(make, rule)
+    plan = await place.plan(vectors(7, torch.float64))
+    entries = [e.model_copy(update={"digest": b"x" * 16}) if e.agent == "a6" else e for e in plan.merged]
+    assert (
+        str(await unusable(place, plan.model_copy(update={"merged": entries})))
+        == "a6: its content is not what it signed"
+    )
+
+
+async def test_the_window_and_an_executor_change_no_bit_of_any_rule(make: Make, rule: str) -> None:
+    digests = set()
+    with ThreadPoolExecutor(2) as executor, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("syncline_coordinator.reducer.INLINE_BYTES", 1)
+        for window, given in ((1, None), (8, executor), (3, executor)):
+            place = ruled(make, rule, torch.float32, executor=given, wire={"window": window})
+            digests.add((await place.reducer.merge(await place.plan(vectors(7)))).digest)
+    assert len(digests) == 1
+
+
+async def test_the_norms_of_the_updates_and_of_what_they_make_are_told(make: Make, rule: str) -> None:
+    place = ruled(make, rule)
+    updates = vectors(7, torch.float64)
+    merged = await place.reducer.merge(await place.plan(updates))
+    assert merged.norms == pytest.approx([float(u.norm()) for u in updates], rel=1e-12)
+    assert merged.norm == pytest.approx(float((place.center.next_P - place.center.now_P).norm()), rel=1e-9)
+
+
+async def test_krum_gets_only_the_one_it_takes_a_second_time(make: Make, bus: Any) -> None:
+    place = ruled(make, "krum")
+    plan = await place.plan(vectors(7, torch.float64))
+    bus.calls.clear()
+    merged = await place.reducer.merge(plan)
+    assert sum(what == "get" for what, _ in bus.calls) == (7 + 1) * place.layout.chunks
+    assert merged.bytes_got == (7 + 1) * place.layout.nbytes
+
+
+async def test_an_update_that_is_another_one_in_the_second_pass_is_named(make: Make, bus: Any) -> None:
+    place = ruled(make, "multi_krum")
+    plan, get, seen = await place.plan(vectors(7, torch.float64)), bus.get, dict[str, int]()
+
+    async def other_the_second_time(stream: str, subject: str, **options: Any) -> Any:
+        seen[subject] = seen.get(subject, 0) + 1
+        stored = await get(stream, subject, **options)
+        if seen[subject] < 2:
+            return stored
+        blob, k = subject.split(".")[-2], int(subject[-1])
+        return Stored(subject, pack_chunk(blob, k, 5, "fp64", bytes(8 * (1024 if k < 4 else 904))), 1, 0.0)
+
+    bus.get = other_the_second_time
+    assert "its content is not what it signed" in str(await unusable(place, plan))
 
 
 # -- the outer state ---------------------------------------------------------------------------------------------------

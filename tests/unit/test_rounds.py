@@ -25,6 +25,7 @@ from syncline.engine.events import (
     OfferReady,
     StartRound,
     TargetReached,
+    Tell,
     Tick,
     UpdateBroken,
     WakeAt,
@@ -444,6 +445,42 @@ def test_an_agent_that_was_mended_takes_part_again() -> None:
     assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason="2 of 2")]
 
 
+# -- what the merge rule needs -----------------------------------------------------------------------------------------
+def test_with_fewer_updates_than_the_rule_needs_nothing_is_merged_and_it_is_told_once() -> None:
+    rounds = policy(5, least=5, rule="krum")
+    tell(rounds, *offers("a1", "a2", "a3", "a4"))
+    (told,) = tell(rounds, AgentLost("a5", SILENT))
+    assert told == Tell(
+        "too-few-updates",
+        "version 0 waits: merge.rule = krum needs 5 updates, 4 are in, and of the 4 agents that are here nobody is left to "
+        "wait for. It goes on when another one joins",
+    )
+    assert tell(rounds, Tick(), AgentLost("a4", SILENT)) == []
+    assert tell(rounds, AgentJoined("a6")) == [StartRound(0, ("a1", "a2", "a3", "a4", "a5", "a6"))]
+    (merged,) = tell(rounds, *offers("a6"))
+    assert isinstance(merged, Merge) and len(merged.updates) == 5
+    assert merged.reason == "5 of 6 (a5 not heard of for 5.1 s)"
+
+
+def test_the_quorum_does_not_close_a_round_with_fewer_than_the_rule_needs() -> None:
+    rounds = policy(5, least=4, quorum=2, grace_s=1.0)
+    assert tell(rounds, *offers("a1", "a2", "a3"), Tick(), at=5.0) == []
+    assert tell(rounds, *offers("a4"), at=5.0) == [WakeAt(6.0)]
+    (merged,) = tell(rounds, Tick(), at=6.0)
+    assert isinstance(merged, Merge) and len(merged.updates) == 4
+
+
+def test_an_agent_whose_update_was_unusable_counts_it_was_a_bad_one_and_is_out() -> None:
+    rounds = policy(5, least=5)
+    tell(rounds, *offers("a1", "a2", "a3", "a4", "a5"))
+    dropped, merged = tell(rounds, UpdateBroken("a2", 1, "NaN"))
+    assert isinstance(dropped, Drop) and isinstance(merged, Merge) and len(merged.updates) == 4
+
+
+def test_as_many_are_drawn_as_the_rule_needs() -> None:
+    assert len(participants(10, sample=0.2, least=5)) == 5
+
+
 # -- sampling and weights ----------------------------------------------------------------------------------------------
 def participants(agents: int, version: int = 0, **settings: Any) -> tuple[str, ...]:
     rounds = policy(agents, joined=False, **settings)
@@ -761,6 +798,7 @@ class Fleet:
             weights=old.weights,
             versions=old.versions,
             seed=old.seed,
+            least=old.least,
         )
         new.resume(Standing(old.version, old.participants, frozenset(self.live), dict(old.judged)), self.now_s)
         if merging:
@@ -775,9 +813,11 @@ class Fleet:
                 self.tell(offer)
 
     def tell(self, fact: Fact) -> None:
-        version = self.rounds.version
+        version, was = self.rounds.version, self.rounds.state
         commands = self.rounds.handle(fact, self.now_s)
         self.rounds.validate()
+        for merge in [c for c in commands if isinstance(c, Merge) and was != "merging"]:
+            assert len(merge.updates) + len(self.rounds.broken) >= self.rounds.least, "fewer than the rule needs"
         assert self.rounds.version == version + isinstance(fact, Committed) * (self.finished is None)
         for command in commands:
             self.obey(command)
@@ -817,11 +857,13 @@ class Fleet:
         rounds = self.rounds
         if rounds.state == "open":
             waited_for = [a for a in rounds.participants if a in self.live and (a, rounds.version) not in self.trained]
-            assert waited_for or not rounds.offers, "everybody has offered, and nothing is merged"
+            in_and_out = len(rounds.offers) + len(rounds.broken)
+            idle = rounds.offers and in_and_out >= rounds.least
+            assert waited_for or not idle, "everybody has offered, and nothing is merged"
 
     def until_the_end(self) -> None:
         """From here on nothing goes wrong: somebody new comes, everybody works, and the run must end."""
-        for fresh in ("b1", "b2", "b3")[: self.rounds.min_agents]:
+        for fresh in ("b1", "b2", "b3")[: max(self.rounds.min_agents, self.rounds.least)]:
             self.clocks[fresh], self.sent[fresh] = 0, []
             self.act("join", fresh, 0.0)
         for _ in range(40):
@@ -845,6 +887,7 @@ policies = st.builds(
     weights=st.sampled_from(["uniform", "samples"]),
     versions=st.integers(1, 4),
     seed=st.integers(0, 3),
+    least=st.sampled_from([1, 1, 2, 3]),
 )
 acts = st.lists(
     st.tuples(st.sampled_from(ACTS), st.sampled_from(NAMES), st.sampled_from([0.0, 0.3, 2.0])), min_size=5, max_size=50
@@ -877,6 +920,7 @@ def test_a_thousand_longer_schedules_end_just_as_well(thousand: int) -> None:
             sample=draw.choice([None, None, 0.4]),
             weights=draw.choice(["uniform", "samples"]),
             versions=draw.randint(2, 12),
+            least=1 if seed % 2 else draw.randint(1, 3),
         )
         schedule = [
             (draw.choice(ACTS), draw.choice(NAMES), draw.choice([0.0, 0.3, 2.0])) for _ in range(draw.randint(10, 150))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from syncline.engine.merge import RULES
 from syncline.errors import ConfigError
 from syncline.spec import Local, Optimizer, RunSpec, Target, load_spec, parse
 
@@ -103,7 +104,15 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"outer": {"lr": 0}}, "outer.lr: 0 is not accepted. Input should be greater than 0"),
         ({"seed": -1}, "seed: -1 is not accepted. Input should be greater than or equal to 0"),
         ({"keep_models": 1}, "keep_models: 1 is not accepted. Input should be greater than or equal to 2"),
-        ({"merge": {"rule": "median"}}, "merge.rule: 'median' is not accepted. Input should be 'mean'"),
+        ({"merge": {"rule": "meadian"}}, "merge.rule: 'meadian' is not accepted. Use one of mean, median, trimmed_mean, "
+         "norm_clip, centred_clip, krum, multi_krum, geometric_median"),
+        ({"merge": {"f": 2}}, "merge.f: there is no such setting with rule mean. It belongs to krum, multi_krum"),
+        ({"merge": {"rule": "norm_clip"}}, "merge.max_norm: is missing. Add it"),
+        ({"agents": {"min": 9}, "merge": {"rule": "trimmed_mean", "trim": 1.5}}, "merge.trim: 1.5 is neither a whole number "
+         "nor a share below 0.5"),
+        ({"outer": {"kind": "sgd", "momentum": 0.9}}, "outer.momentum: there is no such setting with kind sgd. It belongs to "
+         "momentum, nesterov, delayed_nesterov"),
+        ({"outer": {"kind": "delayed_nesterov"}}, "outer.every: is missing. Add it"),
         ({"sync": {"kind": "sync"}}, "sync.kind: 'sync' is not accepted. Use one of rounds, async"),
         ({"partition": {"kind": "dir"}}, "partition.kind: 'dir' is not accepted. Use one of iid, dirichlet, shards, natural"),
         ({"partition": {"alpha": 1}}, "partition.kind: is missing. Use one of iid, dirichlet, shards, natural"),
@@ -130,6 +139,24 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
          "(agents.min = 2). Use at most 2, or leave it out, or raise agents.min"),
         ({"agents": {"min": 4}, "partition": {"kind": "iid", "parts": 3}}, "partition.parts: 3 parts are too few for "
          "agents.min = 4. Every agent needs a part of its own: raise it or leave it out"),
+        ({"agents": {"min": 4}, "merge": {"rule": "krum"}}, "agents.min: 4 is too few for merge.rule = krum, which needs 5 "
+         "updates in every merge. Use at least 5, or lower merge.f"),
+        ({"agents": {"min": 2}, "merge": {"rule": "median"}}, "agents.min: 2 is too few for merge.rule = median, which needs "
+         "3 updates in every merge. Use at least 3, or use another merge.rule"),
+        ({"agents": {"min": 9}, "merge": {"rule": "trimmed_mean", "trim": 0.1}}, "agents.min: 9 is too few for merge.rule = "
+         "trimmed_mean, which needs 10 updates in every merge. Use at least 10, or set merge.trim to a number of values"),
+        ({"agents": {"min": 9}, "merge": {"rule": "multi_krum", "m": 20}}, "agents.min: 9 is too few for merge.rule = "
+         "multi_krum, which needs 20 updates in every merge. Use at least 20, or lower merge.m"),
+        ({"agents": {"min": 9}, "sync": {"quorum": 6}, "merge": {"rule": "krum", "f": 2}}, "sync.quorum: 6 is too few for "
+         "merge.rule = krum, which needs 7 updates in every merge. Use at least 7, or lower merge.f"),
+        ({"agents": {"min": 9}, "sync": {"kind": "async", "buffer": 4}, "merge": {"rule": "krum"}}, "sync.buffer: 4 is too "
+         "few for merge.rule = krum, which needs 5 updates in every merge. Use at least 5, or lower merge.f"),
+        ({"agents": {"min": 9, "max": 200}, "merge": {"rule": "geometric_median"}}, "agents.max: 200 agents are too many for "
+         "merge.rule = geometric_median, which compares every update with every other one. Use at most 128, or median or "
+         "trimmed_mean, which take any number"),
+        ({"agents": {"min": 9}, "merge": {"rule": "median", "weights": "samples"}}, "merge.weights: 'samples' beside "
+         "merge.rule = median, which takes all updates as equals: an agent must not gain weight by what it says of itself. "
+         "Leave merge.weights out, or use mean, norm_clip or geometric_median, which have weights"),
         # versions
         ({"v": 2}, "v: the spec has version 2, this Syncline reads up to 1. Upgrade Syncline here, or write the spec for the "
          "older version"),
@@ -139,6 +166,17 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
 )  # fmt: skip
 def test_a_mistake_is_told_with_setting_value_and_mend(settings: dict[str, Any], words: str) -> None:
     assert str(refused(**settings)) == words
+
+
+@pytest.mark.parametrize("rule", ["mean", "norm_clip", "geometric_median"])
+def test_rules_that_have_weights_take_them(rule: str) -> None:
+    assert RULES[rule].weighted
+    more = {"max_norm": 1.0} if rule == "norm_clip" else {}
+    made = parse(
+        RunSpec, {"task": "a.b:C", "agents": {"min": 9}, "merge": {"rule": rule, "weights": "samples", **more}}
+    )
+    assert made.merge.weights == "samples"
+    assert sorted(r for r, kind in RULES.items() if kind.weighted) == ["geometric_median", "mean", "norm_clip"]
 
 
 def test_a_mistake_names_its_setting_apart_from_the_words() -> None:

@@ -5,7 +5,8 @@ counts s(τ), and with τ > `max_lag` it is never merged. The buffer is merged
 
 * when it holds K updates ("4 of 4"); the first K in the order of their arrival are taken,
 * `grace_s` after the quorum was reached ("quorum 2 of 4 + 2.0 s"),
-* at once when nobody may run before something is judged, so that it cannot wait for ever.
+* at once when nobody may run before something is judged, so that it cannot wait for ever; but never with fewer updates
+  than the merge rule needs: then it waits for more agents.
 
 Updates that arrive while a plan is executed wait for the next version. An agent may run until it has `ahead` updates that
 are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
@@ -159,9 +160,13 @@ class Asynchronous(Policy):
         if self.state != "open" or not ready:
             self.closes_at_s = None
             return []
+        nobody_runs = not any(self._may_run(agent) for agent in self.live)
+        if self._too_few(ready, self.broken):
+            self.closes_at_s = None
+            return self._tell_too_few(len(ready)) if nobody_runs else []
         if self._full(ready):
             return [self._merge(ready, self._count(ready))]
-        if not any(self._may_run(agent) for agent in self.live):
+        if nobody_runs:
             return [self._merge(ready, f"{self._count(ready)}, nobody may run before they are judged")]
         if self.quorum is None or len(ready) < self.quorum:
             self.closes_at_s = None
@@ -270,7 +275,7 @@ class Asynchronous(Policy):
         if self.one_each:
             assert len({o.agent for o in self.merging}) == len(self.merging), "two updates of an agent in a merge"
         if self.state == "open":
-            ready = self._ready()
+            ready = [] if self._too_few(self._ready(), self.broken) else self._ready()
             assert not ready or not self._full(ready), "a full buffer that is not merged"
             assert not ready or any(map(self._may_run, self.live)), "a buffer that nobody can fill"
             assert not self._is_news(), "news that was not told"

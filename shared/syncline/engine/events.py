@@ -118,9 +118,17 @@ class WakeAt:
 
 
 @dataclass(frozen=True, slots=True)
+class Tell:
+    """Say it in the events, as a warning."""
+
+    event: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     reason: str
     failed: bool = False
 
 
-Command = StartRound | LetRun | Merge | Drop | WakeAt | Finish
+Command = StartRound | LetRun | Merge | Drop | WakeAt | Tell | Finish

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +27,7 @@ from syncline.engine.events import (
     Finish,
     OfferReady,
     TargetReached,
+    Tell,
     Tick,
     UpdateBroken,
 )
@@ -55,6 +56,9 @@ class Policy(ABC):
     min_agents: int  # agents with which the run starts
     versions: int  # commits after which the run is done
     grace_s: float | None = None  # None: the median version
+    least: int = 1  # updates that the merge rule needs; with fewer nothing is merged
+    rule: str = "mean"
+    told_of: int = -1  # the version for which it was told that there are too few
     version: int = 0
     state: Literal["waiting", "open", "merging", "ended"] = "waiting"
     live: set[str] = field(default_factory=set)
@@ -143,6 +147,21 @@ class Policy(ABC):
         if self.live or self.away or len(self.failed) < self.min_agents or self.version >= self.versions:
             return []
         return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+
+    def _too_few(self, updates: Collection[OfferReady], broken: set[str]) -> bool:
+        """Whether the rule needs more. Agents whose update was unusable count: those were bad ones, and are out."""
+        return len(updates) + len(broken - {o.agent for o in updates}) < self.least
+
+    def _tell_too_few(self, updates: int) -> list[Command]:
+        """Nobody is left to wait for: the run stands still until more agents are here. Told once for a version."""
+        if self.told_of == self.version:
+            return []
+        self.told_of = self.version
+        text = (
+            f"version {self.version} waits: merge.rule = {self.rule} needs {self.least} updates, {updates} are in, and of "
+            f"the {len(self.live)} agents that are here nobody is left to wait for. It goes on when another one joins"
+        )
+        return [Tell("too-few-updates", text)]
 
     def _finish(self, reason: str, failed: bool = False) -> list[Command]:
         self.state, self.closes_at_s = "ended", None

@@ -7,8 +7,9 @@ It closes
 
 An agent that joins takes part from the next round; one that comes back takes part at once in the round it was in. When
 nobody is left to wait for and the quorum is not reached, whoever else is live is asked to train for this round; where nobody
-is, the round closes with what is in. An update that is late is dropped with that reason, and the agent goes on from the
-newest version. When all updates of a merge turn out to be unusable, the round is opened again for those that have sent none.
+is, the round closes with what is in, unless the merge rule needs more: then it waits for more agents. An update that is late
+is dropped with that reason, and the agent goes on from the newest version. When all updates of a merge turn out to be
+unusable, the round is opened again for those that have sent none.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Rounds(Policy):
     participants: tuple[str, ...] = ()
     offers: dict[str, OfferReady] = field(default_factory=dict)
     closed_by: str = ""  # what closed the round that is merging
+    broken: set[str] = field(default_factory=set)  # whose update of this version was unusable
     spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
 
     def resume(self, standing: Standing, now_s: float) -> None:
@@ -59,6 +61,7 @@ class Rounds(Policy):
             return [self._drop(offer, f"not a participant of the round of version {self.version}")]
         self.offers[agent] = offer
         self.spent.discard(agent)
+        self.broken.discard(agent)
         replaced = (
             [] if known is None else [Drop(agent, known.clock, f"replaced by clock {offer.clock} of the same agent")]
         )
@@ -69,6 +72,7 @@ class Rounds(Policy):
         if offer is None or offer.clock != clock:
             return []
         del self.offers[agent]
+        self.broken.add(agent)
         dropped = self._drop(offer, why, broken=True)
         if self.state == "merging" and self.offers:
             return [dropped, self._plan(f"{self.closed_by}; without {agent}: {brief(why)}")]
@@ -86,7 +90,7 @@ class Rounds(Policy):
         for offer in self.offers.values():
             self._judge(offer)
         self.state = "waiting"
-        self.participants, self.offers, self.lost, self.spent = (), {}, {}, set()
+        self.participants, self.offers, self.lost, self.spent, self.broken = (), {}, {}, set(), set()
         if self.stop:
             return self._finish(self.stop)
         return self._go_on(now_s)
@@ -109,11 +113,14 @@ class Rounds(Policy):
         return [StartRound(self.version, self.participants)]
 
     def _close(self, now_s: float) -> list[Command]:
-        reached = len(self.offers) >= (self.quorum or 1)
+        enough = bool(self.offers) and not self._too_few(self.offers.values(), self.broken)
+        reached = enough and len(self.offers) >= (self.quorum or 1)
         if not self._awaited():
-            if self.offers and (reached or not self._others()):
+            if reached or (enough and not self._others()):
                 return [self._merge(self._count())]
-            return [self._ask_others()] if self._others() else []
+            if self._others():
+                return [self._ask_others()]
+            return self._tell_too_few(len(self.offers)) if self.offers else []
         if self.quorum is None or not reached:
             self.closes_at_s = None
             return []
@@ -162,7 +169,7 @@ class Rounds(Policy):
         everyone = sorted(self._others())
         if self.sample is None:
             return tuple(everyone)
-        count = max(1, self.quorum or 1, round(self.sample * len(everyone)))
+        count = max(self.least, self.quorum or 1, round(self.sample * len(everyone)))
         return tuple(sorted(sorted(everyone, key=lambda a: _lot(self.seed, self.version, a))[:count]))
 
     def validate(self) -> None:
@@ -171,11 +178,14 @@ class Rounds(Policy):
         assert all(o.base == self.version for o in self.offers.values()), "an offer of another version"
         assert (self.state == "open") <= bool(self.participants), "an open round without participants"
         assert (self.state == "merging") <= bool(self.offers), "a merge of nothing"
+        assert not self.broken & set(self.offers), "an update both broken and offered"
         assert self.started or self.state in ("waiting", "ended"), "a round before the start"
         assert not self.spent & set(self.offers), "an update both dropped and offered"
         assert not self.live & {*self.away, *self.failed}, "somebody both here and gone"
         if self.state == "open":
-            assert self._awaited() or not (self.offers or self._others()), "a round that could close or ask others"
+            enough = not self._too_few(self.offers.values(), self.broken)
+            could = (self.offers and enough) or self._others()
+            assert self._awaited() or not could, "a round that could close or ask others"
         assert self.closes_at_s is None or (self.state == "open" and self.quorum), "a grace period of nothing"
 
 

@@ -27,6 +27,11 @@ def pack_chunk(blob: str, k: int, n: int, codec: str, data: bytes | memoryview) 
 
 def unpack_chunk(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: int) -> bytes:
     """The `size` bytes of chunk k of blob, or a PeerError that says what is wrong with the frame."""
+    return unpack_checked(frame, blob=blob, k=k, n=n, codec=codec, size=size)[0]
+
+
+def unpack_checked(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: int) -> tuple[bytes, int]:
+    """The same, with the checksum of those bytes."""
     what = f"chunk {k} of blob {blob[:8]}"
     if len(frame) > size + FRAME_OVERHEAD_BYTES:
         raise PeerError(f"{what}: a frame of {len(frame)} bytes for {size} bytes of content")
@@ -46,9 +51,10 @@ def unpack_chunk(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: i
     data = fields.get("data")
     if not isinstance(data, bytes) or len(data) != size:
         raise PeerError(f"{what}: {len(data) if isinstance(data, bytes) else 'no'} bytes of data, expected {size}")
-    if checksum(data) != fields.get("crc"):
+    found = checksum(data)
+    if found != fields.get("crc"):
         raise PeerError(f"{what}: the checksum does not match")
-    return data
+    return data, found
 
 
 def checksum(data: bytes | memoryview) -> int:

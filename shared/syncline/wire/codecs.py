@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,3 +54,28 @@ CODECS: dict[str, Codec] = {
     "fp32": Exact("fp32", torch.float32, "<f4"),
     "fp64": Exact("fp64", torch.float64, "<f8"),
 }
+
+
+def tensor_of(codec: Codec, data: bytes, elements: int) -> Tensor:
+    """The elements in `data`, to be read only: the very bytes where the codec's are those of the tensor, else decoded."""
+    if isinstance(codec, Exact) and sys.byteorder == "little":
+        return torch.frombuffer(data, dtype=codec.dtype, count=elements)
+    x_E = torch.empty(elements, dtype=torch.float32)
+    codec.decode(data, x_E)
+    return x_E
+
+
+def bytes_of(codec: Codec, x_E: Tensor) -> memoryview:
+    """The coded elements: the tensor's own memory where the codec's bytes are those, so use them before it changes."""
+    if isinstance(codec, Exact) and sys.byteorder == "little":
+        return x_E.numpy().data.cast("B")
+    coded = memoryview(bytearray(codec.nbytes(x_E.numel())))
+    codec.encode(x_E, coded)
+    return coded
+
+
+with (
+    warnings.catch_warnings()
+):  # torch warns once in a process that it would not notice a write to bytes; nobody writes
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(4), dtype=torch.float32)
