@@ -30,7 +30,7 @@ demo: install
 	@$(BIN)/syncline demo
 
 test: check
-	$(BIN)/python -m pytest tests/sim -m long
+	$(BIN)/python -m pytest tests/unit tests/sim -m long
 	$(BIN)/python -m pytest tests/bus tests/system
 
 check: install

@@ -814,3 +814,90 @@ def test_a_merge_of_nobody_left_taken_over_is_committed() -> None:
     made = taken_over(Standing(3, (), frozenset(), {"a1": 1}), [OfferReady("a1", 2, 3)], buffer=4)
     assert tell(made, Tick()) == []
     assert tell(made, Committed(4)) == [run(4)]
+
+
+# -- golden traces: a refactor proves itself by identical ones ---------------------------------------------------------
+Schedule = list[tuple[float, Fact]]
+
+
+def _joined(*agents: str) -> Schedule:
+    return [(0.0, AgentJoined(a)) for a in agents]
+
+
+def _at(at: float, *facts: Fact) -> Schedule:
+    return [(at, fact) for fact in facts]
+
+
+def _buffered() -> Schedule:
+    """FedBuff: three quick ones and a straggler; more than K at once, a lag of three, one lost and back."""
+    return [
+        *_joined("a3", "a1", "a4", "a2"),
+        *_at(1.0, *offers("a2", "a1", "a3")),
+        *_at(1.1, Committed(1)),
+        *_at(2.0, *offers("a1", "a2", clock=2, base=1)),
+        *_at(2.1, Committed(2)),
+        *_at(2.2, AgentLost("a3", SILENT)),
+        *_at(3.0, *offers("a1", clock=3, base=2), *offers("a2", clock=3, base=2)),
+        *_at(3.1, AgentJoined("a3"), Committed(3)),
+        *_at(5.0, *offers("a4", base=0), *offers("a3", clock=2, base=3)),
+        *_at(5.1, Committed(4)),
+    ]
+
+
+def _each() -> Schedule:
+    """FedAsync by its differences: every update is a version; one too stale when it comes, one when its turn has come."""
+    return [
+        *_joined("a1", "a2", "a3"),
+        *_at(1.0, *offers("a1"), *offers("a2"), *offers("a3")),
+        *_at(1.1, Committed(1)),
+        *_at(1.2, Committed(2)),
+        *_at(2.0, *offers("a1", clock=2), *offers("a1", clock=3, base=2), *offers("a1", clock=3, base=2)),
+        *_at(2.1, Committed(3)),
+    ]
+
+
+def _bounded() -> Schedule:
+    """Stale synchronous parallel: the gate, a joiner and a returner beside the slowest, and a buffer that nobody can fill."""
+    return [
+        *_joined("a1", "a2"),
+        *_at(1.0, *offers("a1"), *offers("a1", clock=2), *offers("a2")),
+        *_at(1.1, Committed(1)),
+        *_at(2.0, AgentJoined("a3")),
+        *_at(3.0, *offers("a2", clock=2, base=1), *offers("a3", base=1), *offers("a1", clock=3, base=1)),
+        *_at(3.1, Committed(2)),
+        *_at(4.0, *offers("a3", clock=2, base=2), AgentLost("a2", "it left"), *offers("a3", clock=3, base=2)),
+        *_at(4.1, *offers("a1", clock=4, base=2), Committed(3), AgentJoined("a2")),
+        *_at(5.0, *offers("a1", clock=5, base=3), *offers("a1", clock=6, base=3), *offers("a3", clock=4, base=3)),
+    ]
+
+
+def _elastic() -> Schedule:
+    """Asynchronous elastic averaging: differences whole, one unusable behind another of its agent, a target in the end."""
+    return [
+        *_joined("a1", "a2"),
+        *_at(1.0, *offers("a1"), *offers("a1", clock=2)),
+        *_at(1.5, Tick()),
+        *_at(2.0, Tick()),
+        *_at(2.1, UpdateBroken("a1", 2, "NaN")),
+        *_at(2.2, Committed(1)),
+        *_at(4.0, Tick(), UpdateBroken("a1", 2, "NaN")),
+        *_at(5.0, *offers("a2", base=1), TargetReached("loss = 0.1 at version 1")),
+    ]
+
+
+SCHEDULES: dict[str, tuple[Schedule, dict[str, Any]]] = {
+    "buffered": (_buffered(), {"agents": 4, "buffer": 2, "staleness": Polynomial(0.5), "weights": "samples"}),
+    "each": (_each(), {"agents": 3, "buffer": 1, "max_lag": 1, "staleness": Hinge(10.0, 0), "versions": 3}),
+    "bounded": (_bounded(), {"agents": 2, "buffer": 3, "max_ahead": 1}),
+    "elastic": (_elastic(), {"agents": 2, "buffer": 4, "elastic": True, "quorum": 1, "grace_s": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_the_trace_of_a_schedule_is_the_golden_one(name: str, golden: Callable[[str, Any], None]) -> None:
+    schedule, settings = SCHEDULES[name]
+    made, trace = policy(joined=False, **settings), []
+    for at, fact in schedule:
+        said = [[type(c).__name__, asdict(c)] for c in tell(made, fact, at=at)]
+        trace.append({"at_s": at, "fact": [type(fact).__name__, asdict(fact)], "commands": said})
+    golden(f"asynchronous_{name}", trace)

@@ -145,7 +145,7 @@ class Policy(ABC):
         return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
 
     def _finish(self, reason: str, failed: bool = False) -> list[Command]:
-        self.state = "ended"
+        self.state, self.closes_at_s = "ended", None
         return [Finish(reason, failed)]
 
     @staticmethod
