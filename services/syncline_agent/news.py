@@ -123,12 +123,14 @@ class News:
         known = self._seen
         if known is not None and _order(head) < _order(known.head):
             return
-        if known is None or known.head != head:
+        moved = known is None or known.head != head
+        if moved:
             keep = known is not None and head.roster is not None and known.roster_blob == head.roster.id
             self._seen = Seen(head, known.roster, known.roster_blob) if keep and known is not None else Seen(head)
         if roster and self._seen is not None and head.roster is not None and self._seen.roster is None:
             self._seen.roster, self._seen.roster_blob = decode(Roster, roster), head.roster.id
-        self._on_head(head)
+        if moved:
+            self._on_head(head)
         if head.phase in ENDED:
             self.over.set()  # whatever is under way, nobody wants it any more
         self._moved.set()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from syncline.shm import SharedMemory
-from syncline_sim.inline import Disk, InlineChild, Seconds, StubEvaluator, StubTrainer
+from syncline_sim.inline import Disk, InlineChild, Seconds, StubEvaluator, StubState, StubTrainer
 from syncline_sim.scene import Scene
 
 QUICK_S = 0.002  # what a child takes for any other question than a period
@@ -42,6 +42,10 @@ class StubChildren:
 
     def state_dir(self, agent: str) -> Path:
         return Path(agent)
+
+    def kept(self, run: str, agent: str) -> StubState | None:
+        """What the agent has on its disk of a run."""
+        return self._disk.get(str(self.state_dir(agent) / run / f"{agent}.safetensors"))
 
     def forget(self, agent: str) -> None:
         for path in [p for p in self._disk if p.startswith(f"{agent}/")]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -145,7 +146,17 @@ class StubEvaluator:
         return np.frombuffer(self._memory.view(), "<f8", self._elements, which * self._elements * 8)
 
 
-Disk = dict[str, tuple[int, bytes, dict[int, bytes]]]  # what stub trainers keep: path → clock, W_i, and what is pending
+@dataclass(frozen=True, slots=True)
+class StubState:
+    """What a stub trainer keeps."""
+
+    clock: int
+    own: bytes  # W_i
+    pending: dict[int, bytes]  # elastic differences that are not known to be judged
+    trained: bytes  # where W_i would be, had it given up nothing: where it began, and what training has added
+
+
+Disk = dict[str, StubState]  # by path
 
 
 class StubTrainer:
@@ -165,12 +176,13 @@ class StubTrainer:
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
-        clock, own, pending = self._disk.get(state_path, (0, b"", {}))
-        self._first = not own
-        self._own = _vector(bytearray(own)) if own else torch.zeros(self._elements, dtype=torch.float64)
+        kept, self._first = self._disk.get(state_path), state_path not in self._disk
+        zeros = bytes(8 * self._elements)
+        kept = kept or StubState(0, zeros, {}, zeros)
+        self._own, self._trained = _vector(bytearray(kept.own)), _vector(bytearray(kept.trained))
         self._from = torch.zeros_like(self._own)
-        self._updates.pending = {c: _vector(bytearray(difference)) for c, difference in pending.items()}
-        return {"clock": clock}
+        self._updates.pending = {c: _vector(bytearray(difference)) for c, difference in kept.pending.items()}
+        return {"clock": kept.clock}
 
     def period(self, **asked: Any) -> dict[str, Any]:
         period = Period(**asked)
@@ -178,9 +190,13 @@ class StubTrainer:
         self._updates.resolve(dict(period.verdicts), own)
         center = self._box(0).clone() if period.fresh else None
         self._updates.begin(own, self._from, center, first=self._first)
-        self._first = False
+        if self._first:
+            self._first = False
+            self._trained.copy_(own)
         drift = (number * 7919 + period.clock * 104729) % 1009 / 1009
-        own += 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + number - own) + drift
+        step = 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + number - own) + drift
+        own += step
+        self._trained += step
         if not self._updates.needs_center:
             self._leave(period)
         self._steps_ever += max(SLICES, self._steps)
@@ -201,7 +217,7 @@ class StubTrainer:
     def _leave(self, period: Period) -> None:
         self._box(1 + period.box)[:] = self._updates.take(self._own, self._from, period.clock)
         pending = {c: _bytes(difference) for c, difference in self._updates.pending.items()}
-        self._disk[self._path] = period.clock, _bytes(self._own), pending
+        self._disk[self._path] = StubState(period.clock, _bytes(self._own), pending, _bytes(self._trained))
 
     def _box(self, which: int) -> torch.Tensor:
         begin = PROGRESS_BYTES + 8 * which * self._elements

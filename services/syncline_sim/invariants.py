@@ -14,12 +14,14 @@ import numpy as np
 import xxhash
 
 from syncline.bus.base import Stored
-from syncline.engine.staleness import Polynomial
+from syncline.engine.staleness import Hinge, Polynomial
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
+    ENDED,
     MAX_HEAD_BYTES,
+    REMEMBERED,
     BlobRef,
     Committed,
     Head,
@@ -52,6 +54,10 @@ class Invariants:
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # session → highest (term, version) it told of
     writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
     dropped: set[tuple[str, int]] = field(default_factory=set)
+    sessions: dict[str, set[str]] = field(default_factory=dict)  # agent → those that have offered
+    levels: dict[str, int] = field(default_factory=dict)  # participant → its clock and offset, as the last roster says
+    may_begin: dict[str, int] = field(default_factory=dict)  # agent → the highest clock from which it may go on
+    taken: dict[tuple[str, int], Vector] = field(default_factory=dict)  # elastic differences that were merged
     roster: Roster | None = None
     plan: Plan | None = None
     kept: list[Vector] = field(default_factory=list)  # what the outer optimiser keeps beside the newest center
@@ -119,8 +125,14 @@ class Invariants:
             self._compare(self.roster, roster)
         if before is not None and head.version == before.version + 1:
             self._on_commit(before, head, roster)
+        if roster is not None:
+            self._check_verdicts(head, roster)
+            self._check_gate(head, roster)
         if head.plan is not None and (before is None or head.plan != before.plan):
             self._on_plan(head, before)
+        lost = before is not None and before.plan is not None and head.plan is None
+        if lost and before is not None and (head.term, head.version) == (before.term, before.version):
+            self._check_given_up(head, roster)
         self.roster = roster
         self._insist(head.phase != "merging" or head.plan is not None, "head is merging without a plan")
         for what, ref in self._named(head):
@@ -143,6 +155,8 @@ class Invariants:
         names = [(e.agent, e.clock) for e in plan.merged]
         self._insist(names == sorted(set(names)), f"the plan's order is {names}")
         self._insist(bool(names), "the plan merges nothing")
+        most = self.spec.sync.updates(self.spec.agents.min) if self.spec.sync.kind == "async" else None
+        self._insist(most is None or len(names) <= most, f"a merge of {len(names)} updates, and K = {most}")
         if old is not None:
             fewer = {(e.agent, e.clock) for e in plan.merged} < {(e.agent, e.clock) for e in old.merged}
             self._insist(fewer, f"the plan of version {plan.version} was replaced by another one")
@@ -160,8 +174,12 @@ class Invariants:
         share = 1 / n if spec.merge.weights == "uniform" or not total else entry.samples / total
         if spec.sync.kind == "rounds":
             return share
-        size, s = spec.sync.updates(spec.agents.min), spec.sync.weighing
-        stale = float((1 + entry.lag) ** -s.a) if isinstance(s, Polynomial) else 1.0
+        size, s, lag = spec.sync.updates(spec.agents.min), spec.sync.weighing, entry.lag
+        stale = 1.0
+        if isinstance(s, Polynomial):
+            stale = float((1 + lag) ** -s.a)
+        elif isinstance(s, Hinge) and lag > s.b:
+            stale = 1 / (s.a * (lag - s.b) + 1)
         return share * (n / size if size else 1.0) * stale
 
     def _check_entry(self, head: Head, entry: PlanEntry) -> None:
@@ -212,6 +230,8 @@ class Invariants:
             np.frombuffer(self._content(what, ref), dtype).astype(np.float64)
             for what, ref in (("model", before.model), *((f"agent.{e.agent}.update", e.blob) for e in plan.merged))
         )
+        if self.spec.mix.kind == "elastic":
+            self.taken |= {(e.agent, e.clock): update for e, update in zip(plan.merged, updates, strict=True)}
         weights = [e.weight for e in plan.merged]
         expected, self.kept = next_center(self.spec, center, updates, weights, self.kept, before.version)
         right = np.allclose(np.frombuffer(data, dtype), expected, rtol=close, atol=close)
@@ -229,6 +249,39 @@ class Invariants:
             self._insist(now[1] != Verdict.BROKEN, f"{agent}'s update of clock {now[0]} is called broken, and is not")
             self._insist(now[0] > was[0] or now == was, f"{agent}'s clock {was[0]} was judged {was[1]}, now {now[1]}")
 
+    def _check_verdicts(self, head: Head, roster: Roster) -> None:
+        """What a roster says was merged is what was merged; of the last clocks, that is all that an agent will know."""
+        for i, agent in enumerate(roster.agents):
+            clock, before = roster.clocks[i], roster.merged_before(i)
+            told = [roster.verdict(i) == Verdict.MERGED, *(bool(before >> k & 1) for k in range(REMEMBERED))]
+            for k, merged in enumerate(told):
+                right = merged == ((agent, clock - k) in self.merged)
+                self._insist(right, f"{_short(head)} calls {agent}'s clock {clock - k} merged: {merged}")
+
+    def _check_gate(self, head: Head, roster: Roster) -> None:
+        """The gate is `max_ahead` above the slowest participant; whoever joins stands beside the slowest of the others."""
+        bound = self.spec.sync.max_ahead if self.spec.sync.kind == "async" else None
+        level = {a: roster.clocks[i] + roster.offset(i) for i, a in enumerate(roster.agents) if roster.participant(i)}
+        expected = min(level.values()) + bound if bound is not None and level else None
+        self._insist(head.gate == expected, f"{_short(head)}: the gate is {head.gate}, not {expected}")
+        for agent in level.keys() - self.levels.keys() if self.levels and bound is not None else ():
+            others = (
+                min(level[a] for a in self.levels.keys() & level.keys()) if self.levels.keys() & level.keys() else 0
+            )
+            self._insist(level[agent] >= others, f"{agent} joins at {level[agent]}, and the slowest stands at {others}")
+        self.levels = level
+        if head.gate is not None:
+            for agent in level:
+                i = roster.agents.index(agent)
+                self.may_begin[agent] = max(self.may_begin.get(agent, 0), head.gate - roster.offset(i))
+
+    def _check_given_up(self, head: Head, roster: Roster | None) -> None:
+        """A plan went without a new version: only where every update in it was found unusable."""
+        for entry in self.plan.merged if self.plan is not None else ():
+            number = roster.number(entry.agent) if roster is not None else None
+            judged = roster is not None and number is not None and roster.clocks[number] >= entry.clock
+            self._insist(judged or head.phase in ENDED, f"{_short(head)}: the plan is gone, and nothing was merged")
+
     def _check_offers_seq(self, head: Head, roster: Roster) -> None:
         """Whoever starts from this head reads on behind `offers_seq`: nothing unjudged may lie before it."""
         for seq, (agent, clock) in self.offer_seqs.items():
@@ -243,6 +296,11 @@ class Invariants:
         known = self.offers.setdefault((agent, offer.clock), [])
         known.append(offer)
         self.offer_seqs[message.seq] = (agent, offer.clock)
+        sessions = self.sessions.setdefault(agent, set())
+        sessions.add(offer.session)
+        may_begin = self.may_begin.get(agent)
+        if may_begin is not None and len(sessions) == 1:
+            self._insist(offer.clock - 1 <= may_begin, f"{agent} began clock {offer.clock}, its gate was {may_begin}")
         prefix = subjects.update_prefix(self.spec.name, agent, offer.blob.id)
         names = [f"{prefix}.{k}" for k in range(offer.blob.chunks)]
         self._insist(all(n in self.chunks for n in names), f"{agent} offers clock {offer.clock} without all its chunks")

@@ -9,6 +9,7 @@ from typing import Any
 
 from syncline.engine.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
 from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
+from syncline.spec import Async, RunSpec, parse
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
 from syncline_sim.scene import Outcome, Scene, small_spec
@@ -46,8 +47,8 @@ class Failure:
         faults = "\n".join(f"  {fault}" for fault in self.faults.items) or "  none"
         return (
             f"seed {self.seed}: {self.outcome.problems[0]}\n"
-            f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.alpha}, agents: {spec.agents}, "
-            f"outer: {spec.outer!r}, merge: {spec.merge!r}, "
+            f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.kind} {spec.mix.alpha}, "
+            f"agents: {spec.agents}, outer: {spec.outer!r}, merge: {spec.merge!r}, "
             f"periods: {self.scene.period_s} s, starts: {self.scene.starts_s} s, "
             f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}\n"
             f"faults:\n{faults}\n" + "\n".join(self.outcome.timeline)
@@ -83,9 +84,48 @@ def scene_of(seed: int) -> Scene:
     rules = [rule for rule in MERGE_RULES if rule.least() <= min(least, sync.get("quorum", least))]
     if more.random() < 0.3:
         spec = spec.model_copy(update={"merge": more.choice(rules)})
+    spec = _other_kind(seed, spec)
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
     starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
     return Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)
+
+
+def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
+    """Half of the seeds are asynchronous, or elastic, or both; the others stay as they are."""
+    rng = Dice(f"{seed} kind")
+    if rng.random() < 0.5:
+        return spec
+    is_async, elastic = rng.choice(((True, False), (True, False), (True, True), (False, True)))
+    changes: dict[str, Any] = {"mix": {"alpha": 1.0}, "stop": {"versions": rng.between(2, 12)}}
+    if is_async:
+        changes["sync"] = _async(rng, spec.agents.min)
+        sync = parse(Async, changes["sync"])
+        sizes = (sync.updates(spec.agents.min), sync.quorum)
+        if any(size is not None and size < spec.merge.least() for size in sizes):
+            changes["merge"] = {"weights": "uniform"}
+    if is_async and not elastic:
+        changes["sync"]["staleness"] = rng.choice((None, {"kind": "constant"}, {"kind": "hinge", "a": 2.0, "b": 1}))
+    if elastic or spec.outer.kind == "nesterov":
+        changes["outer"] = {"kind": "sgd"}
+    if elastic:
+        changes["mix"] = {"kind": "elastic", "alpha": rng.choice((0.05, 0.2, 0.3))}
+        changes["merge"] = {"weights": "uniform"}
+    return parse(RunSpec, {**spec.model_dump(mode="json"), **changes})
+
+
+def _async(rng: Dice, agents: int) -> dict[str, Any]:
+    buffer, max_ahead = rng.choice((None, 1, 2, 3, 6, "all")), rng.choice((None, None, 0, 1, 3))
+    sync: dict[str, Any] = {
+        "kind": "async",
+        "buffer": None if max_ahead == 0 else buffer,
+        "max_ahead": max_ahead,
+        "max_lag": rng.choice((None, 0, 1, 3)),
+        "overlap": rng.random() < 0.7,
+    }
+    if rng.random() < 0.3:
+        most = min(agents, parse(Async, sync).updates(agents) or agents)
+        sync |= {"quorum": rng.between(1, most), "grace_s": rng.choice((None, 0.0, 0.05, 0.5))}
+    return sync
 
 
 def faults_of(seed: int, scene: Scene) -> Faults:

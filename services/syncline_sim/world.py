@@ -12,7 +12,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from syncline_agent.signs import Superseded
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.books import Books
 from syncline_sim.children import Children, StubChildren, TaskChildren
+from syncline_sim.conserved import lost_or_doubled
 from syncline_sim.dice import Dice
 from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
 from syncline_sim.guard import guarded, quiet
@@ -84,14 +85,18 @@ def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longe
     order = Dice(f"{seed} order") if scene.shuffled else None
     loop = VirtualLoop(order, longest_s=longest_s)
     weather = Weather(Dice(f"{seed} network"), scene.longest_delay_s)
+    books, faults = Invariants(scene.spec), faults or Faults()
     with tempfile.TemporaryDirectory() as disk, guarded(), quiet():
         stub = scene.children == "stub"
         children = StubChildren(scene) if stub else TaskChildren(scene, Path(disk), loop.time)
-        world = World(scene, faults or Faults(), seed, loop, Stage(children, weather, Invariants(scene.spec)))
         try:
-            return world.play()
+            outcome = World(scene, faults, seed, loop, Stage(children, weather, books)).play()
         finally:
             loop.close()
+    if isinstance(children, StubChildren) and not outcome.problems:
+        wrong = tuple(lost_or_doubled(scene, faults, children, books))
+        outcome = replace(outcome, problems=wrong, timeline=(*outcome.timeline, *wrong))
+    return outcome
 
 
 class World:

@@ -91,11 +91,12 @@ def _check_async(spec: RunSpec) -> None:
             f"{sync.buffer} beside max_ahead: 0, which waits for one update of every live agent",
             "Leave buffer out, or raise max_ahead",
         )
-    if sync.quorum is not None and isinstance(sync.buffer, int) and sync.quorum > sync.buffer:
+    size = sync.updates(spec.agents.min)
+    if sync.quorum is not None and size is not None and sync.quorum > size:
         raise ConfigError(
             "sync.quorum",
-            f"{sync.quorum} is never reached by a buffer of {sync.buffer}",
-            f"Use at most {sync.buffer}, or leave it out",
+            f"{sync.quorum} is never reached by a buffer of {size}",
+            f"Use at most {size}, or raise sync.buffer, or leave the quorum out",
         )
     if str(spec.outer.kind) == "nesterov":
         raise ConfigError(
@@ -108,11 +109,16 @@ def _check_async(spec: RunSpec) -> None:
 def _check_elastic(spec: RunSpec) -> None:
     n, alpha, sync = spec.agents.min, spec.mix.alpha, spec.sync
     most = 1.0 if sync.kind == "async" else 2 / (n + 1)
-    if alpha > most if sync.kind == "async" else alpha >= most and n > 1:
+    usual = f"0.9 / N = {0.9 / n:.3g}, the fastest 2 / (N + 2) = {2 / (n + 2):.3g}"
+    if alpha == 0:
+        raise ConfigError(
+            "mix.alpha", "0 beside `mix: {kind: elastic}`: the center would never move", f"The usual value is {usual}"
+        )
+    if alpha >= most:
         raise ConfigError(
             "mix.alpha",
-            f"elastic averaging of {n} agents is not stable at {alpha}: it has to stay below {most:.3g}",
-            f"The usual value is 0.9 / N = {0.9 / n:.3g}, the fastest 2 / (N + 2) = {2 / (n + 2):.3g}",
+            f"elastic averaging of {n} agent{'s' * (n > 1)} is not stable at {alpha}: it has to stay below {most:.3g}",
+            f"The usual value is {usual}",
         )
     for setting, value, needed in (
         ("outer", spec.outer.kind, "sgd"),

@@ -154,7 +154,7 @@ def test_what_is_wrong_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(COUNTING.replace("loaded.append", "raise RuntimeError") + "\n")
     with pytest.raises(ConfigError, match="RuntimeError"):
         fleet_of(spec_of(task="mine.py:Counting"), tmp_path)
-    with pytest.raises(RunFailed, match="did not end within 0.8 s"):
+    with pytest.raises(RunFailed, match=r"did not end within 0\.8 s"):
         fleet_of(spec_of(), longest_s=0.8)
     assert torch.get_num_threads() == threads
 

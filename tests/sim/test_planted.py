@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from syncline.engine.rounds import Rounds
 from syncline.errors import AlreadyPut, Conflict, Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
+from syncline_agent.news import News, Place
 from syncline_agent.session import Session
 from syncline_coordinator.center import Center
 from syncline_coordinator.head import HeadKeeper
@@ -40,17 +42,17 @@ SOONER = {  # where to begin, for those that few seeds show
 def head_is_written_over_whoever_wrote_it(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.write
 
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(head.run))
         assert entry is not None
         self._revision = entry.revision
-        await real(self, head, roster)
+        await real(self, head, roster, tell=tell)
 
     patch.setattr(HeadKeeper, "write", write)
 
 
 def a_lost_answer_is_taken_for_a_success(patch: pytest.MonkeyPatch) -> None:
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
         key, value = subjects.head_key(head.run), encode(head)
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
@@ -65,10 +67,10 @@ def a_lost_answer_is_taken_for_a_success(patch: pytest.MonkeyPatch) -> None:
 def a_restarted_coordinator_keeps_the_term(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.write
 
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
         if head.term != self.head.term:
             return
-        await real(self, head, roster)
+        await real(self, head, roster, tell=tell)
 
     patch.setattr(HeadKeeper, "write", write)
 
@@ -128,9 +130,9 @@ def all_updates_of_an_agent_are_purged_at_once(patch: pytest.MonkeyPatch) -> Non
 def the_merge_starts_without_its_plan_in_head(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.write
 
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
         if head.phase != "merging":
-            await real(self, head, roster)
+            await real(self, head, roster, tell=tell)
 
     patch.setattr(HeadKeeper, "write", write)
 
@@ -247,19 +249,17 @@ def a_chunk_that_is_there_already_is_an_error(patch: pytest.MonkeyPatch) -> None
 def an_agent_that_lost_its_disk_counts_from_one_again(patch: pytest.MonkeyPatch) -> None:
     real = Session._one_period
 
-    async def one_period(self: Session, seen: Any) -> None:
-        zeros = [0] * len(seen.roster.clocks)
-        seen.roster = seen.roster.model_copy(update={"clocks": zeros})
-        await real(self, seen)
+    async def one_period(self: Session, head: Head, place: Place) -> None:
+        await real(self, head, replace(place, judged=0))
 
     patch.setattr(Session, "_one_period", one_period)
 
 
 def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
-    async def wait(self: Session) -> None:
+    async def wait(self: News) -> None:
         await self._moved.wait()
 
-    patch.setattr(Session, "_wait", wait)
+    patch.setattr(News, "wait", wait)
 
 
 def a_coordinator_never_looks_whether_it_was_replaced(patch: pytest.MonkeyPatch) -> None:
@@ -301,6 +301,12 @@ PLANTED: tuple[Plant, ...] = (
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    first = SOONER.get(plant.__name__, 0)
-    found = next((seed for seed in range(first, first + SEEDS) if play(seed).failed), None)
-    assert found is not None, f"not in {SEEDS} seeds"
+    found_in(SOONER.get(plant.__name__, 0), SEEDS)
+
+
+def found_in(first: int, seeds: int) -> None:
+    """Some seed shows what is planted; a plant that does not fit into the code any more shows nothing."""
+    failed = (outcome.problems[0] for seed in range(first, first + seeds) if (outcome := play(seed)).failed)
+    found = next(failed, None)
+    assert found is not None, f"not in {seeds} seeds"
+    assert "TypeError" not in found and "AttributeError" not in found, found

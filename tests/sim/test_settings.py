@@ -100,5 +100,5 @@ def test_a_mistake_is_told_with_setting_value_and_mend(tmp_path: Path, sim: Any,
 def test_the_section_itself_misspelt_is_told_too(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(f"task: {TASK}\nsimm: {{step_s: 1}}\n")
-    with pytest.raises(ConfigError, match="simm: there is no such setting. Did you mean `sim`?"):
+    with pytest.raises(ConfigError, match=r"simm: there is no such setting. Did you mean `sim`\?"):
         load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,3 +150,30 @@ class Bowls(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         number = int(batch[0][0, 0])
         return 0.5 * self.curvatures[number] * ((model.w - self.centre(number)) ** 2).sum()
+
+
+class Watched(Bowls):
+    """Bowls whose metrics are the weights. A period takes `pause_s`; part `wait_part` waits in its period `wait_in`, and in
+    that alone, until the file `gate` exists."""
+
+    def __init__(
+        self, pause_s: float = 0.0, wait_in: int = 0, wait_part: int = -1, gate: str = "", **bowls: Any
+    ) -> None:
+        super().__init__(**bowls)
+        self.pause_s, self.wait_in, self.wait_part, self.gate = pause_s, wait_in, wait_part, gate
+        self.periods = 0
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        return {f"w{i}": float(w) for i, w in enumerate(model.w)}
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        first = next(batches)
+        self.periods += 1
+        time.sleep(self.pause_s)
+        if self.periods == self.wait_in and int(first[0][0, 0]) == self.wait_part:
+            until = time.monotonic() + 30
+            while not Path(self.gate).exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        return super().train(model, optimizer, itertools.chain([first], batches), on_step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -886,8 +888,8 @@ def _elastic() -> Schedule:
 
 
 SCHEDULES: dict[str, tuple[Schedule, dict[str, Any]]] = {
-    "buffered": (_buffered(), {"agents": 4, "buffer": 2, "staleness": Polynomial(0.5), "weights": "samples"}),
-    "each": (_each(), {"agents": 3, "buffer": 1, "max_lag": 1, "staleness": Hinge(10.0, 0), "versions": 3}),
+    "buffered": (_buffered(), {"agents": 4, "buffer": 2, "staleness": Polynomial(a=0.5), "weights": "samples"}),
+    "each": (_each(), {"agents": 3, "buffer": 1, "max_lag": 1, "staleness": Hinge(a=10.0, b=0), "versions": 3}),
     "bounded": (_bounded(), {"agents": 2, "buffer": 3, "max_ahead": 1}),
     "elastic": (_elastic(), {"agents": 2, "buffer": 4, "elastic": True, "quorum": 1, "grace_s": 1.0}),
 }

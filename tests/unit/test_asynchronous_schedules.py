@@ -339,7 +339,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "min_agents": (1, 2, 3),
     "buffer": (None, 1, 2, 3, 5),
     "max_lag": (0, 1, 3, 16),
-    "staleness": (Constant(), Polynomial(0.5), Hinge(10.0, 1)),
+    "staleness": (Constant(), Polynomial(a=0.5), Hinge(a=10.0, b=1)),
     "weights": ("uniform", "uniform", "samples", "steps"),
     "normalize": (None, None, "fednova"),
     "max_ahead": (None, None, 0, 1, 3),

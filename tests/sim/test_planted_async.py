@@ -1,0 +1,228 @@
+"""What is wrong with asynchronous and elastic runs, planted: the simulation finds each of these bugs within some seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_planted import Plant, found_in
+
+from syncline.engine.asynchronous import Asynchronous
+from syncline.engine.events import Command, LetRun, OfferReady, StartRound
+from syncline.engine.staleness import Staleness
+from syncline.wire.messages import Verdict
+from syncline_agent.news import Place
+from syncline_agent.session import Session
+from syncline_agent.training import Period
+from syncline_agent.updates import Elastic, Verdicts
+from syncline_coordinator.ledger import Judged, Ledger
+from syncline_coordinator.run import Run
+from syncline_sim.inline import InlineTraining
+
+pytestmark = pytest.mark.long
+
+SEEDS = 2000  # within which each is found
+SOONER: dict[str, int] = {}
+
+
+def instead(patch: pytest.MonkeyPatch, owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    """`make(real)` takes the place of a method."""
+    patch.setattr(owner, name, make(getattr(owner, name)))
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+def the_gate_is_one_too_high(patch: pytest.MonkeyPatch) -> None:
+    def make(real: Any) -> Any:
+        return lambda self: None if real(self) is None else real(self) + 1
+
+    instead(patch, Asynchronous, "_gate", make)
+
+
+def whoever_joins_stands_at_nought(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Asynchronous, "_joined", lambda self, agent, now_s: self._go_on(now_s))
+
+
+def the_roster_forgets_the_offsets(patch: pytest.MonkeyPatch) -> None:
+    instead(patch, Ledger, "roster", lambda real: lambda self, present, who, offsets: real(self, present, who, {}))
+
+
+def agents_do_not_know_of_the_gate(patch: pytest.MonkeyPatch) -> None:
+    def due(real: Any) -> Any:
+        def without(self: Session, seen: Any) -> Place | None:
+            return real(self, replace(seen, head=seen.head.model_copy(update={"gate": None})))
+
+        return without
+
+    instead(patch, Session, "_due", due)
+
+
+def agents_forget_their_offset(patch: pytest.MonkeyPatch) -> None:
+    real = Place.of
+    patch.setattr(Place, "of", lambda roster, agent: (p := real(roster, agent)) and replace(p, offset=0))
+
+
+def everybody_seems_to_run(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Asynchronous, "_may_run", lambda self, agent: True)
+
+
+def verdicts_are_no_news(patch: pytest.MonkeyPatch) -> None:
+    def is_news(self: Asynchronous) -> bool:
+        return self.told.participants != tuple(sorted(self.live)) or self.told.gate != self._gate()
+
+    patch.setattr(Asynchronous, "_is_news", is_news)
+
+
+# -- the buffer --------------------------------------------------------------------------------------------------------
+def a_buffer_takes_one_more(patch: pytest.MonkeyPatch) -> None:
+    def ready(self: Asynchronous) -> list[OfferReady]:
+        return self.waiting if self.buffer is None else self.waiting[: self.buffer + 1]
+
+    patch.setattr(Asynchronous, "_ready", ready)
+
+
+def the_bound_on_lags_is_one_too_high_at_a_commit(patch: pytest.MonkeyPatch) -> None:
+    def committed(real: Any) -> Any:
+        def with_more(self: Asynchronous, now_s: float) -> list[Command]:
+            self.max_lag += 1
+            try:
+                return real(self, now_s)
+            finally:
+                self.max_lag -= 1
+
+        return with_more
+
+    instead(patch, Asynchronous, "_committed", committed)
+
+
+def staleness_changes_nothing(patch: pytest.MonkeyPatch) -> None:
+    for kind in Staleness.__subclasses__():
+        patch.setattr(kind, "weight", lambda self, lag: 1.0)
+
+
+def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("syncline.engine.asynchronous.sorted", lambda values, **_: list(values), raising=False)
+
+
+def a_run_goes_on_behind_its_last_version(patch: pytest.MonkeyPatch) -> None:
+    def committed(real: Any) -> Any:
+        def further(self: Asynchronous, now_s: float) -> list[Command]:
+            self.versions += 1
+            try:
+                return real(self, now_s)
+            finally:
+                self.versions -= 1
+
+        return further
+
+    instead(patch, Asynchronous, "_committed", committed)
+
+
+# -- takeovers ---------------------------------------------------------------------------------------------------------
+def news_during_a_merge_clears_the_plan(patch: pytest.MonkeyPatch) -> None:
+    def let_train(real: Any) -> Any:
+        async def clearing(self: Run, command: StartRound | LetRun) -> None:
+            await real(self, replace(command, merging=False) if isinstance(command, LetRun) else command)
+
+        return clearing
+
+    instead(patch, Run, "_let_train", let_train)
+
+
+def what_a_plan_that_was_found_merges_is_taken_for_new(patch: pytest.MonkeyPatch) -> None:
+    def resume_merge(self: Asynchronous, offers: list[OfferReady]) -> None:
+        self.merging, self.state, self.closed_by = list(offers), "merging", "found"
+
+    patch.setattr(Asynchronous, "resume_merge", resume_merge)
+
+
+# -- elastic differences -----------------------------------------------------------------------------------------------
+def the_roster_tells_of_the_last_clock_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Judged, "then", lambda self, clock, verdict: Judged(clock, verdict) if clock > self.clock else self)
+
+
+def agents_look_at_the_last_verdict_alone(patch: pytest.MonkeyPatch) -> None:
+    real = Place.of
+
+    def of(roster: Any, agent: str) -> Place | None:
+        place = real(roster, agent)
+        return place and replace(place, verdicts={c: m for c, m in place.verdicts.items() if c == place.judged})
+
+    patch.setattr(Place, "of", of)
+
+
+def every_verdict_is_that_it_was_merged(patch: pytest.MonkeyPatch) -> None:
+    instead(
+        patch, Ledger, "_judge", lambda real: lambda self, agent, clock, _: real(self, agent, clock, Verdict.MERGED)
+    )
+
+
+def what_was_dropped_is_not_given_back(patch: pytest.MonkeyPatch) -> None:
+    def resolve(self: Elastic, verdicts: Verdicts, own_P: Any) -> None:
+        for clock in [c for c in self.pending if c <= max(verdicts, default=0)]:
+            del self.pending[clock]
+
+    patch.setattr(Elastic, "resolve", resolve)
+
+
+def what_was_merged_is_given_back(patch: pytest.MonkeyPatch) -> None:
+    instead(
+        patch, Elastic, "resolve", lambda real: lambda self, verdicts, own_P: real(self, dict.fromkeys(verdicts, False), own_P)
+    )  # fmt: skip
+
+
+def what_is_pending_is_not_kept(patch: pytest.MonkeyPatch) -> None:
+    def prepare(real: Any) -> Any:
+        async def forgetting(self: InlineTraining, *args: Any) -> Any:
+            answer = await real(self, *args)
+            handler = self._child._handlers["period"].__self__  # type: ignore[union-attr]
+            handler._updates.pending.clear()
+            return answer
+
+        return forgetting
+
+    instead(patch, InlineTraining, "prepare", prepare)
+
+
+def one_outbox_for_both_updates(patch: pytest.MonkeyPatch) -> None:
+    def first(real: Any) -> Any:
+        async def asked(self: InlineTraining, period: Period) -> Any:
+            return await real(self, period._replace(box=0))
+
+        return asked
+
+    instead(patch, InlineTraining, "period", first)
+    instead(patch, InlineTraining, "meet", first)
+    instead(patch, InlineTraining, "outbox", lambda real: lambda self, nbytes, box: real(self, nbytes, 0))
+
+
+PLANTED: tuple[Plant, ...] = (
+    the_gate_is_one_too_high,
+    whoever_joins_stands_at_nought,
+    the_roster_forgets_the_offsets,
+    agents_do_not_know_of_the_gate,
+    agents_forget_their_offset,
+    everybody_seems_to_run,
+    verdicts_are_no_news,
+    a_buffer_takes_one_more,
+    the_bound_on_lags_is_one_too_high_at_a_commit,
+    staleness_changes_nothing,
+    the_plan_is_in_the_order_of_arrival,
+    a_run_goes_on_behind_its_last_version,
+    news_during_a_merge_clears_the_plan,
+    what_a_plan_that_was_found_merges_is_taken_for_new,
+    the_roster_tells_of_the_last_clock_alone,
+    agents_look_at_the_last_verdict_alone,
+    every_verdict_is_that_it_was_merged,
+    what_was_dropped_is_not_given_back,
+    what_was_merged_is_given_back,
+    what_is_pending_is_not_kept,
+    one_outbox_for_both_updates,
+)
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    found_in(SOONER.get(plant.__name__, 0), SEEDS)
