@@ -5,6 +5,7 @@ Only callers in Syncline's own modules are refused the time and chance: librarie
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from syncline import chance
+from syncline_sim.gathering import gather
 from syncline_sim.loop import NotSimulated
 
 _GUARDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
@@ -62,6 +64,7 @@ def guarded(prefix: str | tuple[str, ...] = SIMULATED, *, threads: bool = False)
         for owner, names in _GUARDED:
             for name in names:
                 put(owner, name, _checked(f"{owner.__name__}.{name}", getattr(owner, name), prefix))
+        put(asyncio, "gather", gather)
         if not threads:
             put(threading.Thread, "start", _no_thread)
         yield

@@ -49,9 +49,12 @@ class SimTask(asyncio.Task[T]):
         return self._number
 
 
-class _SimFuture(asyncio.Future[Any]):
-    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._number = number
+class SimFuture(asyncio.Future[Any]):
+    """The same for futures."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert isinstance(loop, VirtualLoop)
+        self._number = loop.number()
         super().__init__(loop=loop)
 
     def __hash__(self) -> int:
@@ -79,7 +82,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now_s
 
     def create_future(self) -> asyncio.Future[Any]:
-        return _SimFuture(next(self._numbers), self)
+        return SimFuture(self)
+
+    def number(self) -> int:
+        """The next one: of a task or a future."""
+        return next(self._numbers)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
@@ -124,7 +131,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
         **kwargs: Any,
     ) -> SimTask[T]:
-        task: SimTask[T] = SimTask(coro, next(self._numbers), loop=self, context=context, **kwargs)
+        task: SimTask[T] = SimTask(coro, self.number(), loop=self, context=context, **kwargs)
         self.on_task(task) if context is None else context.run(self.on_task, task)
         return task
 

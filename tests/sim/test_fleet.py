@@ -112,7 +112,7 @@ def test_faults_are_settings_and_a_synchronous_run_survives_them_bit_for_bit() -
         {"kind": "delay", "service": "a4", "seconds": 0.2, "after_s": 0.7, "for_s": 2},
     ]
     calm, troubled = fleet_of(spec, step_s=0.05), fleet_of(spec, step_s=0.05, faults=faults)
-    assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 5
+    assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 4
 
 
 def test_who_is_not_drawn_for_a_round_does_nothing() -> None:

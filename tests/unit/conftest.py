@@ -25,10 +25,6 @@ settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("steady")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/unit/golden anew: look at the diff")
-
-
 class FakeBus:
     """Messages by subject, written once; keys with revisions. `fail` makes the next calls of an operation fail."""
 

@@ -1,0 +1,34 @@
+"""Timelines that are kept: the same seed gives the same one, byte for byte, on every Python that Syncline runs on.
+
+A change of the services that asks another question of the bus changes them, and so may a new fault or a new setting in
+`seeds.py`: write them anew then, with `pytest tests/sim/test_golden.py --update-golden`, and try them on another Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from syncline_sim.seeds import play
+
+GOLDEN = Path(__file__).parent / "golden" / "timelines.json"
+SEEDS = range(40)
+
+
+def digest_of(seed: int) -> str:
+    """Of every bus operation with its time, and of the timeline that a person reads."""
+    outcome = play(seed)
+    return hashlib.sha256("\n".join([outcome.trace, *outcome.timeline]).encode()).hexdigest()[:32]
+
+
+def test_a_seed_gives_the_timeline_that_is_kept_on_every_python(request: pytest.FixtureRequest) -> None:
+    told = {str(seed): digest_of(seed) for seed in SEEDS}
+    if request.config.getoption("--update-golden"):
+        GOLDEN.write_text(json.dumps(told, indent=0) + "\n")
+    kept = json.loads(GOLDEN.read_text())
+    differ = sorted((s for s in kept.keys() | told.keys() if kept.get(s) != told.get(s)), key=int)
+    assert not differ, f"on Python {sys.version.split()[0]} the timelines of seeds {differ} differ; if meant: --update-golden"
