@@ -52,9 +52,11 @@ def place(connect: str, key: str, role: str = COORDINATOR) -> Place:
 
 
 def watch_key(key: str) -> str:
-    """The key of one who only reads the public feeds, where it lies beside the one that was given; else that one itself."""
-    beside = Path(key).parent / f"{WATCH}{SUFFIX}"
-    return str(beside) if key and beside.is_file() else key
+    """The key of one who only reads the public feeds, where it lies by the one that was given, as `syncline keys` and local
+    fleets lay them down; else that one itself."""
+    directory, name = Path(key).parent, f"{WATCH}{SUFFIX}"
+    near = (directory / name, directory.parent / WATCH / name) if key else ()
+    return next((str(path) for path in near if path.is_file()), key)
 
 
 def local_fleets() -> list[tuple[Path, str]]:

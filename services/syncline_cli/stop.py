@@ -19,7 +19,6 @@ app = new_app()
 
 ENDS_S = 120.0  # how long it may take: the merge under way, and the evaluation of the last version
 ANSWER_S = 10.0
-LOOK_S = 0.1
 ASK_AGAIN_S = 5.0  # a coordinator that was restarted meanwhile does not know that it was asked
 
 
@@ -66,29 +65,42 @@ def who() -> str:
 
 
 async def stop_run(bus: Bus, run: str, by: str, url: str) -> tuple[str, Head]:
-    """How the request was answered, and the last head. Asks again while nothing comes of it."""
-    from syncline.errors import ConfigError, NoResponders, RunFailed
-    from syncline.wire import subjects
-    from syncline.wire.messages import ENDED, Stop, Stopped, decode, encode
+    """How the request was answered first, and the last head. Asks again while nothing comes of it."""
+    from syncline.errors import RunFailed
     from syncline_cli import runs
+    from syncline_cli.follow import Follower
 
     await runs.head_of(bus, run)  # says what is near where there is no such run
-    question, loop = encode(Stop(run=run, by=by)), asyncio.get_running_loop()
+    loop, outcome = asyncio.get_running_loop(), ""
     deadline = loop.time() + ENDS_S
-    outcome = ""
-    while loop.time() < deadline:
-        try:
-            answer = decode(Stopped, await bus.request(subjects.stop(), question, ANSWER_S))
-        except NoResponders:
-            if not outcome:
-                mend = f"Start one with `syncline coordinator --connect {url}`"
-                raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None
-        else:
-            outcome = outcome or answer.outcome
-        again_s = loop.time() + ASK_AGAIN_S
-        while loop.time() < again_s:
-            head = await runs.head_of(bus, run)
-            if head.phase in ENDED:
-                return outcome, head
-            await asyncio.sleep(LOOK_S)
+    ended = asyncio.create_task(Follower(bus, run).until_ended())  # told of it: a local fleet is gone a moment later
+    try:
+        while loop.time() < deadline:
+            outcome = await _ask(bus, run, by, url, outcome)
+            done, _ = await asyncio.wait({ended}, timeout=ASK_AGAIN_S)
+            if done:
+                return outcome, ended.result()
+    finally:
+        ended.cancel()
+        await asyncio.gather(ended, return_exceptions=True)
     raise RunFailed(f"run {run} was asked to stop and still goes on after {ENDS_S:g} s: see `syncline watch {run}`")
+
+
+async def _ask(bus: Bus, run: str, by: str, url: str, before: str) -> str:
+    """The first answer that the coordinator gave. Raises ConfigError where there was none and is no coordinator."""
+    from syncline.errors import BusError, ConfigError, Denied, NoResponders
+    from syncline.wire import subjects
+    from syncline.wire.messages import Stop, Stopped, decode, encode
+
+    try:
+        answer = decode(Stopped, await bus.request(subjects.stop(), encode(Stop(run=run, by=by)), ANSWER_S))
+    except Denied:
+        raise
+    except NoResponders:
+        if before:
+            return before
+        mend = f"Start one with `syncline coordinator --connect {url}`"
+        raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None
+    except BusError:  # asked again soon
+        return before
+    return before or answer.outcome

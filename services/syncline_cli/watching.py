@@ -24,7 +24,7 @@ from syncline.bus.nats import Connection, NatsBus
 from syncline.errors import BusError, ConfigError, RunFailed
 from syncline.service import DONE
 from syncline.wire.messages import ENDED
-from syncline.wire.subjects import NAME, PREFIX
+from syncline.wire.subjects import FLEET, NAME, PREFIX
 from syncline_cli.connect import Place, come_back, place, unreachable, watch_key
 from syncline_cli.display import STYLES, clean, megabytes, number
 from syncline_cli.process import Interrupted, run_interruptible
@@ -210,7 +210,7 @@ def _print_events(watching: Watching) -> None:
     shown = watching.watched.wanted or (state.run if state is not None else "")
     while watching.fresh:
         said = watching.fresh.popleft()
-        if said.run in (shown, "fleet") or not watching.watched.wanted:
+        if said.run in (shown, FLEET) or not watching.watched.wanted:
             _print(watching, event_line(said))
 
 

@@ -71,6 +71,13 @@ def test_the_watchers_key_is_taken_where_it_lies_beside(tmp: Path) -> None:
     assert watch_key("") == ""
 
 
+def test_the_watchers_key_is_taken_out_of_an_operators_set(tmp: Path) -> None:
+    for directory in ("core", "watch"):
+        (tmp / "ops" / directory).mkdir(parents=True)
+    (tmp / "ops" / "watch" / "watch.nk").touch()
+    assert watch_key(str(tmp / "ops/core/coordinator.nk")) == str(tmp / "ops/watch/watch.nk")
+
+
 def test_what_to_type_to_come_back(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert come_back("syncline watch r", DEFAULT_URL, "") == "syncline watch r"
     assert come_back("syncline watch r", A, "k.nk") == f"syncline watch r --connect {A} --key k.nk"
