@@ -72,22 +72,7 @@ def make(
     names = list(dict.fromkeys([*(f"a{i}" for i in range(1, agents + 1)), *(agent or ())]))
     with _files(directory):
         made = OperatorSet.make(directory, names, settings, keep=keep)
-    if as_json:
-        _print_set(made)
-        return
-    path = made.keyring.path
-    print(f"{directory} holds the keys of {_counted(len(made.keyring.agents))}. Give each machine its own part alone:")
-    for what, whose in (
-        (made.config.parent, "the broker: public keys only"),
-        (path("coordinator"), "the coordinator, and whoever submits runs"),
-        (path("NAME"), "one for each agent"),
-        (path("watch"), "people and dashboards: it reads, and can change nothing"),
-    ):
-        print(f"  {what!s:<{len(str(path('coordinator')))}}  {whose}")
-    print("Next, start the broker:")
-    print(f"  nats-server -c {made.config}")
-    print("or, where it runs already with this set, have it read the configuration again:")
-    print(_reload())
+    _print_set(made) if as_json else _say_made(made)
 
 
 @app.command(context_settings=HELP_NAMES, epilog="Example: syncline keys add ops edge-7")
@@ -138,6 +123,24 @@ def _open(directory: Path) -> OperatorSet:
     from syncline.bus.operator import OperatorSet
 
     return OperatorSet(directory)
+
+
+def _say_made(made: OperatorSet) -> None:
+    path = made.keyring.path
+    print(
+        f"{made.directory} holds the keys of {_counted(len(made.keyring.agents))}. Give each machine its own part alone:"
+    )
+    for what, whose in (
+        (made.config.parent, "the broker: public keys only"),
+        (path("coordinator"), "the coordinator, and whoever submits runs"),
+        (path("NAME"), "one for each agent"),
+        (path("watch"), "people and dashboards: it reads, and can change nothing"),
+    ):
+        print(f"  {what!s:<{len(str(path('coordinator')))}}  {whose}")
+    print("Next, start the broker:")
+    print(f"  nats-server -c {made.config}")
+    print("or, where it runs already with this set, have it read the configuration again:")
+    print(_reload())
 
 
 def _print_set(opened: OperatorSet) -> None:

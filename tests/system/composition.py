@@ -96,7 +96,7 @@ class Composition:
         self.services: dict[str, Any] = load(variables=variables)["services"]
         self.running: dict[str, list[Replica]] = {}
         self.port, self._monitor = free_port(), free_port()
-        self._started = 0
+        self._started: list[Replica] = []
 
     def __enter__(self) -> Composition:
         return self
@@ -105,10 +105,9 @@ class Composition:
         try:
             self.down()
         finally:
-            for replicas in self.running.values():
-                for replica in replicas:
-                    replica.process.kill()
-                    replica.process.wait()
+            for replica in self._started:
+                replica.process.kill()
+                replica.process.wait()
 
     # -- up and down ---------------------------------------------------------------------------------------------------
     def up(self, *names: str, scale: Mapping[str, int] | None = None) -> None:
@@ -140,9 +139,9 @@ class Composition:
     def start(self, name: str) -> Replica:
         """One more replica."""
         service, root = self.services[name], self._root(name)
-        self._started += 1
-        log = self.place / f"{name}-{self._started}.log"
-        temporary = root / f"tmp-{self._started}"
+        number = len(self._started)
+        log = self.place / f"{name}-{number}.log"
+        temporary = root / f"tmp-{number}"
         temporary.mkdir()
         given = environment() if "build" in service else {}
         given |= service.get("environment", {})
@@ -157,7 +156,8 @@ class Composition:
                 cwd=root / "runs" if (root / "runs").exists() else root,
                 env={"TMPDIR": str(temporary), **variables},
             )
-        return Replica(process, log)
+        self._started.append(Replica(process, log))
+        return self._started[-1]
 
     def _until_healthy(self, name: str) -> None:
         """Runs the service's own health check until it is content."""

@@ -31,7 +31,10 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        try:
+            self.process.wait(10)
+        finally:
+            self.process.kill()
 
     @property
     def text(self) -> str:
