@@ -35,7 +35,7 @@ def settings(name: str, seed: int) -> dict[str, dict[str, Any]]:
     agents, steps, versions = together["agents"]["min"], together["local"]["steps"], together["stop"]["versions"]
     centralised = {
         **together,
-        "agents": {"min": 1},
+        "agents": {"min": 1, "max": 1},
         "partition": {"kind": "iid"},
         "local": {**together["local"], "steps": agents * steps},
     }
@@ -54,7 +54,8 @@ def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The JSON object that `syncline run --json` ends with."""
     file = directory / "spec.yaml"
     file.write_text(yaml.safe_dump(spec))
-    command = [sys.executable, "-m", "syncline_cli", "run", str(file), "--local", str(spec["agents"]["min"]), "--json"]
+    local = max(2, spec["agents"]["min"])  # one more than a single agent, so that in all ways a process has one thread
+    command = [sys.executable, "-m", "syncline_cli", "run", str(file), "--local", str(local), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_S)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from hypothesis import settings
 
 from syncline.bus.base import Entry, Stored
@@ -18,6 +19,8 @@ from syncline.errors import AlreadyPut, Conflict, Unreachable
 
 T = TypeVar("T")
 GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(1)  # small models: a second thread costs more than it does, ten times as much on a busy machine
 
 # The same examples on every run: a red build is about the change. `--hypothesis-profile explore` looks for new ones.
 settings.register_profile("steady", deadline=None, derandomize=True)
