@@ -389,6 +389,8 @@ class Run:
             model=done.merged.model,
             plan=plan,
             dropped=self.ledger.dropped,
+            norms=list(done.merged.norms),
+            norm=done.merged.norm,
             bytes_up=done.merged.bytes_got,
             bytes_down=done.merged.bytes_put,
             phases_s={"collect": self._totals.collect_s, "merge": done.seconds},
@@ -398,7 +400,7 @@ class Run:
         self.ledger.dropped = []
 
     def _round_metric(self, done: _MergeDone, seconds: float) -> Round:
-        totals = self._totals
+        totals, mean = self._totals, self.parts.spec.merge.rule == "mean"
         return Round(
             version=done.plan.version,
             closed_by=done.plan.reason,
@@ -407,6 +409,8 @@ class Run:
             seconds=seconds,
             collect_s=totals.collect_s,
             merge_s=done.seconds,
+            norm=done.merged.norm,
+            drift=done.merged.drift([e.weight for e in done.plan.merged]) if mean else None,
             bytes_up=totals.bytes_up,
             bytes_down=totals.bytes_down,
         )

@@ -81,6 +81,11 @@ class Round(Published):
     seconds: float = Field(description="from the opening of the round to its commit")
     collect_s: float
     merge_s: float
+    norm: float = Field(0.0, description="the length of D, the merged update")
+    drift: float | None = Field(
+        None,
+        description="‖Σ p Δ‖² / Σ p ‖Δ‖² of a mean: 1 where the updates agree, 1/N where they have nothing in common",
+    )
     bytes_up: int = Field(description="update bytes got since the run began")
     bytes_down: int = Field(description="model bytes put since the run began")
 

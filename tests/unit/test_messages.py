@@ -68,6 +68,8 @@ EXAMPLES: dict[type[Record], Record] = {
             plan=PLAN,
             bytes_up=1,
             bytes_down=2,
+            norms=[3.0],
+            norm=3.0,
             phases_s={"merge": 0.5},
         ),
         Manifest(dtype="fp32", elements=6, chunk_elements=1024, tensors=[], at_home=["steps"]),

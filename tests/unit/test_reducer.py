@@ -287,6 +287,17 @@ async def test_the_norms_of_the_updates_and_of_what_they_make_are_told(make: Mak
     assert merged.norm == pytest.approx(float((place.center.next_P - place.center.now_P).norm()), rel=1e-9)
 
 
+async def test_drift_is_one_where_the_updates_agree_and_one_over_n_where_they_are_orthogonal(make: Make) -> None:
+    (x,), apart = vectors(1, torch.float64), [torch.zeros(ELEMENTS, dtype=torch.float64) for _ in range(4)]
+    for i, y in enumerate(apart):
+        y[1000 * i : 1000 * i + 500] = 2.0
+    for updates, drift in (([x] * 4, 1.0), (apart, 0.25), ([x, -x], 0.0)):
+        place = make(torch.float64)
+        merged = await place.reducer.merge(await place.plan(updates))
+        assert merged.drift([1 / len(updates)] * len(updates)) == pytest.approx(drift, abs=1e-12)
+    assert (await place.reducer.merge(await place.plan([torch.zeros_like(x)]))).drift([1.0]) is None
+
+
 async def test_krum_gets_only_the_one_it_takes_a_second_time(make: Make, bus: Any) -> None:
     place = ruled(make, "krum")
     plan = await place.plan(vectors(7, torch.float64))

@@ -310,6 +310,10 @@ class Committed(Record):
     dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(
         default_factory=list, description="updates judged since the version before and not merged"
     )
+    norms: Annotated[list[float], Field(max_length=100_000)] = Field(
+        default_factory=list, description="the length of each update, in the plan's order"
+    )
+    norm: float = Field(0.0, description="the length of D, which was made of them")
     bytes_up: Count = Field(description="update bytes got for this version")
     bytes_down: Count = Field(description="model bytes put for it")
     phases_s: dict[str, float] = Field(description="seconds: collect, merge")

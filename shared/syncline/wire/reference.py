@@ -139,7 +139,7 @@ EXAMPLES: dict[type[Published], Published] = {
     AgentEval: AgentEval(time_s=TIME_S, version=12, clock=13, metrics={"accuracy": 0.913, "loss": 0.29}),
     Round: Round(
         time_s=TIME_S, version=13, closed_by="quorum 3 of 4 + 2.0 s", merged=3, late=["a4"], seconds=2.9, collect_s=2.7,
-        merge_s=0.1, bytes_up=4_700_000, bytes_down=1_300_000,
+        merge_s=0.1, norm=0.82, drift=0.61, bytes_up=4_700_000, bytes_down=1_300_000,
     ),
     CenterEval: CenterEval(time_s=TIME_S, version=13, metrics={"accuracy": 0.942, "loss": 0.21}, seconds=0.08),
     RunStatus: RunStatus(
