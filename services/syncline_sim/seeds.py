@@ -97,6 +97,8 @@ def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
         return spec
     is_async, elastic = rng.choice(((True, False), (True, False), (True, True), (False, True)))
     changes: dict[str, Any] = {"mix": {"alpha": 1.0}, "stop": {"versions": rng.between(2, 12)}}
+    if rng.random() < 0.15:  # sending takes long beside a period
+        changes |= {"wire": {"window": 1, "chunk_bytes": 4096}, "task_options": {"elements": 2500}}
     if is_async:
         changes["sync"] = _async(rng, spec.agents.min)
         sync = parse(Async, changes["sync"])

@@ -67,13 +67,6 @@ def everybody_seems_to_run(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Asynchronous, "_may_run", lambda self, agent: True)
 
 
-def verdicts_are_no_news(patch: pytest.MonkeyPatch) -> None:
-    def is_news(self: Asynchronous) -> bool:
-        return self.told.participants != tuple(sorted(self.live)) or self.told.gate != self._gate()
-
-    patch.setattr(Asynchronous, "_is_news", is_news)
-
-
 # -- the buffer --------------------------------------------------------------------------------------------------------
 def a_buffer_takes_one_more(patch: pytest.MonkeyPatch) -> None:
     def ready(self: Asynchronous) -> list[OfferReady]:
@@ -204,7 +197,6 @@ PLANTED: tuple[Plant, ...] = (
     agents_do_not_know_of_the_gate,
     agents_forget_their_offset,
     everybody_seems_to_run,
-    verdicts_are_no_news,
     a_buffer_takes_one_more,
     the_bound_on_lags_is_one_too_high_at_a_commit,
     staleness_changes_nothing,
