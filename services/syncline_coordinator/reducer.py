@@ -57,7 +57,7 @@ class Merged:
     norm: float = 0.0  # ‖D‖
 
     def drift(self, weights: Sequence[float]) -> float | None:
-        """‖Σ p_i Δ_i‖² / Σ p_i ‖Δ_i‖², of a mean with these weights: 1 where the updates agree, 1/N where they are orthogonal."""
+        """‖Σ p_i Δ_i‖² / Σ p_i ‖Δ_i‖² with these weights: 1 where the updates agree, 1/N where they are orthogonal."""
         spread = sum(weights) * sum(w * norm**2 for w, norm in zip(weights, self.norms, strict=True))
         return self.norm**2 / spread if spread > 0 else None
 

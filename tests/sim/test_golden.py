@@ -31,4 +31,6 @@ def test_a_seed_gives_the_timeline_that_is_kept_on_every_python(request: pytest.
         GOLDEN.write_text(json.dumps(told, indent=0) + "\n")
     kept = json.loads(GOLDEN.read_text())
     differ = sorted((s for s in kept.keys() | told.keys() if kept.get(s) != told.get(s)), key=int)
-    assert not differ, f"on Python {sys.version.split()[0]} the timelines of seeds {differ} differ; if meant: --update-golden"
+    assert not differ, (
+        f"on Python {sys.version.split()[0]} the timelines of seeds {differ} differ; if meant: --update-golden"
+    )
