@@ -36,7 +36,7 @@ from syncline.engine.events import (
 )
 from syncline.errors import PeerError
 from syncline.spec import RunSpec
-from syncline.telemetry import Pace, Round, Telemetry, tell_often
+from syncline.telemetry import Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
@@ -52,16 +52,16 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
-from syncline.wire.messages import Committed as CommitRecord
+from syncline_coordinator.account import Account, MergeDone
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.offers import OfferReader
-from syncline_coordinator.policies import adviser_of, policy_of, standing_of
+from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
-from syncline_coordinator.reducer import Merged, Reducer
+from syncline_coordinator.reducer import Reducer
 from syncline_coordinator.status import status_of
 from syncline_coordinator.updates import UpdateUnusable
 
@@ -69,24 +69,6 @@ log = logging.getLogger(__name__)
 
 INBOX_FACTS = 10_000
 LOOK_AT_HEAD_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
-LATE_NAMED = 20
-
-
-@dataclass(frozen=True, slots=True)
-class _MergeDone:
-    plan: Plan
-    merged: Merged
-    seconds: float
-
-
-@dataclass(slots=True)
-class Totals:
-    """What the run has moved so far."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    opened_at_s: float = 0.0
-    collect_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -110,12 +92,10 @@ class Run:
     def __init__(self, parts: Parts, keeper: HeadKeeper) -> None:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
-        self.policy, self._adviser = policy_of(spec), adviser_of(spec)
+        self.policy, self._account = policy_of(spec), Account(spec, parts.telemetry)
         self.present: set[str] = set()
         self.ended = asyncio.Event()
-        self._inbox: asyncio.Queue[Fact | _MergeDone] = asyncio.Queue(INBOX_FACTS)
-        self._totals = Totals()
-        self._round_pace = Pace(0.1)
+        self._inbox: asyncio.Queue[Fact | MergeDone] = asyncio.Queue(INBOX_FACTS)
         self._wake_at_s: float | None = None
         self._purger = Purger(parts.bus)
         self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
@@ -181,7 +161,7 @@ class Run:
             self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))
             while not self.ended.is_set():
                 fact = await self._next()
-                if isinstance(fact, _MergeDone):
+                if isinstance(fact, MergeDone):
                     await self._commit(fact)
                     continue
                 try:
@@ -203,7 +183,7 @@ class Run:
             await asyncio.sleep(jitter(LOOK_AT_HEAD_S))
             await self.keeper.check()
 
-    async def _next(self) -> Fact | _MergeDone:
+    async def _next(self) -> Fact | MergeDone:
         """The next fact; a Tick when the policy's time has come. A background task's error is raised here."""
         if not self._inbox.empty():
             return self._inbox.get_nowait()
@@ -251,7 +231,7 @@ class Run:
         else:
             moved |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
         if isinstance(command, StartRound) or not before.round:
-            self._totals.opened_at_s = _now()
+            self._account.opened(_now())
         await self._move(before.model_copy(update=moved), roster)
 
     async def _move(self, head: Head, roster: Roster) -> None:
@@ -264,7 +244,7 @@ class Run:
         """The plan goes into head; then it is executed."""
         head, entries = self.keeper.head, self.ledger.entries(merge.updates)
         plan = Plan(version=head.version + 1, reason=merge.reason, merged=entries, late=list(merge.late))
-        self._totals.collect_s = _now() - self._totals.opened_at_s
+        self._account.decided(_now())
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
         await self.keeper.write(head.model_copy(update={"plan": held, "phase": "merging"}), tell=False)
@@ -281,16 +261,13 @@ class Run:
                 self.ledger.abandoned(error.blob)
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
-        await self._inbox.put(_MergeDone(plan, merged, _now() - began))
+        await self._inbox.put(MergeDone(plan, merged, _now() - began))
 
-    async def _commit(self, done: _MergeDone) -> None:
+    async def _commit(self, done: MergeDone) -> None:
         """Version v + 1: roster and record on the bus, then the compare-and-set that makes it so."""
-        parts, head, plan, totals = self.parts, self.keeper.head, done.plan, self._totals
+        parts, head, plan = self.parts, self.keeper.head, done.plan
         parts.center.advance()
         self.ledger.merged(plan)
-        totals.bytes_up += done.merged.bytes_got
-        totals.bytes_down += done.merged.bytes_put
-        seconds = _now() - totals.opened_at_s
         commands = self.policy.handle(Committed(plan.version), _now())
         start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
         for drop in [c for c in commands if isinstance(c, Drop)]:  # the roster of this version tells of them
@@ -310,28 +287,16 @@ class Run:
             "reason": plan.reason[:2000],
         }
         await self._move(head.model_copy(update=moved), roster)
-        totals.opened_at_s = _now()
         if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
             parts.evaluation.offer(plan.version, parts.center.current)
-        if self._round_pace.due(_now()) or not start:
-            await parts.telemetry.metric(self._round_metric(done, seconds))
-        await self._advise(plan)
+        await self._account.committed(done, _now(), last=start is None)
         for command in commands:
             if command is not start and not isinstance(command, Drop):
                 await self._execute(command)
 
-    async def _advise(self, plan: Plan) -> None:
-        """What the run shows of itself that its owner should know, each once."""
-        for entry in plan.merged:
-            self._adviser.judged(entry.agent, entry.lag, merged=True)
-        for advice in self._adviser.committed():
-            await self.parts.telemetry.event("advice", advice.text, level="warning", agent=advice.agent)
-
     async def _drop(self, drop: Drop) -> None:
         self.ledger.drop(drop.agent, drop.clock, drop.reason, Verdict.BROKEN if drop.broken else Verdict.LATE)
-        self._adviser.judged(drop.agent, drop.lag, merged=False, too_stale=drop.lag > 0)
-        text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
-        await self.parts.telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
+        await self._account.dropped(drop)
 
     async def _finish(self, reason: str, phase: Phase) -> None:
         head = self.keeper.head
@@ -352,7 +317,7 @@ class Run:
             if problem is not None:
                 await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
             elif isinstance(offer, Offer) and self.ledger.offer(agent, offer, stored.seq):
-                self._adviser.offered(agent, offer.samples, offer.seconds)
+                self._account.offered(agent, offer)
                 await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
@@ -379,41 +344,12 @@ class Run:
             self.parts.bus, subjects.model_stream(run), prefix, ref, RECORD_CHUNK_BYTES, 64 * MAX_RECORD_BYTES
         )
 
-    async def _put_commit_record(self, done: _MergeDone) -> None:
-        head, plan = self.keeper.head, done.plan
-        record = CommitRecord(
-            run=head.run,
-            term=head.term,
-            version=plan.version,
-            digest=done.merged.digest,
-            model=done.merged.model,
-            plan=plan,
-            dropped=self.ledger.dropped,
-            norms=list(done.merged.norms),
-            norm=done.merged.norm,
-            bytes_up=done.merged.bytes_got,
-            bytes_down=done.merged.bytes_put,
-            phases_s={"collect": self._totals.collect_s, "merge": done.seconds},
-        )
-        subject = subjects.log_record(head.run, plan.version, head.term)
-        await patiently(lambda: self.parts.bus.put(subject, encode(record)))
+    async def _put_commit_record(self, done: MergeDone) -> None:
+        head = self.keeper.head
+        record = encode(self._account.record(head, done, self.ledger.dropped))
+        subject = subjects.log_record(head.run, done.plan.version, head.term)
+        await patiently(lambda: self.parts.bus.put(subject, record))
         self.ledger.dropped = []
-
-    def _round_metric(self, done: _MergeDone, seconds: float) -> Round:
-        totals, mean = self._totals, self.parts.spec.merge.rule == "mean"
-        return Round(
-            version=done.plan.version,
-            closed_by=done.plan.reason,
-            merged=len(done.plan.merged),
-            late=done.plan.late[:LATE_NAMED],
-            seconds=seconds,
-            collect_s=totals.collect_s,
-            merge_s=done.seconds,
-            norm=done.merged.norm,
-            drift=done.merged.drift([e.weight for e in done.plan.merged]) if mean else None,
-            bytes_up=totals.bytes_up,
-            bytes_down=totals.bytes_down,
-        )
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
         """A held-out result is in: perhaps the target is reached."""

@@ -1,4 +1,4 @@
-"""`asyncio.gather` as it is since Python 3.12, for every Python: 3.11 takes a turn of the loop more where a task is done already.
+"""`asyncio.gather` as it is since Python 3.12, for every Python: 3.11 takes a turn more where a task is done already.
 
 Everything else that services use of asyncio takes the same turns everywhere; the timelines in `tests/sim/golden` would tell.
 """

@@ -18,6 +18,7 @@ SLOW = 2.0  # times the usual period
 SLOW_S = 0.1  # shorter periods are not worth a word
 LOOK_EVERY = 4  # versions: looking costs a little for every agent
 ROUNDS_IN_A_ROW = 5
+AGAINST = 0.5  # of the drift of unrelated updates, 1/N
 OUTLIER = 10.0  # times the median norm
 MANY_ROWS = 100.0  # times the median of rows, where rows are weights
 PERIODS = 9  # of an agent, for the median
@@ -31,11 +32,10 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Of a merge. `updates`: ‖Δ_i‖² by agent; `merged`: ‖Σ p_i Δ_i‖² for the shares p_i; `center`: ‖W‖²."""
+    """Of a merge. `updates`: ‖Δ_i‖ by agent. `drift`: ‖Σ p_i Δ_i‖² / Σ p_i ‖Δ_i‖², where the rule is a mean."""
 
     updates: Mapping[str, float]
-    merged: float
-    center: float
+    drift: float | None
 
 
 @dataclass(slots=True)
@@ -148,34 +148,42 @@ class Adviser:
         )
 
     def _on_norms(self, found: list[Advice], norms: Norms) -> None:
-        squares = {agent: square for agent, square in norms.updates.items() if square > 0}
-        n = len(squares)
+        lengths = {agent: length for agent, length in norms.updates.items() if length > 0}
+        n = len(lengths)
         if n < 3:
             return
-        median = statistics.median(squares.values())
-        for agent, square in sorted(squares.items()):
-            times = (square / median) ** 0.5
+        median = statistics.median(lengths.values())
+        for agent, length in sorted(lengths.items()):
+            times = length / median
             text = (
                 f"{agent}: its update is {times:.0f} times as long as the median of the others'. A robust rule bounds what one "
                 "agent can do, as `merge: {rule: norm_clip}` or `{rule: median}`"
             )
             self._give(found, agent, "norm", text if times > OUTLIER else "")
-        drift = norms.merged / (sum(squares.values()) / n)
-        self._apart = self._apart + 1 if drift < UNEVEN / n else 0
+        if norms.drift is not None:
+            self._on_drift(found, norms.drift, n)
+        if 0 < self.alpha < 1:
+            self._on_spread(found, sum(length**2 for length in lengths.values()) / n)
+
+    def _on_drift(self, found: list[Advice], drift: float, n: int) -> None:
+        """Near 1/N is noise, as late in any training; well below it, agents undo what the others have done."""
+        self._apart = self._apart + 1 if drift < AGAINST / n else 0
         text = (
-            f"the agents pull in different directions: |mean update|² is {drift:.2f} of the mean |update|² (1: aligned, "
+            f"the agents pull against each other: |mean update|² is {drift:.3f} of the mean |update|² (1: aligned, "
             f"{1 / n:.2f}: unrelated). Lower local.steps or the learning rate, or use `local: {{control_variates: scaffold}}`"
         )
         self._give(found, "", "drift", text if self._apart >= ROUNDS_IN_A_ROW else "")
-        if 0 < self.alpha < 1 and norms.center > 0:
-            self._spread.append(sum(squares.values()) / n / norms.center)
-            steps = list(self._spread)
-            grows = len(steps) > ROUNDS_IN_A_ROW and all(a < b for a, b in itertools.pairwise(steps))
-            text = (
-                f"the agents drift apart: their mean squared distance from the center has grown for {ROUNDS_IN_A_ROW} rounds, "
-                f"to {steps[-1]:.3g} |W|². Raise mix.alpha (now {self.alpha:g}), or lower local.steps"
-            )
-            self._give(found, "", "spread", text if grows else "")
+
+    def _on_spread(self, found: list[Advice], spread: float) -> None:
+        """In rounds with α below 1, an update is an agent's distance from the center."""
+        self._spread.append(spread)
+        steps = list(self._spread)
+        grows = len(steps) > ROUNDS_IN_A_ROW and all(a < b for a, b in itertools.pairwise(steps))
+        text = (
+            f"the agents drift apart: their mean squared distance from the center has grown for {ROUNDS_IN_A_ROW} rounds, "
+            f"to {steps[-1]:.3g}. Raise mix.alpha (now {self.alpha:g}), or lower local.steps"
+        )
+        self._give(found, "", "spread", text if grows else "")
 
     def _give(self, found: list[Advice], agent: str, what: str, text: str) -> None:
         if text and (agent, what) not in self._given:

@@ -1,0 +1,94 @@
+"""What a run tells of itself: the commit record, the round metric, events of drops, and advice. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from syncline.engine.advice import Norms
+from syncline.engine.events import Drop
+from syncline.spec import RunSpec
+from syncline.telemetry import Pace, Round, Telemetry
+from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan
+from syncline_coordinator.policies import adviser_of
+from syncline_coordinator.reducer import Merged
+
+LATE_NAMED = 20
+ROUNDS_S = 0.1  # at most so often
+
+
+@dataclass(frozen=True, slots=True)
+class MergeDone:
+    plan: Plan
+    merged: Merged
+    seconds: float
+
+
+class Account:
+    """Times are the event loop's."""
+
+    def __init__(self, spec: RunSpec, telemetry: Telemetry) -> None:
+        self._telemetry, self._is_mean = telemetry, spec.merge.rule == "mean"
+        self._adviser = adviser_of(spec)
+        self._pace = Pace(ROUNDS_S)
+        self._opened_s = self._collect_s = 0.0
+        self._bytes_up = self._bytes_down = 0
+
+    def opened(self, now_s: float) -> None:
+        """A round has been opened, or a version committed."""
+        self._opened_s = now_s
+
+    def decided(self, now_s: float) -> None:
+        self._collect_s = now_s - self._opened_s
+
+    def offered(self, agent: str, offer: Offer) -> None:
+        self._adviser.offered(agent, offer.samples, offer.seconds)
+
+    async def dropped(self, drop: Drop) -> None:
+        self._adviser.judged(drop.agent, drop.lag, merged=False, too_stale=drop.lag > 0)
+        text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
+        await self._telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
+
+    def record(self, head: Head, done: MergeDone, dropped: list[Dropped]) -> Committed:
+        """`head`: as it is before the commit."""
+        return Committed(
+            run=head.run,
+            term=head.term,
+            version=done.plan.version,
+            digest=done.merged.digest,
+            model=done.merged.model,
+            plan=done.plan,
+            dropped=dropped,
+            norms=list(done.merged.norms),
+            norm=done.merged.norm,
+            bytes_up=done.merged.bytes_got,
+            bytes_down=done.merged.bytes_put,
+            phases_s={"collect": self._collect_s, "merge": done.seconds},
+        )
+
+    async def committed(self, done: MergeDone, now_s: float, *, last: bool) -> None:
+        """A version is there. `last`: nobody trains for another."""
+        plan, merged = done.plan, done.merged
+        self._bytes_up += merged.bytes_got
+        self._bytes_down += merged.bytes_put
+        seconds, self._opened_s = now_s - self._opened_s, now_s
+        drift = merged.drift([e.weight for e in plan.merged]) if self._is_mean else None
+        if self._pace.due(now_s) or last:
+            metric = Round(
+                version=plan.version,
+                closed_by=plan.reason,
+                merged=len(plan.merged),
+                late=plan.late[:LATE_NAMED],
+                seconds=seconds,
+                collect_s=self._collect_s,
+                merge_s=done.seconds,
+                norm=merged.norm,
+                drift=drift,
+                bytes_up=self._bytes_up,
+                bytes_down=self._bytes_down,
+            )
+            await self._telemetry.metric(metric)
+        for entry in plan.merged:
+            self._adviser.judged(entry.agent, entry.lag, merged=True)
+        lengths = {e.agent: norm for e, norm in zip(plan.merged, merged.norms, strict=False)}
+        for advice in self._adviser.committed(Norms(lengths, drift)):
+            await self._telemetry.event("advice", advice.text, level="warning", agent=advice.agent)
