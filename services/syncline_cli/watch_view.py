@@ -26,7 +26,7 @@ MOST_EVENTS, FEWEST_EVENTS = 8, 3
 NARROWEST_CURVE = 8
 PHASE_STYLES = {"done": "bold green", "failed": "bold red", "refused": "bold red"}
 DEAF = "no agent is heard: the key watch.nk hears them, the coordinator's does not"
-KEYS = "q or Ctrl-C leaves; the run goes on"
+KEYS = "q or Ctrl-C leaves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,13 @@ class Standing:
     style: str = ""
 
     @classmethod
-    def of(cls, agent: AgentState, now_s: float) -> Standing:
+    def of(cls, agent: AgentState, now_s: float, *, ended: bool = False) -> Standing:
         if agent.failed:
             return cls(0, "cannot train", "red")
         if agent.lost:
             return cls(1, "lost", "red")
+        if ended:
+            return cls(4, "", "dim")
         if agent.train is None:
             return cls(4, "starting", "dim")
         if now_s - agent.seen_s > SILENT_S:
@@ -107,7 +109,8 @@ def picture(watched: Watched, width: int, height: int, now_s: float, wall_s: flo
         lines += events
     lines = lines[: height - 1]
     lines += [Text("")] * (height - 1 - len(lines))
-    return Text("\n").join([*(_fitted(line, width) for line in lines), _fitted(Text(KEYS, "dim"), width)])
+    going = "; the run goes on" if state is not None and state.phase not in ENDED else ""
+    return Text("\n").join(_fitted(line, width) for line in [*lines, Text(KEYS + going, "dim")])
 
 
 def ago(seconds: float) -> str:
@@ -208,7 +211,8 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
     """Heading and rows, those first that need somebody to look; the rest is counted."""
     if not state.agents or room < 2:
         return []
-    standing = {name: Standing.of(agent, now_s) for name, agent in state.agents.items()}
+    ended = state.phase in ENDED
+    standing = {name: Standing.of(agent, now_s, ended=ended) for name, agent in state.agents.items()}
     names = sorted(state.agents, key=lambda name: (standing[name].rank, natural(name)))
     fits = room - 1
     shown = names if len(names) <= fits else names[: max(0, fits - 1)]
@@ -229,8 +233,8 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
         )
     if len(shown) < len(names):
         words = Counter(standing[name].word for name in names[len(shown) :])
-        rest = ", ".join(f"{count} {word}" for word, count in words.most_common())
-        lines.append(Text(f"… and {len(names) - len(shown):,} more: {rest}", "dim"))
+        rest = ", ".join(f"{count} {word}" for word, count in words.most_common() if word)
+        lines.append(Text(f"… and {len(names) - len(shown):,} more" + (f": {rest}" if rest else ""), "dim"))
     return lines
 
 

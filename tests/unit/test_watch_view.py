@@ -90,7 +90,7 @@ def test_four_agents_are_shown_with_all_that_is_known() -> None:
         "a4     training 55%       13     0    0.0203    12,345     2.7 MB     now",
     ):
         assert shown in text
-    assert KEYS in text
+    assert f"{KEYS}; the run goes on" in text
 
 
 def test_a_wide_terminal_shows_more() -> None:
@@ -179,6 +179,8 @@ def test_a_run_that_has_ended_says_how() -> None:
     lines = drawn(watched)
     assert lines[0].startswith("run digits-1  done")
     assert lines[1] == "40 versions"
+    assert lines[-1] == KEYS
+    assert not any("training 55%" in line for line in lines), "what an agent did last is not what it does"
 
 
 def test_a_run_that_waits_for_agents_says_for_how_many() -> None:
