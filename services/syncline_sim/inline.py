@@ -194,7 +194,8 @@ class StubTrainer:
             self._first = False
             self._trained.copy_(own)
         drift = (number * 7919 + period.clock * 104729) % 1009 / 1009
-        step = 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + number - own) + drift
+        place = number + number**2 / 7  # no two pairs equally far apart, so that no rule has to choose between equals
+        step = 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + place - own) + drift
         own += step
         self._trained += step
         if not self._updates.needs_center:

@@ -256,7 +256,8 @@ class World:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         self.say(f"{life.connection} exits: {type(error).__name__}: {error}")
-        if isinstance(error, BusError | ChildDied):
+        alone = not any(other.service == life.service and not other.dead for other in self.lives.values())
+        if isinstance(error, BusError | ChildDied) or (isinstance(error, Superseded) and alone):
             self.at(START_AGAIN_S, partial(self.start, life.service))
         elif not isinstance(error, Superseded):
             self._problem(f"{life.connection} died of its own bug: {type(error).__name__}: {error}")
