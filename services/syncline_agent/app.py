@@ -12,7 +12,7 @@ from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.child import Child
 from syncline.errors import BusError
 from syncline.nursery import Nursery
-from syncline.service import FAILED, run_service, set_up_logging
+from syncline.service import FAILED, name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
 from syncline.wire.signing import Signer
 from syncline_agent.options import AgentOptions
@@ -31,6 +31,7 @@ def run(options: AgentOptions) -> int:
     set_up_logging(options.log_file)
     claimed = claim(options.name, options.key, Path(options.state_dir))  # its lock is held as long as we live
     options = replace(options, name=claimed.name, key=claimed.key)
+    name_process(options.name)
     seed = read_seed(Path(options.key)) if options.key else ""
     nursery = Nursery.start(("torch",))
     serving: list[Agent] = []

@@ -11,7 +11,7 @@ from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.child import Child
 from syncline.errors import BusError
 from syncline.nursery import Nursery
-from syncline.service import run_service, set_up_logging
+from syncline.service import name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
 from syncline.wire.subjects import COORDINATOR
 from syncline_coordinator.options import CoordinatorOptions
@@ -24,6 +24,7 @@ REDUCERS = 2  # threads
 def run(options: CoordinatorOptions) -> int:
     """Serves until a signal. Returns the exit code."""
     set_up_logging(options.log_file)
+    name_process(COORDINATOR)
     seed = read_seed(Path(options.key)) if options.key else ""
     nursery = Nursery.start(("torch",))
 

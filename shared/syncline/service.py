@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -17,6 +18,8 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 log = logging.getLogger(__name__)
 
+_PR_SET_NAME = 15
+
 
 def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
     """To standard error, or to a file; standard output is for results."""
@@ -28,6 +31,12 @@ def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("nats").setLevel(logging.CRITICAL)  # the bus reports what matters
+
+
+def name_process(name: str) -> None:
+    """On Linux: what `ps -e`, `top` and `pkill` call this process, as `syncline-a2`; longer names are cut off."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"syncline-{name}".encode()[:15], 0, 0, 0)
 
 
 def loop_factory() -> asyncio.AbstractEventLoop:
