@@ -299,7 +299,9 @@ class Invariants:
         sessions = self.sessions.setdefault(agent, set())
         sessions.add(offer.session)
         may_begin = self.may_begin.get(agent)
-        in_turn = offer.clock == 1 or (agent, offer.clock - 1) in self.offers  # else it finished one that was never sent
+        in_turn = (
+            offer.clock == 1 or (agent, offer.clock - 1) in self.offers
+        )  # else it finished one that was never sent
         if may_begin is not None and len(sessions) == 1 and in_turn:
             self._insist(offer.clock - 1 <= may_begin, f"{agent} began clock {offer.clock}, its gate was {may_begin}")
         prefix = subjects.update_prefix(self.spec.name, agent, offer.blob.id)
