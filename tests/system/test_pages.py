@@ -1,6 +1,6 @@
-"""docs/your-own-task.md is done: its files written, its commands typed in order, in an empty directory, in three terminals.
+"""docs/your-own-task.md and docs/first-steps.md are done: files written, commands typed in order, in several terminals.
 
-A person's three terminals are processes here; nothing else is changed, but that `pkill` may kill no other fleet's agent.
+A person's terminals are processes here; nothing else is changed, but that `pkill` may kill no other fleet's agent.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from command import SYNCLINE, Command, until
 from dockerfile import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 
-DOCUMENT = ROOT / "docs" / "your-own-task.md"
+OWN_TASK, FIRST_STEPS = ROOT / "docs" / "your-own-task.md", ROOT / "docs" / "first-steps.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def typed() -> list[list[str]]:
-    """The words of every command on the page up to the export."""
-    lines = [line.removeprefix("$ ").split() for block in blocks("console") for line in block.splitlines()]
-    return lines[: 1 + next(i for i, words in enumerate(lines) if words[:2] == ["syncline", "export"])]
+def typed(page: Path) -> list[list[str]]:
+    """The words of every command on the page."""
+    return [line.removeprefix("$ ").split() for block in blocks(page, "console") for line in block.splitlines()]
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    task, check, *_ = blocks("python")
+    task, check, *_ = blocks(OWN_TASK, "python")
     (tmp_path / "my_task.py").write_text(task)
     (tmp_path / "check.py").write_text(check)
-    (tmp_path / "mine.yaml").write_text(blocks("yaml")[0])
+    (tmp_path / "mine.yaml").write_text(blocks(OWN_TASK, "yaml")[0])
     return tmp_path
 
 
 @pytest.fixture
 def running(place: Path) -> Iterator[Command]:
-    run = typed()[0]
+    run = typed(OWN_TASK)[0]
     assert run == ["syncline", "run", "mine.yaml", "--local", "3", "--stay"]
     command = Command(place, tuple(run[1:]))
     yield command
@@ -95,7 +95,7 @@ def _name_of(pid: int) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process has a name of its own on Linux only")
 def test_a_task_of_ones_own_from_the_file_to_plain_pytorch(place: Path, running: Command) -> None:
-    _, watch, pkill, why, export = typed()
+    _, watch, pkill, why, export = typed(OWN_TASK)[:5]
     running.says("round 1/60")
     watcher = in_another_terminal(running, *watch)
     assert pkill[:2] == ["pkill", "-9"]
@@ -126,3 +126,23 @@ def test_a_task_of_ones_own_from_the_file_to_plain_pytorch(place: Path, running:
 
 def test_the_scripts_the_page_calls_are_installed() -> None:
     assert (Path(sysconfig.get_path("scripts")) / "syncline").exists()
+
+
+def test_the_first_steps(tmp_path: Path) -> None:
+    demo, activate, run, *asks, simulate = typed(FIRST_STEPS)
+    assert demo == ["make", "demo"], "that one has tests of its own"
+    assert activate == ["source", ".venv/bin/activate"]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    first, fleet = blocks(FIRST_STEPS, "yaml")
+    assert yaml.safe_load(first) == yaml.safe_load((ROOT / "examples" / "digits.yaml").read_text())
+    (tmp_path / "fleet.yaml").write_text(fleet)
+    running = Command(tmp_path, tuple(run[1:]))
+    try:
+        running.says("the fleet stays up")
+        ls, why, why_three, export = (asked(running, *words) for words in asks)
+    finally:
+        running.stop()
+    assert "first" in ls and "done" in ls
+    assert "run first, version 40" in why and "run first, version 3" in why_three
+    assert "version 40 of first" in export and (tmp_path / "first.safetensors").exists()
+    assert "40 versions" in asked(running, *simulate)
