@@ -177,3 +177,34 @@ class Watched(Bowls):
             while not Path(self.gate).exists() and time.monotonic() < until:
                 time.sleep(0.01)
         return super().train(model, optimizer, itertools.chain([first], batches), on_step)
+
+
+class Liar(Task):
+    """Everybody goes half way to nearly the same place; part `liar` sends −10 times its update."""
+
+    def __init__(self, size: int = 8, liar: int = 2) -> None:
+        self.size, self.liar = size, liar
+
+    def model(self) -> nn.Module:
+        return _Point(self.size)
+
+    def dataset(self, part: Part) -> TensorDataset:
+        return TensorDataset(torch.tensor([[-1 if part.held_out else part.index]]))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model.w.sum()
+
+    def place(self, number: int) -> Tensor:
+        """At a distance of 1 from the start, and about 0.1 from each other's."""
+        noise = torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        return torch.full((self.size,), self.size**-0.5, dtype=torch.float64) + 0.1 * noise / noise.norm()
+
+    def train(
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
+    ) -> float | None:
+        (numbers,) = next(batches)
+        number = int(numbers[0, 0])
+        with torch.no_grad():
+            model.w += (-10 if number == self.liar else 1) * 0.5 * (self.place(number) - model.w)
+        on_step(1)
+        return None

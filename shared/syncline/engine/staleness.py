@@ -52,4 +52,8 @@ class Hinge(Staleness):
         return 1.0 if lag <= self.b else 1.0 / (self.a * (lag - self.b) + 1.0)
 
 
-STALENESS: dict[str, type[Staleness]] = {"constant": Constant, "polynomial": Polynomial, "hinge": Hinge}
+STALENESS: dict[str, type[Staleness]] = {
+    "constant": Constant,
+    "polynomial": Polynomial,
+    "hinge": Hinge,
+}
