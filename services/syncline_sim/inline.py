@@ -176,6 +176,7 @@ class StubTrainer:
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
+        self._diverges = bool(settings.task_options.get("diverges"))  # every seventh update is unusable
         kept, self._first = self._disk.get(state_path), state_path not in self._disk
         zeros = bytes(8 * self._elements)
         kept = kept or StubState(0, zeros, {}, zeros)
@@ -216,7 +217,10 @@ class StubTrainer:
         return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
 
     def _leave(self, period: Period) -> None:
-        self._box(1 + period.box)[:] = self._updates.take(self._own, self._from, period.clock)
+        box = self._box(1 + period.box)
+        box[:] = self._updates.take(self._own, self._from, period.clock)
+        if self._diverges and (5 * period.number + 3 * period.clock) % 7 == 0:
+            box[-1] = torch.nan
         pending = {c: _bytes(difference) for c, difference in self._updates.pending.items()}
         self._disk[self._path] = StubState(period.clock, _bytes(self._own), pending, _bytes(self._trained))
 

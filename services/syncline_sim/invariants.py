@@ -246,8 +246,16 @@ class Invariants:
         for i, agent in enumerate(old.agents[: len(new.agents)]):
             was, now = (old.clocks[i], old.verdict(i)), (new.clocks[i], new.verdict(i))
             self._insist(now[0] >= was[0], f"{agent}'s judged clock went back from {was[0]} to {now[0]}")
-            self._insist(now[1] != Verdict.BROKEN, f"{agent}'s update of clock {now[0]} is called broken, and is not")
+            if now[1] == Verdict.BROKEN and now != was:
+                self._insist(
+                    self._diverged(agent, now[0]), f"{agent}'s update of clock {now[0]} is called broken, and is not"
+                )
             self._insist(now[0] > was[0] or now == was, f"{agent}'s clock {was[0]} was judged {was[1]}, now {now[1]}")
+
+    def _diverged(self, agent: str, clock: int) -> bool:
+        """Whether one of the agent's updates of that clock is no number."""
+        blobs = [self._content(f"agent.{agent}.update", offer.blob) for offer in self.offers.get((agent, clock), ())]
+        return any(bool(np.isnan(np.frombuffer(blob, "<f8")).any()) for blob in blobs)
 
     def _check_verdicts(self, head: Head, roster: Roster) -> None:
         """What a roster says was merged is what was merged; of the last clocks, that is all that an agent will know."""

@@ -83,6 +83,8 @@ def scene_of(seed: int) -> Scene:
     if more.random() < 0.3:
         spec = spec.model_copy(update={"merge": more.choice(rules)})
     spec = _other_kind(seed, spec)
+    if Dice(f"{seed} diverges").random() < 0.15:
+        spec = spec.model_copy(update={"task_options": {**spec.task_options, "diverges": True}})
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
     starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
     return Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)

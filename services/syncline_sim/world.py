@@ -45,6 +45,7 @@ from syncline_sim.trouble import Trouble, subject_of
 COORDINATOR = subjects.COORDINATOR
 START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because somebody else failed
 ASK_AGAIN_S = 0.5
+NOTHING_USABLE = "every update of version"  # … was dropped
 AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
 
 
@@ -345,6 +346,8 @@ class World:
         head, spec = self.books.head, self.scene.spec
         if head is None:
             self._problem(f"the run was refused: {self.refused}")
+        elif head.reason.startswith(NOTHING_USABLE) and spec.task_options.get("diverges"):
+            self.say(f"the run failed, and had to: {head.reason}")
         elif head.phase != "done":
             self._problem(f"the run ended as {head.phase}: {head.reason}")
         elif spec.stop.target is None and head.version != spec.stop.versions:

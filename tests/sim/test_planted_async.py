@@ -112,6 +112,29 @@ def a_run_goes_on_behind_its_last_version(patch: pytest.MonkeyPatch) -> None:
     instead(patch, Asynchronous, "_committed", committed)
 
 
+def an_unusable_update_is_judged_before_the_one_before_it(patch: pytest.MonkeyPatch) -> None:
+    def broken(real: Any) -> Any:
+        def at_once(self: Asynchronous, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
+            earlier = [o for o in self.merging if o.agent == agent and o.clock < clock]
+            offer = next(o for o in self.merging if (o.agent, o.clock) == (agent, clock))
+            if not earlier:
+                return real(self, agent, clock, why, now_s)
+            self.merging.remove(offer)
+            return [self._drop(offer, why, broken=True), self._plan(self.merging, why)]
+
+        return at_once
+
+    def judge(real: Any) -> Any:
+        def forgetting(self: Ledger, agent: str, clock: int, verdict: Verdict) -> None:
+            self._planned = set()  # what a plan names goes with a newer update of its agent
+            real(self, agent, clock, verdict)
+
+        return forgetting
+
+    instead(patch, Asynchronous, "_broken", broken)
+    instead(patch, Ledger, "_judge", judge)
+
+
 # -- takeovers ---------------------------------------------------------------------------------------------------------
 def news_during_a_merge_clears_the_plan(patch: pytest.MonkeyPatch) -> None:
     def let_train(real: Any) -> Any:
@@ -202,6 +225,7 @@ PLANTED: tuple[Plant, ...] = (
     staleness_changes_nothing,
     the_plan_is_in_the_order_of_arrival,
     a_run_goes_on_behind_its_last_version,
+    an_unusable_update_is_judged_before_the_one_before_it,
     news_during_a_merge_clears_the_plan,
     what_a_plan_that_was_found_merges_is_taken_for_new,
     the_roster_tells_of_the_last_clock_alone,
