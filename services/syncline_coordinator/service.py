@@ -21,6 +21,7 @@ from syncline.bus.violations import ViolationLog
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
+from syncline.guardrails import doubts_of_model
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
@@ -192,14 +193,14 @@ class Coordinator:
         try:
             submit = decode(Submit, delivery.data, limit=SPEC_BYTES)
             spec = parse(RunSpec, submit.spec)
-            await self._accept(spec)
+            warnings = await self._accept(spec)
         except ConfigError as error:
             refused = Submitted(setting=error.setting[:2000], problem=error.problem[:2000], mend=error.mend[:2000])
             await self._answer(delivery, refused)
         except (PeerError, BusError, ChildDied) as error:
             await self._answer(delivery, Submitted(setting="spec", problem=str(error)[:2000]))
         else:
-            await self._answer(delivery, Submitted(run=spec.name, warnings=spec.warnings))
+            await self._answer(delivery, Submitted(run=spec.name, warnings=warnings))
 
     async def _on_stop(self, delivery: Delivery) -> None:
         try:
@@ -221,8 +222,8 @@ class Coordinator:
             return await end_undriven(self._bus, stop)
         return Stopped(run=stop.run, outcome="stopping", reason=why(stop))
 
-    async def _accept(self, spec: RunSpec) -> None:
-        """Checks all that can be checked before a run starts, and queues it. Raises ConfigError."""
+    async def _accept(self, spec: RunSpec) -> list[str]:
+        """Checks all that can be checked before a run starts, and queues it; returns what is doubtful. Raises ConfigError."""
         if (there := await HeadKeeper.read(self._bus, spec.name)) is not None:
             raise exists(there.head)
         manifest = await self._manifest_of(spec)
@@ -237,6 +238,7 @@ class Coordinator:
         self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
+        return [*spec.warnings, *doubts_of_model(t.name for t in manifest.tensors)]
 
     async def _first_head(self, name: str) -> None:
         """Where it is there already, whoever takes the run from the queue was faster."""

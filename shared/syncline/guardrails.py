@@ -6,12 +6,18 @@ Each names the setting, its value and the mend. Sources: the stability bounds of
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from syncline.errors import ConfigError
 
 if TYPE_CHECKING:
     from syncline.spec import RunSpec
+
+
+FEW_LABELS = 0.3  # the α of a Dirichlet split below which most agents have a few labels only
+LONG_LAG = 4.0  # versions
 
 
 def refuse_nonsense(spec: RunSpec) -> None:
@@ -178,7 +184,25 @@ def doubts(spec: RunSpec) -> list[str]:
         )
     if sync.kind == "async":
         found += _doubts_async(spec)
+    part, rule = spec.partition, spec.merge.rule
+    few = part.per_agent <= 2 if part.kind == "shards" else part.kind == "dirichlet" and part.alpha < FEW_LABELS
+    if few and rule not in ("mean", "norm_clip"):
+        found.append(
+            f"merge.rule: {rule} takes agents with other data for bad ones, and by this partition every agent has a few labels "
+            "only. norm_clip bounds what one agent can do, and leaves out nobody"
+        )
     return found
+
+
+def doubts_of_model(averaged: Iterable[str]) -> list[str]:
+    """`averaged`: the names of the tensors that travel."""
+    statistics = [name for name in averaged if name.endswith(("running_mean", "running_var"))]
+    if not statistics:
+        return []
+    return [
+        f"task: the model averages BatchNorm's statistics ({statistics[0]} and {len(statistics) - 1} more), which tell of one "
+        'agent\'s data each. Use GroupNorm, or let them stay with the agents: `local = ("*.running_*",)` in the task'
+    ]
 
 
 def _doubts_async(spec: RunSpec) -> list[str]:
@@ -197,6 +221,12 @@ def _doubts_async(spec: RunSpec) -> list[str]:
         found.append(
             f"sync.max_lag: {sync.max_lag} is below the mean lag of {n} equal agents, (N − 1) / K = {mean_lag:.1f}: much of "
             "the work will be dropped. Raise it or the buffer"
+        )
+    if mean_lag >= LONG_LAG:
+        found.append(
+            f"sync.buffer: the mean lag of {n} equal agents is (N − 1) / K = {mean_lag:.1f} versions. A learning rate that is "
+            f"just stable in rounds may be {2 * (2 * mean_lag + 1) / math.pi:.0f} times too large then. Lower it, or raise the "
+            "buffer"
         )
     if str(spec.outer.kind) == "momentum":
         found.append(

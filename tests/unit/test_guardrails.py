@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from syncline.errors import ConfigError
+from syncline.guardrails import doubts_of_model
 from syncline.spec import RunSpec, parse
 
 ELASTIC = {"kind": "elastic", "alpha": 0.1}
@@ -202,6 +204,38 @@ DOUBTED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("settings", "words"), DOUBTED, ids=[words[:40] for _, words in DOUBTED])
 def test_what_is_rarely_meant_is_doubted_in_plain_words(settings: dict[str, Any], words: str) -> None:
     assert spec(**settings).warnings == [words]
+
+
+@pytest.mark.parametrize(
+    ("partition", "rule", "doubted"),
+    [
+        ({"kind": "shards", "per_agent": 2}, {"rule": "median"}, True),
+        ({"kind": "dirichlet", "alpha": 0.1}, {"rule": "krum"}, True),
+        ({"kind": "dirichlet", "alpha": 0.1}, {"rule": "norm_clip", "max_norm": 1.0}, False),
+        ({"kind": "dirichlet", "alpha": 0.5}, {"rule": "median"}, False),
+        ({"kind": "shards", "per_agent": 3}, {"rule": "median"}, False),
+        ({"kind": "iid"}, {"rule": "median"}, False),
+    ],
+)
+def test_a_robust_rule_is_doubted_where_honest_agents_look_bad(
+    partition: dict[str, Any], rule: dict[str, Any], doubted: bool
+) -> None:
+    found = spec(agents={"min": 7}, partition=partition, merge=rule).warnings
+    assert [f"merge.rule: {rule['rule']} takes agents" in doubt for doubt in found] == [True] * doubted
+
+
+def test_a_long_lag_is_told_with_how_much_smaller_a_stable_learning_rate_is() -> None:
+    """x_{t+1} = x_t − η h x_{t−τ} converges iff η h < 2 sin(π / (2 (2 τ + 1))): for τ = 0 twice as far as π / (2 τ + 1)."""
+    (found,) = spec(agents={"min": 9}, sync=free(buffer=2)).warnings
+    assert found.startswith("sync.buffer: the mean lag of 9 equal agents is (N − 1) / K = 4.0 versions.")
+    assert f"may be {round(2 / (2 * math.sin(math.pi / (2 * 9))))} times too large" in found
+    assert spec(agents={"min": 9}, sync=free(buffer=3)).warnings == []
+
+
+def test_averaged_statistics_of_batchnorm_are_doubted() -> None:
+    (found,) = doubts_of_model(["0.weight", "1.running_mean", "1.running_var"])
+    assert "1.running_mean and 1 more" in found and "GroupNorm" in found
+    assert doubts_of_model(["0.weight", "0.bias"]) == []
 
 
 def test_one_agent_alone_is_not_doubted() -> None:
