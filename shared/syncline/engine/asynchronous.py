@@ -59,12 +59,14 @@ class Asynchronous(Policy):
     broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
     told: Told = field(default_factory=Told)
     closed_by: str = ""  # what closed the buffer that is merging
+    untold: bool = False  # something was judged that agents may not have been told
+    runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
 
     def resume(self, standing: Standing, now_s: float) -> None:
         self.live, self.version, self.judged = set(standing.live), standing.version, dict(standing.judged)
         self.offered, self.offsets = dict(standing.judged), dict(standing.offsets)
         self.told = Told(standing.participants, standing.gate, dict(standing.judged))
-        self.started, self.state, self.opened_at_s = True, "open", now_s
+        self.started, self.state, self.opened_at_s, self.untold = True, "open", now_s, True
 
     def resume_merge(self, offers: list[OfferReady]) -> None:
         self.merging, self.state = list(offers), "merging"
@@ -82,14 +84,16 @@ class Asynchronous(Policy):
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         if offer.clock <= max(self.offered.get(offer.agent, 0), self.judged.get(offer.agent, 0)):
             return []  # told twice
-        self._insist_on_order(offer, [*self.waiting, *self.merging])
+        is_second = self.offered.get(offer.agent, 0) > self.judged.get(offer.agent, 0)
+        if is_second:
+            self._insist_on_order(offer, [*self.waiting, *self.merging])
         self.offered[offer.agent] = offer.clock
         if not self.started:
             return [self._drop(offer, "the run has not started")]
         if (drop := self._too_stale(offer)) is not None:
             return [drop, *self._go_on(now_s)]
         self.waiting.append(offer)
-        return [*self._replaced(), *self._go_on(now_s)]
+        return [*(self._replaced() if is_second else ()), *self._go_on(now_s)]
 
     def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
         offer = next((o for o in self.merging if (o.agent, o.clock) == (agent, clock)), None)
@@ -151,7 +155,8 @@ class Asynchronous(Policy):
             if len(self.live) < self.min_agents:
                 return []
             self.started, self.state, self.opened_at_s = True, "open", now_s
-        news = self._let_run() if self._is_news() else []
+        changed = self.untold or len(self.live) != len(self.told.participants)
+        news = self._let_run() if changed and self._is_news() else []
         return [*news, *self._close(now_s)]
 
     def _close(self, now_s: float) -> list[Command]:
@@ -160,7 +165,7 @@ class Asynchronous(Policy):
         if self.state != "open" or not ready:
             self.closes_at_s = None
             return []
-        nobody_runs = not any(self._may_run(agent) for agent in self.live)
+        nobody_runs = not self._somebody_may_run()
         if self._too_few(ready, self.broken):
             self.closes_at_s = None
             return self._tell_too_few(len(ready)) if nobody_runs else []
@@ -189,12 +194,13 @@ class Asynchronous(Policy):
 
     def _full(self, ready: list[OfferReady]) -> bool:
         if self.buffer is None:
-            return self.live <= {o.agent for o in ready}
+            return len(self.live) <= len(ready) and self.live <= {o.agent for o in ready}
         return len(ready) >= self.buffer
 
     def _merge(self, chosen: list[OfferReady], reason: str) -> Merge:
-        self.waiting = [o for o in self.waiting if o not in chosen]
-        self.merging = chosen
+        taken = {(o.agent, o.clock) for o in chosen}
+        self.waiting = [o for o in self.waiting if (o.agent, o.clock) not in taken]
+        self.merging = list(chosen)
         self.state, self.closes_at_s = "merging", None
         return self._plan(chosen, reason + self._absent({*self.lost}))
 
@@ -241,6 +247,11 @@ class Asynchronous(Policy):
             return False
         return told.gate is None or clock + self.offsets.get(agent, 0) <= told.gate
 
+    def _somebody_may_run(self) -> bool:
+        if self.runner not in self.live or not self._may_run(self.runner):
+            self.runner = next(filter(self._may_run, self.live), "")
+        return bool(self.runner)
+
     @property
     def ahead(self) -> int:
         """Updates of one agent that may wait to be judged."""
@@ -252,7 +263,12 @@ class Asynchronous(Policy):
             return True
         return any(self.judged.get(a, 0) != told.judged.get(a, 0) for a in self.live)
 
+    def _judge(self, offer: OfferReady) -> None:
+        Policy._judge(self, offer)
+        self.untold = True
+
     def _let_run(self) -> list[Command]:
+        self.untold = False
         self.told = Told(tuple(sorted(self.live)), self._gate(), dict(self.judged))
         offsets = tuple(sorted((a, o) for a, o in self.offsets.items() if o))
         return [LetRun(self.version, self.told.participants, self.told.gate, offsets, self.state == "merging")]
