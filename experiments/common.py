@@ -53,6 +53,7 @@ def arguments(description: str | None, *, seeds: int = 3) -> tuple[argparse.Name
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"seeds 1 to N; default: {seeds}")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="results are kept there, and not made again")
     parser.add_argument("--directory", default="", metavar="DIR", help="of the plays, where the experiment reads them")
+    parser.add_argument("--real", action="store_true", help="real processes, where the experiment has that")
     parser.add_argument("--no-plot", action="store_true", help="print the table alone")
     given = parser.parse_args()
     if given.seeds < 1:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +28,31 @@ class TwoLayers(FashionMnist):
         return nn.Sequential(
             _Flat(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)
         )
+
+
+class Sleepy(TwoLayers):
+    """A step takes `step_s` in real time; the steps of the last of `agents` parts take `slow` times as long."""
+
+    def __init__(self, agents: int, step_s: float, slow: float, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.agents, self.step_s, self.slow = agents, step_s, slow
+
+    def dataset(self, part: Part) -> torch.utils.data.TensorDataset:
+        self.pause_s = self.step_s * (self.slow if part.index == self.agents - 1 else 1.0)
+        return super().dataset(part)
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Any],
+        on_step: Callable[[int], bool],
+    ) -> float | None:
+        def slowly(rows: int) -> bool:
+            time.sleep(self.pause_s)
+            return on_step(rows)
+
+        return super().train(model, optimizer, batches, slowly)
 
 
 class Logistic(FashionMnist):

@@ -9,20 +9,29 @@ Fashion-MNIST, IID, four and eight agents, a two-layer network (199,210 paramete
     fedasync     every update at once, weights 1/√(1 + τ), server learning rate 0.6
     elastic      asynchronous elastic averaging, α = 0.9 / N
 
+With `--real`: four agents as real processes, which sleep 40 ms (200 ms) after each step, for so many versions that every way
+takes about half a minute; the rate of updates alone.
+
 The rate of updates of an asynchronous run is (r (N − 1) + 1) / N times that of rounds, for one agent r times slower.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from typing import Any
 
-from common import arguments, fleet, picture, say, table
+import yaml
+from common import HERE, arguments, fleet, picture, say, table
 
 SLOW = 5
 STEP_S = 0.02
 TARGET = 0.85
 VERSIONS = 4000
+REAL_STEP_S, REAL_S = 0.04, 30.0
 
 
 def ways(n: int) -> dict[str, dict[str, Any]]:
@@ -62,8 +71,49 @@ def outcome(n: int, way: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
+def real_rate(way: dict[str, Any]) -> float:
+    """Merged updates a second of four real agents, the last of them slow."""
+    n = 4
+    size = way["sync"].get("buffer", n)
+    rate = 1 / (10 * REAL_STEP_S) * ((n - 1) + 1 / SLOW if way["sync"].get("max_ahead") is None else n / SLOW)
+    if way["sync"]["kind"] == "rounds":
+        rate = n / (10 * REAL_STEP_S * SLOW)
+    options = {"agents": n, "step_s": REAL_STEP_S, "slow": SLOW}
+    changes = {
+        "task": "models.py:Sleepy",
+        "task_options": options,
+        "evaluate": {"center": False},
+        "stop": {"versions": max(6, round(REAL_S * rate / size))},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=HERE) as file:
+        yaml.safe_dump({**spec(n, way, 1), **changes}, file)
+        file.flush()
+        command = [sys.executable, "-m", "syncline_cli", "run", file.name, "--local", str(n), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    return float(result["versions"] * size / (result["seconds"] - result.get("first_round_s", 0.0)))
+
+
+def real() -> None:
+    rates = {name: real_rate(way) for name, way in ways(4).items()}
+    rows = [
+        [f"`{name}`", f"{rate:.2f}", f"{rate / rates['rounds']:.2f} ({expected(4, name):.2f})"]
+        for name, rate in rates.items()
+    ]
+    table(["way, real processes, N = 4", "updates/s", "ratio (theory)"], rows)
+
+
+def expected(n: int, name: str) -> float:
+    return (SLOW * (n - 1) + 1) / n if name in ("fedbuff", "fedasync", "elastic") else 1.0
+
+
 def main() -> None:
     given, kept = arguments(__doc__)
+    if given.real:
+        real()
+        return
     rows, curves = [], {}
     for n in (4, 8):
         rate = time = 0.0
@@ -78,13 +128,12 @@ def main() -> None:
             if name == "rounds":
                 rate, time = rates, seconds
             say(f"N = {n} {name}: {rates:.2f} updates/s, {TARGET:.0%} after {seconds:.1f} s")
-            expected = (SLOW * (n - 1) + 1) / n if name in ("fedbuff", "fedasync", "elastic") else 1.0
             rows.append(
                 [
                     str(n),
                     f"`{name}`",
                     f"{rates:.2f}",
-                    f"{rates / rate:.2f} ({expected:.2f})",
+                    f"{rates / rate:.2f} ({expected(n, name):.2f})",
                     f"{seconds:.1f} s ({min(reached, default=0):.1f} – {max(reached, default=0):.1f})",
                     f"{time / seconds:.2f}",
                     f"{statistics.median(f['slow_lag'] for f in found):.1f}",
