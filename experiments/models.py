@@ -48,8 +48,12 @@ class Sleepy(TwoLayers):
         batches: Iterator[Any],
         on_step: Callable[[int], bool],
     ) -> float | None:
+        due_s = time.monotonic()
+
         def slowly(rows: int) -> bool:
-            time.sleep(self.pause_s)
+            nonlocal due_s
+            due_s += self.pause_s
+            time.sleep(max(0.0, due_s - time.monotonic()))
             return on_step(rows)
 
         return super().train(model, optimizer, batches, slowly)
