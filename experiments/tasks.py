@@ -1,11 +1,13 @@
 """What training together is worth, on the real data of examples/: `make results-tasks`, or one of them by name.
 
-Each run is a `syncline run SPEC --local N` with real processes. Three are held against each other, seed by seed, all with the
-same number of samples seen by each model that is trained, with the same batches and the same optimiser:
+Each run is a `syncline run SPEC --local N` with real processes. Four are held against each other, seed by seed, with the same
+model, size of a batch and optimiser:
 
-    together      the spec as it stands: N agents, each with its part
-    centralised   one agent that has all the data, for as many samples as the N agents together see
-    alone         each of the N agents on its own part, for as many steps as it makes in the run together
+    together          the spec as it stands: N agents, each with its part
+    centralised       one agent that has all the data, for as many samples as the N agents together see
+    ... 0.4 × lr      the same with a smaller learning rate: it makes N times as many steps one after the other, and no mean of
+                      N models takes their noise away
+    alone             each of the N agents on its own part, for as many steps as it makes in the run together
 
 Prints a line for each run on standard error, and at the end a table in Markdown for docs/results.md.
 """
@@ -25,12 +27,12 @@ import yaml
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ("digits", "mnist5k", "fashion_mnist")
-WAYS = ("together", "centralised", "alone")
+WAYS = ("together", "centralised", "centralised, 0.4 × lr", "alone")
 MOST_S = 1800.0  # of one run
 
 
 def settings(name: str, seed: int) -> dict[str, dict[str, Any]]:
-    """The specs of the three ways."""
+    """The specs of the four ways."""
     together: dict[str, Any] = {**yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()), "seed": seed}
     agents, steps, versions = together["agents"]["min"], together["local"]["steps"], together["stop"]["versions"]
     centralised = {
@@ -47,7 +49,9 @@ def settings(name: str, seed: int) -> dict[str, dict[str, Any]]:
         "evaluate": {"center": False, "agents": True},
         "stop": {"versions": 1},
     }
-    return {"together": together, "centralised": centralised, "alone": alone}
+    optimizer = together["local"]["optimizer"]
+    gentle = {**centralised["local"], "optimizer": {**optimizer, "lr": round(0.4 * optimizer["lr"], 6)}}
+    return dict(zip(WAYS, (together, centralised, {**centralised, "local": gentle}, alone), strict=True))
 
 
 def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -128,8 +132,8 @@ def main() -> None:
         parser.error("--seeds must be 1 or more")
     seeds, runs = list(range(1, given.seeds + 1)), Runs(given.keep)
     rows = [row(name, seeds, runs) for name in given.names or NAMES]
-    print(f"| task, seeds 1 to {given.seeds} | together | centralised | alone | a run together |")
-    print("\n".join(["|---|---|---|---|---|", *rows]))
+    print(f"| task, seeds 1 to {given.seeds} | {' | '.join(WAYS)} | a run together |")
+    print("\n".join([f"|{'---|' * (len(WAYS) + 2)}", *rows]))
 
 
 if __name__ == "__main__":
