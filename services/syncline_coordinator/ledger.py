@@ -130,6 +130,12 @@ class Ledger:
         """An offer that is refused rather than judged."""
         self._offered.pop((agent, clock), None)
 
+    def taken_over(self, kept: list[BlobRef], left_behind: list[str]) -> None:
+        """What a dead coordinator has left: models to keep, the oldest first, and prefixes of blobs that can go."""
+        self._kept = kept
+        for prefix in left_behind:
+            self._purger.add(subjects.model_stream(self._run), prefix)
+
     def abandoned(self, model: str) -> None:
         """A model that was put in part, by a merge that could not be finished."""
         self._purge_model(model)

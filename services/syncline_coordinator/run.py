@@ -58,6 +58,7 @@ from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
+from syncline_coordinator.leftovers import kept_models, leftovers
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
@@ -135,7 +136,10 @@ class Run:
     # -- life ----------------------------------------------------------------------------------------------------------
     async def resume(self) -> None:
         """Goes on from head, as a restarted coordinator: same round, same plan, offers from where head stopped."""
-        head = self.keeper.head
+        head, bus = self.keeper.head, self.parts.bus
+        if head.term > 1:
+            kept = await kept_models(bus, head, self.parts.spec.keep_models)
+            self.ledger.taken_over(kept, await leftovers(bus, head, kept))
         if head.roster is None:
             return
         roster = decode(Roster, await self._record(head.roster))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from syncline.engine.merge import CentredClip, Median, NormClip, TrimmedMean
+from syncline.engine.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
 from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
 from syncline.spec import Async, RunSpec, parse
 from syncline_sim.dice import Dice
@@ -23,11 +23,13 @@ OUTER_OPTIMIZERS = (
     Yogi(lr=0.5),
     Adagrad(lr=0.5),
 )
-MERGE_RULES = (  # not Krum: of the stubs' updates several are equally good, and rounding decides
+MERGE_RULES = (  # the formula of the geometric median ends in a few digits less
     NormClip(max_norm=2.0),
     CentredClip(tau=1.0),
     Median(),
     TrimmedMean(trim=1),
+    Krum(f=1),
+    MultiKrum(f=0, m=3),
 )
 
 
@@ -103,7 +105,8 @@ def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
         changes["sync"] = _async(rng, spec.agents.min)
         sync = parse(Async, changes["sync"])
         sizes = (sync.updates(spec.agents.min), sync.quorum)
-        if any(size is not None and size < spec.merge.least() for size in sizes):
+        held_up = sync.max_ahead is not None and sizes[0] is not None and spec.merge.least() > 1
+        if held_up or any(size is not None and size < spec.merge.least() for size in sizes):
             changes["merge"] = {"weights": "uniform"}
     if is_async and not elastic:
         changes["sync"]["staleness"] = rng.choice((None, {"kind": "constant"}, {"kind": "hinge", "a": 2.0, "b": 1}))

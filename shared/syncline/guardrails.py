@@ -73,6 +73,13 @@ def _check_rule(spec: RunSpec) -> None:
                 f"{count} is too few for merge.rule = {rule.rule}, which needs {least} updates in every merge",
                 f"Use at least {least}, or {rule.with_fewer()}",
             )
+    if sync.kind == "async" and sync.max_ahead is not None and buffer is not None and least > 1:
+        raise ConfigError(
+            "sync.buffer",
+            f"{buffer} beside sync.max_ahead = {sync.max_ahead} and merge.rule = {rule.rule}, which needs {least} updates: "
+            "fast agents would wait for a slow one, and its update for theirs",
+            "Use `buffer: all`, or leave sync.max_ahead out",
+        )
     most = max(spec.agents.min, spec.agents.max or 0)
     if rule.most is not None and most > rule.most:
         raise ConfigError(

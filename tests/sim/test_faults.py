@@ -8,6 +8,7 @@ import pytest
 
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
+from syncline_sim.invariants import Invariants
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import explain, scene_of
 from syncline_sim.world import simulate
@@ -36,6 +37,29 @@ def test_a_coordinator_killed_at_any_bus_operation_changes_no_bit_of_a_synchrono
         outcome = simulate(scene, Faults().crash("coordinator", at_op=at_op, when=when))
         assert digest(outcome) == digest(calm), at_op
         assert outcome.merged == calm.merged, at_op
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
+    keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the stream, which has room for the models that are kept and one more, would discard what head names."""
+    settings = {"outer": {"kind": "momentum"}, "keep_models": keep, "wire": {"chunk_bytes": 4096}}
+    scene = Scene(small_spec(stop={"versions": 5}, task_options={"elements": 2500}, **settings))
+    books: list[Invariants] = []
+    monkeypatch.setattr("syncline_sim.world.Invariants", lambda spec: books.append(Invariants(spec)) or books[-1])
+
+    def left(faults: Faults) -> tuple[int, int]:
+        """Models with their outer state, and all blobs."""
+        digest(simulate(scene, faults))
+        there = {tuple(s.split(".")[3:5]) for s in books[-1].chunks.keys() - books[-1].gone}
+        return sum(kind == "outer" for kind, _ in there), sum(kind in ("model", "outer") for kind, _ in there)
+
+    calm = left(Faults())
+    assert keep <= calm[0] <= keep + 1
+    for at_op in range(60, 240, 4):
+        after = left(Faults().crash("coordinator", at_op=at_op))
+        assert after <= calm, f"{after} where {calm} are left by one coordinator alone: {at_op}"
 
 
 def test_an_answer_that_never_comes_changes_no_bit_of_a_synchronous_run() -> None:

@@ -23,6 +23,7 @@ from syncline.engine.events import (
     Merge,
     OfferReady,
     TargetReached,
+    Tell,
     Tick,
     UpdateBroken,
     WakeAt,
@@ -377,6 +378,42 @@ def test_the_default_grace_period_is_the_median_of_the_last_versions() -> None:
         now += seconds
         tell(made, Committed(version + 1), at=now)
     assert tell(made, *offers("a1", clock=4, base=3), at=now) == [WakeAt(now + 5.0)]
+
+
+# -- what the merge rule needs -----------------------------------------------------------------------------------------
+def test_a_buffer_is_not_merged_with_fewer_updates_than_the_rule_needs() -> None:
+    """Not at the quorum, nor when nobody may run; that is told once, and goes on when another agent joins."""
+    made = policy(3, buffer=None, overlap=False, one_each=True, quorum=1, grace_s=0.0, least=3, rule="median")
+    assert not any(isinstance(c, Merge) for c in tell(made, *offers("a1", "a2"), Tick(), at=9.0))
+    (_, told) = tell(made, AgentLost("a3", SILENT))
+    assert isinstance(told, Tell) and told.event == "too-few-updates"
+    assert "merge.rule = median needs 3 updates, 2 are in" in told.text
+    assert not any(isinstance(c, Merge | Tell) for c in tell(made, Tick(), at=20.0))
+    tell(made, AgentJoined("a4"))
+    assert tell(made, *offers("a4")) == [
+        merge(("a1", 1, 0), ("a2", 1, 0), ("a4", 1, 0), reason=f"3 of 4 (a3 {SILENT})")
+    ]
+
+
+def test_an_unusable_update_counts_for_what_the_rule_needs() -> None:
+    made = policy(3, buffer=None, overlap=False, one_each=True, least=3)
+    tell(made, *offers("a1", "a2", "a3"))
+    assert [type(c) for c in tell(made, UpdateBroken("a2", 1, "NaN"))] == [Drop, Merge]
+
+
+def test_an_agent_whose_clock_jumped_is_needed_and_may_run() -> None:
+    """It lost a period when it was killed, stands one ahead, and the others' updates wait for its own."""
+    made = policy(3, buffer=None, max_ahead=0, one_each=True, least=3)
+    tell(made, *offers("a1", "a2"), *offers("a3", clock=2), Committed(1))
+    assert made.told.gate == 1 and made._level("a3") == 2
+    assert tell(made, *offers("a1", "a2", clock=2, base=1)) == [run(1, "a1", "a2", "a3", gate=2, a1=1, a2=1)]
+    assert made._may_run("a3")
+    (closed,) = tell(made, *offers("a3", clock=3, base=1))
+    assert isinstance(closed, Merge) and [(c.agent, c.clock) for c in closed.updates] == [
+        ("a1", 2),
+        ("a2", 2),
+        ("a3", 3),
+    ]
 
 
 # -- max_lag -----------------------------------------------------------------------------------------------------------

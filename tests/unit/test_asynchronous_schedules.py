@@ -26,6 +26,7 @@ from syncline.engine.events import (
     Merge,
     OfferReady,
     TargetReached,
+    Tell,
     Tick,
     UpdateBroken,
     WakeAt,
@@ -258,6 +259,8 @@ class Fleet:
             case WakeAt(at_s):
                 assert at_s > self.now_s, "a wake-up for now"
                 self.wake_at_s = at_s
+            case Tell(event):
+                self.seen.add(event)
             case Finish():
                 self.finished, self.plan = command, ()
 
@@ -267,6 +270,8 @@ class Fleet:
         assert merge.reason and len(merge.reason) <= REASON_CHARS
         assert names == sorted(set(names)) and names, "not in the order of names and clocks"
         assert policy.buffer is None or len(names) <= policy.buffer, "more than K"
+        enough = len(names) + len(policy.broken - {a for a, _ in names})
+        assert self.plan or enough >= policy.least, "fewer than the rule needs"
         assert not policy.one_each or len({a for a, _ in names}) == len(names), "two of an agent"
         by = {(o.agent, o.clock): o for o in self.stream}
         offers = [by[name] for name in names]
@@ -294,7 +299,7 @@ class Fleet:
     def until_the_end(self) -> None:
         """From here on nothing goes wrong: somebody new comes, everybody works, and the run must end; who is live, runs."""
         self.restarted |= self.agents.keys()
-        for fresh in ("b1", "b2", "b3")[: self.policy.min_agents]:
+        for fresh in ("b1", "b2", "b3")[: max(self.policy.min_agents, self.policy.least)]:
             self.agents[fresh] = Agent()
             self.act("join", fresh, 0.0)
         before = {who: self.agents[who].periods for who in self.live}
@@ -328,6 +333,12 @@ def judged_once_and_can_end(policy: Asynchronous, schedule: Sequence[Act]) -> Fl
 
 # -- drawn by Hypothesis -----------------------------------------------------------------------------------------------
 def made(**chosen: Any) -> Asynchronous:
+    """As a spec that is accepted would have it."""
+    least = chosen["least"]
+    if least > 1:
+        chosen |= {"one_each": True, "elastic": False}
+        chosen |= {name: max(least, chosen[name]) for name in ("buffer", "quorum") if chosen[name] is not None}
+        chosen["buffer"] = None if chosen["max_ahead"] is not None else chosen["buffer"]
     if chosen["max_ahead"] == 0:
         chosen["buffer"] = None
     if chosen["quorum"] is not None and chosen["buffer"] is not None:
@@ -349,6 +360,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "elastic": (False, False, True),
     "one_each": (False, False, True),
     "versions": (1, 2, 4, 8, 30),
+    "least": (1, 1, 1, 2, 3),
 }
 acts = st.lists(
     st.tuples(st.sampled_from(ACTS), st.sampled_from(NAMES), st.sampled_from([0.0, 0.3, 1.1, 2.0])),
@@ -398,12 +410,12 @@ def test_the_schedules_reach_every_corner() -> None:
     """Else they would show little."""
     seen: set[str] = set()
     ends: list[Finish] = []
-    for seed in range(300):
+    for seed in range(600):
         fleet = judged_once_and_can_end(*drawn(seed))
         seen |= fleet.seen
         ends += [fleet.finished] if fleet.finished is not None else []
     assert seen == {
         "a gate", "an offset", "nobody may run", "quorum", "without",
-        "dropped: lag", "dropped: replaced", "dropped: bad",
+        "dropped: lag", "dropped: replaced", "dropped: bad", "too-few-updates",
     }  # fmt: skip
-    assert len(ends) == 300 and 200 < sum(not end.failed for end in ends) < 300
+    assert len(ends) == 600 and 400 < sum(not end.failed for end in ends) < 600

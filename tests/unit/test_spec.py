@@ -151,6 +151,9 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
          "merge.rule = krum, which needs 7 updates in every merge. Use at least 7, or lower merge.f"),
         ({"agents": {"min": 9}, "sync": {"kind": "async", "buffer": 4}, "merge": {"rule": "krum"}}, "sync.buffer: 4 is too "
          "few for merge.rule = krum, which needs 5 updates in every merge. Use at least 5, or lower merge.f"),
+        ({"agents": {"min": 9}, "sync": {"kind": "async", "buffer": 6, "max_ahead": 2}, "merge": {"rule": "krum"}},
+         "sync.buffer: 6 beside sync.max_ahead = 2 and merge.rule = krum, which needs 5 updates: fast agents would wait for "
+         "a slow one, and its update for theirs. Use `buffer: all`, or leave sync.max_ahead out"),
         ({"agents": {"min": 9, "max": 200}, "merge": {"rule": "geometric_median"}}, "agents.max: 200 agents are too many for "
          "merge.rule = geometric_median, which compares every update with every other one. Use at most 128, or median or "
          "trimmed_mean, which take any number"),

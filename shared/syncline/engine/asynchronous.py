@@ -168,7 +168,9 @@ class Asynchronous(Policy):
         nobody_runs = not self._somebody_may_run()
         if self._too_few(ready, self.broken):
             self.closes_at_s = None
-            return self._tell_too_few(len(ready)) if nobody_runs else []
+            if not nobody_runs:
+                return []
+            return self._let_others_help() or self._tell_too_few(len(ready))
         if self._full(ready):
             return [self._merge(ready, self._count(ready))]
         if nobody_runs:
@@ -181,6 +183,18 @@ class Asynchronous(Policy):
         if now_s < self.closes_at_s:
             return [WakeAt(self.closes_at_s)]
         return [self._merge(ready, f"quorum {self._count(ready)} + {self.grace():.1f} s")]
+
+    def _let_others_help(self) -> list[Command]:
+        """Those that wait for the slowest are needed for a merge that judges its update: the slowest are set beside them."""
+        idle = self.live - {o.agent for o in self.waiting}
+        if self.max_ahead is None or not idle:
+            return []
+        clocks = {a: max(self.offered.get(a, 0), self.judged.get(a, 0)) + self.offsets.get(a, 0) for a in idle}
+        for agent in self.live:
+            behind = min(clocks.values()) - self.max_ahead - self._level(agent)
+            if behind > 0:
+                self.offsets[agent] = self.offsets.get(agent, 0) + behind
+        return self._let_run()
 
     def _ready(self) -> list[OfferReady]:
         """What a merge would take, in the order of arrival."""
