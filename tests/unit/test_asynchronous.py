@@ -23,6 +23,7 @@ from syncline.engine.events import (
     Merge,
     OfferReady,
     TargetReached,
+    Tell,
     Tick,
     UpdateBroken,
     WakeAt,
@@ -377,6 +378,42 @@ def test_the_default_grace_period_is_the_median_of_the_last_versions() -> None:
         now += seconds
         tell(made, Committed(version + 1), at=now)
     assert tell(made, *offers("a1", clock=4, base=3), at=now) == [WakeAt(now + 5.0)]
+
+
+# -- a rule that needs so many -----------------------------------------------------------------------------------------
+def test_a_buffer_does_not_close_early_with_fewer_updates_than_the_rule_needs() -> None:
+    made = policy(2, buffer=4, overlap=False, least=3, rule="median", quorum=1)
+    assert tell(made, *offers("a1")) == []
+    text = (
+        "version 0 waits: merge.rule = median needs 3 updates, 2 are in, and of the 2 agents that are here nobody is left to "
+        "wait for. It goes on when another one joins"
+    )
+    assert tell(made, *offers("a2")) == [Tell("too-few-updates", text)]
+    assert tell(made, Tick(), at=1e6) == [], "told once"
+    assert tell(made, AgentJoined("a3"), at=1e6) == [run(0, "a1", "a2", "a3")]
+    (merged,) = tell(made, *offers("a3"), at=1e6)
+    assert isinstance(merged, Merge) and merged.reason == "3 of 4, nobody may run before they are judged"
+
+
+def test_an_unusable_update_counts_for_the_rule_because_it_is_out() -> None:
+    made = policy(3, buffer=3, least=3, rule="median", overlap=False)
+    tell(made, *offers("a1", "a2", "a3"))
+    assert tell(made, UpdateBroken("a3", 1, "NaN"))[-1] == merge(
+        ("a1", 1, 0), ("a2", 1, 0), reason="3 of 3; without a3: NaN", weight=1 / 2 * 2 / 3
+    )
+
+
+def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
+    """Three quick agents are as far ahead of the slow one as they may be; its update alone is too little for the rule."""
+    made = policy(4, buffer=3, least=3, rule="median", max_ahead=1, overlap=False)
+    for v in range(2):
+        tell(made, *offers("a1", "a2", "a3", clock=v + 1, base=v), Committed(v + 1))
+    assert made.told.gate == 1, "all three are at 2"
+    assert tell(made, *offers("a4", base=0)) == [run(2, *ALL, gate=2)]
+    assert tell(made, *offers("a1", "a2", clock=3, base=2)) == [
+        merge(("a1", 3, 0), ("a2", 3, 0), ("a4", 1, 2), reason="3 of 3")
+    ]
+    assert tell(made, Committed(3)) == [run(3, *ALL, gate=2)]
 
 
 # -- max_lag -----------------------------------------------------------------------------------------------------------

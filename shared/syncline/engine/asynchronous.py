@@ -59,6 +59,7 @@ class Asynchronous(Policy):
     broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
     told: Told = field(default_factory=Told)
     closed_by: str = ""  # what closed the buffer that is merging
+    lifted: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
     untold: bool = False  # something was judged that agents may not have been told
     runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
 
@@ -119,7 +120,7 @@ class Asynchronous(Policy):
     def _committed(self, now_s: float) -> list[Command]:
         for offer in self.merging:
             self._judge(offer)
-        self.merging, self.state, self.opened_at_s = [], "open", now_s
+        self.merging, self.state, self.opened_at_s, self.lifted = [], "open", now_s, False
         self.lost.clear()
         self.broken.clear()
         if self.stop:
@@ -155,7 +156,7 @@ class Asynchronous(Policy):
             if len(self.live) < self.min_agents:
                 return []
             self.started, self.state, self.opened_at_s = True, "open", now_s
-        changed = self.untold or len(self.live) != len(self.told.participants)
+        changed = self.untold or self.lifted or len(self.live) != len(self.told.participants)
         news = self._let_run() if changed and self._is_news() else []
         return [*news, *self._close(now_s)]
 
@@ -168,7 +169,7 @@ class Asynchronous(Policy):
         nobody_runs = not self._somebody_may_run()
         if self._too_few(ready, self.broken):
             self.closes_at_s = None
-            return self._tell_too_few(len(ready)) if nobody_runs else []
+            return self._with_too_few(len(ready), now_s) if nobody_runs else []
         if self._full(ready):
             return [self._merge(ready, self._count(ready))]
         if nobody_runs:
@@ -181,6 +182,14 @@ class Asynchronous(Policy):
         if now_s < self.closes_at_s:
             return [WakeAt(self.closes_at_s)]
         return [self._merge(ready, f"quorum {self._count(ready)} + {self.grace():.1f} s")]
+
+    def _with_too_few(self, updates: int, now_s: float) -> list[Command]:
+        """Nobody may run, and the rule needs more. Where a gate holds agents up, what waits is as good as judged for it."""
+        if self.max_ahead is not None and not self.lifted:
+            self.lifted = True
+            if self._is_news():
+                return [*self._let_run(), *self._close(now_s)]
+        return self._tell_too_few(updates)
 
     def _ready(self) -> list[OfferReady]:
         """What a merge would take, in the order of arrival."""
@@ -231,7 +240,8 @@ class Asynchronous(Policy):
     # -- who may run ---------------------------------------------------------------------------------------------------
     def _level(self, agent: str) -> int:
         """The agent's judged clock, comparable with the others'."""
-        return self.judged.get(agent, 0) + self.offsets.get(agent, 0)
+        waiting = self.offered.get(agent, 0) if self.lifted else 0
+        return max(waiting, self.judged.get(agent, 0)) + self.offsets.get(agent, 0)
 
     def _gate(self) -> int | None:
         """An agent may begin a period while its clock and offset are not above this."""
