@@ -84,6 +84,14 @@ def test_the_real_trainer_gives_one_digest_however_the_run_is_disturbed() -> Non
         assert calm is not None and disturbed is not None and disturbed.digest == calm.digest and disturbed.term == 2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_max_ahead_zero_gives_the_digest_of_synchronous_rounds_however_the_run_is_disturbed(seed: int) -> None:
+    rounds = fine(simulate(Scene(regression(), children="real"))).head
+    bounded = Scene(regression(sync={"kind": "async", "max_ahead": 0}), children="real")
+    found = fine(simulate(bounded, Faults().crash("coordinator", at_op=80 + 20 * seed), seed=seed)).head
+    assert rounds is not None and found is not None and found.digest == rounds.digest and found.term == 2
+
+
 def test_a_float32_model_and_alpha_below_one_run_too() -> None:
     spec = regression(task_options={"dtype": "float32"}, mix={"alpha": 0.5}, merge={"weights": "samples"})
     assert fine(simulate(Scene(spec, children="real"))).merged == (("a1", "a2", "a3", "a4"),) * 6

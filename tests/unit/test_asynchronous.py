@@ -380,40 +380,40 @@ def test_the_default_grace_period_is_the_median_of_the_last_versions() -> None:
     assert tell(made, *offers("a1", clock=4, base=3), at=now) == [WakeAt(now + 5.0)]
 
 
-# -- what the merge rule needs -----------------------------------------------------------------------------------------
-def test_a_buffer_is_not_merged_with_fewer_updates_than_the_rule_needs() -> None:
-    """Not at the quorum, nor when nobody may run; that is told once, and goes on when another agent joins."""
-    made = policy(3, buffer=None, overlap=False, one_each=True, quorum=1, grace_s=0.0, least=3, rule="median")
-    assert not any(isinstance(c, Merge) for c in tell(made, *offers("a1", "a2"), Tick(), at=9.0))
-    (_, told) = tell(made, AgentLost("a3", SILENT))
-    assert isinstance(told, Tell) and told.event == "too-few-updates"
-    assert "merge.rule = median needs 3 updates, 2 are in" in told.text
-    assert not any(isinstance(c, Merge | Tell) for c in tell(made, Tick(), at=20.0))
-    tell(made, AgentJoined("a4"))
-    assert tell(made, *offers("a4")) == [
-        merge(("a1", 1, 0), ("a2", 1, 0), ("a4", 1, 0), reason=f"3 of 4 (a3 {SILENT})")
-    ]
+# -- a rule that needs so many -----------------------------------------------------------------------------------------
+def test_a_buffer_does_not_close_early_with_fewer_updates_than_the_rule_needs() -> None:
+    made = policy(2, buffer=4, overlap=False, least=3, rule="median", quorum=1)
+    assert tell(made, *offers("a1")) == []
+    text = (
+        "version 0 waits: merge.rule = median needs 3 updates, 2 are in, and of the 2 agents that are here nobody is left to "
+        "wait for. It goes on when another one joins"
+    )
+    assert tell(made, *offers("a2")) == [Tell("too-few-updates", text)]
+    assert tell(made, Tick(), at=1e6) == [], "told once"
+    assert tell(made, AgentJoined("a3"), at=1e6) == [run(0, "a1", "a2", "a3")]
+    (merged,) = tell(made, *offers("a3"), at=1e6)
+    assert isinstance(merged, Merge) and merged.reason == "3 of 4, nobody may run before they are judged"
 
 
-def test_an_unusable_update_counts_for_what_the_rule_needs() -> None:
-    made = policy(3, buffer=None, overlap=False, one_each=True, least=3)
+def test_an_unusable_update_counts_for_the_rule_because_it_is_out() -> None:
+    made = policy(3, buffer=3, least=3, rule="median", overlap=False)
     tell(made, *offers("a1", "a2", "a3"))
-    assert [type(c) for c in tell(made, UpdateBroken("a2", 1, "NaN"))] == [Drop, Merge]
+    assert tell(made, UpdateBroken("a3", 1, "NaN"))[-1] == merge(
+        ("a1", 1, 0), ("a2", 1, 0), reason="3 of 3; without a3: NaN", weight=1 / 2 * 2 / 3
+    )
 
 
-def test_an_agent_whose_clock_jumped_is_needed_and_may_run() -> None:
-    """It lost a period when it was killed, stands one ahead, and the others' updates wait for its own."""
-    made = policy(3, buffer=None, max_ahead=0, one_each=True, least=3)
-    tell(made, *offers("a1", "a2"), *offers("a3", clock=2), Committed(1))
-    assert made.told.gate == 1 and made._level("a3") == 2
-    assert tell(made, *offers("a1", "a2", clock=2, base=1)) == [run(1, "a1", "a2", "a3", gate=2, a1=1, a2=1)]
-    assert made._may_run("a3")
-    (closed,) = tell(made, *offers("a3", clock=3, base=1))
-    assert isinstance(closed, Merge) and [(c.agent, c.clock) for c in closed.updates] == [
-        ("a1", 2),
-        ("a2", 2),
-        ("a3", 3),
+def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
+    """Three quick agents are as far ahead of the slow one as they may be; its update alone is too little for the rule."""
+    made = policy(4, buffer=3, least=3, rule="median", max_ahead=1, overlap=False)
+    for v in range(2):
+        tell(made, *offers("a1", "a2", "a3", clock=v + 1, base=v), Committed(v + 1))
+    assert made.told.gate == 1, "all three are at 2"
+    assert tell(made, *offers("a4", base=0)) == [run(2, *ALL, gate=2)]
+    assert tell(made, *offers("a1", "a2", clock=3, base=2)) == [
+        merge(("a1", 3, 0), ("a2", 3, 0), ("a4", 1, 2), reason="3 of 3")
     ]
+    assert tell(made, Committed(3)) == [run(3, *ALL, gate=2)]
 
 
 # -- max_lag -----------------------------------------------------------------------------------------------------------

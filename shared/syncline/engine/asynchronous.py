@@ -11,8 +11,11 @@ counts s(τ), and with τ > `max_lag` it is never merged. The buffer is merged
 Updates that arrive while a plan is executed wait for the next version. An agent may run until it has `ahead` updates that
 are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
 its clock is more than s ahead of the slowest live agent's *judged* clock (stale synchronous parallel). An agent that joins,
-or comes back, is set beside the slowest of the others by an offset to its clock. s = 0 is the synchronous run: everybody
-waits for everybody, and the versions have the same bits.
+or comes back, is set beside the slowest of the others by an offset to its clock. Where the gate would keep a merge rule from
+the updates that it needs, what waits to be judged is as good as judged for it. s = 0 is the synchronous run: everybody waits
+for everybody, and the versions have the same bits.
+
+An agent's updates are judged in the order of their clocks: a roster can tell of no other, and an elastic agent relies on it.
 
 Sources: FedBuff (arXiv:2106.06639), FedAsync (arXiv:1903.03934), stale synchronous parallel (Ho et al., NIPS 2013).
 """
@@ -59,6 +62,7 @@ class Asynchronous(Policy):
     broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
     told: Told = field(default_factory=Told)
     closed_by: str = ""  # what closed the buffer that is merging
+    lifted: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
     untold: bool = False  # something was judged that agents may not have been told
     runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
 
@@ -119,7 +123,7 @@ class Asynchronous(Policy):
     def _committed(self, now_s: float) -> list[Command]:
         for offer in self.merging:
             self._judge(offer)
-        self.merging, self.state, self.opened_at_s = [], "open", now_s
+        self.merging, self.state, self.opened_at_s, self.lifted = [], "open", now_s, False
         self.lost.clear()
         self.broken.clear()
         if self.stop:
@@ -155,7 +159,7 @@ class Asynchronous(Policy):
             if len(self.live) < self.min_agents:
                 return []
             self.started, self.state, self.opened_at_s = True, "open", now_s
-        changed = self.untold or len(self.live) != len(self.told.participants)
+        changed = self.untold or self.lifted or len(self.live) != len(self.told.participants)
         news = self._let_run() if changed and self._is_news() else []
         return [*news, *self._close(now_s)]
 
@@ -168,9 +172,7 @@ class Asynchronous(Policy):
         nobody_runs = not self._somebody_may_run()
         if self._too_few(ready, self.broken):
             self.closes_at_s = None
-            if not nobody_runs:
-                return []
-            return self._let_others_help() or self._tell_too_few(len(ready))
+            return self._with_too_few(len(ready), now_s) if nobody_runs else []
         if self._full(ready):
             return [self._merge(ready, self._count(ready))]
         if nobody_runs:
@@ -184,17 +186,13 @@ class Asynchronous(Policy):
             return [WakeAt(self.closes_at_s)]
         return [self._merge(ready, f"quorum {self._count(ready)} + {self.grace():.1f} s")]
 
-    def _let_others_help(self) -> list[Command]:
-        """Those that wait for the slowest are needed for a merge that judges its update: the slowest are set beside them."""
-        idle = self.live - {o.agent for o in self.waiting}
-        if self.max_ahead is None or not idle:
-            return []
-        clocks = {a: max(self.offered.get(a, 0), self.judged.get(a, 0)) + self.offsets.get(a, 0) for a in idle}
-        for agent in self.live:
-            behind = min(clocks.values()) - self.max_ahead - self._level(agent)
-            if behind > 0:
-                self.offsets[agent] = self.offsets.get(agent, 0) + behind
-        return self._let_run()
+    def _with_too_few(self, updates: int, now_s: float) -> list[Command]:
+        """Nobody may run, and the rule needs more. Where a gate holds agents up, what waits is as good as judged for it."""
+        if self.max_ahead is not None and not self.lifted:
+            self.lifted = True
+            if self._is_news():
+                return [*self._let_run(), *self._close(now_s)]
+        return self._tell_too_few(updates)
 
     def _ready(self) -> list[OfferReady]:
         """What a merge would take, in the order of arrival."""
@@ -245,7 +243,8 @@ class Asynchronous(Policy):
     # -- who may run ---------------------------------------------------------------------------------------------------
     def _level(self, agent: str) -> int:
         """The agent's judged clock, comparable with the others'."""
-        return self.judged.get(agent, 0) + self.offsets.get(agent, 0)
+        waiting = self.offered.get(agent, 0) if self.lifted else 0
+        return max(waiting, self.judged.get(agent, 0)) + self.offsets.get(agent, 0)
 
     def _gate(self) -> int | None:
         """An agent may begin a period while its clock and offset are not above this."""
