@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check bench sim results-tasks docs clean
+.PHONY: help install demo test check bench sim results-tasks docs clean experiment
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench    this machine's round figures"
 	@echo "make sim      whole runs in virtual time under seeded faults; SEEDS=2000 of them"
 	@echo "make results-tasks  accuracy of the tasks in examples/: together, centralised, alone (an hour on two cores)"
+	@echo "make experiment NAME=straggler  one of experiments/, in virtual time: straggler, fedavg, scaffold, diloco, shakespeare"
 	@echo "make install  make $(VENV) and install Syncline into it"
 	@echo "make docs     write docs/protocol.md anew from the code"
 	@echo "make clean    remove $(VENV) and caches"
@@ -49,6 +50,11 @@ sim: install
 
 results-tasks: install
 	@$(BIN)/python experiments/tasks.py
+
+NAME ?= straggler
+experiment: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[experiments]'
+	@cd experiments && ../$(BIN)/python $(NAME).py $(ARGS)
 
 docs: install
 	@$(BIN)/python -m syncline.wire.reference > docs/protocol.md
