@@ -59,10 +59,16 @@ class Variates:
         """Δc_i of the period that is over, after so many steps of the optimiser.
 
         The mean of the gradients that were stepped along is, for plain SGD, the paper's c_i − c + (x − y_i) / (K η); it is as
-        right with momentum, with a schedule and with any other optimiser.
+        right with momentum, with a schedule and with any other optimiser. What is still pending is taken for merged: where
+        periods overlap, c_i would swing for ever otherwise; what is dropped after all, the next change makes up for.
         """
         count = 1 if self._control.gradients_P is None else steps
-        change_P = torch.div(self.gradients_P, count).sub_(self.own_P) if count else torch.zeros_like(self.own_P)
+        if count:
+            change_P = torch.div(self.gradients_P, count).sub_(self.own_P)
+            for earlier_P in self.pending.values():
+                change_P.sub_(earlier_P)
+        else:
+            change_P = torch.zeros_like(self.own_P)
         self.pending[clock] = change_P
         return change_P
 

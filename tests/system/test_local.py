@@ -233,3 +233,13 @@ async def test_scaffold_beside_a_weighting_is_refused(fleet: Fleet) -> None:
     answer = await fleet.submit(**bowls(0.1, local={"steps": 1, **SCAFFOLD}, merge={"weights": "samples"}))
     assert (answer.run, answer.setting) == ("", "merge.weights")
     assert "the plain mean of all c_i" in answer.problem and "Leave merge.weights at 'uniform'" in answer.mend
+
+
+async def test_scaffold_finds_the_optimum_where_periods_overlap_too(fleet: Fleet) -> None:
+    sync = {"kind": "async", "buffer": 2, "staleness": {"kind": "constant"}}
+    head = await fleet.run(**bowls(0.1, local={"steps": 4, **SCAFFOLD}, sync=sync, stop={"versions": 250}))
+    w, controls = await fleet.sections(head)
+    assert max(e.lag for record in await fleet.log(head.run) for e in record.plan.merged) > 0
+    assert (w - OPTIMUM).norm() < 0.02 * OPTIMUM.norm()
+    gradients = H * (w - CENTRES)
+    assert (controls - gradients.sum(0)).norm() < 0.05 * gradients.norm(), "the sum of the gradients of all"
