@@ -289,7 +289,12 @@ class Fleet:
         ]
         assert [c.weight for c in merge.updates] == pytest.approx(expected, rel=1e-12)
         if not self.plan and not policy.one_each:
-            order = [(o.agent, o.clock) for o in self.stream if (o.agent, o.clock) not in self.verdicts]
+            judged: dict[
+                str, int
+            ] = {}  # a drop that no roster told of before a takeover is told by the next one's clock
+            for who, clock in self.verdicts:
+                judged[who] = max(clock, judged.get(who, 0))
+            order = [(o.agent, o.clock) for o in self.stream if o.clock > judged.get(o.agent, 0)]
             assert set(order[: len(names)]) == set(names), "not the first in the order of arrival"
 
     def judge(self, update: Update, verdict: str) -> None:
