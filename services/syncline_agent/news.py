@@ -7,23 +7,22 @@ reads head again every few seconds. A notify is only a hint: an older one than w
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from syncline.bus.base import Bus
+from syncline.bus.base import Bus, Entry
 from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently
 from syncline.chance import jitter
-from syncline.errors import SynclineError
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, REMEMBERED, BlobRef, Head, Notify, Roster, Verdict, decode
 
+log = logging.getLogger(__name__)
+
 READ_AGAIN_S = 3.0
+GONE_S = 1.0  # until this agent asks again for a run to take part in
 MAX_RECORD_BYTES = 64 << 20
-
-
-class CannotTrain(SynclineError):
-    """This agent cannot take part in the run, with the reason."""
 
 
 @dataclass(slots=True)
@@ -64,7 +63,13 @@ class News:
         self._bus, self._run, self._on_head = bus, run, on_head
         self._moved = asyncio.Event()
         self._seen: Seen | None = None
+        self._order = (0, 0, 0, 0)  # of the newest head ever seen
         self.over = asyncio.Event()  # the run has ended
+
+    @property
+    def highest(self) -> tuple[int, int]:
+        """The highest (term, version) ever seen; the broker may have lost it since."""
+        return self._order[:2]
 
     @property
     def head(self) -> Head | None:
@@ -94,19 +99,26 @@ class News:
             await self.read_head()
 
     async def read_head(self) -> None:
-        """Raises CannotTrain where the run is gone."""
-        key = subjects.head_key(self._run)
+        """One that is older than what was seen changes nothing: the coordinator will write a newer one."""
+        self._see(decode(Head, (await self.read(subjects.head_key(self._run))).value))
+
+    async def read(self, key: str) -> Entry:
+        """The run's spec or head. Where it is gone, deleted or lost by the broker, the run is over for this agent."""
         entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
-        if entry is None:
-            raise CannotTrain(f"run {self._run} is gone from the bus")
-        self._see(decode(Head, entry.value))
+        while entry is None:
+            log.warning("%s is gone from the bus", key)
+            await asyncio.sleep(jitter(GONE_S))
+            self.over.set()
+            await asyncio.Event().wait()
+        return entry
 
     async def newest(self) -> Seen:
         """Head with its roster."""
-        if self._seen is None:
+        while (seen := self._seen) is None:
             await self.read_head()
-        seen = self._seen
-        assert seen is not None
+            if self._seen is None:
+                self._moved.clear()
+                await self.wait()
         if seen.roster is None and seen.head.roster is not None:
             data = await self.record(seen.head.roster)
             seen.roster, seen.roster_blob = decode(Roster, data, limit=MAX_RECORD_BYTES), seen.head.roster.id
@@ -121,8 +133,9 @@ class News:
         if head.run != self._run:
             return
         known = self._seen
-        if known is not None and _order(head) < _order(known.head):
+        if _order(head) < self._order:
             return
+        self._order = _order(head)
         moved = known is None or known.head != head
         if moved:
             keep = known is not None and head.roster is not None and known.roster_blob == head.roster.id

@@ -19,21 +19,26 @@ from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone, get_blob, patiently, put_blob
 from syncline.chance import jitter, new_id
 from syncline.child import ChildDied, ChildFailed
-from syncline.errors import ConfigError, PeerError, StreamFull
+from syncline.errors import ConfigError, PeerError, StreamFull, SynclineError
 from syncline.spec import Async, RunSpec, parse
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import BlobRef, Head, Notify, Offer, Submit, decode, encode
 from syncline.wire.signing import Signer
-from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, CannotTrain, News, Place, Seen
+from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
 from syncline_agent.signs import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
 from syncline_agent.training import Period, Training, outboxes
 
 log = logging.getLogger(__name__)
 
 DEATHS_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
+GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
 SPEC_BYTES = 256 * 1024
+
+
+class CannotTrain(SynclineError):
+    """This agent cannot take part in the run, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class _Update:
     clock: int
     base: int
     term: int
+    line: int
     box: int
     report: dict[str, Any]
 
@@ -72,6 +78,7 @@ class Session:
         self._held: BlobRef | None = None  # the center in the inbox
         self._held_term = 0  # under which it was the newest
         self._fresh = False  # the child has not seen it yet
+        self._given_up = range(0)  # clocks whose verdicts the broker lost
         self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._to_send: asyncio.Queue[_Update] = asyncio.Queue(1)
 
@@ -116,7 +123,8 @@ class Session:
         self._news.forget()
 
     def _on_head(self, head: Head) -> None:
-        if self._stand.state == "training" and not self._is_async and head.version > self._stand.version:
+        late = self._stand.state == "training" and not self._is_async and head.version > self._stand.version
+        if late or (self._stand.state == "training" and head.line != self._stand.line):
             self._training.stop_early()  # the round is over without us
 
     @property
@@ -132,13 +140,18 @@ class Session:
                     if self._stand.state == "starting":
                         await self._prepare()
                     seen = await self._news.newest()
+                    if seen.head.line != self._stand.line:
+                        self._rebase(seen.head.line)
                     place = self._due(seen)
                     if place is not None:
                         await self._one_period(seen.head, place)
                     else:
                         await self._news.wait()
-                except BlobGone:  # purged meanwhile: head has moved on
+                except BlobGone:  # purged meanwhile: head has moved on, or will
+                    before = self._news.head
                     await self._news.read_head()
+                    if self._news.head is before:
+                        await asyncio.sleep(jitter(1.0))
                 except PeerError as error:
                     text = f"{self._me.agent}: {error}; trying again"
                     await self._telemetry.event("bad-message", text, level="warning", agent=self._me.agent)
@@ -149,14 +162,14 @@ class Session:
 
     async def _prepare(self) -> None:
         """Reads spec and manifest, and has the child make the model."""
-        entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, subjects.spec_key(self._run)))
-        if entry is None:
-            raise CannotTrain(f"run {self._run} has no spec on the bus")
+        entry = await self._news.read(subjects.spec_key(self._run))
         self._spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
         self._signs.heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
         while (manifest := (await self._news.newest()).head.manifest) is None:
             self._news.clear()
             await self._news.wait()
+        head = self._news.head
+        self._stand.line = head.line if head is not None else 0
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
         await self._revive()
@@ -191,6 +204,14 @@ class Session:
         # under whatever term it was offered: that offer waits on the bus
         return None if head.phase != "training" or self._offered_for == head.model.id else place
 
+    def _rebase(self, line: int) -> None:
+        """The broker lost what it had acknowledged, and the run goes on from an older head: what was handed over and not seen
+        judged counts for nothing, and clocks go on from those that are known there."""
+        stand = self._stand
+        self._given_up = range(max(1, stand.clock - GIVEN_UP + 1), stand.clock + 1)
+        stand.line, stand.handed, stand.clock = line, 0, 0
+        self._handed, self._offered_for, self._held = 0, "", None
+
     async def _one_period(self, head: Head, place: Place) -> None:
         stand = self._stand
         stand.clock = max(stand.clock, place.judged, self._handed)
@@ -199,12 +220,15 @@ class Session:
             await self._fetch(head)
         stand.state, stand.part, clock = "training", place.number, stand.clock + 1
         box = self._made % outboxes(self._spec)  # its last update but one was judged; clocks may leave one out
-        period = Period(stand.version, clock, place.number, place.parts, self._fresh, box, [*place.verdicts.items()])
+        verdicts = {**{c: False for c in self._given_up if c > place.judged}, **place.verdicts}
+        period = Period(stand.version, clock, place.number, place.parts, self._fresh, box, [*verdicts.items()])
         report = await self._ask(self._training.period(period))
         self._fresh = False
-        if report is None or report["stopped"]:
+        known = self._news.head
+        if report is None or report["stopped"] or (known is not None and known.line != stand.line):
             stand.state = "waiting"
             return
+        self._given_up = range(0)
         if elastic:
             if self._is_async:
                 await self._fetch((await self._news.newest()).head)
@@ -215,14 +239,15 @@ class Session:
                 return
         stand.last, stand.clock = report, clock
         self._made += 1
-        update = _Update(clock, stand.version, self._held_term, period.box, report)
+        update = _Update(clock, stand.version, self._held_term, stand.line, period.box, report)
         if self._is_async:
             self._handed = clock
             await self._to_send.put(update)
         else:
             stand.state = "sending"
             await self._send(update)
-            self._offered_for = head.model.id if head.model is not None else ""
+            if update.line == stand.line:
+                self._offered_for = head.model.id if head.model is not None else ""
         stand.state = "waiting"
         await self._signs.tell(clock, stand.version, report)
 
@@ -276,7 +301,9 @@ class Session:
     async def _send_all(self) -> None:
         """What was made while another update was on its way."""
         while True:
-            await self._send(await self._to_send.get())
+            update = await self._to_send.get()
+            if update.line == self._stand.line:
+                await self._send(update)
 
     async def _send(self, update: _Update) -> None:
         """Puts the update and offers it. Where there is no room for it the agent says so, and tries until there is."""
@@ -311,6 +338,7 @@ class Session:
             clock=update.clock,
             base=update.base,
             term=update.term,
+            line=update.line,
             samples=update.report["rows"],
             steps=update.report["steps"],
             seconds=update.report["seconds"],
@@ -321,5 +349,7 @@ class Session:
             signature = me.signer.sign(offer.signed_bytes(self._run, me.agent))
             offer = offer.model_copy(update={"signature": signature})
         await patiently(partial(self._bus.put, subjects.offer(self._run, me.agent), encode(offer)))
-        self._handed = max(self._handed, update.clock)
+        if update.line == self._stand.line:
+            self._handed = max(self._handed, update.clock)
+            self._stand.handed = max(self._stand.handed, update.clock)
         self._stand.bytes_up += ref.size

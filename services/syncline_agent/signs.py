@@ -37,6 +37,8 @@ class Stand:
     state: Any = "starting"
     why: str = ""  # it failed
     clock: int = 0  # local periods finished
+    line: int = 0  # of the head that all this is about
+    handed: int = 0  # clock of the newest offer that the bus has acknowledged, on that line
     version: int = 0  # of the center it trains from
     part: int = 0
     bytes_up: int = 0
@@ -149,13 +151,15 @@ class SignsOfLife:
             await self.show_once()
 
     def _heartbeat(self) -> Heartbeat:
-        head, stand = self._news.head, self._stand
+        stand = self._stand
         return Heartbeat(
             session=self._session,
             clock=stand.clock,
             progress=self._training.progress().steps_ever,
             state=stand.state,
             reason=stand.why,
-            seen_term=head.term if head is not None else 0,
-            seen_version=head.version if head is not None else 0,
+            seen_term=self._news.highest[0],
+            seen_version=self._news.highest[1],
+            seen_line=stand.line,
+            handed=stand.handed,
         )

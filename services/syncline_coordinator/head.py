@@ -15,6 +15,15 @@ class Deposed(SynclineError):
     """Another coordinator has written head: this one must stop, and has changed nothing."""
 
 
+class RolledBack(Deposed):
+    """The broker has lost writes that it had acknowledged, as after a power failure: this coordinator must begin again from
+    what is there, under a term higher than `term`, the highest that anybody has seen."""
+
+    def __init__(self, what: str, term: int) -> None:
+        self.term = term
+        super().__init__(f"the broker has lost what it had acknowledged: {what}")
+
+
 class HeadKeeper:
     """The current head of a run, as this coordinator wrote it last."""
 
@@ -42,6 +51,7 @@ class HeadKeeper:
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
         except Conflict:  # refused at the first try: what is there is another's, even where its bytes equal ours
+            await self.check()
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run") from None
         except (Unreachable, NoResponders):
             self._revision = await patiently(lambda: self._write_again(key, value))
@@ -49,13 +59,21 @@ class HeadKeeper:
         if tell:
             await self.notify(roster)
 
-    async def check(self) -> None:
-        """Raises Deposed where another coordinator took over without our noticing: what is offered now is not for us."""
-        key = subjects.head_key(self.head.run)
+    async def check(self, seen: tuple[int, int] = (0, 0)) -> None:
+        """Raises Deposed where another coordinator took over without our noticing: what is offered now is not for us.
+
+        `seen`: the highest (term, version) that anybody told of. Raises RolledBack where the bus holds less than that, or than
+        we have written.
+        """
+        key, written, term = subjects.head_key(self.head.run), self._revision, max(seen[0], self.head.term)
         entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
-        term = decode(Head, entry.value).term if entry is not None else 0
-        if term > self.head.term:
-            raise Deposed(f"{key} holds term {term}: another coordinator is in charge of this run")
+        if entry is None:
+            raise RolledBack(f"{key} is gone", term)
+        there = decode(Head, entry.value)
+        if entry.revision < written or (there.term, there.version) < seen:
+            raise RolledBack(f"{key} holds term {there.term}, version {there.version}", term)
+        if there.term > self.head.term:
+            raise Deposed(f"{key} holds term {there.term}: another coordinator is in charge of this run")
 
     async def notify(self, roster: Roster | None = None) -> None:
         """A hint; whoever misses it reads head again in a few seconds."""
@@ -71,8 +89,8 @@ class HeadKeeper:
         if entry is not None and entry.value == value:
             return entry.revision
         if entry is None or entry.revision != self._revision:
-            there = "nothing" if entry is None else f"term {decode(Head, entry.value).term}"
-            raise Deposed(f"{key} holds {there}: another coordinator is in charge of this run")
+            await self.check()
+            raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run")
         try:
             return await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
         except Conflict as error:

@@ -53,6 +53,7 @@ class Ledger:
         self.dropped: list[Dropped] = []  # since the last commit
         self.read_up_to = head.offers_seq
         self._judged: dict[str, Judged] = {}
+        self._read: dict[str, int] = {}  # highest clock of each agent's offers that were found in the stream
         self._offered: dict[tuple[str, int], Offered] = {}
         self._planned: set[tuple[str, int]] = set()  # of those, what the plan in head merges
         self._purge_later: list[tuple[str, BlobRef]] = []
@@ -100,6 +101,14 @@ class Ledger:
     def judged_up_to(self) -> int:
         """The sequence number up to which every offer was judged: where a restarted coordinator begins to read."""
         return min((o.seq - 1 for o in self._offered.values()), default=self.read_up_to)
+
+    def read(self, agent: str, clock: int) -> None:
+        """An offer was found in the stream, whatever it may be worth."""
+        self._read[agent] = max(clock, self._read.get(agent, 0))
+
+    def misses(self, agent: str, clock: int) -> bool:
+        """Whether an offer of that clock was neither read nor judged."""
+        return clock > max(self._read.get(agent, 0), self.judged(agent).clock)
 
     def offer(self, agent: str, offer: Offer, seq: int) -> bool:
         """Notes an offer; False where its clock was judged already, however often it is told."""

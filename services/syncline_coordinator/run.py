@@ -15,7 +15,6 @@ from typing import Any
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
-from syncline.chance import jitter
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
@@ -59,6 +58,7 @@ from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.leftovers import kept_models, leftovers
+from syncline_coordinator.lookout import Lookout
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
@@ -69,7 +69,6 @@ from syncline_coordinator.updates import UpdateUnusable
 log = logging.getLogger(__name__)
 
 INBOX_FACTS = 10_000
-LOOK_AT_HEAD_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
 
 
 @dataclass(slots=True)
@@ -101,6 +100,7 @@ class Run:
         self._purger = Purger(parts.bus)
         self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
         self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.offered_blobs)
+        self.lookout = Lookout(parts.bus, keeper, self.ledger)
         self._work: set[asyncio.Task[None]] = set()
 
     # -- facts from outside --------------------------------------------------------------------------------------------
@@ -156,12 +156,13 @@ class Run:
         await self._inbox.put(Tick())  # nobody may have anything to say: a head can stand between two rounds
 
     async def pump(self) -> None:
-        """Feeds the policy until the run has ended. Raises Deposed where another coordinator took over."""
+        """Feeds the policy until the run has ended. Raises Deposed where another coordinator took over, and RolledBack where
+        the broker lost what it had acknowledged."""
         try:
             self._begin(self._read_offers())
             self._begin(self._purger.run())
             self._begin(self._janitor.run())
-            self._begin(self._watch_head())
+            self._begin(self.lookout.watch())
             self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))
             while not self.ended.is_set():
                 fact = await self._next()
@@ -181,11 +182,6 @@ class Run:
             for task in self._work:
                 task.cancel()
             await asyncio.gather(*self._work, return_exceptions=True)
-
-    async def _watch_head(self) -> None:
-        while True:
-            await asyncio.sleep(jitter(LOOK_AT_HEAD_S))
-            await self.keeper.check()
 
     async def _next(self) -> Fact | MergeDone:
         """The next fact; a Tick when the policy's time has come. A background task's error is raised here."""
@@ -317,6 +313,8 @@ class Run:
         async for stored, offer in self.parts.offers.read(self.ledger.read_up_to):
             self.ledger.read_up_to = stored.seq
             agent = subjects.agent_of(stored.subject)
+            if isinstance(offer, Offer):
+                self.ledger.read(agent, offer.clock)
             problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
             if problem is not None:
                 await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
@@ -327,6 +325,8 @@ class Run:
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
             return PeerError("offer: not an agent of this run")
+        if offer.line != self.keeper.head.line:
+            return PeerError("offer: made before the broker lost what it had acknowledged")
         if offer.term > self.keeper.head.term:
             return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")
         return None

@@ -7,17 +7,16 @@ its head. Heavy work happens elsewhere: reducing in a thread, models and evaluat
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import logging
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from syncline.bus.base import BucketConfig, Bus, Delivery
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, BlobGone, get_small_blob, patiently, put_blob
 from syncline.bus.violations import ViolationLog
+from syncline.chance import new_number
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
@@ -41,10 +40,11 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
-from syncline_coordinator.answers import exists, superseded
+from syncline_coordinator.answers import allows, exists, gone, superseded
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
-from syncline_coordinator.head import Deposed, HeadKeeper
+from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
+from syncline_coordinator.lookout import taken_over
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.run import Parts, Run
@@ -53,8 +53,8 @@ from syncline_coordinator.stopping import end_undriven, why
 
 log = logging.getLogger(__name__)
 
-RUNS_BYTES = 64 << 20
 SPEC_BYTES = 256 * 1024
+RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, SPEC_BYTES)
 LOOK_S = 0.25  # how often silence is looked for
 IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
 QUEUE_AGAIN_S = 5.0
@@ -80,11 +80,15 @@ class Coordinator:
         self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
         self._queue: list[str] = []  # as last read, the oldest first
         self._queue_changed = asyncio.Event()
+        self._set_back: dict[
+            str, int
+        ] = {}  # runs of which the broker lost something, and the highest term seen of each
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._reducers = settings.executor
 
     async def serve(self) -> None:
-        await self._bus.ensure_bucket(BucketConfig(subjects.RUNS_BUCKET, RUNS_BYTES, SPEC_BYTES))
+        self._bus.when_reconnected(lambda: self._active.lookout.look() if self._active is not None else None)
+        await self._bus.ensure_bucket(RUNS)
         agents = f"{subjects.PREFIX}.*.agent.*"
         await self._bus.subscribe(f"{agents}.hello", self._on_hello)
         await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
@@ -127,7 +131,7 @@ class Coordinator:
         if run is None:
             return Welcome()
         task = run.parts.spec.task
-        if not _allows(self._hellos[agent].tasks, task):
+        if not allows(self._hellos[agent].tasks, task):
             mend = f"If you trust it, start the agent with `--allow-task '{task}'`"
             return Welcome(reason=f"task {task} is not allowed on this agent. {mend}")
         why_not = run.room_for(agent)
@@ -145,6 +149,8 @@ class Coordinator:
             await self._answer(delivery, superseded(agent) if known else Welcome(unknown=True))
             return
         run, why_not = self._active, ""
+        if run is not None and run.parts.spec.name == name:
+            run.lookout.heard(agent, beat)
         if run is not None and run.parts.spec.name == name and beat.state != "starting":
             if beat.state == "failed":
                 await run.lost(agent, beat.reason or "it cannot train", failed=True)
@@ -243,7 +249,7 @@ class Coordinator:
     async def _first_head(self, name: str) -> None:
         """Where it is there already, whoever takes the run from the queue was faster."""
         try:
-            await HeadKeeper.create(self._bus, Head(run=name, term=1, version=0, phase="waiting"))
+            await HeadKeeper.create(self._bus, Head(run=name, term=1, version=0, line=new_number(), phase="waiting"))
         except Conflict:
             pass
 
@@ -290,6 +296,7 @@ class Coordinator:
 
     async def _next_run(self) -> str | None:
         """The oldest run that has not ended."""
+        await patiently(partial(self._bus.ensure_bucket, RUNS))  # a broker may have lost even that
         keys = await patiently(partial(self._bus.kv_keys, subjects.RUNS_BUCKET))
         waiting = []
         for key in keys:
@@ -321,11 +328,18 @@ class Coordinator:
                 await run.stop(why(stop))
             await run.keeper.notify()
             await run.pump()
-        except Deposed as error:
-            log.warning("run %s: %s", name, error)
+        except RolledBack as error:
+            text = f"run {name}: {error}. It goes on from what is there; what was not merged by then is made again"
+            await telemetry.event("broker-rolled-back", text, level="error")
+            self._set_back[name] = max(error.term, self._set_back.get(name, 0))
+        except BlobGone as error:
+            await telemetry.event("run-failed", f"run {name}: {gone(name, error)}", level="error")
+            await self._give_up(name, gone(name, error))
         except (ConfigError, Unavailable, PeerError) as error:
             await telemetry.event("run-failed", f"run {name}: {error}", level="error")
             await self._give_up(name, str(error))
+        except Deposed as error:
+            log.warning("run %s: %s", name, error)
         else:
             await release(self._bus, name, ended=True)
         finally:
@@ -338,20 +352,21 @@ class Coordinator:
     async def _open(self, name: str, memory: SharedMemory, telemetry: Telemetry) -> Run:
         keeper = await HeadKeeper.read(self._bus, name)
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
-        assert keeper is not None and entry is not None
-        if keeper.head.phase in ENDED:
+        if keeper is None or entry is None or keeper.head.phase in ENDED:
             raise Deposed("it was ended before it was opened")
         spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
         known = b"" if keeper.head.manifest is None else await self._manifest_blob(keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
         center = Center(manifest, memory, spec.states)
         reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
+        set_back = self._set_back.get(name)
         if keeper.head.model is None:
             await child.ask("initial")
-            await self._commit_initial(keeper, reducer, manifest)
+            await self._commit_initial(keeper, reducer, manifest, set_back)
         else:
             await reducer.get_center(keeper.head.model, keeper.head.version)
-            await keeper.write(keeper.head.model_copy(update={"term": keeper.head.term + 1}))
+            await keeper.write(await taken_over(self._bus, keeper.head, set_back))
+        self._set_back.pop(name, None)
         offers = OfferReader(self._bus, name, manifest, self._public_key)
         parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))
         run = Run(parts, keeper)
@@ -366,13 +381,16 @@ class Coordinator:
     async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Asked:
         return (await self._model_of(spec, memory, manifest))[0]
 
-    async def _commit_initial(self, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest) -> None:
+    async def _commit_initial(
+        self, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest, set_back: int | None
+    ) -> None:
         """Version 0: the model as the task makes it under the run's seed."""
         merged = await reducer.put_center()
         prefix = partial(subjects.model_prefix, keeper.head.run)
         layout, _ = await put_blob(self._bus, prefix, memoryview(encode(manifest)), RECORD_CHUNK_BYTES)
         moved = {"model": merged.model, "digest": merged.digest, "manifest": layout}
-        await keeper.write(keeper.head.model_copy(update=moved))
+        head = keeper.head if set_back is None else await taken_over(self._bus, keeper.head, set_back)
+        await keeper.write(head.model_copy(update=moved))
 
     async def _manifest_blob(self, head: Head) -> bytes:
         assert head.manifest is not None
@@ -389,11 +407,6 @@ class Coordinator:
     def _public_key(self, agent: str) -> str:
         hello = self._hellos.get(agent)
         return hello.public_key if hello is not None else ""
-
-
-def _allows(patterns: Sequence[str], task: str) -> bool:
-    module = task.rpartition(":")[0]
-    return any(fnmatch.fnmatchcase(task, p) or fnmatch.fnmatchcase(module, p) for p in patterns)
 
 
 def _now() -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from syncline.bus.base import Stored
-from syncline.wire.messages import Head
+from syncline.bus.memory_store import Store
+from syncline.wire.messages import Head, Heartbeat
 
 
 class Books(Protocol):
@@ -13,6 +14,7 @@ class Books(Protocol):
 
     problems: list[str]
     merged: dict[tuple[str, int], int]  # (agent, clock) → version
+    incomplete: bool  # the broker lost what its head names
 
     @property
     def head(self) -> Head | None:
@@ -25,12 +27,20 @@ class Books(Protocol):
 
     def purged(self, stream: str, removed: list[str]) -> None: ...
 
-    def heard(self, session: str, term: int, version: int) -> None:
-        """A heartbeat says what its sender has seen."""
+    def heard(self, beat: Heartbeat) -> None:
+        """An agent says what it has seen."""
         ...
 
     def wrote(self, who: str, head: Head) -> None:
         """Head was changed, and this is whose it is."""
+        ...
+
+    def copy(self) -> Books:
+        """As they are now, for `set_back`."""
+        ...
+
+    def set_back(self, then: Books, store: Store) -> None:
+        """The broker lost what came after `then`, or some of it: `store` is what it holds."""
         ...
 
     def told(self, subject: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from syncline_sim.children import StubChildren
-from syncline_sim.faults import Crash, Down, Faults, Twin
+from syncline_sim.faults import Crash, Down, Faults, RollBack, Twin
 from syncline_sim.inline import StubState
 from syncline_sim.invariants import Invariants
 from syncline_sim.scene import Scene
@@ -16,9 +16,10 @@ CLOSE = 1e-9
 def lost_or_doubled(scene: Scene, faults: Faults, children: StubChildren, books: Invariants) -> list[str]:
     """What is wrong with an agent's W_i: it began somewhere, training moved it, and it gave up what was merged.
 
-    Of agents that lost their disk, or that two processes were at once, nothing of the kind can be said.
+    Of agents that lost their disk, or that two processes were at once, nothing of the kind can be said; nor where the broker
+    lost what was merged.
     """
-    if scene.spec.mix.kind != "elastic":
+    if scene.spec.mix.kind != "elastic" or any(isinstance(f, RollBack) for f in faults.items):
         return []
     unclear = {f.service for f in faults.items if isinstance(f, Twin) or (isinstance(f, Crash | Down) and not f.disk)}
     kept = {agent: children.kept(scene.spec.name, agent) for agent in scene.agents if agent not in unclear}

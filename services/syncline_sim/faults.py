@@ -61,6 +61,19 @@ class BrokerDown:
 
 
 @dataclass(frozen=True, slots=True)
+class RollBack:
+    """A power failure at the broker's: it comes back with its store as that was `lost_s` before; acknowledged writes are lost.
+
+    `torn`: not of every stream, as each is flushed at a time of its own.
+    """
+
+    at_s: float
+    for_s: float
+    lost_s: float
+    torn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Lose:
     """A share of the core messages is lost: notifies, heartbeats, hellos, and their answers where those are core too."""
 
@@ -106,7 +119,7 @@ class Zombie:
 
 
 AtOperation = Crash | Unanswered
-Fault = AtOperation | Down | Cut | BrokerDown | Lose | Delay | KillTrainer | Twin | Zombie
+Fault = AtOperation | Down | Cut | BrokerDown | RollBack | Lose | Delay | KillTrainer | Twin | Zombie
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +150,9 @@ class Faults:
 
     def restart_broker(self, *, after_s: float, for_s: float = 0.0) -> Faults:
         return self._and(BrokerDown(after_s, for_s))
+
+    def roll_back(self, *, after_s: float, lost_s: float, for_s: float = 0.0, torn: bool = False) -> Faults:
+        return self._and(RollBack(after_s, for_s, lost_s, torn))
 
     def lose(self, share: float, *, after_s: float, for_s: float) -> Faults:
         return self._and(Lose(share, after_s, for_s))

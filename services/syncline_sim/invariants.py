@@ -6,7 +6,8 @@ It reads what lies on the bus and nothing of the services' memory. A violation i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgpack
@@ -14,6 +15,7 @@ import numpy as np
 import xxhash
 
 from syncline.bus.base import Stored
+from syncline.bus.memory_store import Store
 from syncline.engine.staleness import Hinge, Polynomial
 from syncline.spec import RunSpec
 from syncline.wire import subjects
@@ -25,6 +27,7 @@ from syncline.wire.messages import (
     BlobRef,
     Committed,
     Head,
+    Heartbeat,
     Offer,
     Plan,
     PlanEntry,
@@ -32,6 +35,7 @@ from syncline.wire.messages import (
     Verdict,
     decode,
 )
+from syncline_sim.books import Books
 from syncline_sim.oracle import Vector, next_center
 
 DTYPES = {"fp32": "<f4", "fp64": "<f8"}
@@ -51,7 +55,12 @@ class Invariants:
     records: dict[tuple[int, int], Committed] = field(default_factory=dict)  # (version, term)
     chunks: dict[str, bytes] = field(default_factory=dict)  # subject → frame, of every chunk ever put
     gone: set[str] = field(default_factory=set)  # subjects that were purged
-    seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # session → highest (term, version) it told of
+    lost: set[str] = field(default_factory=set)  # … and that a broker lost which came back with an older store
+    incomplete: bool = False
+    seen: dict[str, tuple[int, tuple[int, int]]] = field(
+        default_factory=dict
+    )  # session → line, highest term and version
+    reborn: bool = False  # the run was lost as a whole, and submitted again
     writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
     dropped: set[tuple[str, int]] = field(default_factory=set)
     sessions: dict[str, set[str]] = field(default_factory=dict)  # agent → those that have offered
@@ -73,6 +82,7 @@ class Invariants:
         if message.subject.endswith(f".{subjects.head_key(run)}"):
             return self._on_head(message.data)
         if stream in (subjects.updates_stream(run), subjects.model_stream(run)):
+            self.lost.discard(message.subject)
             known = self.chunks.setdefault(message.subject, message.data)
             self._insist(known == message.data, f"{message.subject} was written twice, with different content")
         elif stream == subjects.offers_stream(run):
@@ -90,17 +100,45 @@ class Invariants:
             return
         if stream == subjects.model_stream(self.spec.name):
             for what, ref in self._named(self.head):
-                self._insist(not self._misses(ref), f"{what} was purged while head named it")
+                self._insist(not self._misses(ref) or self.incomplete, f"{what} was purged while head named it")
         elif stream == subjects.updates_stream(self.spec.name):
             for subject in names:
                 self._on_purged_update(subjects.agent_of(subject), subject.split(".")[6])
 
-    def heard(self, session: str, term: int, version: int) -> None:
+    def copy(self) -> Invariants:
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        copies: dict[str, Any] = {
+            name: copy(value) for name, value in held.items() if isinstance(value, dict | list | set)
+        }
+        return replace(self, **copies)
+
+    def set_back(self, then: Books, store: Store) -> None:
+        """Everything is as head was then, but that chunks and offers are those of the store. What anybody has seen is seen."""
+        assert isinstance(then, Invariants)
+        again = then.copy()
+        for name in ("heads", "merged", "writers", "dropped", "levels", "may_begin", "taken", "roster", "plan", "kept"):
+            setattr(self, name, getattr(again, name))
+        run, kept = self.spec.name, set[str]()
+        for stream in (subjects.updates_stream(run), subjects.model_stream(run)):
+            kept |= store.streams[stream].by_subject.keys() if stream in store.streams else set()
+        self.gone -= kept
+        self.lost = self.chunks.keys() - kept - self.gone
+        self.offers, self.offer_seqs, self.sessions = {}, {}, {}
+        if subjects.offers_stream(run) in store.streams:
+            for message in store.streams[subjects.offers_stream(run)].messages.values():
+                self._note_offer(message)
+        self.incomplete = self.head is not None and any(self._misses(ref) for _, ref in self._named(self.head))
+        self.reborn |= self.head is None
+
+    def heard(self, beat: Heartbeat) -> None:
         """A heartbeat tells what its sender has seen."""
-        before = self.seen.get(session, (0, 0))
-        if term:
-            self._insist((term, version) >= before, f"session {session[:6]} saw {before} and then {(term, version)}")
-            self.seen[session] = max(before, (term, version))
+        line, now = beat.seen_line, (beat.seen_term, beat.seen_version)
+        known, before = self.seen.get(beat.session, (line, (0, 0)))
+        if self.reborn and line != known:
+            before = (0, 0)
+        if beat.seen_term:
+            self._insist(now >= before, f"session {beat.session[:6]} saw {before} and then {now}")
+            self.seen[beat.session] = line, max(before, now)
 
     def told(self, subject: str, data: bytes) -> None:
         """Metrics and events decide nothing."""
@@ -119,7 +157,11 @@ class Invariants:
         self.heads.append(head)
         if before is not None:
             step = (head.term - before.term, head.version - before.version)
-            self._insist(step in ((0, 0), (0, 1), (1, 0)), f"{_short(before)} was followed by {_short(head)}")
+            anew = head.line != before.line and step[0] > 0 and step[1] == 0
+            self._insist(anew or step in ((0, 0), (0, 1), (1, 0)), f"{_short(before)} was followed by {_short(head)}")
+            if anew:  # clocks are given again, and offers of the line before count for nothing
+                for books in (self.offers, self.offer_seqs, self.sessions, self.may_begin, self.levels):
+                    books.clear()
         roster = self._record(Roster, head.roster) if head.roster is not None else None
         if roster is not None and self.roster is not None:
             self._compare(self.roster, roster)
@@ -136,7 +178,8 @@ class Invariants:
         self.roster = roster
         self._insist(head.phase != "merging" or head.plan is not None, "head is merging without a plan")
         for what, ref in self._named(head):
-            self._insist(not self._misses(ref), f"{_short(head)} names a {what} that is not there")
+            self.incomplete |= self._misses(ref) and any(ref.id in subject for subject in self.lost)
+            self._insist(not self._misses(ref) or self.incomplete, f"{_short(head)} names a {what} that is not there")
         if roster is not None:
             self._insist(
                 head.phase != "training" or any(map(roster.participant, range(len(roster.agents)))),
@@ -253,7 +296,9 @@ class Invariants:
             self._insist(now[0] > was[0] or now == was, f"{agent}'s clock {was[0]} was judged {was[1]}, now {now[1]}")
 
     def _diverged(self, agent: str, clock: int) -> bool:
-        """Whether one of the agent's updates of that clock is no number."""
+        """Whether one of the agent's updates of that clock is no number, or lost."""
+        if any(offer.blob.id in subject for offer in self.offers.get((agent, clock), ()) for subject in self.lost):
+            return True
         blobs = [self._content(f"agent.{agent}.update", offer.blob) for offer in self.offers.get((agent, clock), ())]
         return any(bool(np.isnan(np.frombuffer(blob, "<f8")).any()) for blob in blobs)
 
@@ -301,12 +346,10 @@ class Invariants:
 
     # -- the rest ------------------------------------------------------------------------------------------------------
     def _on_offer(self, message: Stored) -> str:
-        agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
-        known = self.offers.setdefault((agent, offer.clock), [])
-        known.append(offer)
-        self.offer_seqs[message.seq] = (agent, offer.clock)
-        sessions = self.sessions.setdefault(agent, set())
-        sessions.add(offer.session)
+        agent, offer = self._note_offer(message)
+        if self.head is None or offer.line != self.head.line or offer.base > self.head.version:
+            return f"{agent} offers clock {offer.clock} for a version {offer.base} that is lost"
+        sessions = self.sessions[agent]
         may_begin = self.may_begin.get(agent)
         in_turn = (
             offer.clock == 1 or (agent, offer.clock - 1) in self.offers
@@ -318,6 +361,14 @@ class Invariants:
         self._insist(all(n in self.chunks for n in names), f"{agent} offers clock {offer.clock} without all its chunks")
         self._insist(not self.gone & {*names} or self._judged(agent) >= offer.clock, f"{agent}'s chunks were purged")
         return f"{agent} offers clock {offer.clock} for version {offer.base}"
+
+    def _note_offer(self, message: Stored) -> tuple[str, Offer]:
+        agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
+        if self.head is not None and offer.line == self.head.line and offer.base <= self.head.version:
+            self.offers.setdefault((agent, offer.clock), []).append(offer)
+            self.offer_seqs[message.seq] = (agent, offer.clock)
+            self.sessions.setdefault(agent, set()).add(offer.session)
+        return agent, offer
 
     def _on_purged_update(self, agent: str, blob: str) -> None:
         for clock, offers in ((c, o) for (a, c), o in self.offers.items() if a == agent):
@@ -341,7 +392,7 @@ class Invariants:
         if self.spec.states and self.head is not None and self.head.version and ref == self.head.model:
             blobs.append((subjects.outer_prefix, self._outer(ref)))
         names = [f"{prefix(self.spec.name, blob.id)}.{k}" for prefix, blob in blobs for k in range(blob.chunks)]
-        return any(name not in self.chunks or name in self.gone for name in names)
+        return any(name not in self.chunks or name in self.gone or name in self.lost for name in names)
 
     def _outer(self, model: BlobRef) -> BlobRef:
         states, sections = self.spec.states, self.spec.local.sections

@@ -134,7 +134,16 @@ def _async(rng: Dice, agents: int) -> dict[str, Any]:
 
 
 def faults_of(seed: int, scene: Scene) -> Faults:
-    return Faults.random(Dice(f"{seed} faults"), (COORDINATOR, *scene.agents))
+    faults = Faults.random(Dice(f"{seed} faults"), (COORDINATOR, *scene.agents))
+    power = Dice(f"{seed} power")
+    if power.random() < 0.15:
+        faults = faults.roll_back(
+            after_s=round(power.uniform(0.4, 4.0), 3),
+            lost_s=round(0.02 * 150 ** power.random(), 3),
+            for_s=round(0.02 * 100 ** power.random(), 3),
+            torn=power.random() < 0.3,
+        )
+    return faults
 
 
 def play(seed: int) -> Outcome:

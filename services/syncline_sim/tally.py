@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from syncline.bus.base import Stored
+from syncline.bus.memory_store import Store
 from syncline.spec import RunSpec
 from syncline.telemetry import CenterEval, Event
 from syncline.wire import subjects
-from syncline.wire.messages import Committed, Head, decode
+from syncline.wire.messages import Committed, Head, Heartbeat, decode
+from syncline_sim.books import Books
 
 WARNINGS = 1000  # that are kept; the rest are counted
 
@@ -60,6 +62,7 @@ class Tally:
     updates: dict[str, Updates] = field(default_factory=dict)  # by agent
     warnings: list[tuple[float, str]] = field(default_factory=list)
     events: dict[str, int] = field(default_factory=dict)  # warnings and errors by their kind
+    incomplete: bool = False
     broken: Exception | None = None  # what `follow` raised
     _records: dict[int, Committed] = field(default_factory=dict)  # of versions that are not committed yet
 
@@ -92,7 +95,17 @@ class Tally:
     def purged(self, stream: str, removed: list[str]) -> None:
         pass
 
-    def heard(self, session: str, term: int, version: int) -> None:
+    def copy(self) -> Tally:
+        return replace(self, updates={agent: replace(mine) for agent, mine in self.updates.items()})
+
+    def set_back(self, then: Books, store: Store) -> None:
+        """What was committed and is lost does not count."""
+        assert isinstance(then, Tally)
+        self.head, self.updates, version = then.head, then.updates, then.head.version if then.head else 0
+        self.commits = [commit for commit in self.commits if commit.version <= version]
+        self.points = [point for point in self.points if point.version <= version]
+
+    def heard(self, beat: Heartbeat) -> None:
         pass
 
     def wrote(self, who: str, head: Head) -> None:

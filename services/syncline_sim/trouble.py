@@ -7,7 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from syncline.bus.memory_faults import Operation
+from syncline.bus.memory_store import Store
 from syncline.wire import subjects
+from syncline_sim.books import Books
+from syncline_sim.dice import Dice
 from syncline_sim.faults import (
     AtOperation,
     BrokerDown,
@@ -18,6 +21,7 @@ from syncline_sim.faults import (
     Fault,
     KillTrainer,
     Lose,
+    RollBack,
     Twin,
     Unanswered,
     Zombie,
@@ -34,9 +38,12 @@ class Trouble:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._flushed: dict[RollBack, tuple[Store, Books]] = {}
 
     def schedule(self, fault: Fault) -> None:
         begin, end = self._how(fault)
+        if isinstance(fault, RollBack):
+            self._world.at(max(0.0, fault.at_s - fault.lost_s), partial(self._flush, fault))
         if not isinstance(fault, AtOperation):
             self._world.at(fault.at_s, begin)
             self._world.at(fault.at_s, partial(self._world.at, getattr(fault, "for_s", 0.0), end))
@@ -50,6 +57,8 @@ class Trouble:
                 return partial(self._cut, service), partial(self._mend, service)
             case BrokerDown():
                 return partial(self._broker_down), partial(self._broker_up)
+            case RollBack():
+                return partial(self._power_fails), partial(self._power_is_back, fault)
             case Lose(share):
                 return partial(self._lose, share), partial(self._lose, 0.0)
             case Delay(service, seconds):
@@ -110,6 +119,29 @@ class Trouble:
     def _broker_up(self) -> None:
         self._world.say("the broker starts")
         self._world.broker.start()
+
+    def _flush(self, fault: RollBack) -> None:
+        self._flushed[fault] = self._world.broker.snapshot(), self._world.books.copy()
+
+    def _power_fails(self) -> None:
+        if self._world.ended:
+            return
+        self._world.say("power failure: the broker is gone")
+        self._world.broker.stop()
+
+    def _power_is_back(self, fault: RollBack) -> None:
+        if self._world.ended:
+            return
+        store, then = self._flushed[fault]
+        newest, dice = self._world.broker.store, Dice(f"{self._world.seed} torn")
+        torn = [name for name in newest.streams if fault.torn and dice.random() < 0.5]
+        self._world.say(
+            f"the broker is back with its store of {fault.lost_s:g} s before"
+            + (f", but for {', '.join(torn)}" if torn else "")
+        )
+        if f"KV_{subjects.RUNS_BUCKET}" in torn:  # then head is the newest
+            then = self._world.books.copy()
+        self._world.set_back(store.with_newer(newest, torn) if fault.torn else store, then)
 
     def _lose(self, share: float) -> None:
         self._world.say(f"{share:.0%} of the core messages are lost")

@@ -21,7 +21,7 @@ from syncline import chance
 from syncline.bus.base import Stored
 from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.bus.memory_faults import Operation
-from syncline.bus.memory_store import Stream
+from syncline.bus.memory_store import Store, Stream
 from syncline.child import ChildDied
 from syncline.errors import BusError, ConfigError, PeerError
 from syncline.shm import SharedMemory
@@ -114,7 +114,7 @@ class World:
         self._struck = {(f.service, f.at_op): f for f in faults.items if isinstance(f, AtOperation)}
         self._struck_when_done: dict[int, AtOperation] = {}
         self._ended = asyncio.Event()
-        self._head_seq = 0
+        self._head_seq = self._submissions = 0
         self._trouble = Trouble(self)
         loop.on_task = self._on_task
         loop.set_exception_handler(self._on_loop_error)
@@ -178,7 +178,7 @@ class World:
 
     async def _submit(self) -> None:
         """As `syncline run` does it: asks until the run is accepted."""
-        bus = self._connect("cli/0", "cli")
+        bus = self._connect(f"cli/{self._submissions}", "cli")
         question = encode(Submit(spec=self.scene.spec.model_dump(mode="json")))
         while True:
             try:
@@ -209,6 +209,23 @@ class World:
         self.end(life)
         if not disk:
             self.children.forget(life.service)
+
+    def set_back(self, store: Store, then: Books) -> None:
+        """The broker comes back with an older store. Whose run is gone submits it again."""
+        self.broker.roll_back(store)
+        self.books.set_back(then, self.broker.store)
+        bucket = self.broker.store.streams.get(f"KV_{subjects.RUNS_BUCKET}")
+        keys = (subjects.head_key(self.scene.spec.name), subjects.spec_key(self.scene.spec.name))
+        head, spec = (bucket.last(f"$KV.{subjects.RUNS_BUCKET}.{key}") if bucket is not None else None for key in keys)
+        self._head_seq = head.seq if head is not None else 0
+        if spec is None:
+            self._submissions += 1
+            self._begin(Life("cli", self._submissions), self._submit())
+
+    @property
+    def ended(self) -> bool:
+        """The run has, or something is wrong."""
+        return self._ended.is_set()
 
     def current(self, service: str) -> Life | None:
         """Its newest life, if it is alive."""
@@ -283,7 +300,7 @@ class World:
         self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {subject_of(now)}\n".encode())
         if now.name == "request" and ".heartbeat" in str(now.arguments[0]):
             beat = decode(Heartbeat, now.arguments[1] if isinstance(now.arguments[1], bytes) else b"")
-            self.books.heard(beat.session, beat.seen_term, beat.seen_version)
+            self.books.heard(beat)
         if now.name == "publish" and isinstance(now.arguments[1], bytes):
             self.books.told(str(now.arguments[0]), now.arguments[1])
             if self.books.problems:
@@ -344,6 +361,8 @@ class World:
     # -- the end -------------------------------------------------------------------------------------------------------
     def _check_the_end(self) -> None:
         head, spec = self.books.head, self.scene.spec
+        if head is not None and head.phase == "failed" and self.books.incomplete:
+            return  # it cannot go on, and says so
         if head is None:
             self._problem(f"the run was refused: {self.refused}")
         elif head.reason.startswith(NOTHING_USABLE) and spec.task_options.get("diverges"):

@@ -28,6 +28,11 @@ def new_id() -> str:
     return f"{source.get().getrandbits(128):032x}"
 
 
+def new_number() -> int:
+    """A random positive number of 62 bits."""
+    return 1 + source.get().getrandbits(62)
+
+
 def jitter(value: float, least: float = 0.7, most: float = 1.3) -> float:
     """The value times a random factor, so that many who wait do not come back at once."""
     return value * source.get().uniform(least, most)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command import Command, until
+from command import Command
 from harness import Fleet
 
 pytestmark = pytest.mark.timeout(240)
@@ -65,13 +65,13 @@ def test_what_is_printed_for_people_and_for_programs(tmp_path: Path) -> None:
     assert [point["version"] for point in result["timeline"]] == [1, 2, 3, 4, 5, 6]
     assert result["accuracy"] == result["timeline"][-1]["metrics"]["accuracy"] > 0.5
     assert [agent["agent"] for agent in result["agents"]] == [f"a{i}" for i in range(1, 7)]
-    assert result["seconds"] >= 6 * 20 * 0.05 > 10 * result["real_s"] or result["real_s"] > 0
+    assert result["seconds"] >= 6 * 20 * 0.05 and result["real_s"] > 0
 
 
 def test_an_interrupted_simulation_says_how_far_it_came(tmp_path: Path) -> None:
     command = simulated(tmp_path, {**DIGITS, "stop": {"versions": 1_000_000}})
     try:
-        until(lambda: "round" in command.out, 60.0, command)
+        command.says("round 2")
         command.process.send_signal(signal.SIGINT)
         assert command.ended(20.0) == 130
         assert "interrupted" in command.err and "digest" in command.out and "Traceback" not in command.err
@@ -87,7 +87,7 @@ def test_an_interrupted_simulation_says_how_far_it_came(tmp_path: Path) -> None:
         ({"task": "syncline.tasks.digit:Digits"}, 2, "Did you mean `syncline.tasks.digits:Digits`?"),
         ({"sim": {"agents": 2}}, 2, "sim.agents: 2 are fewer than the run starts with"),
         ({"task": "syncline.tasks.digits:Digits", "task_options": {"hiden": 3}}, 2, "task_options.hiden"),
-        ({"agents": {"min": 4, "max": 2000}, "partition": {"kind": "iid"}, "sim": {"agents": 1500}}, 1, "parts"),
+        ({"partition": {"kind": "shards", "per_agent": 1000}}, 1, "partition.per_agent"),
     ],
 )
 def test_what_is_wrong_is_told_as_everywhere(tmp_path: Path, changes: dict[str, Any], code: int, words: str) -> None:

@@ -7,6 +7,7 @@ The accounts are those that `syncline.bus.accounts` configures; the contract sui
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -214,6 +215,14 @@ class Store:
         if self._max_bytes is not None and reserved > self._max_bytes:
             raise StreamFull(f"{name}: insufficient storage resources available")
         self.streams[name] = self._stream_type(name, shape)
+
+    def with_newer(self, newer: Store, names: Collection[str]) -> Store:
+        """All streams that there are in `newer`: those named as they are there, the others as they are here, or empty."""
+        other = Store(self._stream_type, self._max_bytes)
+        for name, stream in newer.streams.items():
+            older = self.streams.get(name) or type(stream)(name, stream.shape)
+            other.streams[name] = (stream if name in names else older).copy()
+        return other
 
     def copy(self) -> Store:
         other = Store(self._stream_type, self._max_bytes)

@@ -89,6 +89,8 @@ class Heartbeat(Record):
     reason: Text = Field("", description="why it failed")
     seen_term: Count = Field(0, description="the newest head it knows: its term")
     seen_version: Count = Field(0, description="… and its version")
+    seen_line: Count = Field(0, description="… and its line")
+    handed: Count = Field(0, description="clock of the newest offer that the bus has acknowledged on that line")
 
 
 class Offer(Record):
@@ -100,6 +102,7 @@ class Offer(Record):
     clock: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="local periods finished with this one")
     base: Count = Field(description="version of the center that the update deviates from")
     term: Count = Field(description="term under which that version was read")
+    line: Count = Field(0, description="line of the head that named it")
     samples: Count = Field(description="rows of the agent's part")
     steps: Count = Field(description="local steps in the update")
     seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(0.0, description="that the period took")
@@ -222,6 +225,9 @@ class Head(Record):
     term: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="fencing number of the coordinator in charge")
     version: Count = Field(description="commits so far")
     round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
+    line: Count = Field(
+        0, description="renewed where the broker lost acknowledged writes: what was made on another line is not merged"
+    )
     phase: Phase = Field(description="`done`, `failed` and `refused` are ends")
     digest: Digest = Field("", description="xxh3-128 over the center's bytes")
     model: BlobRef | None = Field(None, description="the center")

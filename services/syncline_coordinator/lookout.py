@@ -1,0 +1,110 @@
+"""Whether the bus still holds what this coordinator and the agents believe it does.
+
+It may not: another coordinator took over; or the broker lost writes that it had acknowledged, as after a power failure. The
+second shows in head, in the stream of offers, or in what agents have seen and handed over, whoever was there to remember it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import patiently
+from syncline.chance import jitter, new_number
+from syncline.wire import subjects
+from syncline.wire.messages import BlobRef, Head, Heartbeat
+from syncline_coordinator.head import HeadKeeper, RolledBack
+from syncline_coordinator.ledger import Ledger
+
+LOOK_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
+LOST_OFFER_S = 10.0  # an acknowledged offer that was not found for so long is lost
+
+
+class Lookout:
+    """`watch` until there is something wrong. `look`, `heard`: reasons to look at once."""
+
+    def __init__(self, bus: Bus, keeper: HeadKeeper, ledger: Ledger) -> None:
+        self._bus, self._keeper, self._ledger = bus, keeper, ledger
+        self._stream = subjects.offers_stream(keeper.head.run)
+        self._doubt, self._reconnected = asyncio.Event(), False
+        self._began = keeper.head.version  # with our term: nobody has made a newer one under an older term
+        self._seen = (0, 0)  # the highest (term, version) that an agent told of
+        self._lost = ""  # what an agent has seen, and cannot be
+        self._missing: dict[str, tuple[int, float]] = {}  # agent → clock of an offer that it tells of, and since when
+
+    def look(self) -> None:
+        """The connection was gone."""
+        self._reconnected = True
+        self._doubt.set()
+
+    def heard(self, agent: str, beat: Heartbeat) -> None:
+        """What an agent has seen and handed over."""
+        head, seen = self._keeper.head, (beat.seen_term, beat.seen_version)
+        self._seen = max(self._seen, seen)
+        if self._seen > (head.term, head.version):
+            self._doubt.set()
+        if beat.seen_line != head.line:
+            return  # it does not know yet what was lost before
+        if beat.seen_term < head.term and beat.seen_version > self._began:
+            self._lost = f"{agent} has seen version {beat.seen_version} of term {beat.seen_term}"
+            self._doubt.set()
+        if self._ledger.misses(agent, beat.handed):
+            self._missing.setdefault(agent, (beat.handed, _now()))
+
+    async def watch(self) -> None:
+        """Raises Deposed and RolledBack."""
+        while True:
+            try:
+                async with asyncio.timeout(jitter(LOOK_S)):
+                    await self._doubt.wait()
+            except TimeoutError:
+                pass
+            self._doubt.clear()
+            await self._keeper.check(self._seen)
+            if self._lost:
+                raise RolledBack(self._lost, max(self._seen[0], self._keeper.head.term))
+            await self._check_offers()
+            if self._reconnected:
+                self._reconnected = False
+                await self._check_blobs()
+
+    async def _check_offers(self) -> None:
+        """Every offer that was read, or acknowledged to its agent, is in the stream."""
+        read, term = self._ledger.read_up_to, max(self._seen[0], self._keeper.head.term)
+        state = await patiently(partial(self._bus.state, self._stream))
+        if state.last_seq < read:
+            raise RolledBack(f"{self._stream} ends at {state.last_seq}, and {read} was read", term)
+        self._missing = {a: (c, s) for a, (c, s) in self._missing.items() if self._ledger.misses(a, c)}
+        for agent, (clock, since_s) in self._missing.items():
+            if _now() - since_s > LOST_OFFER_S and state.last_seq == self._ledger.read_up_to:
+                raise RolledBack(f"{agent}'s offer of clock {clock} is not in {self._stream}", term)
+
+    async def _check_blobs(self) -> None:
+        """What head names is there, as far as it was put before the connection was gone. Head itself may have come through."""
+        head = self._keeper.head
+        stream, models = subjects.model_stream(head.run), partial(subjects.model_prefix, head.run)
+        plan = head.plan if isinstance(head.plan, BlobRef) else None
+        for what, ref in (("model", head.model), ("manifest", head.manifest), ("roster", head.roster), ("plan", plan)):
+            if ref is not None:
+                state = await patiently(partial(self._bus.state, stream, f"{models(ref.id)}.*"))
+                if len(state.subjects) < ref.chunks and self._keeper.head is head:
+                    raise RolledBack(f"head names a {what} that is gone", max(self._seen[0], head.term))
+
+
+async def taken_over(bus: Bus, head: Head, lost_term: int | None) -> Head:
+    """Head under a term of our own. `lost_term`: the broker was set back, and this is the highest term that was seen before.
+
+    Then a new line begins: the round is opened again, and what agents have made and not seen judged counts for nothing, as
+    some of it is lost and some is not. It begins as well where the stream of offers ends before what head calls judged.
+    """
+    last_seq = (await patiently(partial(bus.state, subjects.offers_stream(head.run)))).last_seq
+    if lost_term is None and last_seq >= head.offers_seq:
+        return head.model_copy(update={"term": head.term + 1})
+    phase = "training" if head.phase == "merging" else head.phase
+    again = {"plan": None, "phase": phase, "round": head.round + 1, "line": new_number(), "offers_seq": last_seq}
+    return head.model_copy(update={"term": max(head.term, lost_term or 0) + 1, **again})
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
