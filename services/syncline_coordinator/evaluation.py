@@ -22,22 +22,22 @@ class Evaluation:
         self._running: asyncio.Task[None] | None = None
         self.evaluated = -1
 
-    def offer(self, version: int, buffer: int) -> None:
-        """The center of `version` lies in `buffer`: evaluate it if nothing else is being evaluated."""
+    def offer(self, version: int) -> None:
+        """The center is now that of `version`: evaluate it if nothing else is being evaluated."""
         if self._running is None or self._running.done():
             self._copied.clear()
-            self._running = asyncio.create_task(self._evaluate(version, buffer))
+            self._running = asyncio.create_task(self._evaluate(version))
 
     async def copied(self) -> None:
-        """Waits until the child has taken its copy, so that the buffer may be written."""
+        """Waits until the child has taken its copy, so that the center may be written to."""
         await self._copied.wait()
 
-    async def last(self, version: int, buffer: int) -> None:
+    async def last(self, version: int) -> None:
         """Evaluates this version for sure."""
         if self._running is not None:
             await self._running
         if self.evaluated != version:
-            self.offer(version, buffer)
+            self.offer(version)
             assert self._running is not None
             await self._running
 
@@ -47,9 +47,9 @@ class Evaluation:
             await asyncio.gather(self._running, return_exceptions=True)
         await self._child.close()
 
-    async def _evaluate(self, version: int, buffer: int) -> None:
+    async def _evaluate(self, version: int) -> None:
         try:
-            await self._child.ask("copy", buffer=buffer)
+            await self._child.ask("copy")
             self._copied.set()
             answer = await self._child.ask("evaluate")
         except ChildFailed as error:

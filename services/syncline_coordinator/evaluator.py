@@ -61,13 +61,13 @@ class Evaluator:
     def initial(self) -> dict[str, Any]:
         """Writes version 0 of the center."""
         assert self._flat is not None
-        self._buffer(0).copy_(self._flat.flat_P)
+        self._center().copy_(self._flat.flat_P)
         return {}
 
-    def copy(self, buffer: int) -> dict[str, Any]:
-        """Takes over the center in one of the two buffers."""
+    def copy(self) -> dict[str, Any]:
+        """Takes over the center as it is now."""
         assert self._flat is not None
-        self._flat.flat_P.copy_(self._buffer(buffer))
+        self._flat.flat_P.copy_(self._center())
         self._flat.load()
         return {}
 
@@ -84,9 +84,8 @@ class Evaluator:
     def load_task(self, settings: RunSpec) -> Task:
         return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
 
-    def _buffer(self, which: int) -> torch.Tensor:
-        view, layout = self._memory.view(), self._layout
-        return torch.frombuffer(view, dtype=DTYPES[layout.dtype], count=layout.elements, offset=which * layout.nbytes)
+    def _center(self) -> torch.Tensor:
+        return torch.frombuffer(self._memory.view(), dtype=DTYPES[self._layout.dtype], count=self._layout.elements)
 
 
 def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:

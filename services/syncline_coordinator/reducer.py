@@ -1,7 +1,8 @@
 """Streams the updates of a plan through the merge rule and the outer optimiser, chunk by chunk, into the next version.
 
-Memory is two models with their outer state, and a window of chunks of every update: the chunk size is fixed at submit so
-that those stay within `STAGING_BYTES` for the largest number of agents. A rule that looks at the updates first gets them
+Memory is one model with its outer state, and a few chunks of every update: the chunk size is fixed at submit so that those
+stay within `STAGING_BYTES` for the largest number of agents. The next version is made in place, and put as it is made; where a
+merge has to be given up, the version that was left is read again from the bus. A rule that looks at the updates first gets them
 from the bus twice, and keeps a few numbers of them. Nothing here decides anything: the plan says what is merged, with which
 weights, in which order.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -41,7 +42,8 @@ from syncline_coordinator.updates import Updates, UpdateUnusable
 
 T = TypeVar("T")
 
-STAGING_BYTES = 64 << 20  # for chunks of updates under way, all agents together
+STAGING_BYTES = 8 << 20  # for chunks of updates under way, all agents together
+LEAST_DEPTH = 2  # chunks of every update: one is on its way while another is reduced
 INLINE_BYTES = 64 * 1024  # a chunk up to this size is reduced on the event loop: handing it over costs more
 
 
@@ -89,7 +91,7 @@ class _Made:
 def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int, overhead: int) -> int:
     """Bytes of tensor in a chunk: what a message holds, less where many agents would not fit into the staging memory."""
     allowed = max_payload - overhead
-    wanted = spec.wire.chunk_bytes or min(allowed, STAGING_BYTES // max(1, agents * spec.wire.window))
+    wanted = spec.wire.chunk_bytes or min(allowed, STAGING_BYTES // (LEAST_DEPTH * max(1, agents)))
     return max(4096, min(wanted, allowed))
 
 
@@ -99,13 +101,15 @@ class Reducer:
     def __init__(
         self, bus: Bus, spec: RunSpec, manifest: Manifest, center: Center, executor: Executor | None = None
     ) -> None:
-        self._executor = executor
+        self._executor, self._running = executor, set[Future[Any]]()
+        self._lies_at: tuple[BlobRef, int] | None = None  # where the center is on the bus, and its version
         self._bus, self._spec, self._manifest, self._center = bus, spec, manifest, center
         self._codec = CODECS[manifest.dtype]
         self._rule, self._outer = spec.merge, spec.outer
 
     async def merge(self, plan: Plan) -> Merged:
-        """The next center, put on the bus and in `center.next_P`. Raises UpdateUnusable for an update it cannot merge.
+        """The next center, in the place of this one, and put on the bus. Raises UpdateUnusable for an update it cannot merge;
+        then the center is what it was.
 
         Every update is checked as it passes: frame, checksum, digest as signed, no NaN.
         """
@@ -116,8 +120,10 @@ class Reducer:
             await self._make(work)
         except UpdateUnusable as error:
             error.blob = work.blob
+            await self._go_back()
             raise
-        digest, model = await self._off_loop(digest_of, self._center.next_P), self._model_ref(work.blob)
+        digest, model = await self._off_loop(digest_of, self._center.w_P), self._model_ref(work.blob)
+        self._lies_at = model, plan.version
         return Merged(model, digest, work.bytes_got, work.bytes_put, tuple(_roots(work.squares)), *_roots(work.moved))
 
     async def _look(self, work: _Work) -> None:
@@ -131,7 +137,7 @@ class Reducer:
             figures.add(k, figures_BF)
 
         assert self._manifest.sections == 1, "a rule that looks at the updates is not for control variates"
-        await windowed(self._manifest.chunks, self._spec.wire.window, one)
+        await windowed(self._manifest.chunks, self._depth(work.plan), one)
         updates.finish()
         work.bytes_got += len(updates.entries) * self._manifest.blob_bytes
         assert figures.total is not None
@@ -139,11 +145,9 @@ class Reducer:
         work.chosen = [i for i in range(n) if work.weights[i]]
         work.weights = [work.weights[i] for i in (*work.chosen, *range(n, len(work.weights)))]
 
-    def _look_at(
-        self, updates: Updates, weights: list[float], frames: Sequence[bytes], k: int
-    ) -> tuple[Tensor, Tensor]:
+    def _look_at(self, updates: Updates, weights: list[float], frames: list[bytes], k: int) -> tuple[Tensor, Tensor]:
         slices = updates.slice(k, frames)
-        kept = self._center.states_now(self._manifest.chunk(k))[: self._rule.keeps]
+        kept = self._center.states(self._manifest.chunk(k))[: self._rule.keeps]
         return updates.figures(slices), self._rule.look(slices, weights, kept)
 
     async def _make(self, work: _Work) -> None:
@@ -163,9 +167,14 @@ class Reducer:
             for s, frame in enumerate(made.states):
                 await put_chunk(self._bus, f"{outer}.{s * chunks + k}", frame)
 
-        await windowed(self._manifest.blob_chunks, self._spec.wire.window, one)
+        await windowed(self._manifest.blob_chunks, self._depth(work.plan), one)
         updates.finish()
         work.bytes_got += len(updates.entries) * self._manifest.blob_bytes
+
+    def _depth(self, plan: Plan) -> int:
+        """Chunks of every update that may be under way at once."""
+        fitting = STAGING_BYTES // (len(plan.merged) * self._manifest.chunk_bytes)
+        return min(self._spec.wire.window, max(LEAST_DEPTH, fitting))
 
     def _updates(self, plan: Plan, chosen: list[int] | None = None) -> Updates:
         return Updates(self._bus, self._spec.name, self._manifest, plan, chosen)
@@ -182,18 +191,26 @@ class Reducer:
             await self._put_model(model.id, k, frame)
 
         await windowed(model.chunks, self._spec.wire.window, one)
-        return Merged(model, digest_of(self._center.now_P), 0, put)
+        self._lies_at = model, 0
+        return Merged(model, digest_of(self._center.w_P), 0, put)
 
     async def get_center(self, ref: BlobRef, version: int) -> None:
-        """Fills the current center, and its outer state, from the blobs of a version."""
-        model = partial(subjects.model_prefix, self._spec.name)
-        await self._fill(model, ref, self._model_parts())
+        """Fills the center, and what is kept beside it, from the blobs of a version."""
+        await self._fill(partial(subjects.model_prefix, self._spec.name), ref, self._model_parts())
         states = [
-            state_E for vector in zip(*map(self._center.states_now, self._parts()), strict=True) for state_E in vector
+            state_E for vector in zip(*map(self._center.states, self._parts()), strict=True) for state_E in vector
         ]
         if version and states:
-            outer = partial(subjects.outer_prefix, self._spec.name)
-            await self._fill(outer, self.outer_ref(ref), states)
+            await self._fill(partial(subjects.outer_prefix, self._spec.name), self.outer_ref(ref), states)
+        for state_E in states if not version else ():
+            state_E.zero_()
+        self._lies_at = ref, version
+
+    async def _go_back(self) -> None:
+        """The center as it was before a merge that was given up, once nobody writes to it any more."""
+        await asyncio.gather(*map(asyncio.wrap_future, tuple(self._running)), return_exceptions=True)
+        assert self._lies_at is not None, "a merge into a center that was neither put nor got"
+        await self.get_center(*self._lies_at)
 
     def outer_ref(self, model: BlobRef) -> BlobRef:
         """The outer state that lies beside a model."""
@@ -205,7 +222,7 @@ class Reducer:
 
     def _model_parts(self) -> list[Tensor]:
         """The current center as the chunks of a model hold it, section after section."""
-        vectors = [self._center.now_P, self._center.control_now_P][: self._manifest.sections]
+        vectors = [self._center.w_P, self._center.control_P][: self._manifest.sections]
         return [vector_P[part] for vector_P in vectors for part in self._parts()]
 
     def _parts(self) -> list[slice]:
@@ -224,30 +241,29 @@ class Reducer:
     async def _put_model(self, blob: str, k: int, frame: bytes) -> None:
         await put_chunk(self._bus, f"{subjects.model_prefix(self._spec.name, blob)}.{k}", frame)
 
-    def _reduce(self, updates: Updates, work: _Work, frames: Sequence[bytes], k: int) -> _Made:
+    def _reduce(self, updates: Updates, work: _Work, frames: list[bytes], k: int) -> _Made:
         """Chunk k: decode, merge, step, encode."""
         slices, part, chunks = updates.slice(k, frames), self._manifest.chunk(k), self._manifest.chunks
         squares_BN = updates.figures(slices) if work.chosen is None else None
         merged_E = torch.empty(part.stop - part.start, dtype=DTYPES[self._manifest.dtype])
-        old, new, keeps = self._center.states_now(part), self._center.states_next(part), self._rule.keeps
-        next_E = self._center.next_P[part]
-        self._rule.reduce(slices, work.weights, old[:keeps], merged_E, new[:keeps])
-        now_E, version = self._center.now_P[part], work.plan.version - 1
-        self._outer.step(now_E, merged_E, old[keeps:], next_E, new[keeps:], version)
-        updates.blame_unless_finite(next_E, slices)
-        states = [self._frame(x_E, work.blob, s * chunks + k, len(new) * chunks) for s, x_E in enumerate(new)]
-        model = self._frame(next_E, work.blob, k, self._manifest.blob_chunks)
+        w_E, kept, keeps = self._center.w_P[part], self._center.states(part), self._rule.keeps
+        rules, outers = kept[:keeps], kept[keeps:]
+        self._rule.reduce(slices, work.weights, rules, merged_E, rules)
+        self._outer.step(w_E, merged_E, outers, w_E, outers, work.plan.version - 1)
+        updates.blame_unless_finite(w_E, slices)
+        states = [self._frame(x_E, work.blob, s * chunks + k, len(kept) * chunks) for s, x_E in enumerate(kept)]
+        model = self._frame(w_E, work.blob, k, self._manifest.blob_chunks)
         return _Made(model, states, squares(merged_E), squares_BN)
 
-    def _add_up(self, updates: Updates, work: _Work, frames: Sequence[bytes], k: int) -> _Made:
+    def _add_up(self, updates: Updates, work: _Work, frames: list[bytes], k: int) -> _Made:
         """Chunk k of the section of control variates: Σ c_i ← Σ c_i + Σ Δc_i."""
         slices, part = updates.slice(k, frames), self._manifest.chunk(k - self._manifest.chunks)
         updates.figures(slices)
-        next_E = self._center.control_next_P[part].copy_(self._center.control_now_P[part])
+        control_E = self._center.control_P[part]
         for x_E in slices:
-            next_E.add_(x_E)
-        updates.blame_unless_finite(next_E, slices)
-        return _Made(self._frame(next_E, work.blob, k, self._manifest.blob_chunks), [], squares(next_E))
+            control_E.add_(x_E)
+        updates.blame_unless_finite(control_E, slices)
+        return _Made(self._frame(control_E, work.blob, k, self._manifest.blob_chunks), [], squares(control_E))
 
     def _frame(self, part_E: Tensor, blob: str, k: int, n: int) -> bytes:
         return pack_chunk(blob, k, n, self._codec.name, bytes_of(self._codec, part_E))
@@ -256,7 +272,10 @@ class Reducer:
         """Runs it in the executor; on the event loop where the whole model is so small that handing over costs more."""
         if self._executor is None or self._manifest.nbytes <= INLINE_BYTES:
             return work(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+        running = self._executor.submit(work, *args)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return await asyncio.wrap_future(running)
 
 
 def digest_of(center_P: Tensor) -> str:

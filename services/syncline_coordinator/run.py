@@ -266,7 +266,6 @@ class Run:
     async def _commit(self, done: MergeDone) -> None:
         """Version v + 1: roster and record on the bus, then the compare-and-set that makes it so."""
         parts, head, plan = self.parts, self.keeper.head, done.plan
-        parts.center.advance()
         self.ledger.merged(plan)
         commands = self.policy.handle(Committed(plan.version), _now())
         start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
@@ -288,7 +287,7 @@ class Run:
         }
         await self._move(head.model_copy(update=moved), roster)
         if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
-            parts.evaluation.offer(plan.version, parts.center.current)
+            parts.evaluation.offer(plan.version)
         await self._account.committed(done, _now(), last=start is None)
         for command in commands:
             if command is not start and not isinstance(command, Drop):
@@ -301,7 +300,7 @@ class Run:
     async def _finish(self, reason: str, phase: Phase) -> None:
         head = self.keeper.head
         if self.parts.evaluation is not None and phase == "done":
-            await self.parts.evaluation.last(head.version, self.parts.center.current)
+            await self.parts.evaluation.last(head.version)
         await self.keeper.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
         await self.parts.telemetry.metric(status_of(self))
         level = "info" if phase == "done" else "error"

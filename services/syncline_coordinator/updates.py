@@ -42,9 +42,10 @@ class Updates:
         """The frame of chunk k of each."""
         return list(await asyncio.gather(*(self._frame(entry, k) for entry in self.entries)))
 
-    def slice(self, k: int, frames: Sequence[bytes]) -> list[Tensor]:
-        """Slice k of each, to be read only. In any thread."""
-        return [self._unpacked(i, k, frame) for i, frame in enumerate(frames)]
+    def slice(self, k: int, frames: list[bytes]) -> list[Tensor]:
+        """Slice k of each, to be read only. In any thread. Takes the frames away one by one: they are not there twice."""
+        frames.reverse()
+        return [self._unpacked(i, k, frames.pop()) for i in range(len(frames))]
 
     def figures(self, updates: Sequence[Tensor]) -> Tensor:
         """Σ x² of each block of each update's slice, (B, N), all of them finite. In any thread."""

@@ -129,11 +129,11 @@ class StubEvaluator:
         return {"manifest": manifest or encode(layout)}
 
     def initial(self) -> dict[str, Any]:
-        self._buffer(0)[:] = np.linspace(-1.0, 1.0, self._elements) * (1 + self._seed % 97)
+        self._center()[:] = np.linspace(-1.0, 1.0, self._elements) * (1 + self._seed % 97)
         return {}
 
-    def copy(self, buffer: int) -> dict[str, Any]:
-        self._copy = self._buffer(buffer).copy()
+    def copy(self) -> dict[str, Any]:
+        self._copy = self._center().copy()
         return {}
 
     def evaluate(self) -> dict[str, Any]:
@@ -142,8 +142,8 @@ class StubEvaluator:
     def questions(self) -> dict[str, Handler]:
         return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
 
-    def _buffer(self, which: int) -> Vector:
-        return np.frombuffer(self._memory.view(), "<f8", self._elements, which * self._elements * 8)
+    def _center(self) -> Vector:
+        return np.frombuffer(self._memory.view(), "<f8", self._elements)
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,19 @@ def test_it_leaves_its_updates_as_they_were(rule: Rule) -> None:
     assert all(torch.equal(x, y) for x, y in zip((*given, *kept), before, strict=True))
 
 
+def test_what_it_keeps_may_lie_where_it_lay(rule: Rule) -> None:
+    given, kept = vectors(), vectors(rule.keeps, seed=1)
+    apart = reduced(rule, given, kept=kept)
+    weights, out = [1 / N] * N, torch.empty_like(given[0])
+    if rule.looks:
+        sums = Sums()
+        sums.add(0, rule.look(given, weights, kept))
+        assert sums.total is not None
+        weights = rule.weigh(weights, sums.total)
+    rule.reduce(given, weights, kept, out, kept)
+    assert torch.equal(out, apart) and all(torch.equal(v, out) for v in kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 4, N])
 def test_the_size_and_the_order_of_the_slices_change_no_bit(rule: Rule, n: int, dtype: torch.dtype) -> None:

@@ -62,6 +62,15 @@ def test_a_step_writes_its_results_and_leaves_all_else_alone(outer: Outer) -> No
     assert all(x.isfinite().all() for x in (out, *new))
 
 
+def test_a_step_in_place_is_the_same_step(outer: Outer) -> None:
+    """As a coordinator makes it: the results lie where the center and the state were."""
+    center, merged, *old = vectors(2 + outer.states, torch.float32)
+    old = [x.abs() for x in old]
+    out, new = step(outer, center, merged, old, 2)
+    outer.step(center, merged, old, center, old, 2)
+    assert torch.equal(center, out) and all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+
+
 @pytest.mark.parametrize("cut", [1, 16, 39])
 def test_steps_may_be_made_slice_by_slice(outer: Outer, cut: int) -> None:
     center, *updates = vectors(1 + STEPS, torch.float32)

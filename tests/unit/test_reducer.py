@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from syncline.bus.base import Stored
 from syncline.bus.blobs import get_chunk, put_blob
-from syncline.engine.merge import RULES
+from syncline.engine.merge import RULES, Mean, Rule
 from syncline.errors import StreamFull
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
@@ -25,7 +26,7 @@ from syncline.wire.flat import manifest_of
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Plan, PlanEntry
 from syncline_coordinator.center import Center
-from syncline_coordinator.reducer import STAGING_BYTES, Reducer, chunk_bytes_for, digest_of
+from syncline_coordinator.reducer import LEAST_DEPTH, STAGING_BYTES, Reducer, chunk_bytes_for, digest_of
 from syncline_coordinator.updates import UpdateUnusable
 from syncline_sim.oracle import next_center
 
@@ -54,7 +55,9 @@ class Place:
         model = nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))])
         self.layout: Manifest = manifest_of(model, 4096, sections=spec.local.sections)
         self.center = Center(self.layout, self.memory, spec.states)
-        self.center.now_P.copy_(vectors(1, dtype, seed=99)[0])
+        self.center.w_P.copy_(vectors(1, dtype, seed=99)[0])
+        self.before_P = self.center.w_P.clone()  # when the last plan was made
+        self._on_bus = False
         self.reducer = Reducer(bus, spec, self.layout, self.center, executor)
 
     async def offered(self, agent: str, update: Tensor, weight: float) -> PlanEntry:
@@ -67,13 +70,17 @@ class Place:
     async def plan(
         self, updates: Sequence[Tensor], weights: Sequence[float] | None = None, *, version: int = 1
     ) -> Plan:
+        if not self._on_bus:
+            await self.reducer.put_center()
+            self._on_bus = True
+        self.before_P = self.center.w_P.clone()
         weights = weights or [1 / len(updates)] * len(updates)
         entries = [await self.offered(f"a{i}", u, w) for i, (u, w) in enumerate(zip(updates, weights, strict=True), 1)]
         return Plan(version=version, reason="all", merged=entries)
 
     def state(self) -> Tensor:
         """All of the outer state, vector after vector."""
-        return torch.stack(self.center.states_now(slice(0, ELEMENTS)))
+        return torch.stack(self.center.states(slice(0, ELEMENTS)))
 
     def put_frame(self, entry: PlanEntry, k: int, frame: bytes) -> None:
         self.bus.held[f"{subjects.update_prefix(RUN, entry.agent, entry.blob.id)}.{k}"] = frame
@@ -99,10 +106,12 @@ def place(make: Make) -> Place:
 
 
 async def unusable(place: Place, plan: Plan) -> UpdateUnusable:
-    before, held = place.center.now_P.clone(), place.center.current
+    states = place.spec.states
+    before, kept = place.center.w_P.clone(), place.state().clone() if states else None
     with pytest.raises(UpdateUnusable) as error:
         await place.reducer.merge(plan)
-    assert torch.equal(place.center.now_P, before) and place.center.current == held, "the center stays as it was"
+    assert torch.equal(place.center.w_P, before), "the center stays as it was"
+    assert kept is None or torch.equal(place.state(), kept), "and so does what is kept beside it"
     return error.value
 
 
@@ -110,7 +119,7 @@ async def unusable(place: Place, plan: Plan) -> UpdateUnusable:
 async def test_the_update_of_one_agent_makes_the_center_that_agents_model_to_the_last_bit(place: Place) -> None:
     (update,) = vectors(1)
     await place.reducer.merge(await place.plan([update]))
-    assert torch.equal(place.center.next_P, place.center.now_P + update)
+    assert torch.equal(place.center.w_P, place.before_P + update)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
@@ -121,15 +130,15 @@ async def test_uniform_weights_make_the_center_the_mean_of_the_models(
     place = make(dtype)
     updates = vectors(n, dtype)
     await place.reducer.merge(await place.plan(updates))
-    models = torch.stack([place.center.now_P + u for u in updates])
-    assert torch.allclose(place.center.next_P, models.mean(0), rtol=tolerance, atol=tolerance)
+    models = torch.stack([place.before_P + u for u in updates])
+    assert torch.allclose(place.center.w_P, models.mean(0), rtol=tolerance, atol=tolerance)
 
 
 async def test_weights_and_the_outer_learning_rate_are_applied(make: Make) -> None:
     place = make(torch.float64, outer={"lr": 0.5})
     x, y = vectors(2, torch.float64)
     await place.reducer.merge(await place.plan([x, y], [0.25, 0.75]))
-    assert torch.allclose(place.center.next_P, place.center.now_P + 0.5 * (0.25 * x + 0.75 * y), rtol=1e-12)
+    assert torch.allclose(place.center.w_P, place.before_P + 0.5 * (0.25 * x + 0.75 * y), rtol=1e-12)
 
 
 async def test_the_next_center_lies_on_the_bus_and_another_coordinator_reads_it(place: Place, make: Make) -> None:
@@ -137,8 +146,8 @@ async def test_the_next_center_lies_on_the_bus_and_another_coordinator_reads_it(
     assert (merged.model.size, merged.model.chunks) == (place.layout.nbytes, 5)
     other = make()
     await other.reducer.get_center(merged.model, 1)
-    assert torch.equal(other.center.now_P, place.center.next_P)
-    assert digest_of(other.center.now_P) == merged.digest
+    assert torch.equal(other.center.w_P, place.center.w_P)
+    assert digest_of(other.center.w_P) == merged.digest
 
 
 async def test_bytes_are_counted(place: Place, bus: Any) -> None:
@@ -152,17 +161,16 @@ async def test_version_zero_is_put_as_it_is(place: Place, make: Make) -> None:
     put = await place.reducer.put_center()
     other = make()
     await other.reducer.get_center(put.model, 0)
-    assert torch.equal(other.center.now_P, place.center.now_P) and put.digest == digest_of(place.center.now_P)
+    assert torch.equal(other.center.w_P, place.center.w_P) and put.digest == digest_of(place.center.w_P)
 
 
 async def test_rounds_take_turns_in_the_two_places(place: Place) -> None:
-    expected = place.center.now_P.clone()
+    expected = place.center.w_P.clone()
     for seed in range(4):
         (update,) = vectors(1, seed=seed)
         await place.reducer.merge(await place.plan([update]))
-        place.center.advance()
         expected += update
-        assert torch.equal(place.center.now_P, expected)
+        assert torch.equal(place.center.w_P, expected)
 
 
 SCAFFOLD: dict[str, Any] = {"local": {"control_variates": "scaffold"}}
@@ -170,15 +178,15 @@ SCAFFOLD: dict[str, Any] = {"local": {"control_variates": "scaffold"}}
 
 async def test_changes_of_control_variates_are_added_up_whatever_the_weights(make: Make) -> None:
     place = make(torch.float64, **SCAFFOLD)
-    place.center.control_now_P.copy_(vectors(1, torch.float64, seed=5)[0])
+    place.center.control_P.copy_(control := vectors(1, torch.float64, seed=5)[0])
     deltas, changes = vectors(3, torch.float64), vectors(3, torch.float64, seed=1)
     both = [torch.cat(pair) for pair in zip(deltas, changes, strict=True)]
     merged = await place.reducer.merge(await place.plan(both, [0.5, 0.2, 0.3]))
     moved = 0.5 * deltas[0] + 0.2 * deltas[1] + 0.3 * deltas[2]
-    assert torch.allclose(place.center.next_P, place.center.now_P + moved, rtol=1e-12)
-    assert torch.allclose(place.center.control_next_P, place.center.control_now_P + sum(changes), rtol=1e-12)
+    assert torch.allclose(place.center.w_P, place.before_P + moved, rtol=1e-12)
+    assert torch.allclose(place.center.control_P, control + sum(changes), rtol=1e-12)
     assert (merged.model.size, merged.model.chunks) == (2 * place.layout.nbytes, 10)
-    assert merged.digest == digest_of(place.center.next_P)
+    assert merged.digest == digest_of(place.center.w_P)
 
 
 async def test_another_coordinator_reads_the_sum_of_control_variates_with_the_center(make: Make) -> None:
@@ -186,18 +194,17 @@ async def test_another_coordinator_reads_the_sum_of_control_variates_with_the_ce
     place, other = make(**settings), make(**settings)
     merged = await place.reducer.merge(await place.plan([torch.cat(vectors(2))]))
     await other.reducer.get_center(merged.model, 1)
-    place.center.advance()
-    assert torch.equal(other.center.now_P, place.center.now_P)
-    assert torch.equal(other.center.control_now_P, place.center.control_now_P) and place.center.control_now_P.any()
+    assert torch.equal(other.center.w_P, place.center.w_P)
+    assert torch.equal(other.center.control_P, place.center.control_P) and place.center.control_P.any()
     assert torch.equal(other.state(), place.state()) and place.state().any()
 
 
 async def test_version_0_has_control_variates_of_zero(make: Make) -> None:
     place, other = make(**SCAFFOLD), make(**SCAFFOLD)
     first = await place.reducer.put_center()
-    other.center.control_now_P.fill_(7.0)
+    other.center.control_P.fill_(7.0)
     await other.reducer.get_center(first.model, 0)
-    assert torch.equal(other.center.now_P, place.center.now_P) and not other.center.control_now_P.any()
+    assert torch.equal(other.center.w_P, place.center.w_P) and not other.center.control_P.any()
 
 
 async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) -> None:
@@ -206,7 +213,7 @@ async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) ->
     bad[1][4999] = float("nan")
     error = await unusable(place, await place.plan([torch.cat(good), torch.cat(bad)]))
     assert (error.agent, error.why) == ("a2", "it holds NaN or infinite values: its training diverged")
-    assert not place.center.control_now_P.any()
+    assert not place.center.control_P.any()
     plan = await place.plan([torch.cat(good)])
     flipped = plan.merged[0].blob
     data = memoryview(vectors(1, seed=3)[0][:1024].numpy()).cast("B")
@@ -232,11 +239,10 @@ async def test_every_rule_makes_what_its_formula_says_with_any_outer_optimiser(m
     place = ruled(make, rule, outer={"kind": "adam", "lr": 0.5})
     spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.states)]
     for version in range(3):
-        updates, before = vectors(7, torch.float64, seed=version), place.center.now_P.numpy().copy()
+        updates, before = vectors(7, torch.float64, seed=version), place.center.w_P.numpy().copy()
         await place.reducer.merge(await place.plan(updates, version=version + 1))
-        place.center.advance()
         expected, kept = next_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version)
-        assert np.allclose(place.center.now_P.numpy(), expected, rtol=1e-7, atol=1e-7)
+        assert np.allclose(place.center.w_P.numpy(), expected, rtol=1e-7, atol=1e-7)
         assert np.allclose(place.state().numpy(), np.stack(kept), rtol=1e-7, atol=1e-7)
 
 
@@ -284,7 +290,7 @@ async def test_the_norms_of_the_updates_and_of_what_they_make_are_told(make: Mak
     updates = vectors(7, torch.float64)
     merged = await place.reducer.merge(await place.plan(updates))
     assert merged.norms == pytest.approx([float(u.norm()) for u in updates], rel=1e-12)
-    assert merged.norm == pytest.approx(float((place.center.next_P - place.center.now_P).norm()), rel=1e-9)
+    assert merged.norm == pytest.approx(float((place.center.w_P - place.before_P).norm()), rel=1e-9)
 
 
 async def test_drift_is_one_where_the_updates_agree_and_one_over_n_where_they_are_orthogonal(make: Make) -> None:
@@ -333,11 +339,10 @@ async def test_outer_state_is_committed_with_its_version_and_another_coordinator
     for version, update in enumerate(vectors(4, torch.float64), 1):
         plan = await one.plan([update], version=version)
         await one.reducer.merge(plan)
-        one.center.advance()
         merged = await turns.reducer.merge(plan)
         turns = make(torch.float64, **ADAM)
         await turns.reducer.get_center(merged.model, version)
-        assert torch.equal(turns.center.now_P, one.center.now_P)
+        assert torch.equal(turns.center.w_P, one.center.w_P)
         assert torch.equal(turns.state(), one.state()) and one.state().all()
 
 
@@ -350,29 +355,25 @@ async def test_outer_state_lies_beside_its_model_vector_after_vector(make: Make,
         get_chunk(bus, "", partial(subjects.outer_prefix, RUN), ref, k, size, "fp32")
         for k, size in enumerate([4096, 4096, 4096, 4096, 3616] * 2)
     ]
-    place.center.advance()
     assert b"".join([await chunk for chunk in chunks]) == place.state().numpy().tobytes()
 
 
 async def test_a_merge_that_is_given_up_changes_no_outer_state(make: Make) -> None:
     place = make(**ADAM)
     await place.reducer.merge(await place.plan(vectors(2)))
-    place.center.advance()
     before, bad = place.state().clone(), vectors(2, seed=1)
     bad[1][-1] = float("nan")
     await unusable(place, await place.plan(bad, version=2))
     assert torch.equal(place.state(), before)
 
 
-async def test_a_plan_that_is_executed_again_makes_the_same_outer_state(make: Make) -> None:
-    place = make(**ADAM)
-    plan = await place.plan(vectors(2))
-    assert (await place.reducer.merge(plan)).digest == (await place.reducer.merge(plan)).digest
-    place.center.advance()
-    once = make(**ADAM)
-    await once.reducer.merge(plan)
-    once.center.advance()
-    assert torch.equal(place.state(), once.state())
+async def test_a_plan_that_is_executed_again_by_another_makes_the_same_bits_under_another_name(make: Make) -> None:
+    first, second = make(**ADAM), make(**ADAM)
+    plan = await first.plan(vectors(2))
+    await second.reducer.put_center()
+    one, two = await first.reducer.merge(plan), await second.reducer.merge(plan)
+    assert one.digest == two.digest and one.model.id != two.model.id
+    assert torch.equal(first.state(), second.state())
 
 
 async def test_without_outer_state_nothing_is_put_beside_the_model(place: Place, bus: Any) -> None:
@@ -385,7 +386,6 @@ async def test_delayed_nesterov_knows_from_the_version_when_its_time_has_come(ma
     for version in (1, 2, 3, 4):
         place = make(outer={"kind": "delayed_nesterov", "every": 2})
         await place.reducer.merge(await place.plan(vectors(1), version=version))
-        place.center.advance()
         m, gathered = place.state()
         moved.append((bool(m.any()), bool(gathered.any())))
     assert moved == [(False, True), (True, False)] * 2
@@ -421,12 +421,6 @@ async def test_an_executor_changes_no_bit(make: Make) -> None:
             place = make(executor=given)
             digests.add((await place.reducer.merge(await place.plan(vectors(4)))).digest)
     assert len(digests) == 1
-
-
-async def test_the_same_plan_executed_twice_gives_the_same_center_under_another_name(place: Place) -> None:
-    plan = await place.plan(vectors(4))
-    first, second = await place.reducer.merge(plan), await place.reducer.merge(plan)
-    assert first.digest == second.digest and first.model.id != second.model.id
 
 
 # -- bad updates -------------------------------------------------------------------------------------------------------
@@ -481,6 +475,27 @@ async def test_an_update_that_is_gone_is_named(place: Place, bus: Any) -> None:
     assert str(await unusable(place, plan)) == f"a1: chunk 4 of blob {plan.merged[0].blob.id[:8]} is not on the bus"
 
 
+async def test_a_merge_is_given_up_only_when_nobody_writes_to_the_center_any_more(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread may be at work on another slice when one turns out to be bad."""
+    monkeypatch.setattr("syncline_coordinator.reducer.INLINE_BYTES", 1)
+    late = threading.Event()
+
+    def slow(self: Mean, *args: Any) -> None:
+        late.wait(0.2)
+        Rule.reduce(self, *args)
+
+    monkeypatch.setattr(Mean, "reduce", slow)
+    with ThreadPoolExecutor(4) as executor:
+        place = make(executor=executor)
+        updates = vectors(2)
+        updates[1][4500] = float("nan")
+        await unusable(place, await place.plan(updates))
+        before = place.center.w_P.clone()
+    assert torch.equal(place.center.w_P, before), "somebody wrote afterwards"
+
+
 async def test_after_a_bad_update_the_others_can_be_merged(place: Place) -> None:
     updates = vectors(2)
     updates[0][0] = float("nan")
@@ -488,7 +503,7 @@ async def test_after_a_bad_update_the_others_can_be_merged(place: Place) -> None
     await unusable(place, plan)
     rest = plan.model_copy(update={"merged": [plan.merged[1].model_copy(update={"weight": 1.0})]})
     await place.reducer.merge(rest)
-    assert torch.equal(place.center.next_P, place.center.now_P + updates[1])
+    assert torch.equal(place.center.w_P, place.before_P + updates[1])
 
 
 async def test_a_bus_without_room_is_nobodys_bad_update(place: Place, bus: Any) -> None:
@@ -504,7 +519,7 @@ def test_chunks_are_so_small_that_those_of_all_agents_fit_into_the_staging_memor
     spec, payload = spec_of(), 1 << 20
     chunk = chunk_bytes_for(spec, agents, payload, overhead=16 * 1024)
     assert 4096 <= chunk <= payload - 16 * 1024
-    assert chunk * agents * spec.wire.window <= STAGING_BYTES or chunk == 4096
+    assert chunk * agents * LEAST_DEPTH <= STAGING_BYTES or chunk == 4096
 
 
 def test_a_chunk_size_that_is_set_is_kept_where_a_message_holds_it() -> None:

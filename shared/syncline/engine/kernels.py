@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # elements; chunks hold whole blocks, so that a sum over blocks does not depend on the size of the chunks
 SAME = 1e-13  # squared distances below this share of the squared norms are rounding: the two are the same
+WIDE_ELEMENTS = 1 << 18  # of all updates together that are in float64 at once
 SCRATCH_ELEMENTS = 1 << 17  # of all rows of a sorting network together: they stay in the cache
 
 
@@ -23,12 +24,17 @@ def squares(x_E: Tensor) -> Tensor:
 
 
 def products(updates: Sequence[Tensor]) -> Tensor:
-    """⟨x_i, x_j⟩ of each block, in float64. (B, N, N)."""
-    first_BK = _blocks(updates[0]).double()
-    wide_BNK = first_BK.new_empty((len(first_BK), len(updates), BLOCK))
-    for i, x_E in enumerate(updates):
-        wide_BNK[:, i] = _blocks(x_E) if i else first_BK
-    return wide_BNK.bmm(wide_BNK.transpose(1, 2))
+    """⟨x_i, x_j⟩ of each block, in float64. (B, N, N). A few blocks at a time: in float64 they take twice the room."""
+    n, blocks = len(updates), -(-updates[0].numel() // BLOCK)
+    found_BNN = updates[0][:0].double().new_empty((blocks, n, n))
+    step = max(1, WIDE_ELEMENTS // (n * BLOCK))
+    for first in range(0, blocks, step):
+        part = slice(first * BLOCK, (first + step) * BLOCK)
+        wide_BNK = found_BNN.new_empty((min(step, blocks - first), n, BLOCK))
+        for i, x_E in enumerate(updates):
+            wide_BNK[:, i] = _blocks(x_E[part])
+        found_BNN[first : first + step] = wide_BNK.bmm(wide_BNK.transpose(1, 2))
+    return found_BNN
 
 
 def finite(x_E: Tensor) -> bool:

@@ -64,6 +64,7 @@ class Rule(Settings):
 
     def reduce(self, updates: Tensors, weights: Sequence[float], old: Tensors, out_E: Tensor, new: Tensors) -> None:
         """Writes D to `out_E`, and what is kept for the next merge to `new`; `old`: what was kept. Leaves all else as it is.
+        `new` may lie where `old` does.
 
         The default is Σ w_i x_i over the updates and what was kept, in the given order. Weights need not sum to 1.
         """

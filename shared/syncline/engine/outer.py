@@ -29,6 +29,7 @@ class Outer(Settings):
 
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         """Writes the next W to `out_E` and the next state to `new`, and leaves all else as it is. `old`: the state so far.
+        Results may lie where the arguments do: `out_E` at `center_E`, `new` at `old`.
 
         E: elements of the slice, the same in all of them, any float dtype. An element depends on nothing but the same
         element of the others: slices are stepped in any order, of any size. `version`: of the center that is left, so the
