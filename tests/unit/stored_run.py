@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from syncline.bus.base import BucketConfig, Bus
+from syncline.bus.base import Bus
 from syncline.bus.blobs import RECORD_CHUNK_BYTES, put_blob
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Entry, Manifest
 from syncline.wire.messages import BlobRef, Committed, Dropped, Head, Plan, PlanEntry, Roster, Submit, encode
-from syncline_coordinator.service import RUNS_BYTES, SPEC_BYTES
+from syncline_coordinator.service import RUNS
 from syncline_coordinator.space import Reservation
 
 RUN = "digits-1"
@@ -36,7 +36,7 @@ def center(version: int) -> npt.NDArray[np.float32]:
 
 
 async def bucket(bus: Bus) -> None:
-    await bus.ensure_bucket(BucketConfig(subjects.RUNS_BUCKET, RUNS_BYTES, SPEC_BYTES))
+    await bus.ensure_bucket(RUNS)
 
 
 async def submitted(bus: Bus, run: str = RUN, head: Head | None = None) -> RunSpec:

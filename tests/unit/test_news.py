@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,7 +13,7 @@ from syncline.bus.blobs import put_blob
 from syncline.errors import PeerError
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Notify, Phase, Roster, Verdict, encode
-from syncline_agent.news import READ_AGAIN_S, RECORD_CHUNK_BYTES, CannotTrain, News, Place
+from syncline_agent.news import GONE_S, READ_AGAIN_S, RECORD_CHUNK_BYTES, News, Place
 
 RUN = "run-1"
 KEY = subjects.head_key(RUN)
@@ -169,10 +170,14 @@ async def test_head_is_read_where_nothing_is_known(bus: Any) -> None:
     assert known.head is None and (await known.newest()).head == head(5), "after the connection was gone it asks again"
 
 
-async def test_a_run_that_is_gone_is_told_as_such(bus: Any) -> None:
-    known, _ = news(bus)
-    with pytest.raises(CannotTrain, match=r"^run run-1 is gone from the bus$"):
-        await known.newest()
+def test_a_run_that_is_gone_is_over(bus: Any, simulated: Simulated) -> None:
+    async def ask() -> None:
+        known, _ = news(bus)
+        asking = asyncio.ensure_future(known.newest())
+        await known.over.wait()
+        asking.cancel()
+
+    assert simulated(ask())[1] < 10 * GONE_S
 
 
 def test_who_waits_wakes_at_once_when_head_moves(bus: Any, simulated: Simulated) -> None:
