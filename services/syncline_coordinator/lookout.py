@@ -27,7 +27,7 @@ class Lookout:
     def __init__(self, bus: Bus, keeper: HeadKeeper, ledger: Ledger) -> None:
         self._bus, self._keeper, self._ledger = bus, keeper, ledger
         self._stream = subjects.offers_stream(keeper.head.run)
-        self._doubt, self._reconnected = asyncio.Event(), False
+        self._doubt, self._reconnected = asyncio.Event(), True  # perhaps before our time
         self._began = keeper.head.version  # with our term: nobody has made a newer one under an older term
         self._seen = (0, 0)  # the highest (term, version) that an agent told of
         self._lost = ""  # what an agent has seen, and cannot be

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from syncline.bus.base import BucketConfig, Bus, Delivery
 from syncline.bus.blobs import RECORD_CHUNK_BYTES, BlobGone, get_small_blob, patiently, put_blob
-from syncline.bus.violations import ViolationLog
 from syncline.chance import new_number
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
@@ -47,6 +46,7 @@ from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
 from syncline_coordinator.lookout import taken_over
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
+from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.space import most_agents, release, reserve
 from syncline_coordinator.stopping import end_undriven, why
@@ -97,7 +97,7 @@ class Coordinator:
         await self._fleet_events.event("coordinator-started", "the coordinator is up")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_silence())
-            tasks.create_task(self._watch_broker_log())
+            tasks.create_task(tell_refusals(self._settings.broker_log, self._settings.key_names, self._fleet_events))
             tasks.create_task(self._take_runs())
             tasks.create_task(tell_often(self._fleet_events, self._status))
 
@@ -170,17 +170,6 @@ class Coordinator:
                 self._hellos.pop(agent, None)
                 if run is not None:
                     await run.lost(agent, reason)
-
-    async def _watch_broker_log(self) -> None:
-        """What the broker refused is said in the events, with the agent's name."""
-        if self._settings.broker_log is None:
-            return
-        violations = ViolationLog(self._settings.broker_log, self._settings.key_names)
-        while True:
-            for violation in violations.read():
-                text = f"{violation.who}: {violation.what} on {violation.subject} was refused by the broker"
-                await self._fleet_events.event("refused", text, level="warning", agent=violation.who)
-            await asyncio.sleep(LOOK_S)
 
     async def _bad(self, delivery: Delivery, error: Exception) -> None:
         tokens = delivery.subject.split(".")
@@ -355,12 +344,13 @@ class Coordinator:
         if keeper is None or entry is None or keeper.head.phase in ENDED:
             raise Deposed("it was ended before it was opened")
         spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
-        known = b"" if keeper.head.manifest is None else await self._manifest_blob(keeper.head)
+        set_back = self._set_back.get(name)
+        anew = keeper.head.model is None or (set_back is not None and keeper.head.version == 0)
+        known = b"" if anew else await self._manifest_blob(keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
         center = Center(manifest, memory, spec.states)
         reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
-        set_back = self._set_back.get(name)
-        if keeper.head.model is None:
+        if anew or keeper.head.model is None:
             await child.ask("initial")
             await self._commit_initial(keeper, reducer, manifest, set_back)
         else:
@@ -388,7 +378,7 @@ class Coordinator:
         merged = await reducer.put_center()
         prefix = partial(subjects.model_prefix, keeper.head.run)
         layout, _ = await put_blob(self._bus, prefix, memoryview(encode(manifest)), RECORD_CHUNK_BYTES)
-        moved = {"model": merged.model, "digest": merged.digest, "manifest": layout}
+        moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
         head = keeper.head if set_back is None else await taken_over(self._bus, keeper.head, set_back)
         await keeper.write(head.model_copy(update=moved))
 

@@ -318,7 +318,8 @@ class World:
         """The broker has answered: who wrote head, if it took it?"""
         bucket, key = subjects.RUNS_BUCKET, subjects.head_key(self.scene.spec.name)
         if now.name == "kv_update" and now.arguments[:2] == (bucket, key):
-            held = self.broker.store.streams[f"KV_{bucket}"].last(f"$KV.{bucket}.{key}")
+            there = self.broker.store.streams.get(f"KV_{bucket}")
+            held = there.last(f"$KV.{bucket}.{key}") if there is not None else None
             if held is not None and held.data == now.arguments[2] and held.seq > self._head_seq:
                 self._head_seq = held.seq
                 self.books.wrote(life.connection, decode(Head, held.data))
