@@ -42,7 +42,7 @@ from syncline_coordinator.updates import Updates, UpdateUnusable
 
 T = TypeVar("T")
 
-STAGING_BYTES = 8 << 20  # for chunks of updates under way, all agents together
+STAGING_BYTES = 8 << 20  # for chunks of updates under way, all agents together; twice as much where all come that may
 LEAST_DEPTH = 2  # chunks of every update: one is on its way while another is reduced
 INLINE_BYTES = 64 * 1024  # a chunk up to this size is reduced on the event loop: handing it over costs more
 
@@ -91,7 +91,7 @@ class _Made:
 def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int, overhead: int) -> int:
     """Bytes of tensor in a chunk: what a message holds, less where many agents would not fit into the staging memory."""
     allowed = max_payload - overhead
-    wanted = spec.wire.chunk_bytes or min(allowed, STAGING_BYTES // (LEAST_DEPTH * max(1, agents)))
+    wanted = spec.wire.chunk_bytes or min(allowed, STAGING_BYTES // max(1, agents))
     return max(4096, min(wanted, allowed))
 
 

@@ -35,7 +35,7 @@ from syncline.wire.messages import BlobRef, Plan, PlanEntry, decode, encode
 from syncline_coordinator.app import REDUCERS
 from syncline_coordinator.center import Center
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
-from syncline_coordinator.space import Reservation
+from syncline_coordinator.space import Reservation, most_agents
 
 BUDGET_BYTES = 256 << 20
 NEEDED: dict[str, dict[str, Any]] = {"norm_clip": {"max_norm": 1.0}, "centred_clip": {"tau": 1.0}}
@@ -59,7 +59,7 @@ class Case:
         return parse(RunSpec, {**asked, "outer": {"kind": outer or "sgd"}})
 
     def layout(self, max_payload: int) -> Manifest:
-        chunk = chunk_bytes_for(self.spec, self.agents, max_payload, FRAME_OVERHEAD_BYTES)
+        chunk = chunk_bytes_for(self.spec, most_agents(self.spec), max_payload, FRAME_OVERHEAD_BYTES)
         elements = max(ALIGN_ELEMENTS, chunk // 4 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
         return Manifest(dtype="fp32", elements=self.params, chunk_elements=elements, tensors=[])
 
