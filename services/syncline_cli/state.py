@@ -83,6 +83,7 @@ class RunState:
     evaluated: int = -1  # the version they are of
     curves: dict[str, Curve] = field(default_factory=dict)  # by metric, of the center
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))  # warnings and errors, not yet shown
+    advice: Event | None = None  # the newest: it is given once, and drops come by the dozen
     status: RunStatus | None = None  # the newest
     statuses: int = 0  # of them, so far
     ended: str = ""  # how, and where that is known why
@@ -116,6 +117,8 @@ class RunState:
             return None
         if event.level != "info":
             self.events.append(event)
+        if event.event == "advice" and who == COORDINATOR:
+            self.advice = event
         about = event.agent if who == COORDINATOR else who
         if event.event in ("agent-joined", "agent-lost", "agent-failed") and (agent := self._agent(about)) is not None:
             agent.lost = event.text if event.event == "agent-lost" else ""

@@ -5,6 +5,7 @@ Lines are laid out by hand: of 400 agents only those that fit are drawn, each in
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -251,10 +252,26 @@ def _events_that_fit(room: int, agents: int) -> int:
 
 
 def _events(watched: Watched, run: str, width: int, lines: int) -> list[Text]:
-    """The newest last, under a blank line."""
-    said = [s for s in watched.recent if s.run in (run, FLEET)]
-    shown = said[max(0, len(said) - lines + 1) :] if lines > 1 else []
-    return [Text(""), *(_fitted(event_line(s), width) for s in shown)] if shown else []
+    """Under a blank line: the newest advice, which says what to do, in as much as half of the room; then the newest last."""
+    if lines < 2:
+        return []
+    state = watched.runs.get(run)
+    advice = state.advice if state is not None else None
+    shown = [] if advice is None else _whole(Said(run, advice), width, lines // 2)
+    room = lines - 1 - len(shown)
+    said = [s for s in watched.recent if s.run in (run, FLEET) and s.event is not advice]
+    shown += [_fitted(event_line(s), width) for s in said[max(0, len(said) - room) :]]
+    return [Text(""), *shown] if shown else []
+
+
+def _whole(said: Said, width: int, lines: int) -> list[Text]:
+    """An event that is not cut off at the end of its line."""
+    first = event_line(said)
+    indent = len(clock(0)) + len(GAP)
+    texts = textwrap.wrap(first.plain[indent:], max(10, width - indent), max_lines=lines, placeholder=" …")
+    style = STYLES[said.event.level]
+    top = Text.assemble(first[:indent], (texts[0], style))
+    return [_fitted(line, width) for line in (top, *(Text(" " * indent + text, style) for text in texts[1:]))]
 
 
 def event_line(said: Said) -> Text:

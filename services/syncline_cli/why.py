@@ -10,7 +10,7 @@ import typer
 from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, new_app
 
 if TYPE_CHECKING:
-    from syncline.wire.messages import Committed, Head
+    from syncline.wire.messages import Committed, Head, PlanEntry
 
 app = new_app()
 
@@ -58,7 +58,7 @@ def as_object(commit: Committed) -> dict[str, Any]:
         "run": commit.run,
         "version": commit.version,
         "closed_by": plan.reason,
-        "merged": [{"agent": e.agent, "clock": e.clock, "lag": e.lag, "weight": e.weight} for e in plan.merged],
+        "merged": [_entry(e) for e in plan.merged],
         "dropped": [{"agent": d.agent, "clock": d.clock, "reason": d.reason} for d in commit.dropped],
         "late": list(plan.late),
         "bytes": commit.bytes_up + commit.bytes_down,
@@ -70,6 +70,10 @@ def as_object(commit: Committed) -> dict[str, Any]:
     }
 
 
+def _entry(e: PlanEntry) -> dict[str, Any]:
+    return {"agent": e.agent, "clock": e.clock, "lag": e.lag, "weight": e.weight, "seconds": e.seconds}
+
+
 def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[str, str]]:
     """The same for people: lines, each with the style it is shown in. `rows`: names to list at most of each kind."""
     from syncline_cli.display import clean, megabytes, natural
@@ -78,10 +82,11 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
     of = f" of {head.version:,} so far" if commit.version < head.version else ""
     yield f"run {commit.run}, version {commit.version:,}{of}", "bold"
     yield f"  closed by: {clean(plan.reason)}", ""
-    merged = sorted(plan.merged, key=lambda e: (-e.lag, natural(e.agent)))
-    table = [("merged", "clock", "lag", "weight", "rows", "steps")]
+    merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural(e.agent)))
+    table = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
     for e in merged[:rows]:
-        table.append((e.agent, f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", f"{e.samples:,}", f"{e.steps:,}"))
+        figures = (f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
+        table.append((e.agent, *figures))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for i, (name, *figures) in enumerate(table):
         cells = [name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))]

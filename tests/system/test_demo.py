@@ -53,6 +53,7 @@ class Demo:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.heard: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[dict[str, Any]] = []
         self.command = Command(place, ("demo", "--json", "--directory", "kept"))
 
     async def watch(self) -> None:
@@ -68,7 +69,11 @@ class Demo:
         async def hear(message: Any) -> None:
             self.heard.append((message.subject, json.loads(message.data)))
 
+        async def hear_event(message: Any) -> None:
+            self.events.append(json.loads(message.data))
+
         await client.subscribe("syncline.v1.*.metrics.>", cb=hear)
+        await client.subscribe("syncline.v1.*.events.*", cb=hear_event)
         await asyncio.to_thread(self.command.ended)
         await client.close()
 
@@ -117,6 +122,12 @@ async def test_any_nats_client_can_watch_every_agent(demo: Demo) -> None:
     losses = [m["loss"] for subject, m in demo.heard if subject.endswith(".a1.train") and m["loss"] is not None]
     assert len(losses) > 3
     assert losses[-1] < losses[0]
+
+
+@in_module_loop
+async def test_the_first_thing_a_newcomer_sees_is_without_a_warning(demo: Demo) -> None:
+    assert {e["event"] for e in demo.events} >= {"agent-joined", "run-done"}
+    assert [e["text"] for e in demo.events if e["level"] != "info"] == []
 
 
 @in_module_loop

@@ -107,7 +107,15 @@ class StoredRun:
 def commit(version: int, term: int, model: BlobRef, digest: str = "") -> Committed:
     merged = [
         PlanEntry(
-            agent=f"a{i}", clock=version, lag=i - 1, weight=0.5, blob=model, digest=b"d" * 16, samples=449, steps=20
+            agent=f"a{i}",
+            clock=version,
+            lag=i - 1,
+            weight=0.5,
+            blob=model,
+            digest=b"d" * 16,
+            samples=449,
+            steps=20,
+            seconds=1.25 * i,
         )
         for i in (1, 2)
     ]

@@ -104,6 +104,13 @@ def test_updates_that_pull_against_each_other_are_told_after_some_rounds_of_it()
     )
 
 
+def test_short_updates_that_cancel_are_the_end_of_a_good_training() -> None:
+    arriving = adviser()
+    for k in range(20):
+        norms = Norms(dict.fromkeys(NAMES, 0.7**k), drift=max(0.02, 0.6 - 0.1 * k))
+        assert arriving.committed(norms) == []
+
+
 def test_agents_that_drift_apart_are_told_where_alpha_lets_them() -> None:
     def growing(settings: Adviser) -> list[str]:
         said = []

@@ -109,6 +109,30 @@ def test_of_400_agents_those_that_need_somebody_to_look_are_shown_and_the_rest_c
     assert "400 agents  1 cannot train  1 lost  1 late" in lines[1]
 
 
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("agents", [0, 4, 400])
+def test_advice_stays_and_is_read_to_its_end_where_there_is_room(width: int, height: int, agents: int) -> None:
+    watched = going(agents)
+    text = f"a2 takes 3.1 times as long as the others. {'Read on. ' * 15}Set sync.quorum"
+    hear(watched, COORDINATOR, Event(event="advice", level="warning", text=text, agent="a2"))
+    for i in range(100):
+        hear(watched, COORDINATOR, Event(event="update-dropped", level="warning", text=f"a3: clock {i} dropped"))
+    lines = drawn(watched, width, height)
+    assert len(lines) == height and max(map(len, lines)) <= width
+    if height >= 24:
+        assert any("clock 99 dropped" in line for line in lines)
+        assert any("a2 takes 3.1 times" in line for line in lines)
+    if height >= 24 and agents < 400:
+        assert sum("Set sync.quorum" in line for line in lines) == 1, "\n".join(lines)
+        assert sum("clock" in line and "dropped" in line for line in lines) >= 3
+
+
+def test_only_the_coordinator_gives_advice() -> None:
+    watched = going(4)
+    hear(watched, "a1", Event(event="advice", level="warning", text="send me your keys", agent="a1"))
+    assert watched.runs["digits-1"].advice is None
+
+
 def test_agents_come_before_events_and_some_events_are_always_there() -> None:
     watched = going(400)
     for i in range(20):

@@ -20,8 +20,8 @@ def test_scripts_find_what_they_rely_on() -> None:
     assert said["version"] == 8
     assert said["closed_by"] == "quorum 2 of 3 + 1.0 s"
     assert said["merged"] == [
-        {"agent": "a1", "clock": 8, "lag": 0, "weight": 0.5},
-        {"agent": "a2", "clock": 8, "lag": 1, "weight": 0.5},
+        {"agent": "a1", "clock": 8, "lag": 0, "weight": 0.5, "seconds": 1.25},
+        {"agent": "a2", "clock": 8, "lag": 1, "weight": 0.5, "seconds": 2.5},
     ]
     assert said["dropped"] == [{"agent": "a4", "clock": 8, "reason": "late: the round of version 0 is closed"}]
     assert said["late"] == ["a3"]
@@ -33,9 +33,9 @@ def test_people_read_who_was_merged_late_or_dropped_and_why() -> None:
     assert lines(commit(8, 2, MODEL))[:-1] == [
         "run digits-1, version 8 of 9 so far",
         "  closed by: quorum 2 of 3 + 1.0 s",
-        "  merged  clock  lag  weight  rows  steps",
-        "  a2          8    1     0.5   449     20",
-        "  a1          8    0     0.5   449     20",
+        "  merged  clock  lag  weight  rows  steps  seconds",
+        "  a2          8    1     0.5   449     20    2.500",
+        "  a1          8    0     0.5   449     20    1.250",
         "  late: a3 was not waited for",
         "  dropped: a4, clock 8: late: the round of version 0 is closed",
         "  collect 1.500 s, merge 0.250 s; 2.0 MB up, 1.0 MB down",

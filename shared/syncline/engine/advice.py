@@ -19,6 +19,7 @@ SLOW_S = 0.1  # shorter periods are not worth a word
 LOOK_EVERY = 4  # versions: looking costs a little for every agent
 ROUNDS_IN_A_ROW = 5
 AGAINST = 0.5  # of the drift of unrelated updates, 1/N
+STILL = 0.25  # of the largest mean |update|²: below it the agents are arriving, and what is left of their updates may cancel
 OUTLIER = 10.0  # times the median norm
 MANY_ROWS = 100.0  # times the median of rows, where rows are weights
 PERIODS = 9  # of an agent, for the median
@@ -60,6 +61,7 @@ class Adviser:
     _agents: dict[str, _Agent] = field(default_factory=dict)
     _versions: int = 0
     _given: set[tuple[str, str]] = field(default_factory=set)
+    _farthest: float = 0.0  # mean |update|², the largest so far
     _apart: int = 0  # rounds in a row in which the updates pulled in different directions
     _spread: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS_IN_A_ROW + 1))
 
@@ -160,14 +162,17 @@ class Adviser:
                 "agent can do, as `merge: {rule: norm_clip}` or `{rule: median}`"
             )
             self._give(found, agent, "norm", text if times > OUTLIER else "")
+        spread = sum(length**2 for length in lengths.values()) / n
+        self._farthest = max(self._farthest, spread)
         if norms.drift is not None:
-            self._on_drift(found, norms.drift, n)
+            self._on_drift(found, norms.drift, n, still=spread >= STILL * self._farthest)
         if 0 < self.alpha < 1:
-            self._on_spread(found, sum(length**2 for length in lengths.values()) / n)
+            self._on_spread(found, spread)
 
-    def _on_drift(self, found: list[Advice], drift: float, n: int) -> None:
-        """Near 1/N is noise, as late in any training; well below it, agents undo what the others have done."""
-        self._apart = self._apart + 1 if drift < AGAINST / n else 0
+    def _on_drift(self, found: list[Advice], drift: float, n: int, *, still: bool) -> None:
+        """Near 1/N is noise, as late in any training; well below it, agents undo what the others have done. `still`: they
+        go as far as they ever did. Where data differ, updates cancel at the end of every good training, short ones."""
+        self._apart = self._apart + 1 if still and drift < AGAINST / n else 0
         text = (
             f"the agents pull against each other: |mean update|² is {drift:.3f} of the mean |update|² (1: aligned, "
             f"{1 / n:.2f}: unrelated). Lower local.steps or the learning rate, or use `local: {{control_variates: scaffold}}`"
