@@ -33,8 +33,8 @@ SEEDS = 300  # within which each is found
 SOONER = {  # where to begin, for those that few seeds show
     "what_was_judged_is_judged_again": 110,
     "a_plan_found_in_head_is_forgotten": 140,
-    "nobody_reads_head_again": 235,
-    "a_coordinator_never_looks_whether_it_was_replaced": 105,
+    "nobody_reads_head_again": 580,
+    "a_coordinator_never_looks_whether_it_was_replaced": 550,
     "an_agent_that_lost_its_disk_counts_from_one_again": 40,
 }
 
