@@ -83,7 +83,7 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
     yield f"run {commit.run}, version {commit.version:,}{of}", "bold"
     yield f"  closed by: {clean(plan.reason)}", ""
     merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural(e.agent)))
-    table = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
+    table: list[tuple[str, ...]] = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
     for e in merged[:rows]:
         figures = (f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
         table.append((e.agent, *figures))
