@@ -88,8 +88,8 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
         figures = (f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
         table.append((e.agent, *figures))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for i, (name, *figures) in enumerate(table):
-        cells = [name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))]
+    for i, row in enumerate(table):
+        cells = [row[0].ljust(widths[0]), *(f.rjust(w) for f, w in zip(row[1:], widths[1:], strict=True))]
         yield f"  {'  '.join(cells)}", "" if i else "dim"
     late = [f"late: {name} was not waited for" for name in sorted(plan.late, key=natural)]
     dropped = [f"dropped: {d.agent}, clock {d.clock:,}: {clean(d.reason)}" for d in commit.dropped]

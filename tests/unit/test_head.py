@@ -11,7 +11,7 @@ from syncline.bus.base import Entry
 from syncline.errors import Conflict, Denied, Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
-from syncline_coordinator.head import NOTIFY_ROSTER_BYTES, Deposed, HeadKeeper
+from syncline_coordinator.head import NOTIFY_ROSTER_BYTES, Deposed, HeadKeeper, RolledBack
 
 RUN = "run-1"
 KEY = subjects.head_key(RUN)
@@ -73,15 +73,15 @@ async def test_whoever_comes_second_is_deposed_and_changes_nothing(bus: Any) -> 
     assert theirs is not None
     await theirs.write(THEIRS)
     bus.published.clear()
-    with pytest.raises(Deposed, match=rf"^{KEY} was changed by another coordinator"):
+    with pytest.raises(Deposed, match=rf"^{KEY} holds term 2: another coordinator is in charge"):
         await ours.write(SECOND)
     assert on_bus(bus) == THEIRS and ours.head == FIRST and notified(bus) == []
 
 
-async def test_a_head_that_is_gone_deposes(bus: Any) -> None:
+async def test_a_head_that_is_gone_was_lost_by_the_broker(bus: Any) -> None:
     keeper = await HeadKeeper.create(bus, FIRST)
     del bus.keys[KEY]
-    with pytest.raises(Deposed, match="was changed by another coordinator"):
+    with pytest.raises(RolledBack, match=f"^the broker has lost what it had acknowledged: {KEY} is gone$"):
         await keeper.write(SECOND)
 
 
