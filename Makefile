@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
-	@echo "make check    format, lint, types, import rules, unit and simulation tests (under a minute)"
+	@echo "make check    format, lint, types, import rules, unit and simulation tests (a minute or two)"
 	@echo "make bench    this machine's round figures; make bench-merge: seconds and peak memory of merges, rule by rule"
 	@echo "make sim      whole runs in virtual time under seeded faults; SEEDS=2000 of them"
 	@echo "make results-tasks  accuracy of the tasks in examples/: together, centralised, alone (an hour on two cores)"
@@ -30,8 +30,10 @@ install: $(STAMP)
 demo: install
 	@$(BIN)/syncline demo
 
+SEEDS ?= 2000
 test: check
 	$(BIN)/python -m pytest tests/unit tests/sim -m long
+	$(BIN)/syncline-sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest tests/bus tests/system
 
 check: install
@@ -47,7 +49,6 @@ bench: install
 bench-merge: install
 	@$(BIN)/python tests/bench/merge.py
 
-SEEDS ?= 2000
 sim: install
 	@$(BIN)/syncline-sim --seeds $(SEEDS)
 
