@@ -204,13 +204,6 @@ def a_restarted_coordinator_forgets_the_outer_state(patch: pytest.MonkeyPatch) -
     patch.setattr(Reducer, "get_center", get_center)
 
 
-def a_merge_that_was_given_up_leaves_the_center_half_way(patch: pytest.MonkeyPatch) -> None:
-    async def stay(self: Reducer) -> None:
-        pass
-
-    patch.setattr(Reducer, "_go_back", stay)
-
-
 def the_outer_state_is_purged_with_the_model_before_the_last(patch: pytest.MonkeyPatch) -> None:
     real = Ledger._purge_model
 
@@ -290,7 +283,6 @@ PLANTED: tuple[Plant, ...] = (
     agents_are_numbered_anew_after_a_restart,
     a_restarted_coordinator_begins_with_another_center,
     a_restarted_coordinator_forgets_the_outer_state,
-    a_merge_that_was_given_up_leaves_the_center_half_way,
     the_outer_state_is_purged_with_the_model_before_the_last,
     the_outer_state_stays_where_it_was,
     a_commit_is_recorded_after_it,
