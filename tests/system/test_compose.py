@@ -119,8 +119,9 @@ def test_the_watcher_waits_to_be_asked() -> None:
 # -- the processes -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
-    """`docker compose up --scale agent=3`, until the first run has ended."""
+    """`docker compose up --scale agent=3` with a watcher beside it, until the first run has ended."""
     with Composition(tmp_path_factory.mktemp("compose"), SYNCLINE_KEYS="4") as composition:
+        composition.up("watch")
         composition.up(scale={"agent": 3})
         (submit,) = composition.running["submit"]
         assert submit.process.wait(150) == 0, submit.text + composition.running["coordinator"][0].text
@@ -142,6 +143,13 @@ def test_the_first_run_ends_well(up: Composition) -> None:
     assert last.startswith("run first-run-") and "40 versions" in last
     accuracy = re.search(r"accuracy ([\d.]+)", last)
     assert accuracy is not None and float(accuracy[1]) > 0.9
+
+
+def test_the_watcher_sees_it_with_its_own_key_alone(up: Composition) -> None:
+    (watch,) = up.running["watch"]
+    watch.says("version 40 of 40")
+    assert re.search(r"run first-run-\w+: version 40 of 40  accuracy 0\.9\d+ .* 3 of 3 agents", watch.text), watch.text
+    assert "a1 joined" in watch.text and "Traceback" not in watch.text
 
 
 def test_equal_replicas_are_different_agents_and_keep_their_state_by_name(up: Composition) -> None:
