@@ -142,6 +142,8 @@ class Session:
                     seen = await self._news.newest()
                     if seen.head.line != self._stand.line:
                         self._rebase(seen.head.line)
+                    if seen.head.version < self._stand.version:
+                        await self._say_set_back(seen.head)
                     place = self._due(seen)
                     if place is not None:
                         await self._one_period(seen.head, place)
@@ -211,6 +213,15 @@ class Session:
         self._given_up = range(max(1, stand.clock - GIVEN_UP + 1), stand.clock + 1)
         stand.line, stand.handed, stand.clock = line, 0, 0
         self._handed, self._offered_for, self._held = 0, "", None
+
+    async def _say_set_back(self, head: Head) -> None:
+        """The coordinator may not know: where it was started again it begins with what it finds."""
+        text = (
+            f"{self._me.agent}: the run goes on from version {head.version}, and was at {self._stand.version} already: the "
+            f"broker lost what came between"
+        )
+        self._stand.version = head.version
+        await self._telemetry.event("run-set-back", text, level="warning", agent=self._me.agent)
 
     async def _one_period(self, head: Head, place: Place) -> None:
         stand = self._stand

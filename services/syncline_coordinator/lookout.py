@@ -46,11 +46,17 @@ class Lookout:
             self._doubt.set()
         if beat.seen_line != head.line:
             return  # it does not know yet what was lost before
-        if beat.seen_term < head.term and beat.seen_version > self._began:
-            self._lost = f"{agent} has seen version {beat.seen_version} of term {beat.seen_term}"
-            self._doubt.set()
+        self.is_lost(agent, beat.seen_term, beat.seen_version)
         if self._ledger.misses(agent, beat.handed):
             self._missing.setdefault(agent, (beat.handed, _now()))
+
+    def is_lost(self, agent: str, term: int, version: int) -> bool:
+        """Whether the version that an agent has seen, or trained from, is none of this run's any more."""
+        if term >= self._keeper.head.term or version <= self._began:
+            return False
+        self._lost = f"{agent} has seen version {version} of term {term}"
+        self._doubt.set()
+        return True
 
     async def watch(self) -> None:
         """Raises Deposed and RolledBack."""

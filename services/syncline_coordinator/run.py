@@ -324,7 +324,7 @@ class Run:
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
             return PeerError("offer: not an agent of this run")
-        if offer.line != self.keeper.head.line:
+        if offer.line != self.keeper.head.line or self.lookout.is_lost(agent, offer.term, offer.base):
             return PeerError("offer: made before the broker lost what it had acknowledged")
         if offer.term > self.keeper.head.term:
             return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")

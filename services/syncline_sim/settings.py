@@ -23,6 +23,7 @@ from syncline_sim.faults import (
     Faults,
     KillTrainer,
     Lose,
+    RollBack,
     Twin,
 )
 
@@ -103,6 +104,17 @@ class BrokerStopped(_Lasting):
         return BrokerDown(self.after_s, self.for_s)
 
 
+class SetBack(_Lasting):
+    """A power failure: the broker comes back with its store as that was `lost_s` before."""
+
+    kind: Literal["rollback"]
+    lost_s: Seconds
+    torn: bool = Field(False, description="Not of every stream.")
+
+    def fault(self) -> Fault:
+        return RollBack(self.after_s, self.for_s, self.lost_s, self.torn)
+
+
 class TrainerKilled(_Fault):
     """The training child of an agent is killed, and the agent is not."""
 
@@ -124,7 +136,7 @@ class TwinStarted(_Fault):
 
 
 FaultSetting = Annotated[
-    Crashed | CutOff | Slow | Lost | BrokerStopped | TrainerKilled | TwinStarted, Field(discriminator="kind")
+    Crashed | CutOff | Slow | Lost | BrokerStopped | SetBack | TrainerKilled | TwinStarted, Field(discriminator="kind")
 ]
 
 

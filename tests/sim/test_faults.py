@@ -17,6 +17,7 @@ pytestmark = pytest.mark.long
 
 SHORT = Scene(small_spec(stop={"versions": 3}))
 CALM = simulate(SHORT)
+BEGAN_S = 0.57  # when the first round was opened
 OPERATIONS = CALM.operations["coordinator"]
 
 
@@ -98,6 +99,39 @@ def test_connections_that_come_back_change_no_bit_where_nobody_was_counted_as_lo
 def test_a_broker_that_restarts_loses_no_run(for_s: float) -> None:
     for after_ms in range(500, 1000, 25):
         digest(simulate(SHORT, Faults().restart_broker(after_s=after_ms / 1000, for_s=for_s)))
+
+
+def test_a_broker_that_lost_acknowledged_writes_is_noticed_and_what_was_lost_is_made_again() -> None:
+    """With 10 ms to 0.3 s lost, at every moment from the first round on; also where the coordinator died of the same."""
+    for after_ms in range(600, 1000, 25):
+        for lost_s in (0.01, 0.03, 0.1, 0.3):
+            faults = Faults().roll_back(after_s=after_ms / 1000, lost_s=lost_s, for_s=0.1)
+            if after_ms / 1000 - lost_s < BEGAN_S:
+                continue  # the run is submitted again then, and its agents have its periods on their disks
+            outcome = simulate(SHORT, faults)
+            assert digest(outcome) == digest(CALM), faults
+            both = faults.down("coordinator", after_s=after_ms / 1000, for_s=0.5)
+            digest(simulate(SHORT, both))
+
+
+def test_a_run_that_the_broker_lost_as_a_whole_can_be_submitted_again() -> None:
+    for lost_s in (0.3, 1.0):
+        outcome = simulate(SHORT, Faults().roll_back(after_s=0.75, lost_s=lost_s, for_s=0.1))
+        digest(outcome)
+        assert sum("term 1 version 0 waiting" in line for line in outcome.timeline) > 2
+
+
+def test_where_head_names_what_is_lost_the_run_fails_and_says_why() -> None:
+    """Streams are flushed each at a time of its own: head may be there, and its model not."""
+    ends: dict[str, int] = {}
+    for after_ms in range(700, 1000, 10):
+        outcome = simulate(SHORT, Faults().roll_back(after_s=after_ms / 1000, lost_s=0.1, for_s=0.1, torn=True))
+        assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
+        assert outcome.head is not None
+        ends[outcome.head.phase] = ends.get(outcome.head.phase, 0) + 1
+        if outcome.head.phase == "failed":
+            assert "what head names is not on the bus any more" in outcome.head.reason
+    assert set(ends) == {"done", "failed"}, ends
 
 
 def test_lost_core_messages_cost_time_alone() -> None:

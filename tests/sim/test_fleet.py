@@ -115,6 +115,16 @@ def test_faults_are_settings_and_a_synchronous_run_survives_them_bit_for_bit() -
     assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 4
 
 
+def test_what_the_broker_lost_is_made_again_and_counted_once() -> None:
+    spec = spec_of(agents={"min": 4, "lost_after_s": 60}, stop={"versions": 20}, evaluate={"center": True})
+    power = {"kind": "rollback", "after_s": 5.0, "for_s": 1.0, "lost_s": 2.0}
+    calm, troubled = fleet_of(spec, step_s=0.05), fleet_of(spec, step_s=0.05, faults=[power])
+    assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 2
+    assert [c.version for c in troubled.commits] == list(range(1, 21)) and troubled.updates == 80
+    assert [p.version for p in troubled.timeline] == list(range(1, 21))
+    assert any("has lost what it had acknowledged" in text for _, text in troubled.warnings)
+
+
 def test_who_is_not_drawn_for_a_round_does_nothing() -> None:
     result = fleet_of(spec_of(20, sync={"sample": 0.1}, stop={"versions": 3}))
     assert sum(a.periods for a in result.agents) == result.updates == 6

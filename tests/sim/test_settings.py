@@ -10,7 +10,7 @@ import yaml
 
 from syncline.errors import ConfigError
 from syncline.spec import load_spec
-from syncline_sim.faults import BrokerDown, Cut, Down
+from syncline_sim.faults import BrokerDown, Cut, Down, RollBack
 from syncline_sim.settings import Link, SimSettings, load
 
 TASK = "syncline.tasks.quadratic:LinearRegression"
@@ -46,10 +46,11 @@ def test_faults_become_a_schedule(tmp_path: Path) -> None:
         {"kind": "crash", "service": "a1", "after_s": 1, "for_s": 2, "disk": False},
         {"kind": "cut", "service": "coordinator", "after_s": 3, "for_s": 4},
         {"kind": "broker", "after_s": 5, "for_s": 6},
+        {"kind": "rollback", "after_s": 7, "for_s": 8, "lost_s": 9},
     ]
     _, settings = load(file(tmp_path, {"faults": faults}))
     assert settings.schedule().items == (
-        Down("a1", 1, 2, disk=False), Cut("coordinator", 3, 4), BrokerDown(5, 6),
+        Down("a1", 1, 2, disk=False), Cut("coordinator", 3, 4), BrokerDown(5, 6), RollBack(7, 8, 9),
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_a_real_run_leaves_the_section_alone_whatever_it_holds(tmp_path: Path) -
         ),
         (
             {"faults": [{"kind": "crsh", "after_s": 1}]},
-            "sim.faults.0.kind: 'crsh' is not accepted. Use one of crash, cut, delay, lose, broker, trainer, twin",
+            "sim.faults.0.kind: 'crsh' is not accepted. Use one of crash, cut, delay, lose, broker, rollback, trainer, twin",
         ),
         (
             {"faults": [{"kind": "cut", "service": "a1", "after_s": 1, "for": 3, "for_s": 1}]},
