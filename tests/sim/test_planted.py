@@ -22,6 +22,7 @@ from syncline_agent.session import Session
 from syncline_coordinator.center import Center
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.ledger import Judged, Ledger
+from syncline_coordinator.lookout import Lookout
 from syncline_coordinator.reducer import Reducer
 from syncline_coordinator.run import Run
 from syncline_sim.seeds import play
@@ -34,7 +35,6 @@ SOONER = {  # where to begin, for those that few seeds show
     "what_was_judged_is_judged_again": 110,
     "a_plan_found_in_head_is_forgotten": 140,
     "nobody_reads_head_again": 580,
-    "a_coordinator_never_looks_whether_it_was_replaced": 550,
     "an_agent_that_lost_its_disk_counts_from_one_again": 40,
 }
 
@@ -260,10 +260,10 @@ def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_coordinator_never_looks_whether_it_was_replaced(patch: pytest.MonkeyPatch) -> None:
-    async def watch(self: Run) -> None:
+    async def watch(self: Lookout) -> None:
         await asyncio.Event().wait()
 
-    patch.setattr(Run, "_watch_head", watch)
+    patch.setattr(Lookout, "watch", watch)
 
 
 PLANTED: tuple[Plant, ...] = (
