@@ -180,6 +180,23 @@ def test_a_run_that_is_gone_is_over(bus: Any, simulated: Simulated) -> None:
     assert simulated(ask())[1] < 10 * GONE_S
 
 
+def test_a_broker_that_lost_the_newest_head_does_not_take_an_agent_back_before_there_is_a_higher_term(
+    bus: Any, simulated: Simulated
+) -> None:
+    async def look() -> None:
+        known, told = news(bus)
+        known.hear(note(head(5)))
+        bus.keys[KEY] = Entry(encode(head(3)), 1)
+        known.forget()
+        asking = asyncio.create_task(known.newest())
+        await asyncio.sleep(10 * READ_AGAIN_S)
+        assert not asking.done() and known.head is None and known.highest == (1, 5)
+        bus.keys[KEY] = Entry(encode(head(3, term=2)), 2)
+        assert (await asking).head == head(3, term=2) == told[-1] and known.highest == (2, 3)
+
+    simulated(look())
+
+
 def test_who_waits_wakes_at_once_when_head_moves(bus: Any, simulated: Simulated) -> None:
     async def wait() -> None:
         known, _ = news(bus)
