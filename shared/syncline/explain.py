@@ -28,6 +28,9 @@ def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[
         return ConfigError(f"{setting}.{tag}", problem, f"Use one of {', '.join(_tags(sections, tag))}")
     if kind == "value_error":
         return ConfigError(setting, str(item["ctx"]["error"]), "")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        known = ", ".join(sorted({field for section in sections for field in section.model_fields}))
+        return ConfigError(setting, f"{value!r} is not accepted", f"Write settings under it{known and ': '}{known}")
     message = item["msg"][:1].lower() + item["msg"][1:]
     return ConfigError(setting, f"{value!r} is not accepted", message[:1].upper() + message[1:])
 

@@ -98,7 +98,10 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"agents": {"min": 0}}, "agents.min: 0 is not accepted. Input should be greater than or equal to 1"),
         ({"agents": {"min": 1.5}}, "agents.min: 1.5 is not accepted. Input should be a valid integer, got a number with a "
          "fractional part"),
-        ({"agents": 4}, "agents: 4 is not accepted. Input should be a valid dictionary or instance of Agents"),
+        ({"agents": 4}, "agents: 4 is not accepted. Write settings under it: lost_after_s, max, min"),
+        ({"sync": {"kind": "async", "staleness": "hinge"}}, "sync.staleness: 'hinge' is not accepted. Write settings under it: a, "
+         "b, kind"),
+        ({"task_options": 4}, "task_options: 4 is not accepted. Write settings under it"),
         ({"mix": {"alpha": 2}}, "mix.alpha: 2 is not accepted. Input should be less than 2"),
         ({"mix": {"alpha": float("nan")}}, "mix.alpha: nan is not accepted. Input should be a finite number"),
         ({"outer": {"lr": 0}}, "outer.lr: 0 is not accepted. Input should be greater than 0"),
