@@ -99,8 +99,8 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"agents": {"min": 1.5}}, "agents.min: 1.5 is not accepted. Input should be a valid integer, got a number with a "
          "fractional part"),
         ({"agents": 4}, "agents: 4 is not accepted. Write settings under it: lost_after_s, max, min"),
-        ({"sync": {"kind": "async", "staleness": "hinge"}}, "sync.staleness: 'hinge' is not accepted. Write settings under it: a, "
-         "b, kind"),
+        ({"sync": {"kind": "async", "staleness": "hinge"}}, "sync.staleness: 'hinge' is not accepted. Write settings under "
+         "it: a, b, kind"),
         ({"task_options": 4}, "task_options: 4 is not accepted. Write settings under it"),
         ({"mix": {"alpha": 2}}, "mix.alpha: 2 is not accepted. Input should be less than 2"),
         ({"mix": {"alpha": float("nan")}}, "mix.alpha: nan is not accepted. Input should be a finite number"),
