@@ -11,6 +11,7 @@ use. What an agent keeps on disk is kept by its name: where the state directory 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -36,9 +37,11 @@ class Claimed:
 
 
 def claim(name: str, key: str, state_dir: Path, host: str = "") -> Claimed:
-    """Who the agent is, by `--name` and `--key`. Raises ConfigError for a directory without a free key."""
+    """Who the agent is, by `--name` and `--key`. Raises ConfigError for a directory without a free key, and for a state
+    directory that it could not write later, when another process of its name has already made way for it."""
     if name != AUTO:
         checked_name("--name", name)
+        _writable(state_dir)
         return Claimed(name, str(Path(key, f"{name}{SUFFIX}")) if key and Path(key).is_dir() else key)
     if not key:
         raise ConfigError("--key", "none is named", "With --name auto it is a directory of agents' keys")
@@ -72,12 +75,25 @@ def _had_before(state_dir: Path, host: str) -> Callable[[str], bool]:
 
 
 def _remember(state_dir: Path, name: str, host: str) -> None:
+    _writable(state_dir)
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
         write_whole(state_dir / f"{name}{_HOST}", host)
     except OSError as error:
-        problem = f"{error.filename or state_dir}: {error.strerror}"
-        raise ConfigError("--state-dir", problem, "Use a directory that you may write") from None
+        raise _unusable(state_dir, error) from None
+
+
+def _writable(state_dir: Path) -> None:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(state_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(state_dir))
+    except OSError as error:
+        raise _unusable(state_dir, error) from None
+
+
+def _unusable(state_dir: Path, error: OSError) -> ConfigError:
+    problem = f"{error.filename or state_dir}: {error.strerror}"
+    return ConfigError("--state-dir", problem, "Use a directory that you may write")
 
 
 def _lock(path: Path) -> int:

@@ -42,6 +42,9 @@ class Agent:
         self._me = Me(settings.name, new_id(), settings.state_dir, settings.signer)
         self._session: Session | None = None
         self._news = asyncio.Event()
+        self._woken_by = (
+            ""  # the run whose notify was last answered with a hello: it tells of itself many times a second
+        )
         self._device = ""
         self._waits_because = ""
 
@@ -71,7 +74,7 @@ class Agent:
 
     async def _take_part(self, run: str) -> None:
         log.info("taking part in run %s", run)
-        self._waits_because = ""
+        self._waits_because = self._woken_by = ""
         self._session = Session(self._bus, run, self._me, self._training, self._hello)
         try:
             await self._session.follow()
@@ -117,7 +120,7 @@ class Agent:
             await fleet.event("agent-not-taken", text, level="warning", agent=self._me.agent)
 
     async def _wait(self) -> None:
-        """Until there may be a run: a notify of one, or some seconds."""
+        """Until there may be a run: the first notify of one, or some seconds."""
         try:
             async with asyncio.timeout(jitter(HELLO_S)):
                 await self._news.wait()
@@ -133,7 +136,8 @@ class Agent:
             head = decode(Head, decode(Notify, delivery.data).head)
         except PeerError:
             return
-        if head.phase not in ENDED:
+        if head.phase not in ENDED and head.run != self._woken_by:
+            self._woken_by = head.run
             self._news.set()
 
     def _on_reconnect(self) -> None:

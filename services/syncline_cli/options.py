@@ -41,13 +41,15 @@ StateDir = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(envvar="SYNCLINE_DEVICE", metavar="DEVICE", help="auto, cpu, cuda:0 or mps.")]
-Threads = Annotated[int, typer.Option(envvar="SYNCLINE_THREADS", metavar="N", help="Of torch; 0: torch decides.")]
+Threads = Annotated[
+    int, typer.Option(envvar="SYNCLINE_THREADS", metavar="N", min=0, help="Of torch; 0: torch decides.")
+]
 LogFile = Annotated[
     str | None,
     typer.Option(envvar="SYNCLINE_LOG_FILE", metavar="FILE", help="Log there; default: to standard error."),
 ]
 Patience = Annotated[
-    float, typer.Option(envvar="SYNCLINE_PATIENCE", metavar="SECONDS", help="To try for a first connection.")
+    float, typer.Option(envvar="SYNCLINE_PATIENCE", metavar="SECONDS", min=0, help="To try for a first connection.")
 ]
 
 

@@ -22,9 +22,13 @@ _PR_SET_NAME = 15
 
 
 def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
-    """To standard error, or to a file; standard output is for results."""
+    """To standard error, or to a file; standard output is for results. Raises ConfigError for a file that cannot be written."""
     if file:  # with all that the service and its children print
-        with Path(file).open("ab", buffering=0) as log_file:
+        try:
+            log_file = Path(file).open("ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError("--log-file", f"{file}: {error.strerror}", "Name a file that you may write") from None
+        with log_file:
             os.dup2(log_file.fileno(), 1)
             os.dup2(log_file.fileno(), 2)
     handler = logging.StreamHandler()

@@ -47,6 +47,13 @@ def test_an_undisturbed_run_merges_everybody_in_every_version() -> None:
     assert outcome.head is not None and outcome.head.term == 1 and outcome.seconds < 5
 
 
+def test_an_agent_that_is_one_too_many_asks_every_few_seconds_and_not_after_every_version() -> None:
+    spec = small_spec(agents={"min": 4, "max": 4}, stop={"versions": 100})
+    outcome = fine(simulate(Scene(spec, agents=("a1", "a2", "a3", "a4", "a5"))))
+    spare = min(count for service, count in outcome.operations.items() if service != "coordinator")
+    assert 3 <= spare <= 5 + outcome.seconds, "a subscription, and a question each three seconds"
+
+
 @pytest.mark.parametrize("scene", SCENES)
 def test_the_same_arguments_give_the_same_timeline_byte_for_byte(scene: str) -> None:
     first, second = (simulate(*SCENES[scene], seed=7) for _ in range(2))

@@ -112,6 +112,12 @@ def test_a_broker_that_nobody_reaches(tmp_path: Path, command: str) -> None:
     assert "SYNCLINE_NATS_URL" in said
 
 
+@pytest.mark.parametrize("command", ["coordinator", "agent"])
+def test_a_log_that_cannot_be_written(tmp_path: Path, command: str) -> None:
+    said = refused(tmp_path, command, "--log-file", "missing/a.log", "--connect", NOWHERE, "--patience", "1")
+    assert said == "error: --log-file: missing/a.log: No such file or directory. Name a file that you may write\n"
+
+
 @pytest.mark.parametrize("command", ["run", "coordinator"])
 def test_a_broker_without_jetstream(tmp_path: Path, bare_broker: str, command: str) -> None:
     args = [spec_file(tmp_path, DIGITS)] if command == "run" else []

@@ -138,3 +138,5 @@ def test_a_state_directory_that_cannot_be_written_is_named(claimed: Claim, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--state-dir: .*Not a directory"):
         claimed("host0", state=tmp_path / "file" / "state")
+    with pytest.raises(ConfigError, match=r"--state-dir: .*Not a directory"):
+        claim("a1", "", tmp_path / "file" / "state")
