@@ -90,6 +90,7 @@ class Trainer:
         self._variates = None if scaffold is None else Variates(self._flat.flat_P, along=scaffold.option == 2)
         self._codec = CODECS[self._layout.dtype]
         self._place: tuple[int, int] | None = None
+        self._test_set: Any = None
         self._state_path, self._save_after_s = Path(state_path), 0.0
         kept = load_state(self._state_path, self._layout)
         self._has_own = kept is not None
@@ -258,7 +259,7 @@ class Trainer:
         struct.pack_into("<Q", self._view, 0, self._steps_ever)
 
     def _held_out(self) -> Any:
-        if not hasattr(self, "_test_set"):
+        if self._test_set is None:
             self._test_set = self._task.dataset(Part.test())
         return self._test_set
 
