@@ -7,6 +7,7 @@ read without it: everything it does are methods of the tensors it is given.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,6 +28,7 @@ class Outer(Settings):
     lr: float = Field(1.0, gt=0, le=100)
     states: ClassVar[int] = 0  # flat vectors of the model's size that it keeps; zeros at version 0
 
+    @abstractmethod
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         """Writes the next W to `out_E` and the next state to `new`, and leaves all else as it is. `old`: the state so far.
         Results may lie where the arguments do: `out_E` at `center_E`, `new` at `old`.
@@ -35,7 +37,6 @@ class Outer(Settings):
         element of the others: slices are stepped in any order, of any size. `version`: of the center that is left, so the
         number of steps made before; 0 is the first.
         """
-        raise NotImplementedError
 
 
 class Sgd(Outer):
@@ -115,9 +116,9 @@ class _Adaptive(Outer):
         self._second_moment_(v_E, merged_E.square())
         out_E.copy_(center_E).addcdiv_(m_E, v_E.sqrt().add_(self.tau), value=self.lr)
 
+    @abstractmethod
     def _second_moment_(self, v_E: Tensor, squared_E: Tensor) -> None:
         """v and D² → the next v, in place."""
-        raise NotImplementedError
 
 
 class Adam(_Adaptive):

@@ -5,6 +5,7 @@ To add one: a class with its settings and `weight`, and a line in `STALENESS`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 from pydantic import Field
@@ -17,9 +18,9 @@ class Staleness(Settings):
 
     kind: str
 
+    @abstractmethod
     def weight(self, lag: int) -> float:
         """s(τ) ≥ 0 for a lag of τ versions; s(0) = 1."""
-        raise NotImplementedError
 
 
 class Constant(Staleness):
