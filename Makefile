@@ -33,7 +33,6 @@ demo: install
 SEEDS ?= 2000
 test: check
 	$(BIN)/python -m pytest tests/unit tests/sim -m long
-	$(BIN)/syncline-sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest tests/bus tests/system
 
 check: install

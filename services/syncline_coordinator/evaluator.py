@@ -47,13 +47,13 @@ class Evaluator:
         task = self.load_task(settings)
         torch.manual_seed(settings.seed)
         model = task.model()
-        if not manifest:
-            check_inner(task, model, settings.local)
         layout = (
             decode(Manifest, manifest)
             if manifest
             else manifest_of(model, chunk_bytes, task.local, settings.local.sections)
         )
+        if not manifest:
+            check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local), layout
         self._dataset = task.dataset(Part.test())
         return {"manifest": encode(layout)}
