@@ -87,7 +87,10 @@ class Trainer:
         self._view = self._memory.view()
         self._updates = updates_of(settings)
         scaffold = settings.local.control_variates
-        self._variates = None if scaffold is None else Variates(self._flat.flat_P, along=scaffold.option == 2)
+        self._variates: Variates | None = None
+        if scaffold is not None:
+            overlap = outboxes(settings) > 1
+            self._variates = Variates(self._flat.flat_P, along=scaffold.option == 2, overlap=overlap)
         self._codec = CODECS[self._layout.dtype]
         self._place: tuple[int, int] | None = None
         self._test_set: Any = None

@@ -24,10 +24,12 @@ class Variates:
     """P: elements of the flat vector. Elements that are no parameters have no gradient: theirs stay 0.
 
     `along`: c_i becomes the mean of the gradients that a period has stepped along (option II); else whoever trains writes one
-    to `gradients_P` (option I: the gradient of the whole part where the period begins).
+    to `gradients_P` (option I: the gradient of the whole part where the period begins). `overlap`: a period begins while the
+    update of the one before is on its way; in rounds, one that is not known to be judged by then was late.
     """
 
-    def __init__(self, like_P: Tensor, *, along: bool) -> None:
+    def __init__(self, like_P: Tensor, *, along: bool, overlap: bool = False) -> None:
+        self._overlap = overlap
         self.own_P = torch.zeros_like(like_P)  # c_i
         self.pending: dict[int, Tensor] = {}  # Δc_i by clock: offered, and not known to be judged
         self.gradients_P = torch.zeros_like(like_P)
@@ -59,13 +61,13 @@ class Variates:
         """Δc_i of the period that is over, after so many steps of the optimiser.
 
         The mean of the gradients that were stepped along is, for plain SGD, the paper's c_i − c + (x − y_i) / (K η); it is as
-        right with momentum, with a schedule and with any other optimiser. What is still pending is taken for merged: where
-        periods overlap, c_i would swing for ever otherwise; what is dropped after all, the next change makes up for.
+        right with momentum, with a schedule and with any other optimiser. Where periods overlap, what is still pending is taken
+        for merged: c_i would swing for ever otherwise, and what is dropped after all, the next change makes up for.
         """
         count = 1 if self._control.gradients_P is None else steps
         if count:
             change_P = torch.div(self.gradients_P, count).sub_(self.own_P)
-            for earlier_P in self.pending.values():
+            for earlier_P in self.pending.values() if self._overlap else ():
                 change_P.sub_(earlier_P)
         else:
             change_P = torch.zeros_like(self.own_P)

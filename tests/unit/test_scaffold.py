@@ -185,7 +185,7 @@ def test_an_agent_that_joins_late_has_a_variate_of_zero_and_c_stays_the_mean(tmp
 # -- what is pending -------------------------------------------------------------------------------------------------------
 def variates(*clocks: int) -> Variates:
     """With so many changes pending; the gradient of clock c was 10^c."""
-    made = Variates(torch.zeros(2), along=True)
+    made = Variates(torch.zeros(2), along=True, overlap=True)
     for clock in clocks:
         made.begin(None, 1)
         made.gradients_P.fill_(10.0**clock)
@@ -216,7 +216,7 @@ def test_only_what_was_merged_is_adopted(verdicts: dict[int, bool], own: float, 
 @pytest.mark.parametrize("dropped", [None, 3])
 def test_where_periods_overlap_a_variate_settles_on_the_gradient(dropped: int | None) -> None:
     """Each verdict comes one period late, as in an asynchronous run. One that was dropped is made up for at once."""
-    made = Variates(torch.zeros(2), along=True)
+    made = Variates(torch.zeros(2), along=True, overlap=True)
     for clock in range(1, 9):
         made.resolve({clock - 2: clock - 2 != dropped} if clock > 2 else {})
         made.begin(None, 1)
