@@ -39,6 +39,7 @@ from syncline.telemetry import Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
+    ENDED,
     INLINE_BYTES,
     MAX_RECORD_BYTES,
     BlobRef,
@@ -121,6 +122,9 @@ class Run:
         return ""
 
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
+        """No news once the run has ended: agents go then."""
+        if self.keeper.head.phase in ENDED:
+            return
         if agent in self.present:
             self.present.discard(agent)
             if not failed:  # it has said so itself
