@@ -20,7 +20,7 @@ from syncline.bus.nats import NatsBus
 from syncline.wire import subjects
 from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import ENDED, Committed, Head, Roster, Submit, Submitted, decode, encode
+from syncline.wire.messages import ENDED, Committed, Head, Roster, Stop, Submit, Submitted, decode, encode
 from syncline_cli.local import FleetSettings, LocalFleet
 
 TASKS = Path(__file__).with_name("tasks.py")
@@ -42,6 +42,7 @@ class Fleet:
         self.local, self.bus, self.watch = local, bus, watch
         self.said = Said()
         self._runs = 0
+        self._started: list[str] = []
 
     @classmethod
     async def open(cls, local: LocalFleet) -> Fleet:
@@ -71,7 +72,16 @@ class Fleet:
     async def start(self, **spec: Any) -> str:
         answer = await self.submit(**spec)
         assert answer.run, f"{answer.setting}: {answer.problem} {answer.mend}"
+        self._started.append(answer.run)
         return answer.run
+
+    async def stop_all(self) -> None:
+        """Ends what was started here and still goes on or waits."""
+        for run in self._started:
+            head = await self.head(run)
+            if head is None or head.phase not in ENDED:
+                await self.local.ask_coordinator(self.bus, subjects.stop(), encode(Stop(run=run)))
+        self._started.clear()
 
     async def head(self, run: str) -> Head | None:
         entry = await self.bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run))
