@@ -14,7 +14,7 @@ from syncline_cli.local import LocalFleet
 def start_nursery(*modules: str) -> Nursery:
     """Begins to import torch and all services in the background. What they print is not on *our* standard output."""
     logging.getLogger().addHandler(logging.NullHandler())  # what matters is shown as events
-    _keep_torch_out_of_the_temporary_directory()
+    keep_torch_out_of_the_temporary_directory()
     sys.stdout.flush()
     ours = os.dup(1)
     try:
@@ -25,7 +25,7 @@ def start_nursery(*modules: str) -> Nursery:
         os.close(ours)
 
 
-def _keep_torch_out_of_the_temporary_directory() -> None:
+def keep_torch_out_of_the_temporary_directory() -> None:
     """Its compiler makes a cache directory as soon as it is imported, used or not: where caches belong, please."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
     try:

@@ -31,6 +31,10 @@ def sim(
 
     settings = load(spec, agents)  # before torch is imported: a mistake is told at once
 
+    from syncline_cli.preload import keep_torch_out_of_the_temporary_directory
+
+    keep_torch_out_of_the_temporary_directory()
+
     from syncline_cli.sim_run import SimRun
 
     raise typer.Exit(SimRun(*settings, spec.resolve().parent, as_json).run())

@@ -53,8 +53,10 @@ async def test_the_run_goes_on_from_what_is_there_under_a_higher_term_to_the_ver
         head = await fleet.ended(run)
         assert head.phase == "done" and head.version == 60 and head.digest == calm.digest
         assert lost.term == 1 < head.term and head.line != lost.line
-        told = await fleet.event(run, "broker-rolled-back")
-        assert told["level"] == "error" and "has lost what it had acknowledged" in told["text"]
+        told = await fleet.event(run, "run-set-back")
+        assert f"goes on from version {before.version}" in told["text"]
+        said = (broker.directory / "logs" / "coordinator.log").read_text()
+        assert f"broker-rolled-back: run {run}: the broker has lost what it had acknowledged" in said
         records = [record for record in await fleet.log(run) if record.version > before.version]
         assert {record.term for record in records if record.version > before.version + 3} == {head.term}
         await fleet.close()

@@ -84,7 +84,7 @@ def test_an_interrupted_simulation_says_how_far_it_came(tmp_path: Path) -> None:
     ("changes", "code", "words"),
     [
         ({"sim": {"stp_s": 1}}, 2, "sim.stp_s: there is no such setting. Did you mean `step_s`?"),
-        ({"task": "syncline.tasks.digit:Digits"}, 2, "Did you mean `syncline.tasks.digits:Digits`?"),
+        ({"task": "syncline.tasks.digit:Digits"}, 2, "Did you mean `syncline.tasks.digits`?"),
         ({"sim": {"agents": 2}}, 2, "sim.agents: 2 are fewer than the run starts with"),
         ({"task": "syncline.tasks.digits:Digits", "task_options": {"hiden": 3}}, 2, "task_options.hiden"),
         ({"partition": {"kind": "shards", "per_agent": 1000}}, 1, "partition.per_agent"),
