@@ -32,16 +32,9 @@ pytestmark = pytest.mark.long
 Plant = Callable[[pytest.MonkeyPatch], None]
 SEEDS = 300  # within which each is found
 SOONER = {  # where to begin, for those that few seeds show
-<<<<<<< HEAD
-    "what_was_judged_is_judged_again": 110,
-    "a_plan_found_in_head_is_forgotten": 140,
-    "nobody_reads_head_again": 580,
-    "an_agent_that_lost_its_disk_counts_from_one_again": 40,
-=======
     "what_was_judged_is_judged_again": 60,
     "a_plan_found_in_head_is_forgotten": 130,
     "nobody_reads_head_again": 240,
->>>>>>> 45976b8 (test(sim): where planted bugs are found)
 }
 
 
