@@ -80,7 +80,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         model = self._task.model().to(self._claim.device)
         self._flat = FlatModel(model, self._layout, self._task.local)
-        self._center_P = torch.empty_like(self._flat.flat_P)  # what a period is measured from
+        self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
         self._drawn = 0  # batches, in all periods; where these are given in seconds
         self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
@@ -154,6 +154,10 @@ class Trainer:
 
     def load_task(self, settings: RunSpec) -> Task:
         return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+
+    def vector(self) -> torch.Tensor:
+        """Room for a center, on the device."""
+        return torch.empty_like(self._flat.flat_P)
 
     # -- the steps of a period -----------------------------------------------------------------------------------------
     def _take_part(self, number: int, parts: int) -> None:

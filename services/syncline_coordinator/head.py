@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
 from syncline.errors import BusError, Conflict, NoResponders, SynclineError, Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
 
+Sure = Callable[[], Awaitable[None]]
 NOTIFY_ROSTER_BYTES = 64 * 1024
 
 
@@ -41,11 +44,13 @@ class HeadKeeper:
         entry = await patiently(lambda: bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run)))
         return None if entry is None else cls(bus, decode(Head, entry.value), entry.revision)
 
-    async def write(self, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+    async def write(
+        self, head: Head, roster: Roster | None = None, *, tell: bool = True, sure: Sure | None = None
+    ) -> None:
         """Moves head on, and tells everybody, unless nobody has anything to do about it.
 
         Raises Deposed where another coordinator was faster. An answer that does not come is *unknown*: head is read again,
-        and is ours if it holds what we wrote.
+        and is ours if it holds what we wrote. `sure()` before it is written once more: what it names may be lost.
         """
         key, value = subjects.head_key(head.run), _encoded(head)
         try:
@@ -54,7 +59,7 @@ class HeadKeeper:
             await self.check()
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run") from None
         except (Unreachable, NoResponders):
-            self._revision = await patiently(lambda: self._write_again(key, value))
+            self._revision = await patiently(lambda: self._write_again(key, value, sure))
         self.head = head
         if tell:
             await self.notify(roster)
@@ -75,6 +80,12 @@ class HeadKeeper:
         if there.term > self.head.term:
             raise Deposed(f"{key} holds term {there.term}: another coordinator is in charge of this run")
 
+    async def is_newest(self) -> bool:
+        """Whether head still is as it was read or written here."""
+        key = subjects.head_key(self.head.run)
+        entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
+        return entry is not None and entry.revision == self._revision
+
     async def notify(self, roster: Roster | None = None) -> None:
         """A hint; whoever misses it reads head again in a few seconds."""
         said = encode(roster) if roster is not None else b""
@@ -84,13 +95,15 @@ class HeadKeeper:
         except BusError:
             pass
 
-    async def _write_again(self, key: str, value: bytes) -> int:
+    async def _write_again(self, key: str, value: bytes, sure: Sure | None) -> int:
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, key)
         if entry is not None and entry.value == value:
             return entry.revision
         if entry is None or entry.revision != self._revision:
             await self.check()
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run")
+        if sure is not None:
+            await sure()
         try:
             return await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
         except Conflict as error:

@@ -13,7 +13,7 @@ from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
 from syncline.chance import jitter, new_number
 from syncline.wire import subjects
-from syncline.wire.messages import BlobRef, Head, Heartbeat
+from syncline.wire.messages import BlobRef, Head, Heartbeat, Roster
 from syncline_coordinator.head import HeadKeeper, RolledBack
 from syncline_coordinator.ledger import Ledger
 
@@ -27,7 +27,8 @@ class Lookout:
     def __init__(self, bus: Bus, keeper: HeadKeeper, ledger: Ledger) -> None:
         self._bus, self._keeper, self._ledger = bus, keeper, ledger
         self._stream = subjects.offers_stream(keeper.head.run)
-        self._doubt, self._reconnected = asyncio.Event(), True  # perhaps before our time
+        self._doubt = asyncio.Event()
+        self._reconnects, self._settled = 1, 0  # one perhaps before our time; up to which all was found to be there
         self._began = keeper.head.version  # with our term: nobody has made a newer one under an older term
         self._seen = (0, 0)  # the highest (term, version) that an agent told of
         self._lost = ""  # what an agent has seen, and cannot be
@@ -35,7 +36,7 @@ class Lookout:
 
     def look(self) -> None:
         """The connection was gone."""
-        self._reconnected = True
+        self._reconnects += 1
         self._doubt.set()
 
     def heard(self, agent: str, beat: Heartbeat) -> None:
@@ -67,13 +68,31 @@ class Lookout:
             except TimeoutError:
                 pass
             self._doubt.clear()
-            await self._keeper.check(self._seen)
-            if self._lost:
-                raise RolledBack(self._lost, max(self._seen[0], self._keeper.head.term))
-            await self._check_offers()
-            if self._reconnected:
-                self._reconnected = False
-                await self._check_blobs()
+            await self._look_around()
+            if self._settled != self._reconnects:
+                await self.sure_of(self._keeper.head)
+
+    async def write(self, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+        """Writes head, which names and rests on what is there, also where the connection was gone since that was put."""
+        await self.sure_of(head)
+        reconnects = self._reconnects
+        await self._keeper.write(head, roster, tell=tell, sure=partial(self.sure_of, head))
+        if reconnects != self._reconnects:  # it may have come through after a roll-back all the same
+            self._settled = 0
+            self._doubt.set()
+
+    async def sure_of(self, head: Head) -> None:
+        """What head names is there. Raises RolledBack."""
+        while self._settled != (count := self._reconnects):
+            await self._look_around()
+            await self._check_blobs(head)
+            self._settled = count
+
+    async def _look_around(self) -> None:
+        await self._keeper.check(self._seen)
+        if self._lost:
+            raise RolledBack(self._lost, max(self._seen[0], self._keeper.head.term))
+        await self._check_offers()
 
     async def _check_offers(self) -> None:
         """Every offer that was read, or acknowledged to its agent, is in the stream."""
@@ -86,15 +105,13 @@ class Lookout:
             if _now() - since_s > LOST_OFFER_S and state.last_seq == self._ledger.read_up_to:
                 raise RolledBack(f"{agent}'s offer of clock {clock} is not in {self._stream}", term)
 
-    async def _check_blobs(self) -> None:
-        """What head names is there, as far as it was put before the connection was gone. Head itself may have come through."""
-        head = self._keeper.head
+    async def _check_blobs(self, head: Head) -> None:
         stream, models = subjects.model_stream(head.run), partial(subjects.model_prefix, head.run)
         plan = head.plan if isinstance(head.plan, BlobRef) else None
         for what, ref in (("model", head.model), ("manifest", head.manifest), ("roster", head.roster), ("plan", plan)):
             if ref is not None:
                 state = await patiently(partial(self._bus.state, stream, f"{models(ref.id)}.*"))
-                if len(state.subjects) < ref.chunks and self._keeper.head is head:
+                if len(state.subjects) < ref.chunks and self._keeper.head.version <= head.version:
                     raise RolledBack(f"head names a {what} that is gone", max(self._seen[0], head.term))
 
 

@@ -241,7 +241,7 @@ class Run:
     async def _move(self, head: Head, roster: Roster) -> None:
         """Head goes on, and what only the older one needed can go."""
         before = self.keeper.head
-        await self.keeper.write(head, roster)
+        await self.lookout.write(head, roster)
         self.ledger.settled(before, head)
 
     async def _decide(self, merge: Merge) -> None:
@@ -251,7 +251,7 @@ class Run:
         self._account.decided(_now())
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
-        await self.keeper.write(head.model_copy(update={"plan": held, "phase": "merging"}), tell=False)
+        await self.lookout.write(head.model_copy(update={"plan": held, "phase": "merging"}), tell=False)
         self._begin(self._merge(plan))
 
     async def _merge(self, plan: Plan) -> None:
@@ -305,7 +305,7 @@ class Run:
         head = self.keeper.head
         if self.parts.evaluation is not None and phase == "done":
             await self.parts.evaluation.last(head.version)
-        await self.keeper.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
+        await self.lookout.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
         await self.parts.telemetry.metric(status_of(self))
         level = "info" if phase == "done" else "error"
         await self.parts.telemetry.event(f"run-{phase}", f"run {head.run}: {reason}", level=level)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from syncline.bus.base import BucketConfig, Bus, Delivery
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, BlobGone, get_small_blob, patiently, put_blob
+from syncline.bus.blobs import BlobGone, patiently
 from syncline.chance import new_number
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
@@ -43,6 +43,7 @@ from syncline_coordinator.answers import allows, exists, gone, superseded
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
+from syncline_coordinator.initial import commit_initial, manifest_of
 from syncline_coordinator.lookout import taken_over
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
@@ -343,16 +344,25 @@ class Coordinator:
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
         if keeper is None or entry is None or keeper.head.phase in ENDED:
             raise Deposed("it was ended before it was opened")
-        spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
+        try:
+            return await self._opened(keeper, entry.value, memory, telemetry)
+        except BlobGone:  # lost; or only purged, as another coordinator has moved on
+            if await keeper.is_newest():
+                raise
+            raise Deposed("it has moved on while it was opened") from None
+
+    async def _opened(self, keeper: HeadKeeper, submitted: bytes, memory: SharedMemory, telemetry: Telemetry) -> Run:
+        name = keeper.head.run
+        spec = parse(RunSpec, decode(Submit, submitted, limit=SPEC_BYTES).spec)
         set_back = self._set_back.get(name)
         anew = keeper.head.model is None or (set_back is not None and keeper.head.version == 0)
-        known = b"" if anew else await self._manifest_blob(keeper.head)
+        known = b"" if anew else await manifest_of(self._bus, keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
         center = Center(manifest, memory, spec.states)
         reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
         if anew or keeper.head.model is None:
             await child.ask("initial")
-            await self._commit_initial(keeper, reducer, manifest, set_back)
+            await commit_initial(self._bus, keeper, reducer, manifest, set_back)
         else:
             await reducer.get_center(keeper.head.model, keeper.head.version)
             await keeper.write(await taken_over(self._bus, keeper.head, set_back))
@@ -370,24 +380,6 @@ class Coordinator:
 
     async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Asked:
         return (await self._model_of(spec, memory, manifest))[0]
-
-    async def _commit_initial(
-        self, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest, set_back: int | None
-    ) -> None:
-        """Version 0: the model as the task makes it under the run's seed."""
-        merged = await reducer.put_center()
-        prefix = partial(subjects.model_prefix, keeper.head.run)
-        layout, _ = await put_blob(self._bus, prefix, memoryview(encode(manifest)), RECORD_CHUNK_BYTES)
-        moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
-        head = keeper.head if set_back is None else await taken_over(self._bus, keeper.head, set_back)
-        await keeper.write(head.model_copy(update=moved))
-
-    async def _manifest_blob(self, head: Head) -> bytes:
-        assert head.manifest is not None
-        prefix = partial(subjects.model_prefix, head.run)
-        return await get_small_blob(
-            self._bus, subjects.model_stream(head.run), prefix, head.manifest, RECORD_CHUNK_BYTES, 64 << 20
-        )
 
     async def _give_up(self, name: str, reason: str) -> None:
         keeper = await HeadKeeper.read(self._bus, name)

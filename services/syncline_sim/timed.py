@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from syncline.data.partition import Part
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
 from syncline.tasks.base import Task, load_task
 from syncline_agent.trainer import Trainer
+from syncline_agent.training import PROGRESS_BYTES
 from syncline_coordinator.evaluator import Evaluator
 from syncline_sim.children import QUICK_S, TaskChildren
 from syncline_sim.dice import Dice
@@ -62,6 +65,7 @@ class SharedTask:
     def __init__(self, allowed: list[str], task_dir: Path) -> None:
         self._allowed, self._task_dir = allowed, task_dir
         self._task: Task | None = None
+        self._vector: torch.Tensor | None = None
         self._datasets: dict[tuple[bool, int, int], Any] = {}
 
     def load(self, settings: RunSpec) -> Task:
@@ -72,6 +76,11 @@ class SharedTask:
         own = copy.copy(self._task)
         setattr(own, "dataset", self.dataset)  # noqa: B010 (in the place of a method)
         return own
+
+    def vector(self, like_P: torch.Tensor) -> torch.Tensor:
+        if self._vector is None:
+            self._vector = torch.empty_like(like_P)
+        return self._vector
 
     def dataset(self, part: Part) -> Any:
         assert self._task is not None
@@ -111,6 +120,15 @@ class TimedTrainer(Trainer):
         finally:
             self._inner.optimizer.zero_grad(set_to_none=True)  # a fleet holds many models, and few train at a time
             self.began_s = None
+            if hasattr(self, "_layout"):
+                self._memory.discard(
+                    PROGRESS_BYTES, PROGRESS_BYTES + self._layout.blob_bytes
+                )  # the center, which was read
+
+    def vector(self) -> torch.Tensor:
+        """One for all who need it only while they train: nobody else does then."""
+        lasting = self._settings.mix.kind == "elastic"
+        return super().vector() if lasting else self._shared.vector(self._flat.flat_P)
 
     def show(self, steps: int) -> None:
         """Progress while the period passes: nothing is computed before its end."""

@@ -46,6 +46,7 @@ COORDINATOR = subjects.COORDINATOR
 START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because somebody else failed
 ASK_AGAIN_S = 0.5
 NOTHING_USABLE = "every update of version"  # … was dropped
+TASKS = 64  # of a life, before the first look for those that are done
 AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
 
 
@@ -60,9 +61,17 @@ class Life:
     service: str
     number: int
     tasks: list[SimTask[Any]] = field(default_factory=list)
+    _most: int = TASKS
     training: InlineTraining | None = None
     dead: bool = False
     replaced: bool = False  # by another coordinator, while it was cut off
+
+    def begins(self, task: SimTask[Any]) -> None:
+        """One of its tasks. Those that are done are forgotten now and then: they may hold much."""
+        self.tasks.append(task)
+        if len(self.tasks) > self._most:
+            self.tasks = [t for t in self.tasks if not t.done()]
+            self._most = 2 * len(self.tasks) + TASKS
 
     @property
     def connection(self) -> str:
@@ -350,7 +359,7 @@ class World:
     def _on_task(self, task: SimTask[Any]) -> None:
         life = _life.get()
         if life is not None:
-            life.tasks.append(task)
+            life.begins(task)
             if life.dead:
                 task.cancel()
 

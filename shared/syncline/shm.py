@@ -30,6 +30,15 @@ class SharedMemory:
             self._map = mmap.mmap(self.fd, size_bytes)  # an older map goes when its last view does
         return memoryview(self._map)
 
+    def discard(self, begin: int, end: int) -> None:
+        """Nobody needs these bytes any more: whole pages of them go back to the system, and are zero then."""
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and first < last and hasattr(mmap, "MADV_REMOVE"):
+            try:
+                self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+            except OSError:
+                pass  # a file system that cannot
+
     def close(self) -> None:
         """Lets go of it here; views that are still in use stay valid."""
         self._map = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,25 @@ def test_the_task_is_made_once_and_its_data_are_shared(tmp_path: Path) -> None:
     mine = next(m for n, m in sys.modules.items() if n.startswith("_syncline_task_") and hasattr(m, "Counting"))
     assert len(mine.made) == 1
     assert sorted(mine.loaded) == [(False, i, 6) for i in range(6)] + [(True, 0, 1)]
+
+
+def test_a_fleet_holds_no_more_the_longer_it_runs() -> None:
+    """Every update has a million bytes, and none of them is kept."""
+    held: dict[int, int] = {}
+
+    def look(subject: str, data: bytes) -> None:
+        if subject.endswith("metrics.coordinator.round"):
+            gc.collect()
+            held[json.loads(data)["version"]] = tracemalloc.get_traced_memory()[0]
+
+    noop = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": 250_000}, "local": {"steps": 1}}
+    spec = spec_of(10, **noop, evaluate={"center": False}, stop={"versions": 12})
+    tracemalloc.start()
+    try:
+        run_fleet(spec, SimSettings(step_s=(0.2,)), follow=look)
+    finally:
+        tracemalloc.stop()
+    assert max(held[v] for v in range(8, 12)) - max(held[v] for v in range(2, 6)) < 10e6
 
 
 def test_the_center_is_evaluated_every_so_many_versions_and_at_the_end() -> None:

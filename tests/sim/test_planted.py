@@ -32,17 +32,16 @@ pytestmark = pytest.mark.long
 Plant = Callable[[pytest.MonkeyPatch], None]
 SEEDS = 300  # within which each is found
 SOONER = {  # where to begin, for those that few seeds show
-    "what_was_judged_is_judged_again": 110,
-    "a_plan_found_in_head_is_forgotten": 140,
-    "nobody_reads_head_again": 580,
-    "an_agent_that_lost_its_disk_counts_from_one_again": 40,
+    "what_was_judged_is_judged_again": 60,
+    "a_plan_found_in_head_is_forgotten": 130,
+    "nobody_reads_head_again": 240,
 }
 
 
 def head_is_written_over_whoever_wrote_it(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.write
 
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True, **_: Any) -> None:
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(head.run))
         assert entry is not None
         self._revision = entry.revision
@@ -52,7 +51,7 @@ def head_is_written_over_whoever_wrote_it(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_lost_answer_is_taken_for_a_success(patch: pytest.MonkeyPatch) -> None:
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True, **_: Any) -> None:
         key, value = subjects.head_key(head.run), encode(head)
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
@@ -67,7 +66,7 @@ def a_lost_answer_is_taken_for_a_success(patch: pytest.MonkeyPatch) -> None:
 def a_restarted_coordinator_keeps_the_term(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.write
 
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True, **_: Any) -> None:
         if head.term != self.head.term:
             return
         await real(self, head, roster, tell=tell)
@@ -130,7 +129,7 @@ def all_updates_of_an_agent_are_purged_at_once(patch: pytest.MonkeyPatch) -> Non
 def the_merge_starts_without_its_plan_in_head(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.write
 
-    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
+    async def write(self: HeadKeeper, head: Head, roster: Roster | None = None, *, tell: bool = True, **_: Any) -> None:
         if head.phase != "merging":
             await real(self, head, roster, tell=tell)
 

@@ -373,17 +373,23 @@ def test_when_all_merged_updates_are_unusable_the_round_is_opened_again_for_thos
     tell(rounds, AgentJoined("a4"), *offers("a1"), *offers("a2"))
     assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [
         Drop("a1", 1, "NaN", broken=True),
-        StartRound(0, ("a1", "a2", "a3", "a4")),
+        StartRound(0, ("a3", "a4")),
     ]
     (merged,) = tell(rounds, *offers("a3"))
-    assert merged == merge("a3", reason="quorum 1 of 4 + 0.0 s", late=("a4",)), "a1 and a2 had their say"
+    assert merged == merge("a3", reason="quorum 1 of 2 + 0.0 s", late=("a4",)), "a1 and a2 had their say"
+
+
+def test_a_coordinator_that_takes_over_a_round_opened_again_waits_for_nobody_who_had_a_say() -> None:
+    rounds = policy(1)
+    tell(rounds, *offers("a1"), AgentJoined("a2"))
+    assert tell(rounds, UpdateBroken("a1", 1, "NaN"))[-1] == StartRound(0, ("a2",))
 
 
 def test_an_agent_whose_update_was_dropped_as_late_is_not_waited_for_in_a_round_opened_again() -> None:
     rounds = policy(3, quorum=1, grace_s=0.0)
     tell(rounds, *offers("a1"), *offers("a2"), UpdateBroken("a1", 1, "NaN"))
     assert tell(rounds, AgentLost("a3", SILENT)) == []
-    assert tell(rounds, AgentJoined("a4")) == [StartRound(0, ("a1", "a2", "a3", "a4"))]
+    assert tell(rounds, AgentJoined("a4")) == [StartRound(0, ("a3", "a4"))]
 
 
 def test_when_all_live_agents_have_sent_unusable_updates_the_run_fails_while_others_are_away() -> None:

@@ -139,8 +139,9 @@ class Rounds(Policy):
         return self.live - {*self.participants} - self.spent
 
     def _ask_others(self) -> StartRound:
-        """Nobody is left to wait for and the quorum is not reached: whoever else is live trains for this round."""
-        self.participants = tuple(sorted({*self.participants, *self._others()}))
+        """Nobody is left to wait for and the quorum is not reached: whoever else is live trains for this round. Whose update
+        was unusable is no participant any more: a coordinator that takes over would wait for another one in vain."""
+        self.participants = tuple(sorted({*self.participants, *self._others()} - self.spent))
         return StartRound(self.version, self.participants)
 
     def _merge(self, reason: str) -> Merge:

@@ -1,0 +1,112 @@
+"""Bugs in what is done about a broker that lost acknowledged writes: some seed must show each of them, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_planted import Plant, found_in
+
+from syncline.bus.base import Bus
+from syncline.wire.messages import Head, Offer
+from syncline_agent.news import News
+from syncline_agent.session import Session
+from syncline_coordinator import service
+from syncline_coordinator.head import HeadKeeper
+from syncline_coordinator.lookout import Lookout, taken_over
+from syncline_coordinator.run import Run
+
+pytestmark = pytest.mark.long
+
+SEEDS = 100
+SOONER = {  # where to begin, for those that few seeds show
+    "an_older_head_is_no_news": 1620,
+    "what_head_names_is_never_looked_for": 810,
+    "agents_believe_an_older_head_after_a_reconnect": 200,
+    "a_term_that_was_seen_is_used_again": 1620,
+}
+
+
+def an_older_head_is_no_news(patch: pytest.MonkeyPatch) -> None:
+    real = HeadKeeper.check
+
+    async def check(self: HeadKeeper, seen: tuple[int, int] = (0, 0)) -> None:
+        self._revision, kept = 0, self._revision
+        try:
+            await real(self)
+        finally:
+            self._revision = kept
+
+    patch.setattr(HeadKeeper, "check", check)
+
+
+def lost_offers_are_waited_for(patch: pytest.MonkeyPatch) -> None:
+    async def check(self: Lookout) -> None:
+        pass
+
+    patch.setattr(Lookout, "_check_offers", check)
+
+
+def what_head_names_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
+    async def check(self: Lookout, head: Head) -> None:
+        pass
+
+    patch.setattr(Lookout, "_check_blobs", check)
+
+
+def no_new_line_is_begun(patch: pytest.MonkeyPatch) -> None:
+    async def same_line(bus: Bus, head: Head, lost_term: int | None) -> Head:
+        return (await taken_over(bus, head, lost_term)).model_copy(update={"line": head.line})
+
+    patch.setattr(service, "taken_over", same_line)
+
+
+def offers_of_every_line_are_taken(patch: pytest.MonkeyPatch) -> None:
+    real = Run._unacceptable
+
+    def unacceptable(self: Run, agent: str, offer: Offer) -> Any:
+        return real(self, agent, offer.model_copy(update={"line": self.keeper.head.line}))
+
+    patch.setattr(Run, "_unacceptable", unacceptable)
+
+
+def agents_believe_an_older_head_after_a_reconnect(patch: pytest.MonkeyPatch) -> None:
+    real = News.forget
+
+    def forget(self: News) -> None:
+        real(self)
+        self._order = (0, 0, 0, 0)
+
+    patch.setattr(News, "forget", forget)
+
+
+def agents_wait_for_the_verdict_on_what_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def rebase(self: Session, line: int) -> None:
+        self._stand.line = line
+
+    patch.setattr(Session, "_rebase", rebase)
+
+
+def a_term_that_was_seen_is_used_again(patch: pytest.MonkeyPatch) -> None:
+    async def next_term(bus: Bus, head: Head, lost_term: int | None) -> Head:
+        return (await taken_over(bus, head, lost_term)).model_copy(update={"term": head.term + 1})
+
+    patch.setattr(service, "taken_over", next_term)
+
+
+PLANTED: tuple[Plant, ...] = (
+    an_older_head_is_no_news,
+    lost_offers_are_waited_for,
+    what_head_names_is_never_looked_for,
+    no_new_line_is_begun,
+    offers_of_every_line_are_taken,
+    agents_believe_an_older_head_after_a_reconnect,
+    agents_wait_for_the_verdict_on_what_is_lost,
+    a_term_that_was_seen_is_used_again,
+)
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    found_in(SOONER.get(plant.__name__, 0), SEEDS)
