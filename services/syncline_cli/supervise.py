@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar
 
-from syncline.errors import RunFailed
+from syncline.errors import RunFailed, SynclineError
 from syncline.nursery import Nursery
 from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
@@ -22,6 +22,7 @@ from syncline_cli.state import RunState
 LOOK_S = 0.2
 JOIN_S = 10.0  # after which we say for whom the run waits
 LOG_LINES = 12
+BROKER_STARTS = 3  # again, after which it will not stay up
 
 Say = Callable[[str, str], None]  # level, text
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Services:
     def __init__(self, fleet: LocalFleet, say: Say) -> None:
         self.fleet, self._say = fleet, say
         self._gone: set[str] = set()
+        self._broker_starts = 0
 
     def able(self, state: RunState) -> list[str]:
         """The agents that are alive and have not said that they cannot train."""
@@ -87,11 +89,27 @@ class Services:
                     raise RunFailed(f"the coordinator's process {how}{ends_of_logs(self.fleet, [name])}")
                 self._say("warning", f"{name}: its process {how}")
 
+    async def _keep_broker(self) -> None:
+        """Starts it again where it has gone: its disk has all that was acknowledged. Raises RunFailed where that is no help."""
+        code = self.fleet.broker.exit_code
+        if code is None:
+            return
+        how = f"the broker's process {how_it_ended(code)}"
+        if self._broker_starts == BROKER_STARTS:
+            raise RunFailed(f"{how}, after {BROKER_STARTS} new starts")
+        self._broker_starts += 1
+        self._say("warning", f"{how}; it is started again")
+        try:
+            await self.fleet.broker.restart()
+        except SynclineError as error:
+            raise RunFailed(f"{how}, and does not start again: {error}") from None
+
     async def _until_broken(self, follower: Follower, state: RunState, needed: int) -> NoReturn:
-        """Raises RunFailed when the coordinator is gone, or too few agents are left."""
+        """Raises RunFailed when the coordinator is gone, too few agents are left, or the broker does not stay up."""
         loop = asyncio.get_running_loop()
         say_at_s: float | None = loop.time() + JOIN_S
         while True:
+            await self._keep_broker()
             able, least = self.able(state), needed
             if follower.opened:  # what is said from now on, the coordinator judges; processes are for us to see
                 able, least = [name for name in self.fleet.settings.agents if name not in self._gone], 1
