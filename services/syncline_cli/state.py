@@ -16,6 +16,7 @@ POINTS = 1024  # of a curve; a longer one is thinned out
 BLOCKS = "▁▂▃▄▅▆▇█"
 MAX_AGENTS = 10_000  # names that are remembered; a broker without accounts lets anybody make them up
 MAX_EVENTS = 1000
+MOST_TEXT = 1000  # of an event: it goes to the terminal
 TRAINING_LOSS = "training loss"  # the curve of the agents' mean
 
 
@@ -115,6 +116,10 @@ class RunState:
             event = Event.model_validate_json(data)
         except ValidationError:
             return None
+        signed = (
+            "" if who == COORDINATOR or event.text.startswith(who) else f"{who}: "
+        )  # nobody speaks in the run's own name
+        event = event.model_copy(update={"text": f"{signed}{event.text}"[:MOST_TEXT]})
         if event.level != "info":
             self.events.append(event)
         if event.event == "advice" and who == COORDINATOR:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
+import shutil
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar
 
-from syncline.errors import RunFailed
+from syncline.bus.violations import LogTail
+from syncline.errors import RunFailed, SynclineError
 from syncline.nursery import Nursery
 from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
@@ -22,6 +25,9 @@ from syncline_cli.state import RunState
 LOOK_S = 0.2
 JOIN_S = 10.0  # after which we say for whom the run waits
 LOG_LINES = 12
+NO_SPACE = re.compile(r"\[\d+\] \S+ \S+ \[ERR\] JetStream .*: no space left on device")  # a line of nats-server's log
+ENOUGH_BYTES = 64 << 20  # to go on with
+BROKER_STARTS = 3  # again, after which it will not stay up
 
 Say = Callable[[str, str], None]  # level, text
 T = TypeVar("T")
@@ -59,6 +65,8 @@ class Services:
     def __init__(self, fleet: LocalFleet, say: Say) -> None:
         self.fleet, self._say = fleet, say
         self._gone: set[str] = set()
+        self._broker_starts, self._full = 0, False
+        self._broker_log = LogTail(fleet.broker.log_path, from_end=True)
 
     def able(self, state: RunState) -> list[str]:
         """The agents that are alive and have not said that they cannot train."""
@@ -87,11 +95,40 @@ class Services:
                     raise RunFailed(f"the coordinator's process {how}{ends_of_logs(self.fleet, [name])}")
                 self._say("warning", f"{name}: its process {how}")
 
+    async def _keep_broker(self) -> None:
+        """Starts it again where it has gone, or stores nothing any more: its disk has all that was acknowledged. Raises
+        RunFailed where that is no help."""
+        code = self.fleet.broker.exit_code
+        why = "ran out of disk space" if code is None else how_it_ended(code)
+        if code is None and not self._has_space_again():
+            return
+        if self._broker_starts == BROKER_STARTS:
+            raise RunFailed(f"the broker's process {why}, after {BROKER_STARTS} new starts")
+        self._broker_starts += 1
+        self._say("warning", f"the broker's process {why}; it is started again")
+        try:
+            await self.fleet.broker.restart()
+        except SynclineError as error:
+            raise RunFailed(f"the broker's process {why}, and does not start again: {error}") from None
+
+    def _has_space_again(self) -> bool:
+        """After its disk was full: until it is started anew, nats-server stores nothing, however much is freed."""
+        place = self.fleet.broker.directory
+        if any(NO_SPACE.match(line) for line in self._broker_log.read()) and not self._full:
+            self._full = True
+            self._say("error", f"the disk is full and the run stands still: free {ENOUGH_BYTES >> 20} MiB for {place}")
+        if not self._full or shutil.disk_usage(place).free < ENOUGH_BYTES:
+            return False
+        self._broker_log.read()
+        self._full = False
+        return True
+
     async def _until_broken(self, follower: Follower, state: RunState, needed: int) -> NoReturn:
-        """Raises RunFailed when the coordinator is gone, or too few agents are left."""
+        """Raises RunFailed when the coordinator is gone, too few agents are left, or the broker does not stay up."""
         loop = asyncio.get_running_loop()
         say_at_s: float | None = loop.time() + JOIN_S
         while True:
+            await self._keep_broker()
             able, least = self.able(state), needed
             if follower.opened:  # what is said from now on, the coordinator judges; processes are for us to see
                 able, least = [name for name in self.fleet.settings.agents if name not in self._gone], 1

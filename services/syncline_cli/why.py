@@ -85,8 +85,8 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
     merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural(e.agent)))
     table: list[tuple[str, ...]] = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
     for e in merged[:rows]:
-        figures = (f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
-        table.append((e.agent, *figures))
+        counts = (f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
+        table.append((e.agent, f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", *counts))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for i, row in enumerate(table):
         cells = [row[0].ljust(widths[0]), *(f.rjust(w) for f, w in zip(row[1:], widths[1:], strict=True))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,19 @@ from typing import Any
 from syncline.bus.accounts import Keyring, read_seed
 from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.child import Child
-from syncline.errors import BusError
+from syncline.errors import BusError, ConfigError
 from syncline.nursery import Nursery
 from syncline.service import name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
+from syncline.wire import subjects
 from syncline.wire.subjects import COORDINATOR
 from syncline_coordinator.options import CoordinatorOptions
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 
 EVALUATOR = "syncline_coordinator.evaluator:main"
 REDUCERS = 2  # threads
+ANSWER_S = 1.0  # for another coordinator
+LEAVING_S = 3.0
 
 
 def run(options: CoordinatorOptions) -> int:
@@ -43,6 +48,7 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> No
         bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s))
     except BusError as error:
         raise mended(error, options.connect) from None
+    await _be_the_only_one(bus, options.connect)
     arguments = (options.threads, list(options.allow_task), options.task_dir)
 
     async def start_child(memory: SharedMemory) -> Child:
@@ -61,6 +67,22 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> No
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         await bus.close()
+
+
+async def _be_the_only_one(bus: NatsBus, url: str) -> None:
+    """Two would answer every agent, and take the run from each other. One that was asked to stop is given time to; one that
+    hangs answers nothing, and is replaced. Raises ConfigError."""
+    deadline = time.monotonic() + LEAVING_S
+    while True:
+        try:
+            await bus.request(subjects.submit(), b"", ANSWER_S)  # no run at all: refused, and that is an answer
+        except BusError:
+            return
+        if time.monotonic() > deadline:
+            mend = "Leave it at that: one serves all runs. To replace it, stop it first"
+            await bus.close()
+            raise ConfigError("--connect", f"a coordinator is up on {url} already", mend)
+        await asyncio.sleep(0.2)
 
 
 def run_forked(options: dict[str, Any]) -> int:

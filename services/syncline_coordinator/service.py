@@ -50,7 +50,7 @@ from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.space import most_agents, release, reserve
-from syncline_coordinator.stopping import end_undriven, why
+from syncline_coordinator.stopping import end_undriven, give_up, why
 
 log = logging.getLogger(__name__)
 
@@ -305,12 +305,15 @@ class Coordinator:
 
     async def _drive(self, name: str) -> None:
         """One run from its start, or from where head stands, to its end."""
+        keeper = await HeadKeeper.read(self._bus, name)
+        if keeper is None:
+            return
         telemetry = Telemetry(self._bus, name, subjects.COORDINATOR)
         memory = SharedMemory()
         run: Run | None = None
         self._opening = name
         try:
-            run = await self._open(name, memory, telemetry)
+            run = await self._open(keeper, memory, telemetry)
             for agent in sorted(run.present):
                 self._fleet.expect(agent, _now())
             self._active, self._opening = run, ""
@@ -323,11 +326,9 @@ class Coordinator:
             await telemetry.event("broker-rolled-back", text, level="error")
             self._set_back[name] = max(error.term, self._set_back.get(name, 0))
         except BlobGone as error:
-            await telemetry.event("run-failed", f"run {name}: {gone(name, error)}", level="error")
-            await self._give_up(name, gone(name, error))
+            await give_up(keeper, gone(name, error), telemetry)
         except (ConfigError, Unavailable, PeerError) as error:
-            await telemetry.event("run-failed", f"run {name}: {error}", level="error")
-            await self._give_up(name, str(error))
+            await give_up(keeper, str(error), telemetry)
         except Deposed as error:
             log.warning("run %s: %s", name, error)
         else:
@@ -339,10 +340,10 @@ class Coordinator:
                 await run.parts.evaluation.close()
             memory.close()
 
-    async def _open(self, name: str, memory: SharedMemory, telemetry: Telemetry) -> Run:
-        keeper = await HeadKeeper.read(self._bus, name)
+    async def _open(self, keeper: HeadKeeper, memory: SharedMemory, telemetry: Telemetry) -> Run:
+        name = keeper.head.run
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
-        if keeper is None or entry is None or keeper.head.phase in ENDED:
+        if entry is None or keeper.head.phase in ENDED:
             raise Deposed("it was ended before it was opened")
         try:
             return await self._opened(keeper, entry.value, memory, telemetry)
@@ -380,11 +381,6 @@ class Coordinator:
 
     async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Asked:
         return (await self._model_of(spec, memory, manifest))[0]
-
-    async def _give_up(self, name: str, reason: str) -> None:
-        keeper = await HeadKeeper.read(self._bus, name)
-        if keeper is not None and keeper.head.phase not in ENDED:
-            await keeper.write(keeper.head.model_copy(update={"phase": "failed", "reason": reason[:2000]}))
 
     def _public_key(self, agent: str) -> str:
         hello = self._hellos.get(agent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from syncline.bus.base import Bus
@@ -11,6 +12,8 @@ from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Stop, Stopped
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.space import release
+
+log = logging.getLogger(__name__)
 
 TRIES = 5  # each lost to somebody who moved head meanwhile
 
@@ -53,3 +56,16 @@ async def _without_head(bus: Bus, stop: Stop) -> Stopped:
     await HeadKeeper.create(bus, Head(run=stop.run, term=1, version=0, phase="done", reason=why(stop)))
     await release(bus, stop.run, ended=True)
     return Stopped(run=stop.run, outcome="stopped", reason=why(stop))
+
+
+async def give_up(keeper: HeadKeeper, reason: str, telemetry: Telemetry) -> None:
+    """The run has failed, unless another coordinator has moved it on: then what was missing here is only out of date."""
+    head = keeper.head
+    if head.phase in ENDED:
+        return
+    try:
+        await keeper.write(head.model_copy(update={"phase": "failed", "reason": reason[:2000]}))
+    except Deposed as error:
+        log.warning("run %s: %s; given up here: %s", head.run, error, reason)
+    else:
+        await telemetry.event("run-failed", f"run {head.run}: {reason}", level="error")

@@ -116,7 +116,7 @@ class FleetStatus(Published):
 class Event(Published):
     """Something happened that a person may want to know."""
 
-    event: str = Field(description="its kind, for programs: agent-joined, agent-lost, update-dropped, …")
+    event: str = Field(description="its kind, for programs: agent-joined, agent-lost, update-dropped, advice, …")
     level: Literal["info", "warning", "error"]
     text: str = Field(description="the same for people, with the mend where there is one")
     agent: str = Field("", description="whom it concerns")

@@ -167,6 +167,18 @@ async def test_the_key_of_an_agent_or_a_watcher_submits_nothing(fleet: Fleet, tm
         assert "coordinator's key" in said
 
 
+@in_module_loop
+async def test_a_key_that_is_not_the_agents_own(fleet: Fleet, tmp_path: Path) -> None:
+    broker = fleet.local.broker
+    key = str(broker.keyring.path("a1"))
+    args = ("agent", "--name", "a2", "--key", key, "--connect", broker.url, "--state-dir", "state")
+    agent = Command(tmp_path, args)
+    try:
+        await asyncio.to_thread(agent.says, "as 'a2': it is another's, or a reader's")
+    finally:
+        agent.stop()
+
+
 def test_a_model_without_float_parameters(tmp_path: Path) -> None:
     code = """
         import torch

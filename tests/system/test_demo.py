@@ -196,6 +196,18 @@ def test_a_coordinator_that_is_killed_ends_the_demo_with_its_log(start: Start) -
     demo.leaves_nothing(5.0)
 
 
+def test_a_broker_that_is_killed_is_started_again_with_all_that_it_held(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("task: syncline.tasks.digits:Digits\nname: long\nstop: {versions: 100}\n")
+    run = start("run", "s.yaml", "--local", "2")
+    run.says("round ")
+    (pid_file,) = run.temporary.glob("syncline-broker-*/broker.pid")
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    assert run.ended() == 0, run.err
+    assert "the broker's process was killed by SIGKILL; it is started again" in run.out
+    assert "run long: 100 versions" in run.out
+    run.leaves_nothing(5.0)
+
+
 def _service(command: Command, name: str) -> int:
     """The process of a service: the one that holds its log open and is nobody's child there."""
     holders = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from pathlib import Path
 
 import nats
 import pytest
+from command import Command
 from harness import Fleet, eventually, task
 
 from syncline.wire import subjects
@@ -149,6 +152,21 @@ async def test_an_agent_that_does_not_allow_the_task_takes_no_part_and_is_named_
     assert head.phase == "done", head.reason
     assert {e.agent for r in await fleet.log(run) for e in r.plan.merged} == {"a2", "a3", "a4"}
     await fleet.local.start_agent("a1")
+
+
+async def test_a_second_coordinator_says_so_and_leaves_the_run_alone(fleet: Fleet, tmp_path: Path) -> None:
+    run = await fleet.start(**SLOW, stop={"versions": 8})
+    await fleet.version(run, 1)
+    broker = fleet.local.broker
+    key = str(broker.keyring.path("coordinator"))
+    second = Command(tmp_path, ("coordinator", "--connect", broker.url, "--key", key))
+    try:
+        assert await asyncio.to_thread(second.ended) == 2
+        assert f"error: --connect: a coordinator is up on {broker.url} already. Leave it at that" in second.err
+    finally:
+        second.stop()
+    head = await fleet.ended(run)
+    assert (head.phase, head.term) == ("done", 1), head
 
 
 async def test_a_coordinator_killed_in_the_middle_goes_on_where_head_stands(fleet: Fleet) -> None:

@@ -126,6 +126,14 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest() -> None:
     assert Curve().sparkline(10) == ""
 
 
+def test_an_agent_speaks_in_its_own_name_and_not_without_end() -> None:
+    state = RunState("r", versions=40)
+    for who, text in (("a1", "the run is over"), ("a1", "a1 cannot train"), ("coordinator", "x" * 5000)):
+        state.on_event("r", Event(event="advice", level="error", text=text).model_dump_json().encode(), who)
+    said = [event.text for event in state.take_events()]
+    assert said == ["a1: the run is over", "a1 cannot train", "x" * 1000]
+
+
 def test_a_constant_is_a_flat_line() -> None:
     curve = Curve()
     for version in range(3):

@@ -112,3 +112,15 @@ def test_every_command_in_the_documents_exists_with_its_options(line: str) -> No
 def test_every_make_target_in_the_documents_exists(line: str) -> None:
     target = line.split()[1]
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_every_message_that_operations_explains_is_one_that_is_said() -> None:
+    _, table = (ROOT / "docs" / "operations.md").read_text().split("## When something breaks")
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(messages) >= 8
+    sources = [path.read_text() for place in ("shared", "services") for path in (ROOT / place).rglob("*.py")]
+    for part in (part.strip() for message in messages for part in message.split("…")):
+        words = (
+            part.replace(" N ", " {").split("{")[-1].rstrip(":")
+        )  # behind a figure; the setting is put before a colon
+        assert any(words in source for source in sources), f"nobody says {part!r}"

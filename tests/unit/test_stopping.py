@@ -11,10 +11,11 @@ from stored_run import RUN, StoredRun, bucket, submitted, waiting
 from syncline.bus.base import Delivery
 from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.errors import Unavailable
+from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Stop, Stopped, decode, encode
-from syncline_coordinator.head import Deposed
-from syncline_coordinator.stopping import TRIES, end_undriven, why
+from syncline_coordinator.head import Deposed, HeadKeeper
+from syncline_coordinator.stopping import TRIES, end_undriven, give_up, why
 
 STOP = Stop(run=RUN, by="ann@hub")
 
@@ -109,3 +110,17 @@ async def test_it_is_told_in_the_events(bus: MemoryBus) -> None:
 )
 def test_who_asked_is_said_as_people_can_read_it(by: str, said: str) -> None:
     assert why(Stop(run=RUN, by=by)) == f"stopped by {said}"
+
+
+async def test_a_run_that_cannot_be_opened_fails_but_not_where_another_coordinator_has_moved_it_on(
+    bus: MemoryBus,
+) -> None:
+    await submitted(bus)
+    telemetry = Telemetry(bus, RUN, subjects.COORDINATOR)
+    mine, others = [await HeadKeeper.read(bus, RUN) for _ in range(2)]
+    assert mine is not None and others is not None
+    await others.write(waiting().model_copy(update={"version": 7}))
+    await give_up(mine, "chunk 0 of blob 12345678 is not on the bus", telemetry)
+    assert (await head(bus)).phase == "waiting" and (await head(bus)).version == 7
+    await give_up(others, "no such task", telemetry)
+    assert (await head(bus)).phase == "failed" and (await head(bus)).reason == "no such task"

@@ -170,6 +170,11 @@ class EmbeddedBroker:
         assert self._process is not None, "not running"
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of a server that ended and was not asked to; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def violations(self) -> ViolationLog:
         """What the broker refuses from now on, by name."""
         return ViolationLog(self.log_path, self.keyring.names, from_end=True)
