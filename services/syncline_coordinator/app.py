@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,15 @@ from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.child import Child
 from syncline.errors import BusError, ConfigError
 from syncline.nursery import Nursery
-from syncline.service import name_process, run_service, set_up_logging
+from syncline.service import DONE, FAILED, name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
 from syncline.wire import subjects
 from syncline.wire.subjects import COORDINATOR
+from syncline_coordinator.head import Deposed
 from syncline_coordinator.options import CoordinatorOptions
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
+
+log = logging.getLogger(__name__)
 
 EVALUATOR = "syncline_coordinator.evaluator:main"
 REDUCERS = 2  # threads
@@ -33,17 +37,17 @@ def run(options: CoordinatorOptions) -> int:
     seed = read_seed(Path(options.key)) if options.key else ""
     nursery = Nursery.start(("torch",))
 
-    async def work() -> None:
+    async def work() -> int:
         nursery.open()
         try:
-            await _serve(options, seed, nursery)
+            return await _serve(options, seed, nursery)
         finally:
             await nursery.close()
 
     return run_service(work)
 
 
-async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> None:
+async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> int:
     try:
         bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s))
     except BusError as error:
@@ -62,11 +66,15 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> No
     )
     try:
         await Coordinator(bus, start_child, settings).serve()
+    except Deposed as error:
+        log.error("%s; exiting", error)
+        return FAILED
     except BusError as error:
         raise mended(error, options.connect) from None
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         await bus.close()
+    return DONE
 
 
 async def _be_the_only_one(bus: NatsBus, url: str) -> None:

@@ -8,7 +8,7 @@ from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
 from syncline.errors import BusError, Conflict, NoResponders, SynclineError, Unreachable
 from syncline.wire import subjects
-from syncline.wire.messages import MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
+from syncline.wire.messages import ENDED, MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
 
 Sure = Callable[[], Awaitable[None]]
 NOTIFY_ROSTER_BYTES = 64 * 1024
@@ -85,6 +85,16 @@ class HeadKeeper:
         key = subjects.head_key(self.head.run)
         entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
         return entry is not None and entry.revision == self._revision
+
+    async def is_taken(self) -> bool:
+        """Whether the run goes on under another coordinator's term."""
+        there = await HeadKeeper.read(self._bus, self.head.run)
+        return there is not None and there.head.term > self.head.term and there.head.phase not in ENDED
+
+    async def is_orphan(self) -> bool:
+        """Whether it was made for a spec which the broker then lost, so that the run's name is free."""
+        spec = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(self.head.run)))
+        return spec is None and self.head.version == 0 and self.head.phase not in ENDED
 
     async def notify(self, roster: Roster | None = None) -> None:
         """A hint; whoever misses it reads head again in a few seconds."""

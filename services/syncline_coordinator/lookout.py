@@ -81,6 +81,10 @@ class Lookout:
             self._settled = 0
             self._doubt.set()
 
+    async def sure(self) -> None:
+        """Nothing was lost, as far as head can show. Raises Deposed and RolledBack."""
+        await self.sure_of(self._keeper.head)
+
     async def sure_of(self, head: Head) -> None:
         """What head names is there. Raises RolledBack."""
         while self._settled != (count := self._reconnects):

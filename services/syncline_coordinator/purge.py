@@ -1,6 +1,7 @@
 """Removes blobs that nobody needs any more: updates that were judged, models older than those that are kept.
 
-Purges name blobs, never "all but". They run beside the rounds, and a purge that fails is tried again with the next.
+Purges name blobs, never "all but". They run beside the rounds, and a purge that fails is tried again with the next. None is
+asked for while the broker may have come back with an older store, in which what was judged is not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import deque
 
 from syncline.bus.base import Bus
 from syncline.errors import BusError
+from syncline_coordinator.head import Sure
 
 AT_ONCE = 4
 PAUSE_S = 0.02
@@ -26,11 +28,13 @@ class Purger:
         self._due.append((stream, f"{prefix}.>"))
         self._woken.set()
 
-    async def run(self) -> None:
+    async def run(self, sure: Sure) -> None:
+        """`sure()`: the broker holds what this coordinator believes it does, or it raises."""
         while True:
             await self._woken.wait()
             self._woken.clear()
             while self._due:
+                await sure()
                 batch = [self._due.popleft() for _ in range(min(AT_ONCE, len(self._due)))]
                 results = await asyncio.gather(*(self._bus.purge(s, p) for s, p in batch), return_exceptions=True)
                 self._due.extend(b for b, r in zip(batch, results, strict=True) if isinstance(r, BusError))

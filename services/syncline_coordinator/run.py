@@ -164,7 +164,7 @@ class Run:
         the broker lost what it had acknowledged."""
         try:
             self._begin(self._read_offers())
-            self._begin(self._purger.run())
+            self._begin(self._purger.run(self.lookout.sure))
             self._begin(self._janitor.run())
             self._begin(self.lookout.watch())
             self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))

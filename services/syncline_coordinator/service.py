@@ -88,6 +88,7 @@ class Coordinator:
         self._reducers = settings.executor
 
     async def serve(self) -> None:
+        """Until cancelled. Raises Deposed where another coordinator has taken over: one serves all runs."""
         self._bus.when_reconnected(lambda: self._active.lookout.look() if self._active is not None else None)
         await self._bus.ensure_bucket(RUNS)
         agents = f"{subjects.PREFIX}.*.agent.*"
@@ -96,11 +97,16 @@ class Coordinator:
         await self._bus.subscribe(subjects.submit(), self._on_submit)
         await self._bus.subscribe(subjects.stop(), self._on_stop)
         await self._fleet_events.event("coordinator-started", "the coordinator is up")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch_silence())
-            tasks.create_task(tell_refusals(self._settings.broker_log, self._settings.key_names, self._fleet_events))
-            tasks.create_task(self._take_runs())
-            tasks.create_task(tell_often(self._fleet_events, self._status))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch_silence())
+                tasks.create_task(
+                    tell_refusals(self._settings.broker_log, self._settings.key_names, self._fleet_events)
+                )
+                tasks.create_task(self._take_runs())
+                tasks.create_task(tell_often(self._fleet_events, self._status))
+        except* Deposed as group:
+            raise group.exceptions[0] from None
 
     def _status(self) -> FleetStatus:
         run = self._active.parts.spec.name if self._active is not None else self._opening
@@ -220,7 +226,7 @@ class Coordinator:
 
     async def _accept(self, spec: RunSpec) -> list[str]:
         """Checks all that can be checked before a run starts, and queues it; returns what is doubtful. Raises ConfigError."""
-        if (there := await HeadKeeper.read(self._bus, spec.name)) is not None:
+        if (there := await HeadKeeper.read(self._bus, spec.name)) is not None and not await there.is_orphan():
             raise exists(there.head)
         manifest = await self._manifest_of(spec)
         await reserve(self._bus, spec, manifest)
@@ -294,10 +300,10 @@ class Coordinator:
             if kind != "spec":
                 continue
             keeper = await HeadKeeper.read(self._bus, name)
-            if keeper is None:  # whoever accepted the run died between its spec and its head
+            entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
+            if entry is not None and keeper is None:  # whoever accepted the run died between its spec and its head
                 await patiently(partial(self._first_head, name))
                 keeper = await HeadKeeper.read(self._bus, name)
-            entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
             if keeper is not None and entry is not None and keeper.head.phase not in ENDED:
                 waiting.append((entry.revision, name))
         self._queue = [name for _, name in sorted(waiting)]
@@ -331,6 +337,8 @@ class Coordinator:
             await give_up(keeper, str(error), telemetry)
         except Deposed as error:
             log.warning("run %s: %s", name, error)
+            if await keeper.is_taken():  # both would take the run from each other without end
+                raise
         else:
             await release(self._bus, name, ended=True)
         finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 
 from syncline.bus.base import Bus, StreamConfig
-from syncline.errors import BusError, ConfigError, StreamFull, Unavailable
+from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
@@ -65,8 +65,7 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
             await bus.ensure_stream(stream)
             made.append(stream.name)
     except (StreamFull, Unavailable) as error:
-        for name in made:
-            await _quietly(bus.delete_stream(name))
+        await _tidy(bus.delete_stream(name) for name in made)
         if isinstance(error, Unavailable):
             mend = (
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
@@ -85,13 +84,16 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
 async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
     """Deletes the run's streams with all they hold. Of a run that has ended, models and log stay, as large as they are."""
     kept = (subjects.model_stream, subjects.log_stream)
-    for name in (subjects.updates_stream, subjects.offers_stream, *kept):
-        await _quietly(bus.fit_stream(name(run)) if ended and name in kept else bus.delete_stream(name(run)))
+    names = (subjects.updates_stream, subjects.offers_stream, *kept)
+    await _tidy(bus.fit_stream(n(run)) if ended and n in kept else bus.delete_stream(n(run)) for n in names)
 
 
-async def _quietly(work: Awaitable[None]) -> None:
-    """Best effort: what stays is named by the run and bounded."""
-    try:
-        await work
-    except BusError:
-        pass
+async def _tidy(work: Iterator[Awaitable[None]]) -> None:
+    """One after the other, best effort: what stays is named by the run and bounded."""
+    for one in work:
+        try:
+            await one
+        except Unreachable:  # a broker may come back with an older store, in which the run goes on
+            return
+        except BusError:
+            pass

@@ -29,6 +29,7 @@ from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.signs import Superseded
+from syncline_coordinator.head import Deposed
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.books import Books
 from syncline_sim.children import Children, StubChildren, TaskChildren
@@ -204,8 +205,13 @@ class World:
 
     # -- services ------------------------------------------------------------------------------------------------------
     def start(self, service: str) -> None:
-        """A new life of the service, if the run is not over."""
+        """A new life of the service, if the run is not over. A coordinator that finds another goes, and is tried again."""
         if self._ended.is_set():
+            return
+        if service == COORDINATOR and any(
+            life.service == service and not (life.dead or life.replaced) for life in self.lives.values()
+        ):
+            self.at(START_AGAIN_S, partial(self.start, service))
             return
         number = sum(life.service == service for life in self.lives.values()) + 1
         life = Life(service, number)
@@ -284,7 +290,7 @@ class World:
             error = error.exceptions[0]
         self.say(f"{life.connection} exits: {type(error).__name__}: {error}")
         alone = not any(other.service == life.service and not other.dead for other in self.lives.values())
-        if isinstance(error, BusError | ChildDied) or (isinstance(error, Superseded) and alone):
+        if isinstance(error, BusError | ChildDied | Deposed) or (isinstance(error, Superseded) and alone):
             self.at(START_AGAIN_S, partial(self.start, life.service))
         elif not isinstance(error, Superseded):
             self._problem(f"{life.connection} died of its own bug: {type(error).__name__}: {error}")

@@ -333,6 +333,10 @@ class Failures:
         before = [await core.state(stream, ">") for stream in (MODEL, f"KV_{RUNS_BUCKET}")]
         await backend.stop()
         await dropped.unsubscribe()
+        for destroys in (core.purge(MODEL, ">"), core.fit_stream(MODEL), core.delete_stream(MODEL)):
+            assert (
+                await outcome(destroys) is Unreachable
+            )  # and is not kept: the broker may come back with an older store
         added = Heard()
         await core.subscribe("syncline.v1.r.agent.*.heartbeat", added)
         await backend.start()

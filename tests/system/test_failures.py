@@ -183,6 +183,25 @@ async def test_a_coordinator_killed_in_the_middle_goes_on_where_head_stands(flee
     assert [len(r.plan.merged) for r in records] == [4] * 6, "it did not wait for those it had not heard of yet"
 
 
+async def test_a_coordinator_that_was_replaced_while_it_hung_goes_when_it_wakes(fleet: Fleet) -> None:
+    run = await fleet.start(**SLOW, agents=QUICK_LOSS, stop={"versions": 10})
+    await fleet.version(run, 2)
+    hung = fleet.local.workers["coordinator"]
+    os.kill(hung.pid, signal.SIGSTOP)
+    try:
+        await fleet.local.start_coordinator()
+        await goes_on(fleet, run, 2)
+    finally:
+        os.kill(hung.pid, signal.SIGCONT)
+    async with asyncio.timeout(30.0):
+        assert await hung.exited == 1
+    log = (fleet.local.broker.directory / "logs" / "coordinator.log").read_text()
+    assert "another coordinator is in charge of this run; exiting" in log
+    head = await fleet.ended(run)
+    assert (head.phase, head.term) == ("done", 2), head
+    assert [len(r.plan.merged) for r in await fleet.log(run)] == [4] * 10
+
+
 async def test_rubbish_on_an_agents_subjects_is_counted_reported_and_harmless(fleet: Fleet) -> None:
     run = await fleet.start(**SLOW, agents=QUICK_LOSS, stop={"versions": 5})
     await fleet.version(run, 1)

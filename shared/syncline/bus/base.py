@@ -81,7 +81,11 @@ class Subscription(Protocol):
 
 
 class Bus(Protocol):
-    """Every method may raise Unreachable (no connection or no answer in time) and Denied (the broker's permissions)."""
+    """Every method may raise Unreachable (no connection or no answer in time) and Denied (the broker's permissions).
+
+    While the connection is lost, `purge`, `delete_stream` and `fit_stream` raise Unreachable at once and are not kept until it
+    is back: the broker may come back with an older store, in which what they would destroy is needed.
+    """
 
     @property
     def max_payload(self) -> int:

@@ -311,12 +311,12 @@ class MemoryBus:
 
     async def delete_stream(self, stream: str) -> None:
         with self._operation("delete_stream", stream) as now:
-            await self._ask(now, f"$JS.API.STREAM.DELETE.{stream}", lambda: self._broker.delete(stream))
+            await self._ask_now(now, f"$JS.API.STREAM.DELETE.{stream}", lambda: self._broker.delete(stream))
 
     async def fit_stream(self, stream: str) -> None:
         with self._operation("fit_stream", stream) as now:
             held = partial(self._broker.stream, stream, Unavailable)
-            await self._ask(now, f"$JS.API.STREAM.UPDATE.{stream}", lambda: held().fit())
+            await self._ask_now(now, f"$JS.API.STREAM.UPDATE.{stream}", lambda: held().fit())
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
         with self._operation("put", subject, data) as now:
@@ -384,11 +384,16 @@ class MemoryBus:
 
     async def _purge(self, now: Operation, stream: str, subject: str, up_to_seq: int | None = None) -> None:
         held = partial(self._broker.stream, stream, Unavailable)
-        await self._ask(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject, up_to_seq))
+        await self._ask_now(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject, up_to_seq))
 
     async def _ensure(self, now: Operation, name: str, config: StreamConfig | BucketConfig) -> None:
         shape = Shape.of(config)
         await self._ask(now, f"$JS.API.STREAM.CREATE.{name}", lambda: self._broker.store.ensure(name, shape))
+
+    async def _ask_now(self, now: Operation, subject: str, ask: Callable[[], T]) -> T:
+        if not self._control.up:
+            raise Unreachable(f"{subject}: the connection to the broker is lost")
+        return await self._ask(now, subject, ask)
 
     async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], lane: Lane | None = None) -> T:
         """Has JetStream do something, where the permissions let us ask for it."""

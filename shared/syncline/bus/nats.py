@@ -25,6 +25,7 @@ from syncline.errors import (
     NoResponders,
     StreamFull,
     Unavailable,
+    Unreachable,
 )
 
 _NO_JETSTREAM = "the broker has no JetStream for this account. Start nats-server with JetStream enabled (`-js`)"
@@ -115,7 +116,7 @@ class NatsBus:
 
     async def delete_stream(self, stream: str) -> None:
         try:
-            await self._api(f"STREAM.DELETE.{stream}")
+            await self._api_now(f"STREAM.DELETE.{stream}")
         except _Refused as error:
             if error.code != _STREAM_NOT_FOUND:
                 raise
@@ -123,7 +124,7 @@ class NatsBus:
     async def fit_stream(self, stream: str) -> None:
         there = await self._api(f"STREAM.INFO.{stream}")
         config = {**there["config"], "max_bytes": max(1, there["state"]["bytes"])}
-        await self._api(f"STREAM.UPDATE.{stream}", config)
+        await self._api_now(f"STREAM.UPDATE.{stream}", config)
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
         return await self._put(self._bulk if bulk else self._control, subject, data)
@@ -157,7 +158,7 @@ class NatsBus:
         ask: dict[str, Any] = {"filter": subject}
         if up_to_seq is not None:
             ask["seq"] = max(1, up_to_seq)  # 0 would mean all
-        await self._api(f"STREAM.PURGE.{stream}", ask)
+        await self._api_now(f"STREAM.PURGE.{stream}", ask)
 
     # -- core ------------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes) -> None:
@@ -198,6 +199,13 @@ class NatsBus:
                 f"stream {config['name']} exists with another configuration: {'; '.join(differ)}. "
                 "Delete it with `nats stream rm`, or use another name"
             ) from None
+
+    async def _api_now(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For what destroys: nats-py keeps a request until the connection is back, and a broker may be back with an older
+        store."""
+        if not self._control.up:
+            raise Unreachable(f"{what}: the connection to the broker is lost")
+        return await self._api(what, ask)
 
     async def _api(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
         data = json.dumps(ask).encode() if ask else b""

@@ -214,6 +214,10 @@ class Lane:
     def max_payload(self) -> int:
         return int(self._client.max_payload)
 
+    @property
+    def up(self) -> bool:
+        return bool(self._client.is_connected)
+
     # -- talking ---------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         if len(data) + size_of(headers) > self.max_payload:  # nats-py forgets the headers, and the server then hangs up
