@@ -33,6 +33,7 @@ demo: install
 SEEDS ?= 2000
 test: check
 	$(BIN)/python -m pytest tests/unit tests/sim -m long
+	$(BIN)/syncline-sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest tests/bus tests/system
 
 check: install

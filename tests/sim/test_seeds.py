@@ -1,4 +1,4 @@
-"""Whole runs, each with settings, a fleet and faults of its own. `syncline-sim --seeds 10000` runs more of them."""
+"""Whole runs, each with settings, a fleet and faults of its own: `syncline-sim --seeds 2000` runs that many of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ from syncline_sim.seeds import explain, play
 
 pytestmark = pytest.mark.long
 
-BATCH = 50
-
 
 FOUND = (  # what was found by many seeds, and mended
     7036,  # a head was made for a spec which the broker had lost: its name was taken for good
     100250,  # two coordinators that took the run from each other without end
     100467,  # a purge that waited for the connection met an older store
 )
-
-
-@pytest.mark.parametrize("first", range(0, 300, BATCH))
-def test_every_seed_ends_well(first: int) -> None:
-    wrong = next((seed for seed in range(first, first + BATCH) if play(seed).failed), None)
-    assert wrong is None, f"\n{explain(wrong)}"
 
 
 @pytest.mark.parametrize("seed", FOUND)
