@@ -55,9 +55,13 @@ class Lookout:
         """Whether the version that an agent has seen, or trained from, is none of this run's any more."""
         if term >= self._keeper.head.term or version <= self._began:
             return False
-        self._lost = f"{agent} has seen version {version} of term {term}"
-        self._doubt.set()
+        self.lost(f"{agent} has seen version {version} of term {term}")
         return True
+
+    def lost(self, what: str) -> None:
+        """An agent has seen what cannot be."""
+        self._lost = what
+        self._doubt.set()
 
     async def watch(self) -> None:
         """Raises Deposed and RolledBack."""
@@ -87,7 +91,7 @@ class Lookout:
 
     async def sure_of(self, head: Head) -> None:
         """What head names is there. Raises RolledBack."""
-        while self._settled != (count := self._reconnects):
+        while self._settled != (count := self._reconnects) or self._lost:
             await self._look_around()
             await self._check_blobs(head)
             self._settled = count

@@ -327,6 +327,8 @@ class Run:
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
+            if offer.line == self.keeper.head.line:  # it trains where head's roster has a place for it, and not before
+                self.lookout.lost(f"{agent} has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
         if offer.line != self.keeper.head.line or self.lookout.is_lost(agent, offer.term, offer.base):
             return PeerError("offer: made before the broker lost what it had acknowledged")

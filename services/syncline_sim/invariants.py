@@ -60,6 +60,7 @@ class Invariants:
     seen: dict[str, tuple[int, tuple[int, int]]] = field(
         default_factory=dict
     )  # session → line, highest term and version
+    was_set_back: bool = False  # the broker has lost what it had acknowledged
     reborn: bool = False  # the run was lost as a whole, and submitted again
     writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
     dropped: set[tuple[str, int]] = field(default_factory=set)
@@ -128,7 +129,7 @@ class Invariants:
             for message in store.streams[subjects.offers_stream(run)].messages.values():
                 self._note_offer(message)
         self.incomplete = self.head is not None and any(self._misses(ref) for _, ref in self._named(self.head))
-        self.reborn |= self.head is None
+        self.was_set_back, self.reborn = True, self.reborn or self.head is None
 
     def heard(self, beat: Heartbeat) -> None:
         """A heartbeat tells what its sender has seen."""
@@ -157,8 +158,9 @@ class Invariants:
         self.heads.append(head)
         if before is not None:
             step = (head.term - before.term, head.version - before.version)
-            anew = head.line != before.line and step[0] > 0 and step[1] == 0
-            self._insist(anew or step in ((0, 0), (0, 1), (1, 0)), f"{_short(before)} was followed by {_short(head)}")
+            anew = self.was_set_back and head.line != before.line and step[0] > 0 and step[1] == 0
+            goes_on = head.line == before.line and step in ((0, 0), (0, 1), (1, 0))
+            self._insist(anew or goes_on, f"{_short(before)} was followed by {_short(head)}")
             if anew:  # clocks are given again, and offers of the line before count for nothing
                 for books in (self.offers, self.offer_seqs, self.sessions, self.may_begin, self.levels):
                     books.clear()
