@@ -25,19 +25,8 @@ from typing import TypeVar, cast
 
 from syncline.bus.accounts import MAX_PAYLOAD_BYTES, WATCH, Account
 from syncline.bus.base import BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState, Subscription
-from syncline.bus.memory_faults import (
-    BROKER,
-    Ear,
-    Hook,
-    Hooks,
-    Instant,
-    Lane,
-    Message,
-    Network,
-    Operation,
-    Pipe,
-    Who,
-)
+from syncline.bus.memory_faults import BROKER, Hook, Hooks, Instant, Network, Operation
+from syncline.bus.memory_lane import Ear, Lane, Message, Pipe, Who
 from syncline.bus.memory_store import CAS_HEADER_BYTES, FEEDS, NOTIFY, Shape, Store, Stream, Tenant, checked, matches
 from syncline.bus.violations import Violation
 from syncline.errors import BusError, NoResponders, Unavailable, Unreachable
