@@ -1,80 +1,41 @@
-"""What must hold in every run, whatever goes wrong, checked as each message reaches a stream. Keeps its own books.
+"""What must hold in every run, whatever goes wrong, checked as each message reaches a stream.
 
-It reads what lies on the bus and nothing of the services' memory. A violation is noted in plain words; the world stops there.
+It holds what happens against the `Chronicle` of what happened before. A violation is noted in plain words; the world stops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import copy
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
-import msgpack
 import numpy as np
 import xxhash
 
 from syncline.bus.base import Stored
-from syncline.bus.memory_store import Store
 from syncline.engine.staleness import Hinge, Polynomial
-from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
     MAX_HEAD_BYTES,
     REMEMBERED,
-    BlobRef,
     Committed,
     Head,
     Heartbeat,
-    Offer,
     Plan,
     PlanEntry,
     Roster,
     Verdict,
     decode,
 )
-from syncline_sim.books import Books
-from syncline_sim.oracle import Vector, next_center
+from syncline_sim.chronicle import Chronicle
+from syncline_sim.oracle import next_center
 
 DTYPES = {"fp32": "<f4", "fp64": "<f8"}
 ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
 
 
-@dataclass
-class Invariants:
+class Invariants(Chronicle):
     """`stored` and `purged` for all that happens in the streams of one run."""
-
-    spec: RunSpec
-    problems: list[str] = field(default_factory=list)
-    heads: list[Head] = field(default_factory=list)
-    offers: dict[tuple[str, int], list[Offer]] = field(default_factory=dict)
-    offer_seqs: dict[int, tuple[str, int]] = field(default_factory=dict)
-    merged: dict[tuple[str, int], int] = field(default_factory=dict)  # (agent, clock) → version
-    records: dict[tuple[int, int], Committed] = field(default_factory=dict)  # (version, term)
-    chunks: dict[str, bytes] = field(default_factory=dict)  # subject → frame, of every chunk ever put
-    gone: set[str] = field(default_factory=set)  # subjects that were purged
-    lost: set[str] = field(default_factory=set)  # … and that a broker lost which came back with an older store
-    incomplete: bool = False
-    seen: dict[str, tuple[int, tuple[int, int]]] = field(
-        default_factory=dict
-    )  # session → line, highest term and version
-    was_set_back: bool = False  # the broker has lost what it had acknowledged
-    reborn: bool = False  # the run was lost as a whole, and submitted again
-    writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
-    dropped: set[tuple[str, int]] = field(default_factory=set)
-    sessions: dict[str, set[str]] = field(default_factory=dict)  # agent → those that have offered
-    levels: dict[str, int] = field(default_factory=dict)  # participant → its clock and offset, as the last roster says
-    may_begin: dict[str, int] = field(default_factory=dict)  # agent → the highest clock from which it may go on
-    taken: dict[tuple[str, int], Vector] = field(default_factory=dict)  # elastic differences that were merged
-    roster: Roster | None = None
-    plan: Plan | None = None
-    kept: list[Vector] = field(default_factory=list)  # what the outer optimiser keeps beside the newest center
-
-    @property
-    def head(self) -> Head | None:
-        return self.heads[-1] if self.heads else None
 
     # -- what happens --------------------------------------------------------------------------------------------------
     def stored(self, stream: str, message: Stored) -> str:
@@ -105,31 +66,6 @@ class Invariants:
         elif stream == subjects.updates_stream(self.spec.name):
             for subject in names:
                 self._on_purged_update(subjects.agent_of(subject), subject.split(".")[6])
-
-    def copy(self) -> Invariants:
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        copies: dict[str, Any] = {
-            name: copy(value) for name, value in held.items() if isinstance(value, dict | list | set)
-        }
-        return replace(self, **copies)
-
-    def set_back(self, then: Books, store: Store) -> None:
-        """Everything is as head was then, but that chunks and offers are those of the store. What anybody has seen is seen."""
-        assert isinstance(then, Invariants)
-        again = then.copy()
-        for name in ("heads", "merged", "writers", "dropped", "levels", "may_begin", "taken", "roster", "plan", "kept"):
-            setattr(self, name, getattr(again, name))
-        run, kept = self.spec.name, set[str]()
-        for stream in (subjects.updates_stream(run), subjects.model_stream(run)):
-            kept |= store.streams[stream].by_subject.keys() if stream in store.streams else set()
-        self.gone -= kept
-        self.lost = self.chunks.keys() - kept - self.gone
-        self.offers, self.offer_seqs, self.sessions = {}, {}, {}
-        if subjects.offers_stream(run) in store.streams:
-            for message in store.streams[subjects.offers_stream(run)].messages.values():
-                self._note_offer(message)
-        self.incomplete = self.head is not None and any(self._misses(ref) for _, ref in self._named(self.head))
-        self.was_set_back, self.reborn = True, self.reborn or self.head is None
 
     def heard(self, beat: Heartbeat) -> None:
         """A heartbeat tells what its sender has seen."""
@@ -346,7 +282,7 @@ class Invariants:
                 judged = clock <= roster.clocks[number]
                 self._insist(judged, f"offers_seq {head.offers_seq} is beyond {agent}'s unjudged clock {clock}")
 
-    # -- the rest ------------------------------------------------------------------------------------------------------
+    # -- offers and purges ---------------------------------------------------------------------------------------------
     def _on_offer(self, message: Stored) -> str:
         agent, offer = self._note_offer(message)
         if self.head is None or offer.line != self.head.line or offer.base > self.head.version:
@@ -364,48 +300,11 @@ class Invariants:
         self._insist(not self.gone & {*names} or self._judged(agent) >= offer.clock, f"{agent}'s chunks were purged")
         return f"{agent} offers clock {offer.clock} for version {offer.base}"
 
-    def _note_offer(self, message: Stored) -> tuple[str, Offer]:
-        agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
-        if self.head is not None and offer.line == self.head.line and offer.base <= self.head.version:
-            self.offers.setdefault((agent, offer.clock), []).append(offer)
-            self.offer_seqs[message.seq] = (agent, offer.clock)
-            self.sessions.setdefault(agent, set()).add(offer.session)
-        return agent, offer
-
     def _on_purged_update(self, agent: str, blob: str) -> None:
         for clock, offers in ((c, o) for (a, c), o in self.offers.items() if a == agent):
             if any(offer.blob.id == blob for offer in offers):
                 fine = clock <= self._judged(agent)
                 self._insist(fine, f"{agent}'s update of clock {clock} was purged and not judged")
-
-    def _judged(self, agent: str) -> int:
-        """The agent's last judged clock, as head tells it."""
-        number = self.roster.number(agent) if self.roster is not None else None
-        return self.roster.clocks[number] if self.roster is not None and number is not None else 0
-
-    def _named(self, head: Head) -> list[tuple[str, BlobRef]]:
-        refs = [("model", head.model), ("manifest", head.manifest), ("roster", head.roster)]
-        plan = [("plan", head.plan)] if isinstance(head.plan, BlobRef) else []
-        return [(what, ref) for what, ref in (*refs, *plan) if ref is not None]
-
-    def _misses(self, ref: BlobRef) -> bool:
-        """Whether a chunk of it is not there; or, for the current model, one of the outer state beside it."""
-        blobs = [(subjects.model_prefix, ref)]
-        if self.spec.states and self.head is not None and self.head.version and ref == self.head.model:
-            blobs.append((subjects.outer_prefix, self._outer(ref)))
-        names = [f"{prefix(self.spec.name, blob.id)}.{k}" for prefix, blob in blobs for k in range(blob.chunks)]
-        return any(name not in self.chunks or name in self.gone or name in self.lost for name in names)
-
-    def _outer(self, model: BlobRef) -> BlobRef:
-        states, sections = self.spec.states, self.spec.local.sections
-        return BlobRef(id=model.id, size=states * model.size // sections, chunks=states * model.chunks // sections)
-
-    def _content(self, what: str, ref: BlobRef) -> bytes:
-        prefix = f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}"
-        return b"".join(msgpack.unpackb(self.chunks[f"{prefix}.{k}"])["data"] for k in range(ref.chunks))
-
-    def _record(self, kind: type[Any], ref: BlobRef) -> Any:
-        return decode(kind, self._content("model", ref))
 
     def _insist(self, holds: bool, problem: str) -> None:
         if not holds:

@@ -10,10 +10,11 @@ from typing import Any
 from syncline.engine.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
 from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
 from syncline.spec import Async, RunSpec, parse
+from syncline.wire.subjects import COORDINATOR
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
 from syncline_sim.scene import Outcome, Scene, small_spec
-from syncline_sim.world import COORDINATOR, simulate
+from syncline_sim.simulate import simulate
 
 OUTER_OPTIMIZERS = (
     Momentum(lr=0.5),

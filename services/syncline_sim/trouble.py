@@ -26,9 +26,10 @@ from syncline_sim.faults import (
     Unanswered,
     Zombie,
 )
+from syncline_sim.life import Life
 
 if TYPE_CHECKING:
-    from syncline_sim.world import Life, World
+    from syncline_sim.world import World
 
 COORDINATOR = subjects.COORDINATOR
 

@@ -1,20 +1,17 @@
 """A whole fleet in one process: the real coordinator and the real agents on the bus in memory, in virtual time, by a seed.
 
-A service is a *life*: tasks, a connection and a source of chance of its own. A crash ends a life between two bus operations:
-its connection is cut first and its tasks are cancelled then, so that nothing it does on its way out reaches anybody. Started
-again it is a new life, with the disk of the old one or without.
+A service is a *life*, and a crash ends it between two bus operations. Who computes, how messages travel and who looks on is
+the world's `Stage`; it knows no invariant itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import tempfile
 from collections.abc import Callable
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field, replace
+from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from syncline import chance
@@ -32,13 +29,11 @@ from syncline_agent.signs import Superseded
 from syncline_coordinator.head import Deposed
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.books import Books
-from syncline_sim.children import Children, StubChildren, TaskChildren
-from syncline_sim.conserved import lost_or_doubled
+from syncline_sim.children import Children
 from syncline_sim.dice import Dice
 from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
-from syncline_sim.guard import guarded, quiet
 from syncline_sim.inline import InlineChild, InlineTraining
-from syncline_sim.invariants import Invariants
+from syncline_sim.life import Crashed, Life, whose_task
 from syncline_sim.loop import SimTask, Stuck, VirtualLoop
 from syncline_sim.scene import Outcome, Scene
 from syncline_sim.trouble import Trouble, subject_of
@@ -47,39 +42,7 @@ COORDINATOR = subjects.COORDINATOR
 START_AGAIN_S = 1.0  # what a supervisor waits when a service exits because somebody else failed
 ASK_AGAIN_S = 0.5
 NOTHING_USABLE = "every update of version"  # … was dropped
-TASKS = 64  # of a life, before the first look for those that are done
 AFTERWARDS_S = 0.2  # so that a coordinator can tidy up behind the run
-
-
-class Crashed(BaseException):
-    """What a service's code meets at the bus after its crash. No error: nobody is left to handle it."""
-
-
-@dataclass(slots=True)
-class Life:
-    """One process life of a service."""
-
-    service: str
-    number: int
-    tasks: list[SimTask[Any]] = field(default_factory=list)
-    _most: int = TASKS
-    training: InlineTraining | None = None
-    dead: bool = False
-    replaced: bool = False  # by another coordinator, while it was cut off
-
-    def begins(self, task: SimTask[Any]) -> None:
-        """One of its tasks. Those that are done are forgotten now and then: they may hold much."""
-        self.tasks.append(task)
-        if len(self.tasks) > self._most:
-            self.tasks = [t for t in self.tasks if not t.done()]
-            self._most = 2 * len(self.tasks) + TASKS
-
-    @property
-    def connection(self) -> str:
-        return f"{self.service}/{self.number}"
-
-
-_life: ContextVar[Life | None] = ContextVar("life", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +52,6 @@ class Stage:
     children: Children
     weather: Weather
     books: Books
-
-
-def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 240.0) -> Outcome:
-    """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
-    order = Dice(f"{seed} order") if scene.shuffled else None
-    loop = VirtualLoop(order, longest_s=longest_s)
-    weather = Weather(Dice(f"{seed} network"), scene.longest_delay_s)
-    books, faults = Invariants(scene.spec), faults or Faults()
-    with tempfile.TemporaryDirectory() as disk, guarded(), quiet():
-        stub = scene.children == "stub"
-        children = StubChildren(scene) if stub else TaskChildren(scene, Path(disk), loop.time)
-        try:
-            outcome = World(scene, faults, seed, loop, Stage(children, weather, books)).play()
-        finally:
-            loop.close()
-    if isinstance(children, StubChildren) and not outcome.problems:
-        wrong = tuple(lost_or_doubled(scene, faults, children, books))
-        outcome = replace(outcome, problems=wrong, timeline=(*outcome.timeline, *wrong))
-    return outcome
 
 
 class World:
@@ -268,7 +212,7 @@ class World:
 
     def _begin(self, life: Life, work: Any) -> None:
         context = self._context.copy()
-        context.run(_life.set, life)
+        context.run(whose_task.set, life)
         context.run(chance.source.set, Dice(f"{self.seed} {life.connection}"))
         context.run(chance.wall_clock.set, self.broker.now)
         task = self.loop.create_task(work, context=context)
@@ -363,7 +307,7 @@ class World:
         self.timeline.append(f"{self.loop.time():10.4f}  {text}")
 
     def _on_task(self, task: SimTask[Any]) -> None:
-        life = _life.get()
+        life = whose_task.get()
         if life is not None:
             life.begins(task)
             if life.dead:

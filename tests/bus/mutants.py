@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from syncline.bus.base import Handler, Stored, Subscription
 from syncline.bus.memory import MemoryBroker, MemoryBus
-from syncline.bus.memory_faults import Lane, Pipe, Who
+from syncline.bus.memory_lane import Lane, Pipe, Who
 from syncline.bus.memory_store import Store, Stream, Tenant
 
 

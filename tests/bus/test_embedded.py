@@ -85,8 +85,8 @@ async def test_a_taken_port_is_named() -> None:
 
 async def test_a_free_port_that_is_taken_meanwhile_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [embedded._free_port(), other.getsockname()[1]]
-        monkeypatch.setattr(embedded, "_free_port", ports.copy().pop)
+        ports = [embedded.free_port(), other.getsockname()[1]]
+        monkeypatch.setattr(embedded, "free_port", ports.copy().pop)
         async with EmbeddedBroker() as broker:
             assert broker.port == ports[0]
 

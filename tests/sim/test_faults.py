@@ -11,7 +11,7 @@ from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
 from syncline_sim.invariants import Invariants
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import explain, scene_of
-from syncline_sim.world import simulate
+from syncline_sim.simulate import simulate
 
 pytestmark = pytest.mark.long
 
@@ -51,7 +51,7 @@ def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
     settings = {"outer": {"kind": "momentum"}, "keep_models": keep, "wire": {"chunk_bytes": 4096}}
     scene = Scene(small_spec(stop={"versions": 5}, task_options={"elements": 2500}, **settings))
     books: list[Invariants] = []
-    monkeypatch.setattr("syncline_sim.world.Invariants", lambda spec: books.append(Invariants(spec)) or books[-1])
+    monkeypatch.setattr("syncline_sim.simulate.Invariants", lambda spec: books.append(Invariants(spec)) or books[-1])
 
     def left(faults: Faults) -> tuple[int, int]:
         """Models with their outer state, and all blobs."""

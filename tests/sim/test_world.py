@@ -14,7 +14,7 @@ from syncline.spec import RunSpec
 from syncline_sim.faults import Faults
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import faults_of, scene_of
-from syncline_sim.world import simulate
+from syncline_sim.simulate import simulate
 
 FAULTY = Faults().crash("coordinator", at_op=100).cut("a2", after_s=0.7, for_s=3).kill_trainer("a1", after_s=0.9)
 SCENES = {

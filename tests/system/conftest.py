@@ -8,7 +8,7 @@ import pytest_asyncio
 from command import until
 from harness import Fleet, settings
 
-from syncline.bus.embedded import server_binary
+from syncline.bus.embedded_process import server_binary
 from syncline.nursery import Nursery
 from syncline_cli.local import LocalFleet
 

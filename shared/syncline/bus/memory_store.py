@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from syncline.bus.accounts import Account
 from syncline.bus.base import BucketConfig, Stored, StreamConfig, StreamState
-from syncline.bus.memory_faults import Ear, Lane
+from syncline.bus.memory_lane import Ear, Lane
 from syncline.errors import AlreadyPut, Conflict, StreamFull, Unavailable
 from syncline.wire.subjects import PREFIX, RUNS_BUCKET
 

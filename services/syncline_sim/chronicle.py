@@ -1,0 +1,120 @@
+"""What has lain on the bus in one run, as whoever looks on has noted it: heads, offers, chunks, what went and what was lost.
+
+The invariants are checked against it. It reads what it is told and nothing of the services' memory, can be set back as a
+broker can, and judges nothing.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import msgpack
+
+from syncline.bus.base import Stored
+from syncline.bus.memory_store import Store
+from syncline.spec import RunSpec
+from syncline.wire import subjects
+from syncline.wire.messages import BlobRef, Committed, Head, Offer, Plan, Roster, decode
+from syncline_sim.books import Books
+from syncline_sim.oracle import Vector
+
+
+@dataclass
+class Chronicle:
+    """The books of one run, and what can be looked up in them."""
+
+    spec: RunSpec
+    problems: list[str] = field(default_factory=list)
+    heads: list[Head] = field(default_factory=list)
+    offers: dict[tuple[str, int], list[Offer]] = field(default_factory=dict)
+    offer_seqs: dict[int, tuple[str, int]] = field(default_factory=dict)
+    merged: dict[tuple[str, int], int] = field(default_factory=dict)  # (agent, clock) → version
+    records: dict[tuple[int, int], Committed] = field(default_factory=dict)  # (version, term)
+    chunks: dict[str, bytes] = field(default_factory=dict)  # subject → frame, of every chunk ever put
+    gone: set[str] = field(default_factory=set)  # subjects that were purged
+    lost: set[str] = field(default_factory=set)  # … and that a broker lost which came back with an older store
+    incomplete: bool = False
+    seen: dict[str, tuple[int, tuple[int, int]]] = field(
+        default_factory=dict
+    )  # session → line, highest term and version
+    was_set_back: bool = False  # the broker has lost what it had acknowledged
+    reborn: bool = False  # the run was lost as a whole, and submitted again
+    writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
+    dropped: set[tuple[str, int]] = field(default_factory=set)
+    sessions: dict[str, set[str]] = field(default_factory=dict)  # agent → those that have offered
+    levels: dict[str, int] = field(default_factory=dict)  # participant → its clock and offset, as the last roster says
+    may_begin: dict[str, int] = field(default_factory=dict)  # agent → the highest clock from which it may go on
+    taken: dict[tuple[str, int], Vector] = field(default_factory=dict)  # elastic differences that were merged
+    roster: Roster | None = None
+    plan: Plan | None = None
+    kept: list[Vector] = field(default_factory=list)  # what the outer optimiser keeps beside the newest center
+
+    @property
+    def head(self) -> Head | None:
+        return self.heads[-1] if self.heads else None
+
+    # -- keeping -------------------------------------------------------------------------------------------------------
+    def copy(self) -> Self:
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        copies: dict[str, Any] = {
+            name: copy(value) for name, value in held.items() if isinstance(value, dict | list | set)
+        }
+        return replace(self, **copies)
+
+    def set_back(self, then: Books, store: Store) -> None:
+        """Everything is as head was then, but that chunks and offers are those of the store. What anybody has seen is seen."""
+        assert isinstance(then, Chronicle)
+        again = then.copy()
+        for name in ("heads", "merged", "writers", "dropped", "levels", "may_begin", "taken", "roster", "plan", "kept"):
+            setattr(self, name, getattr(again, name))
+        run, kept = self.spec.name, set[str]()
+        for stream in (subjects.updates_stream(run), subjects.model_stream(run)):
+            kept |= store.streams[stream].by_subject.keys() if stream in store.streams else set()
+        self.gone -= kept
+        self.lost = self.chunks.keys() - kept - self.gone
+        self.offers, self.offer_seqs, self.sessions = {}, {}, {}
+        if subjects.offers_stream(run) in store.streams:
+            for message in store.streams[subjects.offers_stream(run)].messages.values():
+                self._note_offer(message)
+        self.incomplete = self.head is not None and any(self._misses(ref) for _, ref in self._named(self.head))
+        self.was_set_back, self.reborn = True, self.reborn or self.head is None
+
+    def _note_offer(self, message: Stored) -> tuple[str, Offer]:
+        agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
+        if self.head is not None and offer.line == self.head.line and offer.base <= self.head.version:
+            self.offers.setdefault((agent, offer.clock), []).append(offer)
+            self.offer_seqs[message.seq] = (agent, offer.clock)
+            self.sessions.setdefault(agent, set()).add(offer.session)
+        return agent, offer
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+    def _judged(self, agent: str) -> int:
+        """The agent's last judged clock, as head tells it."""
+        number = self.roster.number(agent) if self.roster is not None else None
+        return self.roster.clocks[number] if self.roster is not None and number is not None else 0
+
+    def _named(self, head: Head) -> list[tuple[str, BlobRef]]:
+        refs = [("model", head.model), ("manifest", head.manifest), ("roster", head.roster)]
+        plan = [("plan", head.plan)] if isinstance(head.plan, BlobRef) else []
+        return [(what, ref) for what, ref in (*refs, *plan) if ref is not None]
+
+    def _misses(self, ref: BlobRef) -> bool:
+        """Whether a chunk of it is not there; or, for the current model, one of the outer state beside it."""
+        blobs = [(subjects.model_prefix, ref)]
+        if self.spec.states and self.head is not None and self.head.version and ref == self.head.model:
+            blobs.append((subjects.outer_prefix, self._outer(ref)))
+        names = [f"{prefix(self.spec.name, blob.id)}.{k}" for prefix, blob in blobs for k in range(blob.chunks)]
+        return any(name not in self.chunks or name in self.gone or name in self.lost for name in names)
+
+    def _outer(self, model: BlobRef) -> BlobRef:
+        states, sections = self.spec.states, self.spec.local.sections
+        return BlobRef(id=model.id, size=states * model.size // sections, chunks=states * model.chunks // sections)
+
+    def _content(self, what: str, ref: BlobRef) -> bytes:
+        prefix = f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}"
+        return b"".join(msgpack.unpackb(self.chunks[f"{prefix}.{k}"])["data"] for k in range(ref.chunks))
+
+    def _record(self, kind: type[Any], ref: BlobRef) -> Any:
+        return decode(kind, self._content("model", ref))
