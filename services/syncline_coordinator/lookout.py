@@ -22,13 +22,17 @@ LOST_OFFER_S = 10.0  # an acknowledged offer that was not found for so long is l
 
 
 class Lookout:
-    """`watch` until there is something wrong. `look`, `heard`: reasons to look at once."""
+    """`watch` until there is something wrong. `look`, `heard`: reasons to look at once.
 
-    def __init__(self, bus: Bus, keeper: HeadKeeper, ledger: Ledger) -> None:
+    `set_back`: the run goes on after a loss that this coordinator has noticed.
+    """
+
+    def __init__(self, bus: Bus, keeper: HeadKeeper, ledger: Ledger, *, set_back: bool = False) -> None:
         self._bus, self._keeper, self._ledger = bus, keeper, ledger
         self._stream = subjects.offers_stream(keeper.head.run)
         self._doubt = asyncio.Event()
         self._reconnects, self._settled = 1, 0  # one perhaps before our time; up to which all was found to be there
+        self._suspected = int(set_back)  # up to which an update that is gone was taken for a loss of the broker's
         self._began = keeper.head.version  # with our term: nobody has made a newer one under an older term
         self._seen = (0, 0)  # the highest (term, version) that an agent told of
         self._lost = ""  # what an agent has seen, and cannot be
@@ -56,6 +60,15 @@ class Lookout:
         if term >= self._keeper.head.term or version <= self._began:
             return False
         self.lost(f"{agent} has seen version {version} of term {term}")
+        return True
+
+    def suspects(self, what: str) -> bool:
+        """An update that was offered is gone: lost, if the connection was, with whatever else. Agents may lie, so that one such
+        loss is believed each time that the connection was gone, and no more."""
+        if self._suspected == self._reconnects:
+            return False
+        self._suspected = self._reconnects
+        self.lost(what)
         return True
 
     def lost(self, what: str) -> None:
@@ -120,6 +133,7 @@ class Lookout:
             if ref is not None:
                 state = await patiently(partial(self._bus.state, stream, f"{models(ref.id)}.*"))
                 if len(state.subjects) < ref.chunks and self._keeper.head.version <= head.version:
+                    await self._keeper.check(self._seen)  # whoever took over clears up behind us
                     raise RolledBack(f"head names a {what} that is gone", max(self._seen[0], head.term))
 
 

@@ -65,7 +65,7 @@ from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.reducer import Reducer
 from syncline_coordinator.status import status_of
-from syncline_coordinator.updates import UpdateUnusable
+from syncline_coordinator.updates import UpdateGone, UpdateUnusable
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Parts:
 class Run:
     """`start` or `resume`, then `pump` until the run has ended."""
 
-    def __init__(self, parts: Parts, keeper: HeadKeeper) -> None:
+    def __init__(self, parts: Parts, keeper: HeadKeeper, *, set_back: bool = False) -> None:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
         self.policy, self._account = policy_of(spec), Account(spec, parts.telemetry)
@@ -101,7 +101,7 @@ class Run:
         self._purger = Purger(parts.bus)
         self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
         self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.offered_blobs)
-        self.lookout = Lookout(parts.bus, keeper, self.ledger)
+        self.lookout = Lookout(parts.bus, keeper, self.ledger, set_back=set_back)
         self._work: set[asyncio.Task[None]] = set()
 
     # -- facts from outside --------------------------------------------------------------------------------------------
@@ -263,6 +263,8 @@ class Run:
         except UpdateUnusable as error:
             if error.blob:
                 self.ledger.abandoned(error.blob)
+            if isinstance(error, UpdateGone) and self.lookout.suspects(str(error)):
+                return  # who watches knows more in a moment
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
         await self._inbox.put(MergeDone(plan, merged, _now() - began))

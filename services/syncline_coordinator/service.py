@@ -378,7 +378,7 @@ class Coordinator:
         self._set_back.pop(name, None)
         offers = OfferReader(self._bus, name, manifest, self._public_key)
         parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))
-        run = Run(parts, keeper)
+        run = Run(parts, keeper, set_back=set_back is not None)
         if spec.evaluate.center:
             start = partial(self._fresh_evaluator, spec, memory, encode(manifest))
             parts.evaluation = Evaluation(child, start, telemetry, run.evaluated)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import get_frame
+from syncline.bus.blobs import BlobGone, get_frame
 from syncline.engine.kernels import finite, squares
 from syncline.errors import PeerError, SynclineError
 from syncline.wire import subjects
@@ -27,6 +27,10 @@ class UpdateUnusable(SynclineError):
     def __init__(self, entry: PlanEntry, why: str) -> None:
         self.agent, self.clock, self.why, self.blob = entry.agent, entry.clock, why, ""
         super().__init__(f"{entry.agent}: {why}")
+
+
+class UpdateGone(UpdateUnusable):
+    """It was offered, and is not on the bus."""
 
 
 class Updates:
@@ -73,6 +77,8 @@ class Updates:
         prefix = partial(subjects.update_prefix, self._run, entry.agent)
         try:
             return (await get_frame(self._bus, subjects.updates_stream(self._run), prefix, entry.blob, k)).data
+        except BlobGone as error:
+            raise UpdateGone(entry, str(error)) from None
         except PeerError as error:
             raise UpdateUnusable(entry, str(error)) from None
 

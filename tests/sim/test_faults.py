@@ -114,6 +114,16 @@ def test_a_broker_that_lost_acknowledged_writes_is_noticed_and_what_was_lost_is_
             digest(simulate(SHORT, both))
 
 
+def test_updates_that_the_broker_lost_before_or_after_they_were_offered_are_made_again() -> None:
+    """Under the second term already, and the coordinator dies of the same or does not."""
+    killed = Faults().down("coordinator", after_s=0.65, for_s=0.05)
+    for after_ms in range(900, 1500, 50):
+        for lost_s in (0.1, 0.2, 0.3, 0.4, 0.5):
+            faults = killed.roll_back(after_s=after_ms / 1000, lost_s=lost_s, for_s=0.1)
+            for both in (faults, faults.down("coordinator", after_s=after_ms / 1000, for_s=0.3)):
+                assert digest(simulate(SHORT, both)) == digest(CALM), both
+
+
 def test_a_run_that_the_broker_lost_as_a_whole_can_be_submitted_again() -> None:
     for lost_s in (0.3, 1.0):
         outcome = simulate(SHORT, Faults().roll_back(after_s=0.75, lost_s=lost_s, for_s=0.1))

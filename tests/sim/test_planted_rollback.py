@@ -20,10 +20,9 @@ pytestmark = pytest.mark.long
 
 SEEDS = 100
 SOONER = {  # where to begin, for those that few seeds show
-    "an_older_head_is_no_news": 1620,
+    "an_older_head_is_no_news": 460,
     "what_head_names_is_never_looked_for": 810,
     "agents_believe_an_older_head_after_a_reconnect": 200,
-    "a_term_that_was_seen_is_used_again": 1620,
 }
 
 
@@ -87,13 +86,6 @@ def agents_wait_for_the_verdict_on_what_is_lost(patch: pytest.MonkeyPatch) -> No
     patch.setattr(Session, "_rebase", rebase)
 
 
-def a_term_that_was_seen_is_used_again(patch: pytest.MonkeyPatch) -> None:
-    async def next_term(bus: Bus, head: Head, lost_term: int | None) -> Head:
-        return (await taken_over(bus, head, lost_term)).model_copy(update={"term": head.term + 1})
-
-    patch.setattr(service, "taken_over", next_term)
-
-
 PLANTED: tuple[Plant, ...] = (
     an_older_head_is_no_news,
     lost_offers_are_waited_for,
@@ -102,7 +94,6 @@ PLANTED: tuple[Plant, ...] = (
     offers_of_every_line_are_taken,
     agents_believe_an_older_head_after_a_reconnect,
     agents_wait_for_the_verdict_on_what_is_lost,
-    a_term_that_was_seen_is_used_again,
 )
 
 

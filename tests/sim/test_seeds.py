@@ -14,6 +14,7 @@ FOUND = (  # what was found by many seeds, and mended
     7036,  # a head was made for a spec which the broker had lost: its name was taken for good
     100250,  # two coordinators that took the run from each other without end
     100467,  # a purge that waited for the connection met an older store
+    100034,  # a coordinator that was replaced took what its successor cleared up for lost
 )
 
 

@@ -174,6 +174,22 @@ def test_what_is_lost_is_noticed_and_nothing_else(trouble: Trouble, words: str, 
     assert said == words and (not words or after_s < 2 * LOST_OFFER_S)
 
 
+@pytest.mark.parametrize("set_back", [False, True])
+def test_an_update_that_is_gone_is_believed_lost_once_for_each_time_the_connection_was(
+    set_back: bool, simulated: Simulated
+) -> None:
+    """A lying agent may say so for ever; a coordinator that has just gone back for it does not go back for it again."""
+
+    async def play() -> list[bool]:
+        stage = await Stage.set()
+        lookout = Lookout(stage.bus, stage.keeper, stage.ledger, set_back=set_back)
+        believed = [lookout.suspects("a1: gone"), lookout.suspects("a1: gone")]
+        lookout.look()
+        return [*believed, lookout.suspects("a2: gone"), lookout.suspects("a2: gone")]
+
+    assert simulated(play())[0] == [not set_back, False, True, False]
+
+
 def test_a_reconnect_is_reason_to_look_at_once(simulated: Simulated) -> None:
     async def play() -> str:
         stage = await Stage.set()
