@@ -71,18 +71,35 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def picture(name: str, draw: Callable[[Any], None], *, width: float = 8.0, height: float = 4.5) -> None:
-    """`draw(axes)` into docs/pictures/<name>.png."""
+def picture(name: str, *draw: Callable[[Any], None], width: float = 8.0, height: float = 4.5) -> None:
+    """`draw(axes)` into docs/pictures/<name>.png; several of them side by side, on one scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    draw(axes)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = pyplot.subplots(
+        1, len(draw), squeeze=False, sharey=True, figsize=(width, height), layout="constrained"
+    )
+    for axes, one in zip(panels[0], draw, strict=True):
+        one(axes)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     PICTURES.mkdir(exist_ok=True)
     figure.savefig(PICTURES / f"{name}.png", dpi=110)
     pyplot.close(figure)
     say(f"wrote {PICTURES / name}.png")
+
+
+def bars(axes: Any, groups: Sequence[str], values: dict[str, Sequence[float]]) -> None:
+    """Beside each other, by group, on a logarithmic scale, each with its figure on top; NaN draws none."""
+    wide = 0.8 / len(values)
+    for i, (label, heights) in enumerate(values.items()):
+        places = [g + (i - (len(values) - 1) / 2) * wide for g in range(len(groups))]
+        drawn = axes.bar(places, heights, 0.92 * wide, label=label)
+        axes.bar_label(drawn, labels=["" if h != h else f"{h:g}" for h in heights], padding=2, fontsize=8)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(range(len(groups)), groups)
+    axes.legend(frameon=False)

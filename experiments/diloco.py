@@ -90,6 +90,8 @@ def _draw(axes: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
     for name, curve in curves.items():
         axes.plot([s for s, _ in curve], [math.exp(loss) for _, loss in curve], label=name, linewidth=1.6)
     axes.set(xlabel="local steps of each agent", ylabel="held-out perplexity (characters)", yscale="log")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(f"A small DiLoCo: {H} local steps between two meetings")
     axes.legend(frameon=False)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from common import arguments, fleet, say, table
+from common import arguments, bars, fleet, picture, say, table
 
 AGENTS, SHARE = 100, 0.1
 TARGETS = {"iid": 0.85, "shards": 0.80}
@@ -55,6 +55,7 @@ def rounds(split: str, epochs: int, batch: int | str, lr: float, every: int, see
 def main() -> None:
     given, kept = arguments(__doc__, seeds=2)
     base: dict[str, float] = {}
+    medians: dict[str, list[float]] = {split: [] for split in TARGETS}
     lines = []
     for epochs, batch, rates, every in ROWS:
         cells = []
@@ -73,6 +74,7 @@ def main() -> None:
                 best = min(best, (statistics.median(found), lr, found))
             median, lr, found = best
             base.setdefault(split, median)
+            medians[split].append(median if median < float("inf") else float("nan"))
             shown = f"> {MOST_ROUNDS}" if median == float("inf") else f"{median:g} ({min(found):g} – {max(found):g})"
             cells.append(f"{shown}, lr {lr:g}: {base[split] / median:.1f}×" if median < float("inf") else shown)
         size = "∞" if batch == "all" else str(batch)
@@ -80,6 +82,13 @@ def main() -> None:
         lines.append([f"E {epochs}, B {size}", cells[0], paper_iid, cells[1], paper_shards])
     head = ["", "rounds to 85 %, IID", "paper (MNIST, 97 %)", "rounds to 80 %, shards", "paper, shards"]
     table(head, lines)
+    if not given.no_plot:
+        picture("fedavg", lambda axes: _draw(axes, [line[0] for line in lines], medians))
+
+
+def _draw(axes: Any, rows: list[str], medians: dict[str, list[float]]) -> None:
+    bars(axes, rows, {f"{split}, to {TARGETS[split]:.0%}": found for split, found in medians.items()})
+    axes.set(ylabel="rounds", title="What local work saves: rounds to the target, ten of 100 agents in each")
 
 
 if __name__ == "__main__":

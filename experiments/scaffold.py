@@ -8,9 +8,10 @@ of the held-out images are right; for each cell the learning rate that is there 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
-from common import arguments, fleet, say, table
+from common import arguments, fleet, picture, say, table
 
 AGENTS, SHARE = 100, 0.2
 ROWS_EACH = 600
@@ -58,7 +59,8 @@ def rounds(way: str, similarity: float, epochs: int, lr: float, seed: int) -> di
 def main() -> None:
     given, kept = arguments(__doc__, seeds=1)
 
-    def first(way: str, similarity: float, epochs: int) -> str:
+    def first(way: str, similarity: float, epochs: int) -> float:
+        """The fewest rounds, over the learning rates; infinite where none of them gets there."""
         best = float("inf")
         rates = tuple(10 * lr for lr in RATES) if way == "sgd" else RATES
         for lr in rates:
@@ -71,16 +73,34 @@ def main() -> None:
                 )
                 found.append(float("inf") if made["rounds"] is None else float(made["rounds"]))
             best = min(best, statistics.median(found))
-        shown = f"> {MOST_ROUNDS}" if best == float("inf") else f"{best:g}"
-        say(f"{way}, similarity {similarity:.0%}, {epochs} epochs: {shown}")
-        return shown
+        say(f"{way}, similarity {similarity:.0%}, {epochs} epochs: {_shown(best)}")
+        return best
 
-    lines = []
+    lines, found = [], {}
     for similarity in SIMILARITIES:
         for way in ("sgd", "scaffold", "fedavg"):
             cells = [first(way, similarity, epochs) for epochs in ((1,) if way == "sgd" else EPOCHS)]
-            lines.append([f"{similarity:.0%}", way, " / ".join(cells), PAPER[similarity, way]])
+            lines.append([f"{similarity:.0%}", way, " / ".join(map(_shown, cells)), PAPER[similarity, way]])
+            found[similarity, way] = cells
     table(["similarity", "", "rounds to 75 % at 1 / 5 / 10 / 20 epochs", "paper (EMNIST, 50 %)"], lines)
+    if not given.no_plot:
+        picture("scaffold", *(partial(_draw, found, similarity) for similarity in SIMILARITIES), width=10.0, height=3.6)
+
+
+def _shown(rounds: float) -> str:
+    return f"> {MOST_ROUNDS}" if rounds == float("inf") else f"{rounds:g}"
+
+
+def _draw(found: dict[tuple[float, str], list[float]], similarity: float, axes: Any) -> None:
+    for way in ("scaffold", "fedavg"):
+        axes.plot(EPOCHS, found[similarity, way], marker="o", label=way)
+    axes.axhline(found[similarity, "sgd"][0], color="grey", linestyle="dashed", label="sgd")
+    axes.set(xlabel="local epochs", yscale="log", xticks=EPOCHS, title=f"{similarity:.0%} of the rows alike")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    if similarity == SIMILARITIES[0]:
+        axes.set_ylabel(f"rounds to {TARGET:.0%}")
+        axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import statistics
 import sys
 from typing import Any
 
-from common import arguments, fleet, say, table
+from common import arguments, bars, fleet, picture, say, table
 
 ROLES, SHARE = 100, 0.1
 TARGET = 0.40
@@ -59,6 +59,7 @@ def main() -> None:
     if not given.directory:
         sys.exit("name the directory of the plays with --directory (the task `shakespeare` says how to get them)")
     lines = []
+    drawn: dict[str, list[float]] = {split: [] for split in SPLITS}
     for name, way in WAYS.items():
         for split in SPLITS:
             best: tuple[float, float, float] = (float("inf"), 0.0, 0.0)
@@ -77,8 +78,19 @@ def main() -> None:
             rounds, top, up = best
             shown = f"> {way['most']} (best {-top:.1%})" if rounds == float("inf") else f"{rounds:g}"
             say(f"{name} {split}: {shown}")
+            drawn[split].append(rounds if rounds < float("inf") else float("nan"))
             lines.append([name, split, shown, f"{up / 1e6:.0f} MB", PAPER[name, split]])
     table(["", "split", f"rounds to {TARGET:.0%}", "sent up", "paper: rounds to 54 % (LSTM, 1,146 roles)"], lines)
+    if not given.no_plot:
+        picture("shakespeare", lambda axes: _draw(axes, drawn))
+
+
+def _draw(axes: Any, drawn: dict[str, list[float]]) -> None:
+    bars(axes, list(WAYS), drawn)
+    axes.set(
+        ylabel="rounds",
+        title=f"Shakespeare: rounds to {TARGET:.0%} of the next characters, ten of {ROLES} roles in each",
+    )
 
 
 if __name__ == "__main__":
