@@ -96,8 +96,12 @@ def _draw(found: dict[tuple[float, str], list[float]], similarity: float, axes: 
         axes.plot(EPOCHS, found[similarity, way], marker="o", label=way)
     axes.axhline(found[similarity, "sgd"][0], color="grey", linestyle="dashed", label="sgd")
     axes.set(xlabel="local epochs", yscale="log", xticks=EPOCHS, title=f"{similarity:.0%} of the rows alike")
+    axes.set_yticks((1, 2, 5, 10, 20, 50, 100))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.set_ylim(
+        bottom=0.8, top=1.5 * max(rounds for cells in found.values() for rounds in cells if rounds < float("inf"))
+    )
     if similarity == SIMILARITIES[0]:
         axes.set_ylabel(f"rounds to {TARGET:.0%}")
         axes.legend(frameon=False)

@@ -56,11 +56,11 @@ class Rule(Settings):
 
     def look(self, updates: Tensors, weights: Sequence[float], old: Tensors) -> Tensor:
         """The first pass: figures of each block of the slice, in float64, (B, …). They are summed over all blocks."""
-        raise NotImplementedError
+        raise NotImplementedError(f"merge.rule {self.rule} has set `looks`, and does not define `look`")
 
     def weigh(self, weights: Sequence[float], figures: Tensor) -> list[float]:
         """After the first pass: what each update counts in the second, and after those what each kept vector counts."""
-        raise NotImplementedError
+        raise NotImplementedError(f"merge.rule {self.rule} has set `looks`, and does not define `weigh`")
 
     def reduce(self, updates: Tensors, weights: Sequence[float], old: Tensors, out_E: Tensor, new: Tensors) -> None:
         """Writes D to `out_E`, and what is kept for the next merge to `new`; `old`: what was kept. Leaves all else as it is.
