@@ -67,9 +67,9 @@ class News:
         self.over = asyncio.Event()  # the run has ended
 
     @property
-    def highest(self) -> tuple[int, int]:
-        """The highest (term, version) ever seen; the broker may have lost it since."""
-        return self._order[:2]
+    def highest(self) -> tuple[int, int, int]:
+        """The highest (term, version, round) ever seen; the broker may have lost it since."""
+        return self._order[:3]
 
     @property
     def head(self) -> Head | None:

@@ -53,13 +53,16 @@ class Agent:
         self._bus.when_reconnected(self._on_reconnect)
         self._device = str((await self._training.describe())["device"])
         log.info("agent %s on %s", self._me.agent, self._device)
+        left = ""  # the run that it has just come from: who sends it back there at once knows less than head
         try:
             while True:
                 run = await self._hello()
-                if run:
+                if run and run != left:
                     await self._take_part(run)
+                    left = run
                 else:
                     await self._wait()
+                    left = ""
         finally:
             await self._training.close()
             try:

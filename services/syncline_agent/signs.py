@@ -160,6 +160,7 @@ class SignsOfLife:
             reason=stand.why,
             seen_term=self._news.highest[0],
             seen_version=self._news.highest[1],
+            seen_round=self._news.highest[2],
             seen_line=stand.line,
             handed=stand.handed,
         )

@@ -20,29 +20,31 @@ class Deposed(SynclineError):
 
 class RolledBack(Deposed):
     """The broker has lost writes that it had acknowledged, as after a power failure: this coordinator must begin again from
-    what is there, under a term higher than `term`, the highest that anybody has seen."""
+    what is there, under a term higher than `term`, the highest that anybody has seen. `agent`: on whose word; '' where the bus
+    itself shows it."""
 
-    def __init__(self, what: str, term: int) -> None:
-        self.term = term
+    def __init__(self, what: str, term: int, agent: str = "") -> None:
+        self.term, self.agent = term, agent
         super().__init__(f"the broker has lost what it had acknowledged: {what}")
 
 
 class HeadKeeper:
     """The current head of a run, as this coordinator wrote it last."""
 
-    def __init__(self, bus: Bus, head: Head, revision: int) -> None:
-        self._bus, self.head, self._revision = bus, head, revision
+    def __init__(self, bus: Bus, head: Head, revision: int, value: bytes) -> None:
+        self._bus, self.head, self._revision, self._value = bus, head, revision, value
 
     @classmethod
     async def create(cls, bus: Bus, head: Head) -> HeadKeeper:
         """The first head of a run. Raises Conflict where there is one."""
-        revision = await bus.kv_create(subjects.RUNS_BUCKET, subjects.head_key(head.run), _encoded(head))
-        return cls(bus, head, revision)
+        value = _encoded(head)
+        revision = await bus.kv_create(subjects.RUNS_BUCKET, subjects.head_key(head.run), value)
+        return cls(bus, head, revision, value)
 
     @classmethod
     async def read(cls, bus: Bus, run: str) -> HeadKeeper | None:
         entry = await patiently(lambda: bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run)))
-        return None if entry is None else cls(bus, decode(Head, entry.value), entry.revision)
+        return None if entry is None else cls(bus, decode(Head, entry.value), entry.revision, entry.value)
 
     async def write(
         self, head: Head, roster: Roster | None = None, *, tell: bool = True, sure: Sure | None = None
@@ -60,31 +62,32 @@ class HeadKeeper:
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run") from None
         except (Unreachable, NoResponders):
             self._revision = await patiently(lambda: self._write_again(key, value, sure))
-        self.head = head
+        self.head, self._value = head, value
         if tell:
             await self.notify(roster)
 
-    async def check(self, seen: tuple[int, int] = (0, 0)) -> None:
-        """Raises Deposed where another coordinator took over without our noticing: what is offered now is not for us.
-
-        `seen`: the highest (term, version) that anybody told of. Raises RolledBack where the bus holds less than that, or than
-        we have written.
+    async def check(self, seen_term: int = 0) -> Head:
+        """What is there. Raises Deposed where another coordinator took over without our noticing: what is offered now is not
+        for us; RolledBack where the bus does not hold what we have read or written. `seen_term`: the highest anybody told of.
         """
-        key, written, term = subjects.head_key(self.head.run), self._revision, max(seen[0], self.head.term)
+        key, term = subjects.head_key(self.head.run), max(seen_term, self.head.term)
+        revision, value = self._revision, self._value  # before we ask: head may be written meanwhile
         entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
         if entry is None:
             raise RolledBack(f"{key} is gone", term)
         there = decode(Head, entry.value)
-        if entry.revision < written or (there.term, there.version) < seen:
-            raise RolledBack(f"{key} holds term {there.term}, version {there.version}", term)
         if there.term > self.head.term:
             raise Deposed(f"{key} holds term {there.term}: another coordinator is in charge of this run")
+        given_again = entry.revision == revision and entry.value != value
+        if entry.revision < revision or given_again:
+            raise RolledBack(f"{key} holds term {there.term}, version {there.version}", term)
+        return there
 
     async def is_newest(self) -> bool:
         """Whether head still is as it was read or written here."""
         key = subjects.head_key(self.head.run)
         entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
-        return entry is not None and entry.revision == self._revision
+        return entry is not None and (entry.revision, entry.value) == (self._revision, self._value)
 
     async def is_taken(self) -> bool:
         """Whether the run goes on under another coordinator's term."""
@@ -109,7 +112,7 @@ class HeadKeeper:
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, key)
         if entry is not None and entry.value == value:
             return entry.revision
-        if entry is None or entry.revision != self._revision:
+        if entry is None or (entry.revision, entry.value) != (self._revision, self._value):
             await self.check()
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run")
         if sure is not None:

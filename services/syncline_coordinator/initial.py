@@ -23,6 +23,7 @@ async def commit_initial(
     layout, _ = await put_blob(bus, prefix, memoryview(encode(manifest)), RECORD_CHUNK_BYTES)
     moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
     head = keeper.head if set_back is None else await taken_over(bus, keeper.head, set_back)
+    await keeper.check()  # a broker that was set back gives revisions again
     await keeper.write(head.model_copy(update=moved))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from syncline.bus.base import Stored
 from syncline.engine.events import Chosen
 from syncline.engine.membership import Numbering
 from syncline.spec import RunSpec
@@ -52,6 +53,7 @@ class Ledger:
         self.numbering = Numbering(fixed_parts=spec.partition.parts, max_agents=max_agents)
         self.dropped: list[Dropped] = []  # since the last commit
         self.read_up_to = head.offers_seq
+        self.last_read: Stored | None = None  # … the message there, as it was read
         self._judged: dict[str, Judged] = {}
         self._read: dict[str, int] = {}  # highest clock of each agent's offers that were found in the stream
         self._offered: dict[tuple[str, int], Offered] = {}
@@ -101,6 +103,10 @@ class Ledger:
     def judged_up_to(self) -> int:
         """The sequence number up to which every offer was judged: where a restarted coordinator begins to read."""
         return min((o.seq - 1 for o in self._offered.values()), default=self.read_up_to)
+
+    def passed(self, stored: Stored) -> None:
+        """A message of the stream of offers was read, whatever it is."""
+        self.read_up_to, self.last_read = stored.seq, stored
 
     def read(self, agent: str, clock: int) -> None:
         """An offer was found in the stream, whatever it may be worth."""

@@ -7,6 +7,7 @@ second shows in head, in the stream of offers, or in what agents have seen and h
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
 from syncline.bus.base import Bus
@@ -16,38 +17,61 @@ from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Heartbeat, Roster
 from syncline_coordinator.head import HeadKeeper, RolledBack
 from syncline_coordinator.ledger import Ledger
+from syncline_coordinator.space import RUNS
 
 LOOK_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
+KNOWN_BLOBS = 16
 LOST_OFFER_S = 10.0  # an acknowledged offer that was not found for so long is lost
 
 
 class Lookout:
     """`watch` until there is something wrong. `look`, `heard`: reasons to look at once.
 
-    `set_back`: the run goes on after a loss that this coordinator has noticed.
+    `believes(agent)`: whether what this agent says of losses still counts. `set_back`: the run goes on after a loss that this
+    coordinator has noticed. `outer_ref(model)`: what lies beside a model, where the run has an outer state.
     """
 
-    def __init__(self, bus: Bus, keeper: HeadKeeper, ledger: Ledger, *, set_back: bool = False) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        keeper: HeadKeeper,
+        ledger: Ledger,
+        *,
+        believes: Callable[[str], bool] = lambda agent: True,
+        set_back: bool = False,
+        outer_ref: Callable[[BlobRef], BlobRef] | None = None,
+    ) -> None:
         self._bus, self._keeper, self._ledger = bus, keeper, ledger
+        self._believes, self._outer_ref = believes, outer_ref
         self._stream = subjects.offers_stream(keeper.head.run)
         self._doubt = asyncio.Event()
-        self._reconnects, self._settled = 1, 0  # one perhaps before our time; up to which all was found to be there
-        self._suspected = int(set_back)  # up to which an update that is gone was taken for a loss of the broker's
+        self._doubts = 1  # beside losses of the connection: one for what was before our time
+        self._settled = 0  # up to how many losses all was found there
+        self._there: dict[str, int] = {}  # blob that head names → after how many losses it was there for certain
+        self._suspected = self.losses if set_back else 0  # up to which an update that is gone was taken for lost
         self._began = keeper.head.version  # with our term: nobody has made a newer one under an older term
-        self._seen = (0, 0)  # the highest (term, version) that an agent told of
-        self._lost = ""  # what an agent has seen, and cannot be
+        self._seen, self._seen_by = (0, 0, 0), ""  # the highest (term, version, round) that an agent told of
+        self._lost = self._lost_by = ""  # what an agent has seen, and cannot be
         self._missing: dict[str, tuple[int, float]] = {}  # agent → clock of an offer that it tells of, and since when
 
+    @property
+    def losses(self) -> int:
+        """Times that the connection was lost, and with it, perhaps, what the bus had acknowledged."""
+        return self._doubts + self._bus.losses
+
     def look(self) -> None:
-        """The connection was gone."""
-        self._reconnects += 1
+        """The connection is back."""
         self._doubt.set()
 
+    # -- what agents say -----------------------------------------------------------------------------------------------
     def heard(self, agent: str, beat: Heartbeat) -> None:
         """What an agent has seen and handed over."""
-        head, seen = self._keeper.head, (beat.seen_term, beat.seen_version)
-        self._seen = max(self._seen, seen)
-        if self._seen > (head.term, head.version):
+        if not self._believes(agent):
+            return
+        head, seen = self._keeper.head, (beat.seen_term, beat.seen_version, beat.seen_round)
+        if seen > self._seen:
+            self._seen, self._seen_by = seen, agent
+        if self._seen > (head.term, head.version, head.round):
             self._doubt.set()
         if beat.seen_line != head.line:
             return  # it does not know yet what was lost before
@@ -59,23 +83,26 @@ class Lookout:
         """Whether the version that an agent has seen, or trained from, is none of this run's any more."""
         if term >= self._keeper.head.term or version <= self._began:
             return False
-        self.lost(f"{agent} has seen version {version} of term {term}")
+        self.lost(agent, f"has seen version {version} of term {term}")
         return True
 
-    def suspects(self, what: str) -> bool:
+    def lost(self, agent: str, what: str) -> None:
+        """An agent has seen what cannot be."""
+        if self._believes(agent):
+            self._lost, self._lost_by = f"{agent} {what}", agent
+            self._doubt.set()
+
+    def suspects(self, agent: str, what: str) -> bool:
         """An update that was offered is gone: lost, if the connection was, with whatever else. Agents may lie, so that one such
         loss is believed each time that the connection was gone, and no more."""
-        if self._suspected == self._reconnects:
+        if self._suspected == self.losses:
             return False
-        self._suspected = self._reconnects
-        self.lost(what)
+        self._suspected = self.losses
+        self._lost, self._lost_by = f"{agent}: {what}", ""
+        self._doubt.set()
         return True
 
-    def lost(self, what: str) -> None:
-        """An agent has seen what cannot be."""
-        self._lost = what
-        self._doubt.set()
-
+    # -- what the bus shows --------------------------------------------------------------------------------------------
     async def watch(self) -> None:
         """Raises Deposed and RolledBack."""
         while True:
@@ -86,55 +113,84 @@ class Lookout:
                 pass
             self._doubt.clear()
             await self._look_around()
-            if self._settled != self._reconnects:
-                await self.sure_of(self._keeper.head)
+            if self._settled != self.losses:
+                await self.sure()
 
     async def write(self, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
         """Writes head, which names and rests on what is there, also where the connection was gone since that was put."""
-        await self.sure_of(head)
-        reconnects = self._reconnects
-        await self._keeper.write(head, roster, tell=tell, sure=partial(self.sure_of, head))
-        if reconnects != self._reconnects:  # it may have come through after a roll-back all the same
-            self._settled = 0
-            self._doubt.set()
+        await self._sure_of(head)
+        losses = self.losses
+        await self._keeper.write(head, roster, tell=tell, sure=partial(self._sure_of, head))
+        if (
+            losses != self.losses
+        ):  # it may have come through after a roll-back all the same: not what is looked at just now
+            self.look()
 
     async def sure(self) -> None:
         """Nothing was lost, as far as head can show. Raises Deposed and RolledBack."""
-        await self.sure_of(self._keeper.head)
+        await self._sure_of(self._keeper.head)
 
-    async def sure_of(self, head: Head) -> None:
-        """What head names is there. Raises RolledBack."""
-        while self._settled != (count := self._reconnects) or self._lost:
+    def was_put(self, blob: BlobRef, losses: int) -> None:
+        """A blob for head to name, begun after so many losses of the connection."""
+        self._there = {**dict(list(self._there.items())[-KNOWN_BLOBS:]), blob.id: losses}
+
+    async def _sure_of(self, head: Head) -> None:
+        before = self._keeper.head
+        while self._settled != (losses := self.losses) or self._lost:
             await self._look_around()
-            await self._check_blobs(head)
-            self._settled = count
+            await self._check_blobs(head, before, losses)
+            self._settled = losses
+        await self._check_blobs(head, before, self.losses)  # what settled the last loss may have been the head before
 
     async def _look_around(self) -> None:
-        await self._keeper.check(self._seen)
+        if self._settled != self.losses:  # a broker may have lost even that
+            await patiently(partial(self._bus.ensure_bucket, RUNS))
+        seen, seen_by = self._seen, self._seen_by  # before we ask: agents see newer heads meanwhile
+        term = max(seen[0], self._keeper.head.term)
+        there = await self._keeper.check(term)
+        if (there.term, there.version, there.round) < seen:
+            raise RolledBack("{} has seen term {}, version {}, round {}".format(seen_by, *seen), term, seen_by)
         if self._lost:
-            raise RolledBack(self._lost, max(self._seen[0], self._keeper.head.term))
-        await self._check_offers()
+            raise RolledBack(self._lost, term, self._lost_by)
+        await self._check_offers(term)
 
-    async def _check_offers(self) -> None:
+    async def _check_offers(self, term: int) -> None:
         """Every offer that was read, or acknowledged to its agent, is in the stream."""
-        read, term = self._ledger.read_up_to, max(self._seen[0], self._keeper.head.term)
+        read = self._ledger.read_up_to
         state = await patiently(partial(self._bus.state, self._stream))
         if state.last_seq < read:
             raise RolledBack(f"{self._stream} ends at {state.last_seq}, and {read} was read", term)
+        if self._settled != self.losses and self._ledger.last_read is not None:
+            last = self._ledger.last_read
+            for there in await patiently(partial(self._bus.read, self._stream, last.seq, 1)):
+                if there.seq == last.seq and (there.subject, there.data) != (last.subject, last.data):
+                    raise RolledBack(f"{self._stream} holds another offer {last.seq} than was read", term)
         self._missing = {a: (c, s) for a, (c, s) in self._missing.items() if self._ledger.misses(a, c)}
         for agent, (clock, since_s) in self._missing.items():
             if _now() - since_s > LOST_OFFER_S and state.last_seq == self._ledger.read_up_to:
-                raise RolledBack(f"{agent}'s offer of clock {clock} is not in {self._stream}", term)
+                raise RolledBack(f"{agent}'s offer of clock {clock} is not in {self._stream}", term, agent)
 
-    async def _check_blobs(self, head: Head) -> None:
-        stream, models = subjects.model_stream(head.run), partial(subjects.model_prefix, head.run)
+    async def _check_blobs(self, head: Head, before: Head, losses: int) -> None:
+        """Those that head names are there, unless head moved on since it was `before`: then what it named may be purged, and
+        who moved it has looked. `losses`: of the connection, after which they are then known to be there."""
+        named = self._named(head)
+        for what, prefix, ref in [(w, p, r) for w, p, r in named if self._there.get(r.id) != losses]:
+            state = await patiently(partial(self._bus.state, subjects.model_stream(head.run), f"{prefix}.*"))
+            if len(state.subjects) < ref.chunks and self._keeper.head is before:
+                await self._keeper.check(self._seen[0])  # whoever took over clears up behind us
+                raise RolledBack(f"head names a {what} that is gone", max(self._seen[0], head.term))
+        for _, _, ref in named:
+            self.was_put(ref, losses)
+
+    def _named(self, head: Head) -> list[tuple[str, str, BlobRef]]:
+        """What it is, where it lies, and its reference."""
         plan = head.plan if isinstance(head.plan, BlobRef) else None
-        for what, ref in (("model", head.model), ("manifest", head.manifest), ("roster", head.roster), ("plan", plan)):
-            if ref is not None:
-                state = await patiently(partial(self._bus.state, stream, f"{models(ref.id)}.*"))
-                if len(state.subjects) < ref.chunks and self._keeper.head.version <= head.version:
-                    await self._keeper.check(self._seen)  # whoever took over clears up behind us
-                    raise RolledBack(f"head names a {what} that is gone", max(self._seen[0], head.term))
+        records = (("model", head.model), ("manifest", head.manifest), ("roster", head.roster), ("plan", plan))
+        named = [(what, subjects.model_prefix(head.run, ref.id), ref) for what, ref in records if ref is not None]
+        if self._outer_ref is not None and head.version and head.model is not None:
+            outer = self._outer_ref(head.model)
+            named.append(("outer state", subjects.outer_prefix(head.run, outer.id), outer))
+        return named
 
 
 async def taken_over(bus: Bus, head: Head, lost_term: int | None) -> Head:

@@ -17,6 +17,7 @@ from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Offer, decode
 from syncline.wire.signing import verify
+from syncline_coordinator.head import Sure
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +34,23 @@ class OfferReader:
         self._woken = asyncio.Event()
         self._told = self._looks = 0  # offers told of by core messages and not read yet; times looked for them in vain
 
-    async def read(self, after_seq: int) -> AsyncIterator[tuple[Stored, Offer | PeerError]]:
-        """Every offer after that sequence number, without end; a bad one as the error that says why."""
+    async def read(self, after_seq: int, sure: Sure) -> AsyncIterator[tuple[Stored, Offer | PeerError]]:
+        """Every offer after that sequence number, without end; a bad one as the error that says why. `sure()`: nothing that was
+        read before is lost, or it raises."""
         subscription = await self._bus.subscribe(subjects.offer(self._run, "*"), self._wake, limit=64)
         stream, next_seq = subjects.offers_stream(self._run), after_seq + 1
         try:
             while True:
                 self._woken.clear()
+                losses = self._bus.losses
+                await sure()
                 found = await patiently(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
                 all_told_of = len(found) == self._told
                 self._told = max(0, self._told - len(found))
                 for stored in found:
+                    if self._bus.losses != losses:  # it may be lost by now: read again
+                        all_told_of = False
+                        break
                     next_seq = stored.seq + 1
                     yield stored, self._checked(stored)
                 if found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,7 +91,9 @@ class Parts:
 class Run:
     """`start` or `resume`, then `pump` until the run has ended."""
 
-    def __init__(self, parts: Parts, keeper: HeadKeeper, *, set_back: bool = False) -> None:
+    def __init__(
+        self, parts: Parts, keeper: HeadKeeper, *, believes: Callable[[str], bool], set_back: bool = False
+    ) -> None:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
         self.policy, self._account = policy_of(spec), Account(spec, parts.telemetry)
@@ -101,7 +104,10 @@ class Run:
         self._purger = Purger(parts.bus)
         self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
         self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.offered_blobs)
-        self.lookout = Lookout(parts.bus, keeper, self.ledger, set_back=set_back)
+        outer_ref = parts.reducer.outer_ref if spec.states else None
+        self.lookout = Lookout(
+            parts.bus, keeper, self.ledger, believes=believes, set_back=set_back, outer_ref=outer_ref
+        )
         self._work: set[asyncio.Task[None]] = set()
 
     # -- facts from outside --------------------------------------------------------------------------------------------
@@ -189,15 +195,14 @@ class Run:
 
     async def _next(self) -> Fact | MergeDone:
         """The next fact; a Tick when the policy's time has come. A background task's error is raised here."""
+        self._look_after_work()
         if not self._inbox.empty():
             return self._inbox.get_nowait()
         get = asyncio.ensure_future(self._inbox.get())
         timeout = None if self._wake_at_s is None else max(0.0, self._wake_at_s - _now())
         try:
             await asyncio.wait({get, *self._work}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            for task in [t for t in self._work if t.done()]:
-                self._work.discard(task)
-                task.result()
+            self._look_after_work()
             if get.done():
                 return get.result()
             if self._wake_at_s is not None and _now() >= self._wake_at_s:
@@ -205,6 +210,12 @@ class Run:
             return Tick()
         finally:
             get.cancel()
+
+    def _look_after_work(self) -> None:
+        """Raises what a background task has raised."""
+        for task in [t for t in self._work if t.done()]:
+            self._work.discard(task)
+            task.result()
 
     def _begin(self, work: object) -> None:
         self._work.add(asyncio.ensure_future(work))  # type: ignore[call-overload]
@@ -257,16 +268,17 @@ class Run:
     async def _merge(self, plan: Plan) -> None:
         if self.parts.evaluation is not None:
             await self.parts.evaluation.copied()
-        began = _now()
+        began, losses = _now(), self.lookout.losses
         try:
             merged = await self.parts.reducer.merge(plan)
         except UpdateUnusable as error:
             if error.blob:
                 self.ledger.abandoned(error.blob)
-            if isinstance(error, UpdateGone) and self.lookout.suspects(str(error)):
+            if isinstance(error, UpdateGone) and self.lookout.suspects(error.agent, error.why):
                 return  # who watches knows more in a moment
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
+        self.lookout.was_put(merged.model, losses)
         await self._inbox.put(MergeDone(plan, merged, _now() - began))
 
     async def _commit(self, done: MergeDone) -> None:
@@ -315,10 +327,10 @@ class Run:
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
-        async for stored, offer in self.parts.offers.read(self.ledger.read_up_to):
-            self.ledger.read_up_to = stored.seq
+        async for stored, offer in self.parts.offers.read(self.ledger.read_up_to, self.lookout.sure):
+            self.ledger.passed(stored)
             agent = subjects.agent_of(stored.subject)
-            if isinstance(offer, Offer):
+            if isinstance(offer, Offer) and offer.line == self.keeper.head.line:
                 self.ledger.read(agent, offer.clock)
             problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
             if problem is not None:
@@ -330,7 +342,7 @@ class Run:
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
             if offer.line == self.keeper.head.line:  # it trains where head's roster has a place for it, and not before
-                self.lookout.lost(f"{agent} has trained in a round that head does not know")
+                self.lookout.lost(agent, "has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
         if offer.line != self.keeper.head.line or self.lookout.is_lost(agent, offer.term, offer.base):
             return PeerError("offer: made before the broker lost what it had acknowledged")
@@ -345,8 +357,10 @@ class Run:
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:
-        prefix = partial(subjects.model_prefix, self.parts.spec.name)
-        return (await put_blob(self.parts.bus, prefix, memoryview(data), RECORD_CHUNK_BYTES))[0]
+        prefix, losses = partial(subjects.model_prefix, self.parts.spec.name), self.lookout.losses
+        ref, _ = await put_blob(self.parts.bus, prefix, memoryview(data), RECORD_CHUNK_BYTES)
+        self.lookout.was_put(ref, losses)
+        return ref
 
     async def _record(self, ref: BlobRef) -> bytes:
         run = self.parts.spec.name

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from syncline.bus.base import BucketConfig, Bus, Delivery
-from syncline.bus.blobs import BlobGone, patiently
-from syncline.chance import new_number
+from syncline.bus.base import Bus, Delivery
+from syncline.bus.blobs import BlobGone
 from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
@@ -45,17 +44,17 @@ from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
 from syncline_coordinator.initial import commit_initial, manifest_of
 from syncline_coordinator.lookout import taken_over
+from syncline_coordinator.losses import WORDS, Losses
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
-from syncline_coordinator.space import most_agents, release, reserve
+from syncline_coordinator.space import RUNS, SPEC_BYTES, most_agents, release, reserve
 from syncline_coordinator.stopping import end_undriven, give_up, why
+from syncline_coordinator.waiting import first_head, waiting_runs
 
 log = logging.getLogger(__name__)
 
-SPEC_BYTES = 256 * 1024
-RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, SPEC_BYTES)
 LOOK_S = 0.25  # how often silence is looked for
 IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
 QUEUE_AGAIN_S = 5.0
@@ -81,15 +80,13 @@ class Coordinator:
         self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
         self._queue: list[str] = []  # as last read, the oldest first
         self._queue_changed = asyncio.Event()
-        self._set_back: dict[
-            str, int
-        ] = {}  # runs of which the broker lost something, and the highest term seen of each
+        self._losses = Losses()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._reducers = settings.executor
 
     async def serve(self) -> None:
         """Until cancelled. Raises Deposed where another coordinator has taken over: one serves all runs."""
-        self._bus.when_reconnected(lambda: self._active.lookout.look() if self._active is not None else None)
+        self._bus.when_reconnected(self._on_reconnect)
         await self._bus.ensure_bucket(RUNS)
         agents = f"{subjects.PREFIX}.*.agent.*"
         await self._bus.subscribe(f"{agents}.hello", self._on_hello)
@@ -107,6 +104,11 @@ class Coordinator:
                 tasks.create_task(tell_often(self._fleet_events, self._status))
         except* Deposed as group:
             raise group.exceptions[0] from None
+
+    def _on_reconnect(self) -> None:
+        self._losses.connection_was_gone()
+        if self._active is not None:
+            self._active.lookout.look()
 
     def _status(self) -> FleetStatus:
         run = self._active.parts.spec.name if self._active is not None else self._opening
@@ -236,18 +238,11 @@ class Coordinator:
             )
         except Conflict:
             raise exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
-        await self._first_head(spec.name)
+        await first_head(self._bus, spec.name)
         self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
         return [*spec.warnings, *doubts_of_model(t.name for t in manifest.tensors)]
-
-    async def _first_head(self, name: str) -> None:
-        """Where it is there already, whoever takes the run from the queue was faster."""
-        try:
-            await HeadKeeper.create(self._bus, Head(run=name, term=1, version=0, line=new_number(), phase="waiting"))
-        except Conflict:
-            pass
 
     async def _manifest_of(self, spec: RunSpec) -> Manifest:
         memory = SharedMemory()
@@ -278,9 +273,9 @@ class Coordinator:
         while True:
             self._queue_changed.clear()
             try:
-                name = await self._next_run()
-                if name is not None:
-                    await self._drive(name)
+                self._queue = await waiting_runs(self._bus)
+                if self._queue:
+                    await self._drive(self._queue[0])
                     continue
             except BusError as error:  # out of reach for long: head says where to go on
                 log.warning("the bus is out of reach: %s", error)
@@ -289,25 +284,6 @@ class Coordinator:
                     await self._queue_changed.wait()
             except TimeoutError:
                 pass
-
-    async def _next_run(self) -> str | None:
-        """The oldest run that has not ended."""
-        await patiently(partial(self._bus.ensure_bucket, RUNS))  # a broker may have lost even that
-        keys = await patiently(partial(self._bus.kv_keys, subjects.RUNS_BUCKET))
-        waiting = []
-        for key in keys:
-            name, _, kind = key.rpartition(".")
-            if kind != "spec":
-                continue
-            keeper = await HeadKeeper.read(self._bus, name)
-            entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
-            if entry is not None and keeper is None:  # whoever accepted the run died between its spec and its head
-                await patiently(partial(self._first_head, name))
-                keeper = await HeadKeeper.read(self._bus, name)
-            if keeper is not None and entry is not None and keeper.head.phase not in ENDED:
-                waiting.append((entry.revision, name))
-        self._queue = [name for _, name in sorted(waiting)]
-        return self._queue[0] if self._queue else None
 
     async def _drive(self, name: str) -> None:
         """One run from its start, or from where head stands, to its end."""
@@ -330,7 +306,11 @@ class Coordinator:
         except RolledBack as error:
             text = f"run {name}: {error}. It goes on from what is there; what was not merged by then is made again"
             await telemetry.event("broker-rolled-back", text, level="error")
-            self._set_back[name] = max(error.term, self._set_back.get(name, 0))
+            if liar := self._losses.noticed(name, error):
+                text = (
+                    f"{liar} has told of losses {WORDS} times, and alone: it is not believed until the broker was away"
+                )
+                await telemetry.event("not-believed", text, level="warning", agent=liar)
         except BlobGone as error:
             await give_up(keeper, gone(name, error), telemetry)
         except (ConfigError, Unavailable, PeerError) as error:
@@ -357,34 +337,42 @@ class Coordinator:
             return await self._opened(keeper, entry.value, memory, telemetry)
         except BlobGone:  # lost; or only purged, as another coordinator has moved on
             if await keeper.is_newest():
+                if keeper.head.version == 0:  # that can be made anew
+                    raise RolledBack("the first version is gone", keeper.head.term) from None
                 raise
             raise Deposed("it has moved on while it was opened") from None
 
     async def _opened(self, keeper: HeadKeeper, submitted: bytes, memory: SharedMemory, telemetry: Telemetry) -> Run:
-        name = keeper.head.run
         spec = parse(RunSpec, decode(Submit, submitted, limit=SPEC_BYTES).spec)
-        set_back = self._set_back.get(name)
-        anew = keeper.head.model is None or (set_back is not None and keeper.head.version == 0)
+        lost_term = self._losses.term(keeper.head.run)
+        anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
         known = b"" if anew else await manifest_of(self._bus, keeper.head)
         child, manifest = await self._model_of(spec, memory, known)
-        center = Center(manifest, memory, spec.states)
-        reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
-        if anew or keeper.head.model is None:
-            await child.ask("initial")
-            await commit_initial(self._bus, keeper, reducer, manifest, set_back)
-        else:
-            await reducer.get_center(keeper.head.model, keeper.head.version)
-            await keeper.write(await taken_over(self._bus, keeper.head, set_back))
-        self._set_back.pop(name, None)
-        offers = OfferReader(self._bus, name, manifest, self._public_key)
-        parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))
-        run = Run(parts, keeper, set_back=set_back is not None)
-        if spec.evaluate.center:
-            start = partial(self._fresh_evaluator, spec, memory, encode(manifest))
-            parts.evaluation = Evaluation(child, start, telemetry, run.evaluated)
-        else:
+        try:
+            center = Center(manifest, memory, spec.states)
+            reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
+            if anew or keeper.head.model is None:
+                await child.ask("initial")
+                await commit_initial(self._bus, keeper, reducer, manifest, lost_term)
+            else:
+                await reducer.get_center(keeper.head.model, keeper.head.version)
+                head = await taken_over(self._bus, keeper.head, lost_term)
+                await keeper.check()  # a broker that was set back gives revisions again
+                await keeper.write(head)
+            self._losses.mended(spec.name)
+            offers = OfferReader(self._bus, spec.name, manifest, self._public_key)
+            parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))
+            believes = partial(self._losses.believes, spec.name)
+            run = Run(parts, keeper, believes=believes, set_back=lost_term is not None)
+            if spec.evaluate.center:
+                start = partial(self._fresh_evaluator, spec, memory, encode(manifest))
+                parts.evaluation = Evaluation(child, start, telemetry, run.evaluated)
+            else:
+                await child.close()
+            await run.resume()
+        except BaseException:
             await child.close()
-        await run.resume()
+            raise
         return run
 
     async def _fresh_evaluator(self, spec: RunSpec, memory: SharedMemory, manifest: bytes) -> Asked:

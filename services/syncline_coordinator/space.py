@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 
-from syncline.bus.base import Bus, StreamConfig
+from syncline.bus.base import BucketConfig, Bus, StreamConfig
 from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
 from syncline.spec import RunSpec
 from syncline.wire import subjects
@@ -17,6 +17,8 @@ UPDATES_SLACK_BYTES = 32 << 20  # judged updates that wait to be purged
 RECORDS_BYTES = 16 << 20  # rosters and plans beside the models, and models that wait to be purged
 OFFERS_BYTES = 8 << 20
 LOG_BYTES = 32 << 20
+SPEC_BYTES = 256 * 1024
+RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, SPEC_BYTES)  # specs and heads of all runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -331,6 +331,7 @@ class Failures:
         for bus in (core, agent):
             bus.when_reconnected(partial(back.append, bus))
         before = [await core.state(stream, ">") for stream in (MODEL, f"KV_{RUNS_BUCKET}")]
+        losses = core.losses
         await backend.stop()
         await dropped.unsubscribe()
         for destroys in (core.purge(MODEL, ">"), core.fit_stream(MODEL), core.delete_stream(MODEL)):
@@ -341,6 +342,7 @@ class Failures:
         await core.subscribe("syncline.v1.r.agent.*.heartbeat", added)
         await backend.start()
         assert await core.put("syncline.v1.r.model.b.1", b"more") == 2
+        assert core.losses > losses
         assert await core.kv_update(*HEAD, b"HEAD 2", 1) == 2
         await until(lambda: len(back) == 2 and set(back) == {core, agent}, "both are told that they are back")
         head = await agent.kv_get(*HEAD)

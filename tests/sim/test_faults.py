@@ -27,6 +27,11 @@ def digest(outcome: Outcome) -> str:
     return outcome.head.digest
 
 
+def when(outcome: Outcome, words: str) -> float:
+    """The time in seconds of the first line that says so."""
+    return next(float(line.split()[0]) for line in outcome.timeline if words in line)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 def test_a_coordinator_killed_at_any_bus_operation_changes_no_bit_of_a_synchronous_run(kind: str) -> None:
     """Before the odd ones are sent, and when the even ones are done and not answered. Outer momentum is kept as well."""
@@ -122,6 +127,45 @@ def test_updates_that_the_broker_lost_before_or_after_they_were_offered_are_made
             faults = killed.roll_back(after_s=after_ms / 1000, lost_s=lost_s, for_s=0.1)
             for both in (faults, faults.down("coordinator", after_s=after_ms / 1000, for_s=0.3)):
                 assert digest(simulate(SHORT, both)) == digest(CALM), both
+
+
+LARGE = {"task_options": {"elements": 2500}, "wire": {"chunk_bytes": 4096, "window": 1}}  # a model of several chunks
+
+
+def test_a_model_that_is_lost_in_part_while_it_is_put_is_merged_again() -> None:
+    spec = small_spec(agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 3}, **LARGE)
+    scene = Scene(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
+    calm = simulate(scene)
+    decided, committed = (when(calm, words) for words in ("merging round 2", "training round 3"))
+    for k in range(1, 12):
+        for lost_s in (0.02, 0.05, 0.1):
+            faults = Faults().roll_back(after_s=decided + (committed - decided) * k / 12, lost_s=lost_s, for_s=0.1)
+            assert digest(simulate(scene, faults)) == digest(calm), faults
+
+
+def test_an_outer_state_that_is_lost_is_not_named_by_head() -> None:
+    """The next coordinator could not go on without it."""
+    spec = small_spec(
+        agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 3}, outer={"kind": "momentum"}, **LARGE
+    )
+    scene = Scene(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
+    calm = simulate(scene)
+    merged_s = when(calm, "version 2 training")
+    for k in range(12):
+        faults = Faults().roll_back(after_s=merged_s - 0.01 * k, lost_s=0.02, for_s=0.1)
+        again = simulate(scene, faults)
+        digest(again)
+        committed_s = when(again, "version 2 training")
+        digest(simulate(scene, faults.down("coordinator", after_s=committed_s + 0.03, for_s=0.3)))
+
+
+def test_a_first_version_that_is_lost_is_made_anew_by_whoever_takes_over() -> None:
+    scene = Scene(
+        small_spec(agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 2}), ("a1", "a2"), longest_delay_s=0.02
+    )
+    for after_ms in range(700, 940, 10):
+        faults = Faults().roll_back(after_s=after_ms / 1000, lost_s=0.05, for_s=0.1)
+        digest(simulate(scene, faults.down("coordinator", after_s=after_ms / 1000 + 0.25, for_s=0.5)))
 
 
 def test_a_run_that_the_broker_lost_as_a_whole_can_be_submitted_again() -> None:

@@ -29,10 +29,10 @@ SOONER = {  # where to begin, for those that few seeds show
 def an_older_head_is_no_news(patch: pytest.MonkeyPatch) -> None:
     real = HeadKeeper.check
 
-    async def check(self: HeadKeeper, seen: tuple[int, int] = (0, 0)) -> None:
+    async def check(self: HeadKeeper, seen_term: int = 0) -> Head:
         self._revision, kept = 0, self._revision
         try:
-            await real(self)
+            return (await real(self, seen_term)).model_copy(update={"version": 1 << 60})
         finally:
             self._revision = kept
 
@@ -40,14 +40,14 @@ def an_older_head_is_no_news(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_offers_are_waited_for(patch: pytest.MonkeyPatch) -> None:
-    async def check(self: Lookout) -> None:
+    async def check(self: Lookout, term: int) -> None:
         pass
 
     patch.setattr(Lookout, "_check_offers", check)
 
 
 def what_head_names_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
-    async def check(self: Lookout, head: Head) -> None:
+    async def check(self: Lookout, head: Head, before: Head, losses: int) -> None:
         pass
 
     patch.setattr(Lookout, "_check_blobs", check)

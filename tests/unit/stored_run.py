@@ -14,8 +14,7 @@ from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Entry, Manifest
 from syncline.wire.messages import BlobRef, Committed, Dropped, Head, Plan, PlanEntry, Roster, Submit, encode
-from syncline_coordinator.service import RUNS
-from syncline_coordinator.space import Reservation
+from syncline_coordinator.space import RUNS, Reservation
 
 RUN = "digits-1"
 LAYOUT = Manifest(

@@ -83,8 +83,8 @@ class Subscription(Protocol):
 class Bus(Protocol):
     """Every method may raise Unreachable (no connection or no answer in time) and Denied (the broker's permissions).
 
-    While the connection is lost, `purge`, `delete_stream` and `fit_stream` raise Unreachable at once and are not kept until it
-    is back: the broker may come back with an older store, in which what they would destroy is needed.
+    While the connection is lost, `kv_update`, `purge`, `delete_stream` and `fit_stream` raise Unreachable at once and are not
+    kept until it is back: the broker may come back with an older store, and what was right to change is right no more.
     """
 
     @property
@@ -159,6 +159,11 @@ class Bus(Protocol):
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
         """One question, one answer. Raises NoResponders at once where nobody listens."""
+        ...
+
+    @property
+    def losses(self) -> int:
+        """How often a connection was lost by now: counted before anything is heard over the next one."""
         ...
 
     def when_reconnected(self, call: Callable[[], None]) -> None:

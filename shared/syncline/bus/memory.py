@@ -46,6 +46,10 @@ class MemoryBus:
     def max_payload(self) -> int:
         return self._broker.max_payload
 
+    @property
+    def losses(self) -> int:
+        return self._control.losses + self._bulk.losses
+
     def when_reconnected(self, call: Callable[[], None]) -> None:
         self._control.reconnected.append(call)
 
@@ -65,6 +69,7 @@ class MemoryBus:
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
         with self._operation("kv_update", bucket, key, value, revision) as now:
+            self._must_be_up(key)
             return await self._put(now, f"$KV.{bucket}.{key}", value, self._control, revision)
 
     async def kv_delete(self, bucket: str, key: str) -> None:
@@ -164,9 +169,12 @@ class MemoryBus:
         await self._ask(now, f"$JS.API.STREAM.CREATE.{name}", lambda: self._broker.store.ensure(name, shape))
 
     async def _ask_now(self, now: Operation, subject: str, ask: Callable[[], T]) -> T:
-        if not self._control.up:
-            raise Unreachable(f"{subject}: the connection to the broker is lost")
+        self._must_be_up(subject)
         return await self._ask(now, subject, ask)
+
+    def _must_be_up(self, what: str) -> None:
+        if not self._control.up:
+            raise Unreachable(f"{what}: the connection to the broker is lost")
 
     async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], lane: Lane | None = None) -> T:
         """Has JetStream do something, where the permissions let us ask for it."""

@@ -160,7 +160,7 @@ class Lane:
     """The client's half of one connection. `up` is both halves' view: nobody here waits to find out by a ping."""
 
     def __init__(self, server: Server, who: Who, inbox: str) -> None:
-        self.who, self.up = who, True
+        self.who, self.up, self.losses = who, True, 0
         self.reconnected: list[Callable[[], None]] = []
         self._server = server
         self._outgoing, self._incoming = Pipe(), Pipe()
@@ -265,6 +265,7 @@ class Lane:
 
     # -- breaking and healing --------------------------------------------------------------------------------------
     def cut(self) -> None:
+        self.losses += self.up
         self.up = self._mending = False
         self._outgoing.cut()
         self._incoming.cut()

@@ -64,6 +64,10 @@ class NatsBus:
     def max_payload(self) -> int:
         return self._control.max_payload
 
+    @property
+    def losses(self) -> int:
+        return self._control.losses + self._bulk.losses
+
     def when_reconnected(self, call: Callable[[], None]) -> None:
         self._control.reconnected.append(call)
 
@@ -91,6 +95,7 @@ class NatsBus:
         return await self.kv_update(bucket, key, value, 0)
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
+        self._must_be_up(key)
         return await self._put(self._control, f"$KV.{bucket}.{key}", value, _at(revision))
 
     async def kv_delete(self, bucket: str, key: str) -> None:
@@ -201,11 +206,13 @@ class NatsBus:
             ) from None
 
     async def _api_now(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
-        """For what destroys: nats-py keeps a request until the connection is back, and a broker may be back with an older
-        store."""
+        self._must_be_up(what)
+        return await self._api(what, ask)
+
+    def _must_be_up(self, what: str) -> None:
+        """nats-py keeps a request until the connection is back, and a broker may be back with an older store."""
         if not self._control.up:
             raise Unreachable(f"{what}: the connection to the broker is lost")
-        return await self._api(what, ask)
 
     async def _api(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
         data = json.dumps(ask).encode() if ask else b""

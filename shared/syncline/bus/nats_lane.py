@@ -64,7 +64,7 @@ class Lane:
         self._handlers: dict[int, tuple[str, Handler, int]] = {}
         self._live: dict[int, NatsSubscription] = {}
         self._next_id = 0
-        self._silent = 0
+        self._silent = self.losses = 0
         self._last_error = ""
         self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
         self._ear: NatsSubscription | None = None  # and that is its subscription
@@ -139,6 +139,7 @@ class Lane:
         return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit)
 
     async def _on_disconnect(self) -> None:
+        self.losses += 1
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     async def _on_reconnect(self) -> None:
@@ -148,6 +149,7 @@ class Lane:
 
     async def _on_closed(self) -> None:
         """nats-py closes for good on most protocol errors; a service must outlive them."""
+        self.losses += 1
         self._fail_all(Unreachable("the broker closed the connection"))
         if not self._closing and (self._rebuild is None or self._rebuild.done()):
             self._rebuild = asyncio.create_task(self._build_again())

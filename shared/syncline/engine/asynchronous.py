@@ -67,10 +67,14 @@ class Asynchronous(Policy):
     runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
 
     def resume(self, standing: Standing, now_s: float) -> None:
-        self.live, self.version, self.judged = set(standing.live), standing.version, dict(standing.judged)
+        self.live, self.version = set(standing.live & {*standing.participants}), standing.version
+        self.judged = dict(standing.judged)
         self.offered, self.offsets = dict(standing.judged), dict(standing.offsets)
         self.told = Told(standing.participants, standing.gate, dict(standing.judged))
         self.started, self.state, self.opened_at_s, self.untold = True, "open", now_s, True
+        for agent in sorted(standing.live - self.live):  # it was about to join
+            self._set_beside(agent)
+            self.live.add(agent)
 
     def resume_merge(self, offers: list[OfferReady]) -> None:
         self.merging, self.state = list(offers), "merging"
@@ -80,10 +84,14 @@ class Asynchronous(Policy):
 
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _joined(self, agent: str, now_s: float) -> list[Command]:
+        self._set_beside(agent)
+        return self._go_on(now_s)
+
+    def _set_beside(self, agent: str) -> None:
+        """By an offset to its clock it stands where the slowest of the others does."""
         others = [self._level(a) for a in self.live if a != agent]
         if self.max_ahead is not None and others:
             self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.judged.get(agent, 0))
-        return self._go_on(now_s)
 
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         if offer.clock <= max(self.offered.get(offer.agent, 0), self.judged.get(offer.agent, 0)):

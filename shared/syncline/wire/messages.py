@@ -87,8 +87,9 @@ class Heartbeat(Record):
         "waiting"
     )
     reason: Text = Field("", description="why it failed")
-    seen_term: Count = Field(0, description="the newest head it knows: its term")
+    seen_term: Annotated[int, Field(ge=0, lt=1 << 62)] = Field(0, description="the newest head it knows: its term")
     seen_version: Count = Field(0, description="… and its version")
+    seen_round: Count = Field(0, description="… and its round")
     seen_line: Count = Field(0, description="… and its line")
     handed: Count = Field(0, description="clock of the newest offer that the bus has acknowledged on that line")
 
