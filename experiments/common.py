@@ -91,15 +91,18 @@ def picture(name: str, *draw: Callable[[Any], None], width: float = 8.0, height:
     say(f"wrote {PICTURES / name}.png")
 
 
-def bars(axes: Any, groups: Sequence[str], values: dict[str, Sequence[float]]) -> None:
-    """Beside each other, by group, on a logarithmic scale, each with its figure on top; NaN draws none."""
+def bars(axes: Any, groups: Sequence[str], values: dict[str, Sequence[float]], most: Sequence[float]) -> None:
+    """Beside each other, by group, on a logarithmic scale, each with its figure on top; above `most` of its group a pale one."""
     wide = 0.8 / len(values)
     for i, (label, heights) in enumerate(values.items()):
         places = [g + (i - (len(values) - 1) / 2) * wide for g in range(len(groups))]
-        drawn = axes.bar(places, heights, 0.92 * wide, label=label)
-        axes.bar_label(drawn, labels=["" if h != h else f"{h:g}" for h in heights], padding=2, fontsize=8)
+        drawn = axes.bar(places, [min(*both) for both in zip(heights, most, strict=True)], 0.92 * wide, label=label)
+        shown = [f"> {m:g}" if h > m else f"{h:g}" for h, m in zip(heights, most, strict=True)]
+        axes.bar_label(drawn, labels=shown, padding=2, fontsize=8)
+        for bar, height, limit in zip(drawn, heights, most, strict=True):
+            bar.set_alpha(0.4 if height > limit else 1.0)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=1)
+    axes.set_ylim(bottom=1, top=1.8 * max(min(*both) for v in values.values() for both in zip(v, most, strict=True)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(groups)), groups)
     axes.legend(frameon=False)

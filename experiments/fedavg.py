@@ -74,7 +74,7 @@ def main() -> None:
                 best = min(best, (statistics.median(found), lr, found))
             median, lr, found = best
             base.setdefault(split, median)
-            medians[split].append(median if median < float("inf") else float("nan"))
+            medians[split].append(median)
             shown = f"> {MOST_ROUNDS}" if median == float("inf") else f"{median:g} ({min(found):g} – {max(found):g})"
             cells.append(f"{shown}, lr {lr:g}: {base[split] / median:.1f}×" if median < float("inf") else shown)
         size = "∞" if batch == "all" else str(batch)
@@ -87,7 +87,12 @@ def main() -> None:
 
 
 def _draw(axes: Any, rows: list[str], medians: dict[str, list[float]]) -> None:
-    bars(axes, rows, {f"{split}, to {TARGETS[split]:.0%}": found for split, found in medians.items()})
+    bars(
+        axes,
+        rows,
+        {f"{split}, to {TARGETS[split]:.0%}": found for split, found in medians.items()},
+        [MOST_ROUNDS] * len(rows),
+    )
     axes.set(ylabel="rounds", title="What local work saves: rounds to the target, ten of 100 agents in each")
 
 
