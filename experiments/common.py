@@ -92,7 +92,7 @@ def picture(name: str, *draw: Callable[[Any], None], width: float = 8.0, height:
 
 
 def bars(axes: Any, groups: Sequence[str], values: dict[str, Sequence[float]], most: Sequence[float]) -> None:
-    """Beside each other, by group, on a logarithmic scale, each with its figure on top; above `most` of its group a pale one."""
+    """Beside each other, by group, on a logarithmic scale, with their figures; a pale one stands for more than `most`."""
     wide = 0.8 / len(values)
     for i, (label, heights) in enumerate(values.items()):
         places = [g + (i - (len(values) - 1) / 2) * wide for g in range(len(groups))]
