@@ -96,7 +96,7 @@ def _name_of(pid: int) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="a process has a name of its own on Linux only")
 def test_a_task_of_ones_own_from_the_file_to_plain_pytorch(place: Path, running: Command) -> None:
     _, watch, pkill, why, export = typed(OWN_TASK)[:5]
-    running.says("round 1/60")
+    running.says("/60")
     watcher = in_another_terminal(running, *watch)
     assert pkill[:2] == ["pkill", "-9"]
     kill(running, pkill[2])

@@ -14,6 +14,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+READ_BYTES = (
+    8 << 20
+)  # one answer to `read` ends when it has so much: a broker cuts off whoever is far behind with reading
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:

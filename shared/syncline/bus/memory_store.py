@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from syncline.bus.accounts import Account
-from syncline.bus.base import BucketConfig, Stored, StreamConfig, StreamState
+from syncline.bus.base import READ_BYTES, BucketConfig, Stored, StreamConfig, StreamState
 from syncline.bus.memory_lane import Ear, Lane
 from syncline.errors import AlreadyPut, Conflict, StreamFull, Unavailable
 from syncline.wire.subjects import PREFIX, RUNS_BUCKET
 
-READ_BYTES = 64 << 20  # one answer to `read` ends when it has so much
 CAS_HEADER_BYTES = len("NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: 01234567890123456789\r\n\r\n")
 NOTIFY = f"{PREFIX}.*.notify"
 FEEDS = (f"{PREFIX}.*.metrics.>", f"{PREFIX}.*.events.*")

@@ -14,7 +14,7 @@ from typing import Any
 
 from nats.aio.msg import Msg
 
-from syncline.bus.base import BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState
+from syncline.bus.base import READ_BYTES, BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState
 from syncline.bus.nats_lane import ANSWER_S, Connection, Lane, size_of
 from syncline.errors import (
     AlreadyPut,
@@ -143,7 +143,8 @@ class NatsBus:
         return _stored(answer)
 
     async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
-        ask = json.dumps({"seq": max(1, from_seq), "batch": limit, "next_by_subj": ">"}).encode()
+        what = {"seq": max(1, from_seq), "batch": limit, "next_by_subj": ">", "max_bytes": READ_BYTES}
+        ask = json.dumps(what).encode()
         answers = await self._control.request(f"$JS.API.DIRECT.GET.{stream}", ask, ANSWER_S, many=True)
         return [_stored(a) for a in answers if "Status" not in (a.headers or {})]
 
