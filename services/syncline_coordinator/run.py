@@ -335,8 +335,9 @@ class Run:
             problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
             if problem is not None:
                 await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
-            elif isinstance(offer, Offer) and self.ledger.offer(agent, offer, stored.seq):
-                self._account.offered(agent, offer)
+            elif isinstance(offer, Offer):
+                if self.ledger.offer(agent, offer, stored.seq):
+                    self._account.offered(agent, offer)
                 await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:

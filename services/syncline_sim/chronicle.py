@@ -85,7 +85,10 @@ class Chronicle:
         agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
         if self.head is not None and offer.line == self.head.line and offer.base <= self.head.version:
             self.offers.setdefault((agent, offer.clock), []).append(offer)
-            self.offer_seqs[message.seq] = (agent, offer.clock)
+            if (
+                message.seq > self.head.offers_seq
+            ):  # else it was lost with its stream alone, and is found by what agents tell
+                self.offer_seqs[message.seq] = (agent, offer.clock)
             self.sessions.setdefault(agent, set()).add(offer.session)
         return agent, offer
 

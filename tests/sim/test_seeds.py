@@ -14,6 +14,9 @@ FOUND = (  # what was found by many seeds, and mended
     7036,  # a head was made for a spec which the broker had lost: its name was taken for good
     100250,  # two coordinators that took the run from each other without end
     100467,  # a purge that waited for the connection met an older store
+    102715,  # an agent that was about to join when the coordinator died came without its offset
+    107930,  # offers that were lost alone, and made again under the old numbers
+    110815,  # two processes of one name used one clock: the round waited for the second one for ever
     100034,  # a coordinator that was replaced took what its successor cleared up for lost
 )
 

@@ -172,8 +172,19 @@ def test_an_update_that_was_merged_and_is_told_again_changes_nothing() -> None:
     rounds = policy(1)
     tell(rounds, *offers("a1"), Committed(1))
     before = copy.deepcopy(rounds)
-    assert tell(rounds, *offers("a1"), *offers("a1", base=1)) == []
+    assert tell(rounds, *offers("a1")) == []
     assert rounds == before
+
+
+def test_a_clock_that_another_process_of_the_name_has_used_up_is_not_waited_for() -> None:
+    """The older one's came late and was judged; the newer one's of the same clock cannot be told of once more."""
+    rounds = policy(2)
+    tell(rounds, *offers("a1", "a2"), Committed(1))
+    tell(rounds, OfferReady("a2", 2, 0, 10, 5))  # late, of the older process
+    assert rounds.judged["a2"] == 2
+    assert tell(rounds, OfferReady("a2", 2, 1, 10, 5)) == []
+    (merge,) = [c for c in tell(rounds, OfferReady("a1", 2, 1, 10, 5)) if isinstance(c, Merge)]
+    assert [u.agent for u in merge.updates] == ["a1"]
 
 
 # -- quorum and grace --------------------------------------------------------------------------------------------------

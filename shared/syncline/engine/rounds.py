@@ -52,6 +52,10 @@ class Rounds(Policy):
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         agent = offer.agent
         known = self.offers.get(agent)
+        used_up = offer.clock <= self.judged.get(agent, 0) and offer.base == self.version and known is None
+        if used_up and agent in self.participants:  # by another process of this name: it cannot be told of once more
+            self.spent.add(agent)
+            return self._go_on(now_s)
         if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
             return []  # told twice
         self._insist_on_order(offer, self.offers.values())
