@@ -1,14 +1,14 @@
-"""Version 0 of a run, and the layout that every version has."""
+"""Version 0 of a run."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, put_blob
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, Head, encode
+from syncline.wire.messages import encode
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.lookout import taken_over
 from syncline_coordinator.reducer import Reducer
@@ -25,10 +25,3 @@ async def commit_initial(
     head = keeper.head if set_back is None else await taken_over(bus, keeper.head, set_back)
     await keeper.check()  # a broker that was set back gives revisions again
     await keeper.write(head.model_copy(update=moved))
-
-
-async def manifest_of(bus: Bus, head: Head) -> bytes:
-    """Raises BlobGone."""
-    assert head.manifest is not None
-    prefix, stream = partial(subjects.model_prefix, head.run), subjects.model_stream(head.run)
-    return await get_small_blob(bus, stream, prefix, head.manifest, RECORD_CHUNK_BYTES, MAX_BLOB_RECORD_BYTES)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import patiently
+from syncline.bus.blobs import BlobGone, patiently
 from syncline.chance import jitter, new_number
 from syncline.wire import subjects
-from syncline.wire.messages import BlobRef, Head, Heartbeat, Roster
+from syncline.wire.messages import BlobRef, Head, Heartbeat, Roster, decode
 from syncline_coordinator.head import HeadKeeper, RolledBack
 from syncline_coordinator.ledger import Ledger
+from syncline_coordinator.records import record_of
 from syncline_coordinator.space import RUNS
 
 LOOK_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
@@ -202,9 +203,22 @@ async def taken_over(bus: Bus, head: Head, lost_term: int | None) -> Head:
     last_seq = (await patiently(partial(bus.state, subjects.offers_stream(head.run)))).last_seq
     if lost_term is None and last_seq >= head.offers_seq:
         return head.model_copy(update={"term": head.term + 1})
-    phase = "training" if head.phase == "merging" else head.phase
+    phase = head.phase
+    if phase == "merging":
+        phase = "training" if await _somebody_trains(bus, head) else "waiting"
     again = {"plan": None, "phase": phase, "round": head.round + 1, "line": new_number(), "offers_seq": last_seq}
     return head.model_copy(update={"term": max(head.term, lost_term or 0) + 1, **again})
+
+
+async def _somebody_trains(bus: Bus, head: Head) -> bool:
+    """Whether a round that is merged has participants: an asynchronous run also merges what nobody may run before."""
+    if head.roster is None:
+        return True
+    try:
+        roster = decode(Roster, await record_of(bus, head.run, head.roster))
+    except BlobGone:  # whoever needs it says so
+        return False
+    return any(map(roster.participant, range(len(roster.agents))))
 
 
 def _now() -> float:

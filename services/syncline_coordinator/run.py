@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently, put_blob
+from syncline.bus.blobs import RECORD_CHUNK_BYTES, patiently, put_blob
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
@@ -42,7 +42,6 @@ from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
     INLINE_BYTES,
-    MAX_RECORD_BYTES,
     BlobRef,
     Head,
     Offer,
@@ -64,6 +63,7 @@ from syncline_coordinator.lookout import Lookout
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
+from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer
 from syncline_coordinator.status import status_of
 from syncline_coordinator.updates import UpdateGone, UpdateUnusable
@@ -152,13 +152,15 @@ class Run:
             self.ledger.taken_over(kept, await leftovers(bus, head, kept))
         if head.roster is None:
             return
-        roster = decode(Roster, await self._record(head.roster))
+        roster = decode(Roster, await record_of(bus, head.run, head.roster))
         self.ledger.restore(roster)
         standing = standing_of(head, roster)
         self.present = set(standing.live)
         self.policy.resume(standing, _now())
         if head.plan is not None:
-            plan = decode(Plan, head.plan if isinstance(head.plan, bytes) else await self._record(head.plan))
+            plan = decode(
+                Plan, head.plan if isinstance(head.plan, bytes) else await record_of(bus, head.run, head.plan)
+            )
             offers = [OfferReady(e.agent, e.clock, head.version - e.lag, e.samples, e.steps) for e in plan.merged]
             self.policy.resume_merge(offers)
             self.ledger.planned(plan, head.offers_seq + 1)
@@ -362,13 +364,6 @@ class Run:
         ref, _ = await put_blob(self.parts.bus, prefix, memoryview(data), RECORD_CHUNK_BYTES)
         self.lookout.was_put(ref, losses)
         return ref
-
-    async def _record(self, ref: BlobRef) -> bytes:
-        run = self.parts.spec.name
-        prefix = partial(subjects.model_prefix, run)
-        return await get_small_blob(
-            self.parts.bus, subjects.model_stream(run), prefix, ref, RECORD_CHUNK_BYTES, 64 * MAX_RECORD_BYTES
-        )
 
     async def _put_commit_record(self, done: MergeDone) -> None:
         head = self.keeper.head

@@ -42,10 +42,11 @@ from syncline_coordinator.answers import allows, exists, gone, superseded
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
-from syncline_coordinator.initial import commit_initial, manifest_of
+from syncline_coordinator.initial import commit_initial
 from syncline_coordinator.lookout import taken_over
 from syncline_coordinator.losses import WORDS, Losses
 from syncline_coordinator.offers import OfferReader
+from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
@@ -346,7 +347,8 @@ class Coordinator:
         spec = parse(RunSpec, decode(Submit, submitted, limit=SPEC_BYTES).spec)
         lost_term = self._losses.term(keeper.head.run)
         anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
-        known = b"" if anew else await manifest_of(self._bus, keeper.head)
+        layout = None if anew else keeper.head.manifest
+        known = b"" if layout is None else await record_of(self._bus, keeper.head.run, layout)
         child, manifest = await self._model_of(spec, memory, known)
         try:
             center = Center(manifest, memory, spec.states)
