@@ -122,10 +122,9 @@ class Lookout:
         await self._sure_of(head)
         losses = self.losses
         await self._keeper.write(head, roster, tell=tell, sure=partial(self._sure_of, head))
-        if (
-            losses != self.losses
-        ):  # it may have come through after a roll-back all the same: not what is looked at just now
-            self.look()
+        if losses != self.losses:  # it may have come through after a roll-back all the same, and was not looked at
+            self._doubts += 1
+            self._doubt.set()
 
     async def sure(self) -> None:
         """Nothing was lost, as far as head can show. Raises Deposed and RolledBack."""
