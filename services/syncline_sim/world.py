@@ -341,7 +341,8 @@ class World:
         for task in left:
             task.cancel()
         try:
-            self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            if left:
+                self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         except Stuck as error:
             self._problem(f"on the way out: {error}")
