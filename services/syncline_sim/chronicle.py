@@ -67,7 +67,7 @@ class Chronicle:
         """Everything is as head was then, but that chunks and offers are those of the store. What anybody has seen is seen."""
         assert isinstance(then, Chronicle)
         again = then.copy()
-        for name in ("heads", "merged", "writers", "dropped", "levels", "may_begin", "taken", "roster", "plan", "kept"):
+        for name in ("heads", "merged", "writers", "dropped", "levels", "taken", "roster", "plan", "kept"):
             setattr(self, name, getattr(again, name))
         run, kept = self.spec.name, set[str]()
         for stream in (subjects.updates_stream(run), subjects.model_stream(run)):
