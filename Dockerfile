@@ -5,8 +5,8 @@ ARG PYTHON=3.13
 
 FROM python:${PYTHON}-slim AS build
 # More arguments for installing torch alone. What the package index holds under this name for Linux is built with CUDA, and
-# brings several GB of it: that is for machines with GPUs, and trains on a CPU as well. For a small image without CUDA name
-# the index of CPU builds that PyTorch's page "Get started" shows: --build-arg TORCH_PIP_ARGS='--index-url URL'
+# brings several GB of it: that is for machines with GPUs, and trains on a CPU as well. For a small image without CUDA give
+# --build-arg TORCH_PIP_ARGS=… what PyTorch's page "Get started" shows after `pip install torch` for its CPU builds.
 ARG TORCH_PIP_ARGS=""
 RUN python -m venv --without-pip /opt/syncline
 WORKDIR /src

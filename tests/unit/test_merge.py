@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -381,3 +381,11 @@ def test_fewer_than_it_needs_are_reduced_all_the_same(rule: Rule) -> None:
     for n in range(1, rule.least()):
         assert reduced(rule, vectors(n)).isfinite().all()
     assert math.isfinite(float(reduced(rule, vectors(3), [0.0, 0.0, 0.0]).sum()))
+
+
+def test_a_rule_that_looks_and_does_not_say_at_what_is_no_rule() -> None:
+    with pytest.raises(TypeError, match="Blind sets `looks`: define both `look` and `weigh`"):
+
+        class Blind(Rule):
+            rule: Literal["blind"] = "blind"
+            looks: ClassVar[bool] = True

@@ -46,6 +46,13 @@ class Rule(Settings):
         0  # flat vectors of the model's size that it keeps from one merge to the next; zeros at first
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        named = not cls.model_fields["rule"].is_required()  # else it is a base of rules
+        if named and cls.looks and (cls.look is Rule.look or cls.weigh is Rule.weigh):
+            raise TypeError(f"{cls.__name__} sets `looks`: define both `look` and `weigh`, or leave it out")
+
     def least(self) -> int:
         """Updates below which it cannot do what it is chosen for."""
         return 1
@@ -56,11 +63,11 @@ class Rule(Settings):
 
     def look(self, updates: Tensors, weights: Sequence[float], old: Tensors) -> Tensor:
         """The first pass: figures of each block of the slice, in float64, (B, …). They are summed over all blocks."""
-        raise NotImplementedError(f"merge.rule {self.rule} has set `looks`, and does not define `look`")
+        return updates[0].new_zeros(0, 0).double()
 
     def weigh(self, weights: Sequence[float], figures: Tensor) -> list[float]:
         """After the first pass: what each update counts in the second, and after those what each kept vector counts."""
-        raise NotImplementedError(f"merge.rule {self.rule} has set `looks`, and does not define `weigh`")
+        return [*weights]
 
     def reduce(self, updates: Tensors, weights: Sequence[float], old: Tensors, out_E: Tensor, new: Tensors) -> None:
         """Writes D to `out_E`, and what is kept for the next merge to `new`; `old`: what was kept. Leaves all else as it is.
