@@ -123,7 +123,8 @@ class Invariants(Chronicle):
                 head.phase != "training" or any(map(roster.participant, range(len(roster.agents)))),
                 "head is training without a participant",
             )
-            self._check_offers_seq(head, roster)
+            if head.phase != "failed":  # nobody reads on from it
+                self._check_offers_seq(head, roster)
         where = f"{_short(head)} round {head.round} offers up to {head.offers_seq}"
         return f"head: {where} {head.digest[:8]} {head.reason}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -86,6 +87,9 @@ def scene_of(seed: int) -> Scene:
     if more.random() < 0.3:
         spec = spec.model_copy(update={"merge": more.choice(rules)})
     spec = _other_kind(seed, spec)
+    if Dice(f"{seed} pieces").random() < 0.1:  # a model of several chunks
+        wire = spec.wire.model_copy(update={"chunk_bytes": 4096})
+        spec = spec.model_copy(update={"wire": wire, "task_options": {"elements": 2500}})
     if Dice(f"{seed} diverges").random() < 0.15:
         spec = spec.model_copy(update={"task_options": {**spec.task_options, "diverges": True}})
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
@@ -138,13 +142,40 @@ def faults_of(seed: int, scene: Scene) -> Faults:
     faults = Faults.random(Dice(f"{seed} faults"), (COORDINATOR, *scene.agents))
     power = Dice(f"{seed} power")
     if power.random() < 0.15:
-        faults = faults.roll_back(
-            after_s=round(power.uniform(0.4, 4.0), 3),
-            lost_s=round(0.02 * 150 ** power.random(), 3),
-            for_s=round(0.02 * 100 ** power.random(), 3),
-            torn=power.random() < 0.3,
-        )
+        at_s = round(power.uniform(0.4, 4.0), 3)
+        lost_s, for_s = _while_s(power, 3.0), _while_s(power)
+        faults = faults.roll_back(after_s=at_s, lost_s=lost_s, for_s=for_s, torn=power.random() < 0.3)
+        rng = Dice(f"{seed} meanwhile")
+        if rng.random() < 0.33:
+            faults = _beside(rng, scene, faults, at_s)
+            if rng.random() < 0.5:
+                again_s = round(at_s + for_s + rng.uniform(0.05, 2.0), 3)
+                torn = rng.random() < 0.2
+                faults = faults.roll_back(after_s=again_s, lost_s=_while_s(rng), for_s=_while_s(rng), torn=torn)
     return faults
+
+
+def _beside(rng: Dice, scene: Scene, faults: Faults, at_s: float) -> Faults:
+    """A power failure that does not come alone: services fail at about its time."""
+
+    def near_s() -> float:
+        return round(max(0.3, at_s + rng.uniform(-0.3, 0.3)), 3)
+
+    if rng.random() < 0.5:
+        faults = faults.down(COORDINATOR, after_s=near_s(), for_s=_while_s(rng))
+    if rng.random() < 0.4:
+        faults = faults.cut(rng.choice((COORDINATOR, *scene.agents)), after_s=near_s(), for_s=_while_s(rng))
+    if rng.random() < 0.3:
+        faults = faults.zombie(after_s=near_s(), for_s=_while_s(rng), awake_s=rng.choice((0.2, 1.0, 5.0)))
+    if rng.random() < 0.3:
+        agent, disk = rng.choice(scene.agents), rng.random() < 0.7
+        faults = faults.down(agent, after_s=near_s(), for_s=_while_s(rng), disk=disk)
+    return faults
+
+
+def _while_s(rng: Dice, most_s: float = 2.0) -> float:
+    """20 ms to `most_s`, every order of magnitude as often."""
+    return round(0.02 * math.pow(most_s / 0.02, rng.random()), 3)
 
 
 def play(seed: int) -> Outcome:
