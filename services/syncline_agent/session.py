@@ -77,7 +77,7 @@ class Session:
         self._handed = 0  # clock of the newest update that is sent, or on its way
         self._held: BlobRef | None = None  # the center in the inbox
         self._held_term = 0  # under which it was the newest
-        self._fresh = False  # the child has not seen it yet
+        self._fresh = False  # no period that counts has begun with it
         self._given_up = range(0)  # clocks whose verdicts the broker lost
         self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._to_send: asyncio.Queue[_Update] = asyncio.Queue(1)
@@ -234,12 +234,11 @@ class Session:
         verdicts = {**{c: False for c in self._given_up if c > place.judged}, **place.verdicts}
         period = Period(stand.version, clock, place.number, place.parts, self._fresh, box, [*verdicts.items()])
         report = await self._ask(self._training.period(period))
-        self._fresh = False
         known = self._news.head
         if report is None or report["stopped"] or (known is not None and known.line != stand.line):
-            stand.state = "waiting"
+            stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
             return
-        self._given_up = range(0)
+        self._fresh, self._given_up = False, range(0)
         if elastic:
             if self._is_async:
                 await self._fetch((await self._news.newest()).head)

@@ -68,7 +68,9 @@ class Invariants(Chronicle):
                 self._on_purged_update(subjects.agent_of(subject), subject.split(".")[6])
 
     def heard(self, beat: Heartbeat) -> None:
-        """A heartbeat tells what its sender has seen."""
+        """A heartbeat tells what its sender has seen. Nobody gives up, but for a child that dies again and again."""
+        gave_up = beat.state == "failed" and "died" not in beat.reason
+        self._insist(not gave_up, f"session {beat.session[:6]} gave up: {beat.reason}")
         line, now = beat.seen_line, (beat.seen_term, beat.seen_version)
         known, before = self.seen.get(beat.session, (line, (0, 0)))
         if self.reborn and line != known:

@@ -18,6 +18,7 @@ FOUND = (  # what was found by many seeds, and mended
     107930,  # offers that were lost alone, and made again under the old numbers
     110815,  # two processes of one name used one clock: the round waited for the second one for ever
     118193,  # after a roll-back of a merge that nobody may run before, head was training without participants
+    210017,  # a period that was stopped for a version which the broker then lost: the next one began without its center
     100034,  # a coordinator that was replaced took what its successor cleared up for lost
 )
 
