@@ -163,7 +163,8 @@ class Trainer:
     def _take_part(self, number: int, parts: int) -> None:
         """This agent's D_i: part `number` of `parts`; made anew only where that changed."""
         if self._place != (number, parts):
-            part = Part(index=number, parts=parts, how=self._settings.partition, seed=self._settings.seed)
+            settings = self._settings
+            part = Part(number, parts, settings.partition, settings.seed, needed=settings.agents.min)
             self._dataset: Any = self._task.dataset(part)
             self._place = (number, parts)
 

@@ -205,3 +205,29 @@ def test_importing_the_module_imports_neither_torch_nor_scikit_learn() -> None:
     code = "import sys, syncline.data.partition; print([m for m in ('torch', 'sklearn', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "labels", "most"),
+    [
+        (Natural(kind="natural"), [0, 0, 1, 1, 2, 3], 4),
+        (Shards(kind="shards", per_agent=2), [0, 0, 1, 1, 2, 3], 3),
+        (Shards(kind="shards", per_agent=2), [0, 1], 1),
+        (Iid(), [0, 1], 2),
+    ],
+    ids=["natural", "shards", "shards, one part", "iid"],
+)
+def test_an_agent_too_many_gets_no_part_and_the_others_keep_theirs(
+    how: Partition, labels: list[int], most: int
+) -> None:
+    before = [Part(i, most, how, seed=3, needed=1).rows(len(labels), label=labels) for i in range(most)]
+    after = [Part(i, most + 1, how, seed=3, needed=1).rows(len(labels), label=labels) for i in range(most)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    with pytest.raises(ConfigError, match="partition"):
+        Part(most, most + 1, how, seed=3, needed=1).rows(len(labels), label=labels)
+
+
+@pytest.mark.parametrize("needed", [None, 5])
+def test_a_run_that_needs_more_parts_than_there_are_gets_none(needed: int | None) -> None:
+    with pytest.raises(ConfigError, match="only 4 different values"):
+        Part(0, 5, Natural(kind="natural"), seed=3, needed=needed).rows(6, label=[0, 0, 1, 1, 2, 3])

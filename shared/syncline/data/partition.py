@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ class Part:
     how: Partition
     seed: int  # the run's; `how.seed` wins over it
     held_out: bool = False  # the common test set is wanted, not an agent's share
+    needed: int | None = (
+        None  # so many parts the run needs; None: all. Those that are too many for the data get nothing
+    )
 
     def __post_init__(self) -> None:
         assert 0 <= self.index < self.parts, f"there is no part {self.index} of {self.parts}"
@@ -45,14 +48,27 @@ class Part:
     def rows(self, count: int, **columns: ArrayLike) -> Rows:
         """This agent's rows of `count`: sorted indices. Columns (one value a row; arrays, tensors, lists) may decide the split.
 
-        Raises ConfigError when the split cannot be made.
+        Raises ConfigError when the split cannot be made; where more agents joined than the data has parts for, theirs alone.
         """
         assert not self.held_out, (
             "part.rows() was called for the held-out set, which is not split. "
             "In dataset(part), return the test set first: `if part.held_out: return ...`"
         )
         arrays = {name: _as_array(values) for name, values in columns.items()}
-        return split(count, self.parts, self.how, self.seed, arrays)[self.index]
+        try:
+            return split(count, self.parts, self.how, self.seed, arrays)[self.index]
+        except TooManyParts as error:
+            if error.most < (self.needed or self.parts) or error.most <= self.index:
+                raise
+            return replace(self, parts=error.most).rows(count, **columns)
+
+
+class TooManyParts(ConfigError):
+    """The data can be split in no more than `most` parts."""
+
+    def __init__(self, most: int, setting: str, problem: str, mend: str) -> None:
+        super().__init__(setting, problem, mend)
+        self.most = most
 
 
 def split(rows: int, parts: int, how: Partition, seed: int, columns: Mapping[str, NDArray[Any]]) -> list[Rows]:
@@ -61,7 +77,8 @@ def split(rows: int, parts: int, how: Partition, seed: int, columns: Mapping[str
     Raises ConfigError where `how` and the data don't fit together.
     """
     if parts > rows:
-        raise ConfigError(
+        raise TooManyParts(
+            rows,
             "partition.parts",
             f"{parts} parts of {rows} rows: {parts - rows} of them would be empty",
             f"Use at most {rows} agents, or more data",
@@ -102,7 +119,8 @@ def _shards(labels: Rows, parts: int, per_agent: int, rng: np.random.Generator) 
     """Rows sorted by label are cut in parts × per_agent shards of nearly equal size and dealt out (arXiv:1602.05629)."""
     rows, shards = len(labels), parts * per_agent
     if shards > rows:
-        raise ConfigError(
+        raise TooManyParts(
+            rows // per_agent,
             "partition.per_agent",
             f"{per_agent} shards for each of {parts} parts are {shards} shards of {rows} rows",
             f"Use at most {rows // parts}, or fewer agents",
@@ -119,7 +137,8 @@ def _natural(labels: Rows, parts: int, column: str) -> Rows:
     """Groups stay together: the largest first, each onto the part that is smallest so far. Needs no seed."""
     sizes = np.bincount(labels)
     if len(sizes) < parts:
-        raise ConfigError(
+        raise TooManyParts(
+            len(sizes),
             "partition.parts",
             f"{parts} parts, but column {column!r} has only {len(sizes)} different values, and they stay together",
             f"Use at most {len(sizes)} agents, or name another partition.column",
