@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -75,6 +75,45 @@ def test_what_the_task_calls_local_stays_with_the_agent() -> None:
     layout = layout_of(Everything(), local=("norm.running_*", "drift"))
     assert names(layout) == ["scale", "embed.weight", "norm.weight", "norm.bias"]
     assert {"norm.running_mean", "norm.running_var", "drift"} <= set(layout.at_home)
+
+
+def test_a_mask_of_infinities_stays_where_it_is() -> None:
+    model = nn.Linear(4, 4)
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    assert names(layout_of(model)) == ["weight", "bias"] and layout_of(model).at_home == ["mask"]
+
+
+def _tied_by_data() -> nn.Module:
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight.data = first.weight.data
+    return nn.Sequential(first, second)
+
+
+def _buffer_within_a_parameter() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.register_buffer("row", model.weight.detach()[1])
+    return model
+
+
+def _complex_parameter() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.phase = nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (_tied_by_data, "0.weight and 1.weight lie in the same memory"),
+        (_buffer_within_a_parameter, "weight and row lie in the same memory"),
+        (_complex_parameter, "phase is torch.complex64, and cannot be averaged"),
+        (lambda: nn.LazyLinear(3), "weight has no shape before the first batch"),
+    ],
+    ids=["tied by .data", "a buffer within a parameter", "complex", "lazy"],
+)
+def test_a_model_that_a_flat_vector_would_change_is_refused(make: Callable[[], nn.Module], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        layout_of(make())
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from syncline.engine.gradients import Site
 from syncline.errors import ConfigError, PeerError
@@ -18,8 +20,10 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), sections: int = 1) -> Manifest:
     """The layout of a model's averaged tensors, in the model's own order.
 
-    `local`: name patterns of tensors that stay with the agent. Raises ConfigError for a model with nothing to average.
+    `local`: name patterns of tensors that stay with the agent. Raises ConfigError for a model with nothing to average, or
+    with tensors that a flat vector would change.
     """
+    _check(model, local)
     travelling = list(_averaged(model, local))
     if not any(isinstance(t, nn.Parameter) for _, t in travelling):
         raise ConfigError(
@@ -88,10 +92,42 @@ class FlatModel:
 
 
 def _averaged(model: nn.Module, local: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters, then floating-point buffers that are saved; each shared tensor once."""
+    """Trainable parameters, then floating-point buffers that are saved; each shared tensor once.
+
+    A buffer that holds an infinity, as an attention mask does, is no statistic: its mean with others has no meaning.
+    """
     saved = model.state_dict(keep_vars=True)
     parameters = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    buffers = ((n, b) for n, b in model.named_buffers() if n in saved)
+    buffers = ((n, b) for n, b in model.named_buffers() if n in saved and bool(torch.isfinite(b).all()))
     for name, tensor in (*parameters, *buffers):
-        if tensor.is_floating_point() and not any(fnmatch.fnmatchcase(name, pattern) for pattern in local):
+        if tensor.is_floating_point() and not _stays(name, local):
             yield name, tensor
+
+
+def _stays(name: str, local: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in local)
+
+
+def _check(model: nn.Module, local: Sequence[str]) -> None:
+    """Raises ConfigError for what cannot live in a flat vector, or would become another model there."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if is_lazy(tensor):
+            problem = f"the model's {name} has no shape before the first batch"
+            raise ConfigError("task", problem, "Send one batch through the model in model(), and return it then")
+        if (
+            isinstance(tensor, nn.Parameter)
+            and tensor.is_complex()
+            and tensor.requires_grad
+            and not _stays(name, local)
+        ):
+            mend = "Hold its real and imaginary parts as two parameters, or name it in the task's `local`"
+            raise ConfigError("task", f"the model's {name} is {tensor.dtype}, and cannot be averaged", mend)
+    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors if t.is_contiguous() and t.nbytes]
+    travelling = {name for name, _ in _averaged(model, local)}
+    for (_, end, first), (begin, _, second) in pairwise(sorted(ranges)):
+        if begin < end and travelling & {first, second}:
+            problem = (
+                f"the model's {first} and {second} lie in the same memory and are two tensors, which would part here"
+            )
+            raise ConfigError("task", problem, "Make them one parameter (`b.weight = a.weight`), or copy one of them")
