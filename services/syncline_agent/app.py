@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from syncline.allow_list import check_patterns
 from syncline.bus.accounts import read_seed
 from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.child import Child
@@ -29,6 +30,7 @@ TRAINER = "syncline_agent.trainer:main"
 def run(options: AgentOptions) -> int:
     """Serves until a signal. Returns the exit code."""
     set_up_logging(options.log_file)
+    check_patterns(options.allow_task)
     claimed = claim(options.name, options.key, Path(options.state_dir))  # its lock is held as long as we live
     options = replace(options, name=claimed.name, key=claimed.key)
     name_process(options.name)

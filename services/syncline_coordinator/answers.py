@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
-
 from syncline.bus.blobs import BlobGone
 from syncline.errors import ConfigError
 from syncline.wire.messages import ENDED, Head, Welcome
@@ -17,12 +14,6 @@ def exists(head: Head) -> ConfigError:
         return ConfigError("name", f"{there}, and it has ended: {head.reason}", mend)
     mend = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
     return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", mend)
-
-
-def allows(patterns: Sequence[str], task: str) -> bool:
-    """Whether an agent allows the task, by its module or as a whole."""
-    module = task.rpartition(":")[0]
-    return any(fnmatch.fnmatchcase(task, p) or fnmatch.fnmatchcase(module, p) for p in patterns)
 
 
 def gone(name: str, error: BlobGone) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from syncline.allow_list import is_allowed
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
 from syncline.child import Asked, ChildDied, ChildFailed, Start
@@ -38,7 +39,7 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
-from syncline_coordinator.answers import allows, exists, gone, superseded
+from syncline_coordinator.answers import exists, gone, superseded
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
@@ -141,7 +142,7 @@ class Coordinator:
         if run is None:
             return Welcome()
         task = run.parts.spec.task
-        if not allows(self._hellos[agent].tasks, task):
+        if not is_allowed(task, self._hellos[agent].tasks):
             mend = f"If you trust it, start the agent with `--allow-task '{task}'`"
             return Welcome(reason=f"task {task} is not allowed on this agent. {mend}")
         why_not = run.room_for(agent)

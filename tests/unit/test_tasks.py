@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from syncline.allow_list import check_patterns
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.spec import Iid
@@ -106,11 +107,26 @@ def test_a_task_that_is_not_allowed_is_refused_before_its_code_runs(tmp_path: Pa
         ("tasks\\..\\..\\evil.py:Evil", "tasks\\*"),
         ("tasks/mine.py:Evil", "tasks/mine.py:Mine"),
         ("Tasks/mine.py:Mine", "tasks/*"),
+        ("/elsewhere/mine.py:Mine", "*.py:*"),  # a relative pattern, and a file elsewhere
+        ("/elsewhere/mine.py:Mine", "tasks/*.py"),
     ],
 )
 def test_the_allow_list_lets_through_only_what_it_means(path: str, pattern: str, folder: Path) -> None:
     assert "is not on this agent's allow-list" in refused(path, (pattern,), base_dir=folder)
     assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("patterns", "problem"),
+    [
+        (["x.py:*"] * 101, "101 patterns are more than 100"),
+        (["/" + "d" * 220 + "/t.py:T"], "has 228 characters, at most 200"),
+    ],
+    ids=["many", "long"],
+)
+def test_an_allow_list_that_cannot_be_told_is_refused(patterns: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_patterns(patterns)
 
 
 def test_an_empty_allow_list_refuses_everything() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import difflib
-import fnmatch
 import hashlib
 import importlib
 import importlib.util
@@ -16,7 +15,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
+from syncline.allow_list import is_allowed, is_file
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 
@@ -92,7 +92,7 @@ class Task(abc.ABC):
 
 
 def load_task(path: str, options: Mapping[str, Any], allowed: Sequence[str], base_dir: Path) -> Task:
-    """The task at `package.module:Class`, or at `file.py:Class` under `base_dir`, made with `options`.
+    """The task at `package.module:Class`, or at `file.py:Class`, relative to `base_dir`, made with `options`.
 
     Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass.
     Raises ConfigError.
@@ -100,29 +100,14 @@ def load_task(path: str, options: Mapping[str, Any], allowed: Sequence[str], bas
     module_path, _, name = path.rpartition(":")
     if not module_path or not name.isidentifier():
         raise ConfigError("task", f"{path!r} names no class", "Write `package.module:Class` or `file.py:Class`")
-    if not _is_allowed(path, allowed):
+    if not is_allowed(path, allowed):
         raise ConfigError(
             "task",
             f"{path!r} is not on this agent's allow-list ({', '.join(allowed) or 'which is empty'})",
             f"If you trust it, start the agent with `--allow-task '{path}'`",
         )
-    module = _load_file(path, base_dir / module_path) if _is_file(module_path) else _load_module(path, module_path)
+    module = _load_file(path, base_dir / module_path) if is_file(module_path) else _load_module(path, module_path)
     return _make(path, _find_class(path, module, name), options)
-
-
-def _is_file(module_path: str) -> bool:
-    return module_path.endswith(".py") or "/" in module_path or "\\" in module_path
-
-
-def _is_allowed(path: str, allowed: Sequence[str]) -> bool:
-    """A pattern of modules admits no file (only "*" does both), and no wildcard climbs out of its folder by `..`."""
-    module_path = path.rpartition(":")[0]
-    if path in allowed or module_path in allowed:
-        return True
-    if ".." in PurePath(module_path.replace("\\", "/")).parts:
-        return False
-    same_kind = [p for p in allowed if p == "*" or _is_file(p.partition(":")[0]) == _is_file(module_path)]
-    return any(fnmatch.fnmatchcase(text, p) for p in same_kind for text in (path, module_path))
 
 
 def _load_module(path: str, module_path: str) -> ModuleType:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from syncline.allow_list import MAX_PATTERN_CHARS, MAX_PATTERNS
 from syncline.errors import PeerError
 
 VERSION = 1
@@ -57,8 +58,8 @@ class Hello(Record):
     max_bytes: ClassVar[int] = 32 * 1024
     session: BlobId = Field(description="random id of this process life")
     public_key: Annotated[str, Field(max_length=64)] = Field("", description="nkey that signs this agent's offers")
-    tasks: list[Annotated[str, Field(max_length=200)]] = Field(
-        default_factory=list, max_length=100, description="patterns of the tasks this agent allows"
+    tasks: list[Annotated[str, Field(max_length=MAX_PATTERN_CHARS)]] = Field(
+        default_factory=list, max_length=MAX_PATTERNS, description="patterns of the tasks this agent allows"
     )
     device: Annotated[str, Field(max_length=200)] = ""
     version: Annotated[str, Field(max_length=40)] = Field("", description="Syncline's version")
