@@ -13,6 +13,7 @@ code of its workers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import importlib
 import json
@@ -31,6 +32,7 @@ from syncline.errors import SynclineError
 
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 8
+FORKS_AT_ONCE = 16  # asked for and not answered: their messages have room in the socket while the nursery imports
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,7 +62,8 @@ class Nursery:
     pid: int
     _socket: socket.socket
     _workers: dict[int, Worker] = field(default_factory=dict)
-    _started: dict[int, asyncio.Future[int]] = field(default_factory=dict)
+    _started: dict[int, asyncio.Future[Worker]] = field(default_factory=dict)
+    _room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FORKS_AT_ONCE))
     _next: int = 0
     _lines: _Lines = field(default_factory=lambda: _Lines())
     _process: subprocess.Popen[bytes] | None = None
@@ -90,14 +93,16 @@ class Nursery:
 
     async def fork(self, target: str, *args: Any, fds: Sequence[int] = ()) -> Worker:
         """Calls `package.module:function(*args, *fds)` in a new process; args are JSON. Raises NurseryDied."""
-        self._next += 1
-        number, loop = self._next, asyncio.get_running_loop()
-        self._started[number] = started = loop.create_future()
-        self.tell({"fork": number, "target": target, "args": args}, fds)
-        pid = await started
-        worker = self._workers[number]
-        assert worker.pid == pid
-        return worker
+        async with self._room:
+            self._next += 1
+            number, loop = self._next, asyncio.get_running_loop()
+            started: asyncio.Future[Worker] = loop.create_future()
+            self._started[number] = started
+            try:
+                self.tell({"fork": number, "target": target, "args": args}, fds)
+                return await started
+            finally:
+                started.cancel()  # if nobody waits for it any more
 
     def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
@@ -146,8 +151,13 @@ class Nursery:
     def _on_message(self, message: dict[str, Any]) -> None:
         if "started" in message:
             number, loop = message["started"], asyncio.get_running_loop()
-            self._workers[number] = Worker(number, message["pid"], loop.create_future(), self)
-            self._started.pop(number).set_result(message["pid"])
+            worker = self._workers[number] = Worker(number, message["pid"], loop.create_future(), self)
+            started = self._started.pop(number)
+            if not started.done():
+                started.set_result(worker)
+                return
+            with contextlib.suppress(NurseryDied):
+                worker.signal(signal.SIGKILL)
         else:
             worker = self._workers.pop(message["exited"])
             if not worker.exited.done():
@@ -160,6 +170,7 @@ class Nursery:
         for started in self._started.values():
             if not started.done():
                 started.set_exception(NurseryDied(f"the nursery (pid {self.pid}) is gone"))
+        self._started.clear()
         for worker in self._workers.values():
             if not worker.exited.done():
                 worker.exited.set_result(-signal.SIGKILL)
