@@ -65,7 +65,11 @@ def _own_gpu(count: int, lock_dir: Path | None) -> Claim:
 
 
 def _lock(path: Path) -> int:
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    """The lock's descriptor; −1 where somebody else holds it, or the file is no file of ours."""
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return -1
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

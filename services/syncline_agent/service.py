@@ -85,7 +85,7 @@ class Agent:
             log.warning("the bus is out of reach: %s", error)
             await self._wait()
         finally:
-            if asyncio.current_task() is not None and not _being_cancelled():
+            if not _being_cancelled():
                 self._session = None
 
     async def _hello(self) -> str:

@@ -60,7 +60,7 @@ class Iid(_Partition):
 
 
 class Dirichlet(_Partition):
-    """Each label is dealt out by proportions from Dir(alpha): small alpha, few labels a part (arXiv:1909.06335)."""
+    """Each label is dealt out by proportions from Dir(alpha): small alpha, few labels a part (arXiv:1905.12022)."""
 
     kind: Literal["dirichlet"]
     alpha: float = Field(0.5, gt=0, le=1e6)

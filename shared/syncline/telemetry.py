@@ -39,7 +39,7 @@ class Train(Published):
     """An agent at work. At most 10 a second, one when a period ends, and one every few seconds while nothing moves."""
 
     what: ClassVar[str] = "train"
-    state: str = Field(description="starting, waiting, fetching, training, evaluating, sending or failed")
+    state: str = Field(description="starting, waiting, fetching, training, sending or failed")
     version: int = Field(description="version of the center it trains from")
     clock: int = Field(description="local periods finished")
     step: int = Field(description="steps done in this period")

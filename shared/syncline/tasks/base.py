@@ -279,7 +279,7 @@ def whole_gradient(
     device: torch.device | str,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Leaves the gradient of the loss over all rows in `.grad`, and everything else of the model as it was."""
+    """Leaves the gradient of the loss over all rows in `.grad`, the model in training mode, and its tensors as they were."""
     rows = _rows(dataset)
     before = [buffer.clone() for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)

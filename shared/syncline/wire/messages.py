@@ -84,7 +84,7 @@ class Heartbeat(Record):
     session: BlobId = Field(description="as in the hello")
     clock: Count = Field(description="local periods finished")
     progress: Count = Field(description="training steps since the process started; stands still when it hangs")
-    state: Literal["fetching", "training", "sending", "waiting", "evaluating", "starting", "failed", "leaving"] = (
+    state: Literal["fetching", "training", "sending", "waiting", "starting", "failed", "leaving"] = (
         "waiting"
     )
     reason: Text = Field("", description="why it failed")
