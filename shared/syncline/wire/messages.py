@@ -84,9 +84,7 @@ class Heartbeat(Record):
     session: BlobId = Field(description="as in the hello")
     clock: Count = Field(description="local periods finished")
     progress: Count = Field(description="training steps since the process started; stands still when it hangs")
-    state: Literal["fetching", "training", "sending", "waiting", "starting", "failed", "leaving"] = (
-        "waiting"
-    )
+    state: Literal["fetching", "training", "sending", "waiting", "starting", "failed", "leaving"] = "waiting"
     reason: Text = Field("", description="why it failed")
     seen_term: Annotated[int, Field(ge=0, lt=1 << 62)] = Field(0, description="the newest head it knows: its term")
     seen_version: Count = Field(0, description="… and its version")
