@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from syncline.bus.accounts import MAX_PAYLOAD_BYTES, SUFFIX, WATCH, public_key_of, read_seed
 from syncline.bus.base import StreamConfig
 from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.nats_client import TLS_MEND, WITHOUT_TLS
 from syncline.bus.operator import in_order
 from syncline.chance import new_id
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable
@@ -113,6 +114,8 @@ class Broker:
                 "broker", f"what answers at {self.target.url} is no NATS server", "Name the broker's client port, 4222"
             )
         self._info = json.loads(line.removeprefix(b"INFO "))
+        if urlsplit(self.target.url).scheme == "tls" and not self._info.get("tls_required"):
+            return broken("broker", WITHOUT_TLS, TLS_MEND)
         return ok("broker", f"{self.target.url} is nats-server {self._info.get('version')}, {took_ms:.1f} ms away")
 
     async def log_in(self) -> Finding:

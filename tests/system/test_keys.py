@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trustme
-from command import Command
+from command import Command, until
 from server import Server, free_port
 
 from syncline.bus.accounts import Identity
 from syncline.bus.base import Delivery
 from syncline.bus.nats import Connection, NatsBus
 from syncline.bus.operator import OperatorSet
-from syncline.errors import BusError, Denied
+from syncline.errors import BusError, Denied, Unavailable
 from syncline.wire import subjects
 
 pytestmark = pytest.mark.timeout(120)
@@ -118,25 +119,62 @@ async def test_the_operators_own_settings_survive_every_change(operator: Operato
     await bus.close()
 
 
-async def test_with_tls_the_broker_is_known_by_its_certificate(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As docs/operations.md says: a tls block, a tls:// address, and SSL_CERT_FILE for an authority of one's own."""
+@pytest.fixture
+def with_tls(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The `tls` block of a broker whose authority is the tests' own; in the configuration it is not yet."""
     authority, certificate, key = (operator.place / name for name in ("authority.pem", "certificate.pem", "key.pem"))
     ours = trustme.CA()
     issued = ours.issue_cert("127.0.0.1")
     ours.cert_pem.write_to_path(str(authority))
     issued.cert_chain_pems[0].write_to_path(str(certificate))
     issued.private_key_pem.write_to_path(str(key))
-    config = operator.keys.config
-    config.write_text(config.read_text() + f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n')
-    operator.server.reload()
-    with pytest.raises(BusError, match="CERTIFICATE_VERIFY_FAILED"):
-        await operator.connect("a1", "tls")
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    return f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
+
+
+async def test_with_tls_the_broker_is_known_by_its_certificate(
+    operator: Operator, with_tls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/operations.md says: a tls block, a tls:// address, and SSL_CERT_FILE for an authority of one's own."""
+    config = operator.keys.config
+    config.write_text(config.read_text() + with_tls)
+    operator.server.reload()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delenv("SSL_CERT_FILE")
+        with pytest.raises(BusError, match="CERTIFICATE_VERIFY_FAILED"):
+            await operator.connect("a1", "tls")
     bus = await operator.connect("a1", "tls")
     core = await operator.connect("coordinator", "tls")
     assert not await answered(bus, "a1", 5.0), "and nobody is there who answers"
     assert core.max_payload == bus.max_payload > 1 << 20
     await bus.close()
     await core.close()
+
+
+async def test_by_tls_nothing_is_said_to_a_broker_without_it(operator: Operator) -> None:
+    with pytest.raises(Unavailable, match="answers without TLS"):
+        await operator.connect("a1", "tls")
+    command = Command(operator.place, ("doctor", "--connect", f"tls://127.0.0.1:{operator.port}", "--only", "broker"))
+    assert command.ended() == 1 and "answers without TLS" in command.out + command.err, command.out + command.err
+    assert "authorization" not in operator.server.text.lower(), "no login was tried"
+
+
+async def test_by_tls_nobody_goes_back_to_a_broker_that_lost_it(
+    operator: Operator, with_tls: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = operator.keys.config.read_text()
+    operator.keys.config.write_text(plain + with_tls)
+    operator.server.reload()
+    bus = await operator.connect("a1", "tls")
+    back = asyncio.Event()
+    bus.when_reconnected(back.set)
+    operator.keys.config.write_text(plain)
+    operator.server.__exit__()
+    with Server(operator.keys.config, operator.place / "plain.log"):
+        await asyncio.to_thread(until, lambda: "answers without TLS" in caplog.text, 20.0, lambda: caplog.text)
+    assert not back.is_set()
+    operator.keys.config.write_text(plain + with_tls)
+    with Server(operator.keys.config, operator.place / "mended.log"):
+        async with asyncio.timeout(20.0):
+            await back.wait()
+        await bus.close()

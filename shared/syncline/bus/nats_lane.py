@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
 from syncline.bus.base import Delivery, Handler
+from syncline.bus.nats_client import Client, WithoutTls
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
 
 log = logging.getLogger(__name__)
@@ -74,14 +74,15 @@ class Lane:
 
     # -- connecting ------------------------------------------------------------------------------------------------
     async def open(self) -> None:
-        """Connects, trying for `patience_s`. Raises Denied for a key the broker does not know, else Unreachable."""
+        """Connects, trying for `patience_s`. Raises Denied for a key the broker does not know, Unavailable for one without
+        the TLS that the address asks for, else Unreachable."""
         deadline = asyncio.get_running_loop().time() + self._to.patience_s
         pause = 0.05
         while True:
             try:
                 await self._connect_once()
                 return
-            except Denied:
+            except (Denied, Unavailable):
                 raise
             except BusError:
                 if asyncio.get_running_loop().time() + pause > deadline:
@@ -113,6 +114,8 @@ class Lane:
             )
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
             await _give_up(client)
+            if isinstance(error, WithoutTls):
+                raise Unavailable(str(error)) from None
             why = self._last_error or str(error) or type(error).__name__
             if "authorization" in f"{why} {error}".lower():
                 raise Denied(f"the broker at {url} does not know this key") from None
