@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from syncline.files import replacing
 from syncline.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -93,19 +93,21 @@ def save_state(path: Path, kept: Kept, layout: Manifest) -> None:
         **{f"pending.{clock}": t for clock, t in kept.pending.items()},
         **{f"variates.{name}": t for name, t in kept.variates.items()},
     }
-    fresh = path.with_suffix(".new")
-    save_file(
-        {k: t.cpu().contiguous().clone() for k, t in tensors.items()},
-        fresh,
-        metadata={
-            "clock": str(kept.clock),
-            "layout": layout.layout_digest(),
-            "numbers": json.dumps(kept.numbers),
-        },
-    )
-    with fresh.open("rb") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    metadata = {"clock": str(kept.clock), "layout": layout.layout_digest(), "numbers": json.dumps(kept.numbers)}
+    with replacing(path, f"{path.stem}.new") as fresh:
+        save_file(_apart(tensors), fresh, metadata)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and, as the format wants it, no two in one storage. A copy is made only where one is needed."""
+    made: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        there = tensor.detach().cpu().contiguous()
+        place = there.untyped_storage().data_ptr()
+        made[name] = there.clone() if place in storages else there
+        storages.add(place)
+    return made
 
 
 def load_state(path: Path, layout: Manifest) -> Kept | None:

@@ -32,6 +32,7 @@ from typing import Literal
 import nkeys
 
 from syncline.errors import ConfigError
+from syncline.files import replacing
 from syncline.wire.subjects import COORDINATOR, PREFIX, RUNS_BUCKET, checked_name
 
 Account = Literal["CORE", "FLEET", "WATCH"]
@@ -195,18 +196,13 @@ def public_key_of(seed: str) -> str:
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
     """Replaces a file, whole or not at all. By default only its owner may read it, at no moment anybody else."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with (
+        replacing(path, f".{path.name}.{os.getpid()}") as fresh,
+        os.fdopen(os.open(fresh, flags, 0o600), "w") as file,
+    ):
+        os.fchmod(file.fileno(), mode)
+        file.write(text)
 
 
 def accounts_config(identities: Iterable[Identity]) -> str:
