@@ -174,6 +174,7 @@ class Session:
         self._stand.line = head.line if head is not None else 0
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
+        self._submission = manifest.id
         await self._revive()
         self._stand.is_ready()
 
@@ -183,7 +184,7 @@ class Session:
         for _ in range(DEATHS_IN_A_ROW):
             try:
                 answer = await self._training.prepare(
-                    self._spec.model_dump(mode="json"), self._manifest_bytes, str(path)
+                    self._spec.model_dump(mode="json"), self._manifest_bytes, str(path), self._submission
                 )
             except ChildDied as error:
                 await self._child_died(error)

@@ -13,6 +13,7 @@ W_i is kept on disk, so that an agent that was killed goes on from its own work.
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +36,12 @@ from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner
-from syncline_agent.state import load_state, save_state
+from syncline_agent.state import Kept, load_state, save_state
 from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
 from syncline_agent.variates import Variates
+
+log = logging.getLogger(__name__)
 
 EVALUATION_ROWS = 512
 CONTROL = 1  # the section of a blob that holds control variates
@@ -72,40 +75,54 @@ class Trainer:
     def describe(self) -> dict[str, Any]:
         return {"device": self._claim.describe(), "shared": self._claim.shared}
 
-    def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]:
+    def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
         """Loads the task, makes the model, and finds what this agent kept of the run. Answers with its clock."""
         settings = self._settings = parse(RunSpec, spec)
         self._task = self.load_task(settings)
         self._layout = decode(Manifest, manifest)
+        self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
+        self._view = self._memory.view()
+        self._codec = CODECS[self._layout.dtype]
+        self._place: tuple[int, int] | None = None
+        self._test_set: Any = None
+        self._state_path, self._submission, self._save_after_s = Path(state_path), submission, 0.0
+        self._make()
+        kept = load_state(self._state_path, self._layout, submission)
+        self._has_own = kept is not None and self._restored(kept)
+        return {"clock": kept.clock if kept is not None and self._has_own else 0}
+
+    def _make(self) -> None:
+        """The model, the optimiser, and all else that a period changes, as they are before the first one."""
+        settings = self._settings
         torch.manual_seed(settings.seed)
         model = self._task.model().to(self._claim.device)
         self._flat = FlatModel(model, self._layout, self._task.local)
         self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
         self._drawn = 0  # batches, in all periods; where these are given in seconds
-        self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
-        self._view = self._memory.view()
         self._updates = updates_of(settings)
         scaffold = settings.local.control_variates
         self._variates: Variates | None = None
         if scaffold is not None:
             overlap = outboxes(settings) > 1
             self._variates = Variates(self._flat.flat_P, along=scaffold.option == 2, overlap=overlap)
-        self._codec = CODECS[self._layout.dtype]
-        self._place: tuple[int, int] | None = None
-        self._test_set: Any = None
-        self._state_path, self._save_after_s = Path(state_path), 0.0
-        kept = load_state(self._state_path, self._layout)
-        self._has_own = kept is not None
-        if kept is not None:
+
+    def _restored(self, kept: Kept) -> bool:
+        """Whether all of it fits; where something does not, everything is as `_make` makes it."""
+        try:
             self._flat.flat_P.copy_(kept.own_P)
             self._flat.load()
+            self._flat.restore_at_home(kept.local)
             self._inner.restore(kept)
-            self._drawn = kept.numbers.get("drawn", 0)
+            self._drawn = int(kept.numbers.get("drawn", 0))
             if self._variates is not None:
                 self._variates.restore(kept.variates)
             self._updates.pending = {c: d.to(self._flat.flat_P.device) for c, d in kept.pending.items()}
-        return {"clock": kept.clock if kept is not None else 0}
+        except Exception as error:
+            log.warning("%s does not fit (%s); beginning with the center", self._state_path, error)
+            self._make()
+            return False
+        return True
 
     def period(self, **asked: Any) -> dict[str, Any]:
         """Takes over the center in the inbox where it is fresh, trains one local period, and leaves the update in an outbox.
@@ -240,10 +257,10 @@ class Trainer:
         now_s = self._clock()
         if now_s < self._save_after_s and not at_once:
             return
+        variates = {} if self._variates is None else self._variates.kept()
         kept = self._inner.kept(clock, self._flat.flat_P, self._updates.pending, self._drawn)
-        if self._variates is not None:
-            kept = replace(kept, variates=self._variates.kept())
-        save_state(self._state_path, kept, self._layout)
+        kept = replace(kept, variates=variates, local=self._flat.at_home())
+        save_state(self._state_path, kept, self._layout, self._submission)
         took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
 

@@ -47,7 +47,9 @@ class Training(Protocol):
     """What a session needs of a trainer."""
 
     async def describe(self) -> dict[str, Any]: ...
-    async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]: ...
+    async def prepare(
+        self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str
+    ) -> dict[str, Any]: ...
     async def period(self, period: Period) -> dict[str, Any]: ...
     async def meet(self, period: Period) -> dict[str, Any]: ...
     def inbox(self, nbytes: int) -> memoryview: ...
@@ -69,8 +71,9 @@ class ChildTraining:
     async def describe(self) -> dict[str, Any]:
         return await self._ask("describe")
 
-    async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]:
-        return await self._ask("prepare", spec=spec, manifest=manifest, state_path=state_path)
+    async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
+        """`submission`: which of the runs that ever had this name, by the id of head's manifest."""
+        return await self._ask("prepare", spec=spec, manifest=manifest, state_path=state_path, submission=submission)
 
     async def period(self, period: Period) -> dict[str, Any]:
         return await self._ask("period", **period._asdict())

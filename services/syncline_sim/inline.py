@@ -150,6 +150,7 @@ class StubEvaluator:
 class StubState:
     """What a stub trainer keeps."""
 
+    submission: str
     clock: int
     own: bytes  # W_i
     pending: dict[int, bytes]  # elastic differences that are not known to be judged
@@ -170,16 +171,18 @@ class StubTrainer:
     def describe(self) -> dict[str, Any]:
         return {"device": "stub", "shared": False}
 
-    def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str) -> dict[str, Any]:
+    def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
         settings = parse(RunSpec, spec)
         self._elements, self._updates = elements_of(spec), updates_of(settings)
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
         self._diverges = bool(settings.task_options.get("diverges"))  # every seventh update is unusable
-        kept, self._first = self._disk.get(state_path), state_path not in self._disk
-        zeros = bytes(8 * self._elements)
-        kept = kept or StubState(0, zeros, {}, zeros)
+        kept, self._submission = self._disk.get(state_path), submission
+        self._first = kept is None or kept.submission != submission
+        if kept is None or self._first:
+            zeros = bytes(8 * self._elements)
+            kept = StubState(submission, 0, zeros, {}, zeros)
         self._own, self._trained = _vector(bytearray(kept.own)), _vector(bytearray(kept.trained))
         self._from = torch.zeros_like(self._own)
         self._updates.pending = {c: _vector(bytearray(difference)) for c, difference in kept.pending.items()}
@@ -222,7 +225,8 @@ class StubTrainer:
         if self._diverges and (5 * period.number + 3 * period.clock) % 7 == 0:
             box[-1] = torch.nan
         pending = {c: _bytes(difference) for c, difference in self._updates.pending.items()}
-        self._disk[self._path] = StubState(period.clock, _bytes(self._own), pending, _bytes(self._trained))
+        own, trained = _bytes(self._own), _bytes(self._trained)
+        self._disk[self._path] = StubState(self._submission, period.clock, own, pending, trained)
 
     def _box(self, which: int) -> torch.Tensor:
         begin = PROGRESS_BYTES + 8 * which * self._elements

@@ -23,7 +23,7 @@ N = len(CURVATURES)
 @pytest.fixture(autouse=True)
 def quick_and_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Random numbers of its own; and no waiting for the disk, to which an agent writes after every period."""
-    monkeypatch.setattr("syncline_agent.state.os.fsync", lambda fd: None)
+    monkeypatch.setattr("os.fsync", lambda fd: None)
     with torch.random.fork_rng(devices=[]):
         yield
 

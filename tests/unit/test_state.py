@@ -14,6 +14,7 @@ from syncline.wire.flat import FlatModel, manifest_of
 from syncline.wire.manifest import Manifest
 from syncline_agent.state import Kept, load_state, save_state
 
+RUN = "f00d"  # a submission
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
@@ -75,8 +76,8 @@ def same(a: Kept, b: Kept) -> bool:
 def test_an_agent_goes_on_from_its_file_as_if_nothing_had_happened(path: Path, kind: str, dtype: torch.dtype) -> None:
     undisturbed = Agent(OPTIMIZERS[kind], dtype)
     undisturbed.train(5, seed=1)
-    save_state(path, undisturbed.kept(), undisturbed.layout)
-    loaded = load_state(path, undisturbed.layout)
+    save_state(path, undisturbed.kept(), undisturbed.layout, RUN)
+    loaded = load_state(path, undisturbed.layout, RUN)
     assert loaded is not None and same(loaded, undisturbed.kept())
     restarted = Agent(OPTIMIZERS[kind], dtype)
     restarted.take(loaded)
@@ -88,8 +89,8 @@ def test_an_agent_goes_on_from_its_file_as_if_nothing_had_happened(path: Path, k
 
 def test_an_optimizer_that_has_made_no_step_has_nothing_to_keep(path: Path) -> None:
     agent = Agent()
-    save_state(path, agent.kept(0), agent.layout)
-    loaded = load_state(path, agent.layout)
+    save_state(path, agent.kept(0), agent.layout, RUN)
+    loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and (loaded.clock, loaded.optimizer) == (0, {})
     agent.take(loaded)
 
@@ -97,39 +98,39 @@ def test_an_optimizer_that_has_made_no_step_has_nothing_to_keep(path: Path) -> N
 def test_odd_values_come_back_bit_for_bit(path: Path) -> None:
     agent = Agent()
     odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-45] * 3)
-    save_state(path, Kept(1, odd, {}), agent.layout)
-    loaded = load_state(path, agent.layout)
+    save_state(path, Kept(1, odd, {}), agent.layout, RUN)
+    loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and loaded.own_P.numpy().tobytes() == odd.numpy().tobytes()
 
 
 def test_what_is_kept_is_a_copy_by_the_time_it_is_on_disk(path: Path) -> None:
     agent = Agent()
     before = agent.flat.flat_P.clone()
-    save_state(path, agent.kept(), agent.layout)
+    save_state(path, agent.kept(), agent.layout, RUN)
     agent.flat.flat_P.fill_(9.0)
-    loaded = load_state(path, agent.layout)
+    loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and torch.equal(loaded.own_P, before)
 
 
 def test_saving_again_replaces_the_file_and_leaves_no_other(path: Path) -> None:
     agent = Agent()
     for clock in (1, 2):
-        save_state(path, agent.kept(clock), agent.layout)
-    loaded = load_state(path, agent.layout)
+        save_state(path, agent.kept(clock), agent.layout, RUN)
+    loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and loaded.clock == 2 and list(path.parent.iterdir()) == [path]
 
 
 def test_a_crash_while_saving_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = Agent()
-    save_state(path, agent.kept(1), agent.layout)
+    save_state(path, agent.kept(1), agent.layout, RUN)
 
     def power_cut(fd: int) -> None:
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "fsync", power_cut)
     with pytest.raises(OSError, match="power cut"):
-        save_state(path, agent.kept(2), agent.layout)
-    loaded = load_state(path, agent.layout)
+        save_state(path, agent.kept(2), agent.layout, RUN)
+    loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and loaded.clock == 1
 
 
@@ -140,12 +141,12 @@ def test_the_file_is_on_disk_before_it_takes_the_place_of_the_old_one(
     replace, fsync = Path.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (said.append("fsync"), fsync(fd))[1])
     monkeypatch.setattr(Path, "replace", lambda self, target: (said.append("replace"), replace(self, target))[1])
-    save_state(path, agent.kept(), agent.layout)
+    save_state(path, agent.kept(), agent.layout, RUN)
     assert said[:2] == ["fsync", "replace"]
 
 
 def test_without_a_file_there_is_nothing(path: Path) -> None:
-    assert load_state(path, Agent().layout) is None
+    assert load_state(path, Agent().layout, RUN) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100, b"\x08\0\0\0\0\0\0\0{}      "])
@@ -154,28 +155,28 @@ def test_a_file_that_is_none_is_told_of_and_passed_over(
 ) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    assert load_state(path, Agent().layout) is None
+    assert load_state(path, Agent().layout, RUN) is None
     assert "beginning with the center" in caplog.text
 
 
 def test_a_file_cut_off_anywhere_is_passed_over(path: Path) -> None:
     agent = Agent()
     agent.train(1, seed=1)
-    save_state(path, agent.kept(), agent.layout)
+    save_state(path, agent.kept(), agent.layout, RUN)
     whole = path.read_bytes()
     for size in range(0, len(whole), 17):
         path.write_bytes(whole[:size])
-        assert load_state(path, agent.layout) is None
+        assert load_state(path, agent.layout, RUN) is None
 
 
 def test_the_state_of_another_model_is_passed_over(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     agent = Agent()
-    save_state(path, agent.kept(), agent.layout)
-    assert load_state(path, manifest_of(nn.Linear(4, 2), 4096)) is None
+    save_state(path, agent.kept(), agent.layout, RUN)
+    assert load_state(path, manifest_of(nn.Linear(4, 2), 4096), RUN) is None
     assert "is of another model; beginning with the center" in caplog.text
 
 
 def test_other_chunks_of_the_same_model_are_the_same_model(path: Path) -> None:
     agent = Agent()
-    save_state(path, agent.kept(), agent.layout)
-    assert load_state(path, manifest_of(nn.Linear(4, 3), 1 << 20)) is not None
+    save_state(path, agent.kept(), agent.layout, RUN)
+    assert load_state(path, manifest_of(nn.Linear(4, 3), 1 << 20), RUN) is not None

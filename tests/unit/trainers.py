@@ -43,6 +43,7 @@ class Child:
         fitting: Callable[[float], int] | None = None,
         number: int = 0,
         parts: int = 1,
+        submission: str = "first",
     ) -> None:
         settings = parse(RunSpec, {"task": REGRESSION, "seed": 3, **spec})
         self.number, self.parts, self.version = number, parts, 0
@@ -55,7 +56,9 @@ class Child:
         self.memory.grow(PROGRESS_BYTES)
         self._clock = clock or Ticking()
         self.trainer = Trainer(self.memory, "cpu", ["*"], Path("/"), self._clock, fitting)
-        self.clock = self.trainer.prepare(settings.model_dump(mode="json"), encode(self.layout), str(path))["clock"]
+        self.clock = self.trainer.prepare(settings.model_dump(mode="json"), encode(self.layout), str(path), submission)[
+            "clock"
+        ]
 
     def period(
         self, center_P: Tensor, sum_P: Tensor | None = None, verdicts: dict[int, bool] | None = None

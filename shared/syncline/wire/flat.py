@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -63,6 +63,7 @@ class FlatModel:
                 (f"{a} here, {b} in the run" for a, b in zip(found, expected, strict=False) if a != b), "another count"
             )
             raise PeerError(f"the task's model differs from the run's: {odd}. Is the task's code the same everywhere?")
+        self._travelling = frozenset(tensors)
         device = next(iter(tensors.values())).device
         self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
         self.sites: list[Site] = []  # the trainable ones, and where they lie
@@ -90,17 +91,39 @@ class FlatModel:
             for tensor, view in self._apart:
                 tensor.copy_(view)
 
+    def at_home(self) -> dict[str, Tensor]:
+        """What changes as this agent trains and does not travel, by name. Looked for each time: a model may put another tensor
+        in a buffer's place. Sparse ones are left out: they are built, and not trained."""
+        changing = ((n, t) for n, t in _changing(self.model) if t.layout is torch.strided)
+        return {name: tensor for name, tensor in changing if name not in self._travelling}
+
+    def restore_at_home(self, kept: Mapping[str, Tensor]) -> None:
+        """What `at_home` was. A buffer that the model makes only as it trains is made anew. Raises ValueError."""
+        own = self.at_home()
+        with torch.no_grad():
+            for name in own.keys() & kept.keys():
+                found, there = kept[name], own[name]
+                if (found.shape, found.dtype) != (there.shape, there.dtype):
+                    raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, and the model's is another")
+                there.copy_(found)
+
+
+def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters, then buffers that are saved; each shared tensor once."""
+    saved = model.state_dict(keep_vars=True)
+    yield from ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    yield from ((n, b) for n, b in model.named_buffers() if n in saved)
+
 
 def _averaged(model: nn.Module, local: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters, then floating-point buffers that are saved; each shared tensor once.
+    """Of those, what is a floating-point number and not `local`.
 
     A buffer that holds an infinity, as an attention mask does, is no statistic: its mean with others has no meaning.
     """
-    saved = model.state_dict(keep_vars=True)
-    parameters = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    buffers = ((n, b) for n, b in model.named_buffers() if n in saved and bool(torch.isfinite(b).all()))
-    for name, tensor in (*parameters, *buffers):
-        if tensor.is_floating_point() and not _stays(name, local):
+    for name, tensor in _changing(model):
+        if not tensor.is_floating_point() or _stays(name, local):
+            continue
+        if isinstance(tensor, nn.Parameter) or bool(torch.isfinite(tensor).all()):
             yield name, tensor
 
 
