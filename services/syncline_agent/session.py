@@ -79,6 +79,7 @@ class Session:
         self._held_term = 0  # under which it was the newest
         self._fresh = False  # no period that counts has begun with it
         self._given_up = range(0)  # clocks whose verdicts the broker lost
+        self._said_not_kept = False
         self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._to_send: asyncio.Queue[_Update] = asyncio.Queue(1)
 
@@ -224,6 +225,13 @@ class Session:
         self._stand.version = head.version
         await self._telemetry.event("run-set-back", text, level="warning", agent=self._me.agent)
 
+    async def _say_not_kept(self, why: str) -> None:
+        """Its disk is full, or cannot be written: said once, for the agent goes on."""
+        if why and not self._said_not_kept:
+            self._said_not_kept = True
+            text = f"{self._me.agent}: what it trains is not kept on its disk, and goes on without: {why}"
+            await self._telemetry.event("not-kept", text[:2000], level="warning", agent=self._me.agent)
+
     async def _one_period(self, head: Head, place: Place) -> None:
         stand = self._stand
         stand.clock = max(stand.clock, place.judged, self._handed)
@@ -240,6 +248,7 @@ class Session:
             stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
             return
         self._fresh, self._given_up = False, range(0)
+        await self._say_not_kept(report.get("not_kept", ""))
         if elastic:
             if self._is_async:
                 await self._fetch((await self._news.newest()).head)

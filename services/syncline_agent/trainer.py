@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from syncline.child import Handler, serve
 from syncline.data.partition import Part
 from syncline.engine.duration import Duration
+from syncline.errors import ConfigError
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, batches, evaluate, load_task, to_device, whole_gradient
@@ -46,7 +48,9 @@ log = logging.getLogger(__name__)
 EVALUATION_ROWS = 512
 CONTROL = 1  # the section of a blob that holds control variates
 SAVE_EVERY_S = 1.0
+SAVE_AGAIN_S = 30.0  # after the disk took nothing
 SAVE_SHARE = 0.05  # of an agent's time that saving may take
+SAVE_MEND = "Make room there or name another directory, and start this agent again"
 
 
 class Trainer:
@@ -151,7 +155,7 @@ class Trainer:
             answer["metrics"] = self._evaluate()
         if not self._updates.needs_center:
             self._leave_update(period)
-            self._save(clock, at_once=self._variates is not None)
+            answer["not_kept"] = self._save(clock, at_once=self._variates is not None)
         return {**answer, "stopped": False}
 
     def meet(self, **asked: Any) -> dict[str, Any]:
@@ -252,17 +256,29 @@ class Trainer:
     def _stopped(self) -> bool:
         return bool(self._view[STOP_EARLY])
 
-    def _save(self, clock: int, *, at_once: bool = False) -> None:
-        """Keeps W_i and the optimiser, at most every second and for a small share of the time."""
-        now_s = self._clock()
+    def _save(self, clock: int, *, at_once: bool = False) -> str:
+        """Keeps W_i and all that goes with it, at most every second and for a small share of the time.
+
+        Returns why the disk did not take it: then the file from before is still there, and it is tried again. `at_once`: what
+        is given up to the center must be on the disk before it is offered; raises ConfigError where it cannot be.
+        """
+        now_s, problem = self._clock(), ""
         if now_s < self._save_after_s and not at_once:
-            return
+            return ""
         variates = {} if self._variates is None else self._variates.kept()
         kept = self._inner.kept(clock, self._flat.flat_P, self._updates.pending, self._drawn)
         kept = replace(kept, variates=variates, local=self._flat.at_home())
-        save_state(self._state_path, kept, self._layout, self._submission)
+        try:
+            save_state(self._state_path, kept, self._layout, self._submission)
+        except (OSError, SafetensorError) as error:
+            problem = f"{self._state_path.parent}: {getattr(error, 'strerror', None) or error}"
+            if at_once:
+                lacks = "what this agent gives up to the center must be on its disk first"
+                raise ConfigError("--state-dir", f"{problem}; {lacks}", SAVE_MEND) from None
+            log.warning("not kept: %s", problem)
         took_s = self._clock() - now_s
-        self._save_after_s = now_s + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
+        self._save_after_s = now_s + max(SAVE_EVERY_S if not problem else SAVE_AGAIN_S, took_s / SAVE_SHARE)
+        return problem
 
     def _evaluate(self) -> dict[str, float]:
         """W_i on the held-out data."""

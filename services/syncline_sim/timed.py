@@ -144,9 +144,8 @@ class TimedTrainer(Trainer):
         made: int = struct.unpack_from("<Q", self._view, 8)[0]
         return made
 
-    def _save(self, clock: int, *, at_once: bool = False) -> None:
-        if self._keeps:
-            super()._save(clock, at_once=at_once)
+    def _save(self, clock: int, *, at_once: bool = False) -> str:
+        return super()._save(clock, at_once=at_once) if self._keeps else ""
 
 
 class TimedChild(InlineChild):

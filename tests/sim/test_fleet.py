@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import tracemalloc
@@ -116,6 +117,30 @@ def test_faults_are_settings_and_a_synchronous_run_survives_them_bit_for_bit() -
     ]
     calm, troubled = fleet_of(spec, step_s=0.05), fleet_of(spec, step_s=0.05, faults=faults)
     assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 4
+
+
+@pytest.mark.parametrize(("mix", "phase"), [({"alpha": 0.5}, "done"), ({"kind": "elastic", "alpha": 0.4}, "failed")])
+def test_a_full_disk_is_told_once_and_stops_whoever_must_keep_what_it_gives_up(
+    monkeypatch: pytest.MonkeyPatch, mix: dict[str, Any], phase: str
+) -> None:
+    events: list[dict[str, Any]] = []
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def follow(subject: str, data: bytes) -> None:
+        if ".events." in subject:
+            events.append(json.loads(data))
+
+    monkeypatch.setattr("syncline_agent.trainer.save_state", full)
+    late = {"kind": "crash", "service": "a1", "after_s": 1e6, "for_s": 1}  # with a fault in sight, agents keep a disk
+    settings = parse(SimSettings, {"step_s": 1.0, "faults": [late]}, "sim")
+    spec = spec_of(2, mix=mix, stop={"versions": 8})
+    result = run_fleet(spec, settings, follow=follow)
+    told = [e["text"] for e in events if e["event"] == ("not-kept" if phase == "done" else "agent-failed")]
+    assert result.phase == phase and len(told) == 2
+    assert all("No space left on device" in text for text in told)
+    assert all("Make room there or name another directory" in text for text in told) == (phase == "failed")
 
 
 def test_what_the_broker_lost_is_made_again_and_counted_once() -> None:

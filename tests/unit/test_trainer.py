@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from trainers import Child, Ticking
@@ -19,6 +20,7 @@ from syncline.spec import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
 from syncline_agent.state import DIGEST, _digest
+from syncline_agent.training import Period
 
 LR = 0.05
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -332,3 +334,70 @@ def test_a_task_whose_own_tensors_have_changed_begins_with_the_center(path: Path
     restarted, fresh = Child(path, spec), Child(path.with_name("b"), spec)
     assert restarted.clock == 0
     assert torch.equal(*(c.period(c.initial_P)["update"] for c in (restarted, fresh)))
+
+
+# -- disks that take nothing -------------------------------------------------------------------------------------------
+FULL = "No space left on device"
+
+
+class Disk:
+    """Takes half of a file where it is full."""
+
+    full = False
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        self.tries, self.error = 0, error
+        monkeypatch.setattr("syncline_agent.state.save_file", self.save)
+
+    def save(self, tensors: Tensors, path: Path, metadata: Metadata) -> None:
+        self.tries += 1
+        if self.full:
+            path.write_text("half")
+            raise self.error
+        save_file(tensors, path, metadata)
+
+
+@pytest.fixture(params=[SafetensorError(f"Error while serializing: I/O error: {FULL}"), OSError(errno.ENOSPC, FULL)])
+def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch, request.param)
+
+
+def test_a_full_disk_does_not_keep_an_agent_from_training(path: Path, disk: Disk) -> None:
+    """What it kept before is still there, and it is tried again, not after every period."""
+    child = Child(path, {"local": {"steps": 2}})
+    assert child.period(child.initial_P)["not_kept"] == ""
+    disk.full = True
+    assert FULL in child.period(child.initial_P)["not_kept"] and [*path.parent.iterdir()] == [path]
+    assert Child(path, {"local": {"steps": 2}}).clock == 1
+    disk.full = False
+    assert child.period(child.initial_P)["not_kept"] == ""
+    assert Child(path, {"local": {"steps": 2}}).clock == 3
+
+
+def test_a_full_disk_is_not_written_to_all_the_time(path: Path, disk: Disk) -> None:
+    clock, tries = Ticking(0.1), []
+    child = Child(path, {"local": {"steps": 2}}, clock=clock)
+    disk.full = True
+    for seconds in (60.0, 10.0, 10.0, 20.0):  # from one period to the next
+        clock.now_s -= 60.0 - seconds
+        child.period(child.initial_P)
+        tries.append(disk.tries)
+    assert tries == [1, 1, 1, 2]
+
+
+def test_a_state_directory_that_cannot_be_made_is_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    child = Child(tmp_path / "file" / "run" / "a1.safetensors", {"local": {"steps": 2}})
+    assert "Not a directory" in child.period(child.initial_P)["not_kept"]
+
+
+@pytest.mark.parametrize(
+    "spec", [{"local": {"steps": 2, "control_variates": "scaffold"}}, {"mix": {"kind": "elastic", "alpha": 0.4}}]
+)
+def test_what_is_given_up_and_cannot_be_kept_is_not_offered(path: Path, disk: Disk, spec: dict[str, Any]) -> None:
+    child = Child(path, spec)
+    disk.full = True
+    with pytest.raises(ConfigError, match=f"^--state-dir: .*{FULL}; what this agent gives up .* Make room there"):
+        child.period(child.initial_P, torch.zeros_like(child.initial_P) if "local" in spec else None)
+        child.trainer.meet(**Period(1, 1, 0, 1, fresh=False)._asdict())
+    assert not [*path.parent.iterdir()]
