@@ -24,9 +24,10 @@ from syncline.spec import Async, RunSpec, parse
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import BlobRef, Head, Notify, Offer, Submit, decode, encode
+from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Offer, Submit, decode, encode
 from syncline.wire.signing import Signer
 from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
+from syncline_agent.shelf import Shelf
 from syncline_agent.signs import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
 from syncline_agent.training import Period, Training, outboxes
 
@@ -68,6 +69,7 @@ class Session:
 
     def __init__(self, bus: Bus, run: str, me: Me, training: Training, hello: Callable[[], Awaitable[str]]) -> None:
         self._bus, self._run, self._me, self._training = bus, run, me, training
+        self._shelf = Shelf(bus, me.state_dir, me.agent)
         self._hello = hello  # claims the session again; returns the run to take part in
         self._telemetry = Telemetry(bus, run, me.agent)
         self._news = News(bus, run, self._on_head)
@@ -104,6 +106,8 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._signs.show_once()
             await self._training.close()
+        if self._news.head is not None and self._news.head.phase in ENDED:
+            await self._shelf.remove(self._run)
 
     async def leave(self) -> None:
         """Says goodbye, so that nobody waits for this agent."""
@@ -176,12 +180,13 @@ class Session:
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
         self._submission = manifest.id
+        await self._shelf.tidy(self._run)
         await self._revive()
         self._stand.is_ready()
 
     async def _revive(self) -> None:
         """A child with the model, and with what this agent kept of the run; several tries where it dies."""
-        path = self._me.state_dir / self._run / f"{self._me.agent}.safetensors"
+        path = self._shelf.path(self._run)
         for _ in range(DEATHS_IN_A_ROW):
             try:
                 answer = await self._training.prepare(

@@ -14,10 +14,12 @@ import torch
 
 from syncline.errors import ConfigError, RunFailed
 from syncline.spec import RunSpec, parse
+from syncline_agent.shelf import Shelf
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 
 REGRESSION = "syncline.tasks.quadratic:LinearRegression"
+NEVER = {"kind": "crash", "service": "a1", "after_s": 1e6, "for_s": 1}  # with a fault in sight, agents keep a disk
 COUNTING = """
 from syncline.tasks.quadratic import LinearRegression
 
@@ -133,14 +135,27 @@ def test_a_full_disk_is_told_once_and_stops_whoever_must_keep_what_it_gives_up(
             events.append(json.loads(data))
 
     monkeypatch.setattr("syncline_agent.trainer.save_state", full)
-    late = {"kind": "crash", "service": "a1", "after_s": 1e6, "for_s": 1}  # with a fault in sight, agents keep a disk
-    settings = parse(SimSettings, {"step_s": 1.0, "faults": [late]}, "sim")
+    settings = parse(SimSettings, {"step_s": 1.0, "faults": [NEVER]}, "sim")
     spec = spec_of(2, mix=mix, stop={"versions": 8})
     result = run_fleet(spec, settings, follow=follow)
     told = [e["text"] for e in events if e["event"] == ("not-kept" if phase == "done" else "agent-failed")]
     assert result.phase == phase and len(told) == 2
     assert all("No space left on device" in text for text in told)
     assert all("Make room there or name another directory" in text for text in told) == (phase == "failed")
+
+
+def test_what_agents_keep_goes_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[tuple[bool, bool]] = []
+    remove = Shelf._remove
+
+    def told(self: Shelf, run: str) -> None:
+        before = self.path(run).is_file()
+        remove(self, run)
+        removed.append((before, self.path(run).parent.exists()))
+
+    monkeypatch.setattr(Shelf, "_remove", told)
+    result = fleet_of(spec_of(), step_s=0.2, faults=[NEVER])
+    assert result.phase == "done" and removed == [(True, False)] * 4
 
 
 def test_what_the_broker_lost_is_made_again_and_counted_once() -> None:
