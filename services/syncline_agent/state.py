@@ -29,6 +29,7 @@ from syncline.wire.manifest import Manifest
 log = logging.getLogger(__name__)
 
 DIGEST = "digest"  # in a file's metadata: over all the rest of it
+PAIRS = " as pairs"  # behind a name: a complex tensor, for which the format has not always a type
 MOST_CLOCK = 1 << 48  # no agent gets there
 
 
@@ -130,6 +131,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     storages: set[int] = set()
     for name, tensor in tensors.items():
         there = tensor.detach().cpu().contiguous()
+        if there.is_complex():
+            name, there = f"{name}{PAIRS}", torch.view_as_real(there)
         place = there.untyped_storage().data_ptr()
         made[name] = there.clone() if place in storages else there
         storages.add(place)
@@ -170,6 +173,8 @@ def _read(path: Path, layout: Manifest, submission: str) -> Kept:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
     if metadata.pop(DIGEST, "") != _digest(tensors, metadata):
         raise Unusable("is not as it was written")
+    for name in [name for name in tensors if name.endswith(PAIRS)]:
+        tensors[name.removesuffix(PAIRS)] = torch.view_as_complex(tensors.pop(name))
     clock = int(metadata["clock"])
     if not 0 <= clock < MOST_CLOCK:
         raise Unusable(f"has the clock {clock}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from trainers import Child, Ticking
 
@@ -19,15 +16,12 @@ from syncline.errors import ConfigError
 from syncline.spec import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
-from syncline_agent.state import DIGEST, _digest
-from syncline_agent.training import Period
 
 LR = 0.05
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 SGD = {"kind": "sgd", "lr": LR}
 
 OWN_TASKS = '''
-from collections import OrderedDict
 import torch
 from torch import nn
 from syncline.tasks.quadratic import LinearRegression
@@ -50,18 +44,6 @@ class Noisy(LinearRegression):
     """Draws random numbers in every step."""
     def model(self):
         return nn.Sequential(nn.Dropout(0.5), nn.Linear(self.features, 1, dtype=self.dtype))
-
-class AtHome(LinearRegression):
-    """A head and statistics of its own, a count, and a frozen base."""
-    hidden = 4
-    local = ("head.*", "*.running_*")
-    def model(self):
-        return nn.Sequential(OrderedDict(
-            base=nn.Linear(self.features, self.features, dtype=self.dtype).requires_grad_(False),
-            body=nn.Linear(self.features, self.hidden, dtype=self.dtype),
-            norm=nn.BatchNorm1d(self.hidden, dtype=self.dtype),
-            head=nn.Linear(self.hidden, 1, dtype=self.dtype),
-        ))
 '''
 
 
@@ -224,180 +206,3 @@ def test_an_agent_that_starts_again_goes_on_to_the_last_bit(path: Path, own: str
         expected, found = steady.period(steady.initial_P), restarted.period(steady.initial_P)
         assert torch.equal(found["update"], expected["update"])
         assert (found["steps"], found["loss"]) == (expected["steps"], expected["loss"])
-
-
-AT_HOME = {"head.weight", "head.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
-
-
-def test_what_never_leaves_the_agent_is_kept_too(path: Path, own: str) -> None:
-    """A head of its own, running statistics and counts; frozen parameters do not change, and a file need not hold them."""
-    spec = {"task": own + "AtHome", "local": {"steps": 3, "optimizer": {"kind": "adam"}}, "mix": {"alpha": 0.5}}
-    steady = Child(path, spec)
-    for _ in range(2):
-        steady.period(steady.initial_P)
-    with safe_open(path, framework="pt") as file:
-        assert {k.removeprefix("local.") for k in file.keys() if k.startswith("local.")} == AT_HOME  # noqa: SIM118
-    restarted = Child(path, spec)
-    expected, found = (c.trainer._flat.model.state_dict() for c in (steady, restarted))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    for _ in range(2):
-        assert torch.equal(*(c.period(steady.initial_P)["update"] for c in (steady, restarted)))
-
-
-MOMENTUM = {"steps": 3, "optimizer": {"kind": "sgd", "lr": 0.5, "momentum": 0.9}}
-
-
-def test_a_run_that_is_submitted_again_under_its_name_begins_anew(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its settings may be others, and its center knows of nothing."""
-    Child(path, {"local": MOMENTUM}).period(Child(path, {"local": MOMENTUM}).initial_P)
-    spec = {"local": {"steps": 3, "optimizer": {"kind": "sgd", "lr": 0.001}}, "mix": {"alpha": 0.5}}
-    again, other = Child(path, spec, submission="second"), Child(path.with_name("b"), spec, submission="second")
-    assert again.clock == 0
-    assert torch.equal(*(c.period(c.initial_P)["update"] for c in (again, other)))
-    assert "is of an earlier run of this name; beginning with the center" in caplog.text
-    assert Child(path, spec, submission="second").clock == 1
-
-
-def test_control_variates_are_of_one_submission(path: Path) -> None:
-    spec = {"local": {"steps": 3, "control_variates": "scaffold"}}
-    child = Child(path, spec)
-    for verdicts in ({}, {1: True}):
-        child.period(child.initial_P, torch.zeros_like(child.initial_P), verdicts)
-    again = Child(path, spec, submission="second")
-    assert again.trainer._variates is not None
-    assert not again.trainer._variates.own_P.any() and not again.trainer._variates.pending
-
-
-# -- files that cannot be used -----------------------------------------------------------------------------------------
-Tensors, Metadata = dict[str, Tensor], dict[str, str]
-ADAM = {"local": {"steps": 3, "optimizer": {"kind": "adam"}}}
-
-
-def changed(path: Path, change: Callable[[Tensors, Metadata], Any], *, sealed: bool) -> None:
-    """`sealed`: with a digest of its own, as another version of us would write it."""
-    with safe_open(path, framework="pt") as file:
-        tensors, metadata = {k: file.get_tensor(k).clone() for k in file.keys()}, dict(file.metadata())  # noqa: SIM118
-    change(tensors, metadata)
-    if sealed:
-        del metadata[DIGEST]
-        metadata[DIGEST] = _digest(tensors, metadata)
-    save_file(tensors, path, metadata)
-
-
-CHANGES: dict[str, Callable[[Tensors, Metadata], Any]] = {
-    "own of another length": lambda t, m: t.update(own=t["own"][:-1].clone()),
-    "own of one element": lambda t, m: t.update(own=t["own"][:1].clone()),
-    "no own": lambda t, m: t.pop("own"),
-    "numbers: null": lambda t, m: m.update(numbers="null"),
-    "numbers: a list": lambda t, m: m.update(numbers="[]"),
-    "numbers: nested": lambda t, m: m.update(numbers="[" * 100_000),
-    "numbers: odd groups": lambda t, m: m.update(numbers='{"kind": "Adam", "groups": 3}'),
-    "no numbers": lambda t, m: m.pop("numbers"),
-    "an optimiser's tensor without an index": lambda t, m: t.update({"optimizer.x.exp_avg": torch.zeros(1)}),
-    "an optimiser's tensor of no parameter": lambda t, m: t.update({"optimizer.7.exp_avg": torch.zeros(1)}),
-    "the tensors of another optimiser": lambda t, m: m.update(numbers=m["numbers"].replace("Adam", "SGD")),
-    "a pending difference of another length": lambda t, m: t.update({"pending.1": torch.zeros(2)}),
-    "a pending difference of no clock": lambda t, m: t.update({"pending.x": t["own"].clone()}),
-    "clock -5": lambda t, m: m.update(clock="-5"),
-    "clock 1e23": lambda t, m: m.update(clock="9" * 23),
-    "no submission": lambda t, m: m.pop("submission"),
-}
-TORN: dict[str, Callable[[Tensors, Metadata], Any]] = {
-    "an optimiser's tensor of another shape": lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(3)}),
-    "an optimiser's tensor is missing": lambda t, m: t.pop("optimizer.0.exp_avg_sq"),
-    "a bit of it": lambda t, m: t["own"].view(torch.uint8)[5].bitwise_xor_(1),
-    "a clock that could be": lambda t, m: m.update(clock="2"),
-}
-
-
-@pytest.mark.parametrize(
-    ("what", "sealed"), [*((what, sealed) for what in CHANGES for sealed in (True, False)), *((w, False) for w in TORN)]
-)
-def test_a_file_that_cannot_be_used_is_no_obstacle(
-    path: Path, what: str, sealed: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    fresh = Child(path, ADAM)
-    first = fresh.period(fresh.initial_P)["update"]
-    changed(path, (CHANGES | TORN)[what], sealed=sealed)
-    child = Child(path, ADAM)
-    assert child.clock == 0 and "beginning with the center" in caplog.text
-    assert torch.equal(child.period(child.initial_P)["update"], first)
-    assert Child(path, ADAM).clock == 1
-
-
-def test_a_task_whose_own_tensors_have_changed_begins_with_the_center(path: Path, own: str) -> None:
-    """What was half restored by then is made anew."""
-    spec = {"task": own + "AtHome", "local": {"steps": 3}}
-    child = Child(path, spec)
-    child.period(child.initial_P)
-    changed(path, lambda t, m: t.update({"local.head.bias": torch.zeros(2)}), sealed=True)
-    restarted, fresh = Child(path, spec), Child(path.with_name("b"), spec)
-    assert restarted.clock == 0
-    assert torch.equal(*(c.period(c.initial_P)["update"] for c in (restarted, fresh)))
-
-
-# -- disks that take nothing -------------------------------------------------------------------------------------------
-FULL = "No space left on device"
-
-
-class Disk:
-    """Takes half of a file where it is full."""
-
-    full = False
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-        self.tries, self.error = 0, error
-        monkeypatch.setattr("syncline_agent.state.save_file", self.save)
-
-    def save(self, tensors: Tensors, path: Path, metadata: Metadata) -> None:
-        self.tries += 1
-        if self.full:
-            path.write_text("half")
-            raise self.error
-        save_file(tensors, path, metadata)
-
-
-@pytest.fixture(params=[SafetensorError(f"Error while serializing: I/O error: {FULL}"), OSError(errno.ENOSPC, FULL)])
-def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Disk:
-    return Disk(monkeypatch, request.param)
-
-
-def test_a_full_disk_does_not_keep_an_agent_from_training(path: Path, disk: Disk) -> None:
-    """What it kept before is still there, and it is tried again, not after every period."""
-    child = Child(path, {"local": {"steps": 2}})
-    assert child.period(child.initial_P)["not_kept"] == ""
-    disk.full = True
-    assert FULL in child.period(child.initial_P)["not_kept"] and [*path.parent.iterdir()] == [path]
-    assert Child(path, {"local": {"steps": 2}}).clock == 1
-    disk.full = False
-    assert child.period(child.initial_P)["not_kept"] == ""
-    assert Child(path, {"local": {"steps": 2}}).clock == 3
-
-
-def test_a_full_disk_is_not_written_to_all_the_time(path: Path, disk: Disk) -> None:
-    clock, tries = Ticking(0.1), []
-    child = Child(path, {"local": {"steps": 2}}, clock=clock)
-    disk.full = True
-    for seconds in (60.0, 10.0, 10.0, 20.0):  # from one period to the next
-        clock.now_s -= 60.0 - seconds
-        child.period(child.initial_P)
-        tries.append(disk.tries)
-    assert tries == [1, 1, 1, 2]
-
-
-def test_a_state_directory_that_cannot_be_made_is_a_disk_that_takes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    child = Child(tmp_path / "file" / "run" / "a1.safetensors", {"local": {"steps": 2}})
-    assert "Not a directory" in child.period(child.initial_P)["not_kept"]
-
-
-@pytest.mark.parametrize(
-    "spec", [{"local": {"steps": 2, "control_variates": "scaffold"}}, {"mix": {"kind": "elastic", "alpha": 0.4}}]
-)
-def test_what_is_given_up_and_cannot_be_kept_is_not_offered(path: Path, disk: Disk, spec: dict[str, Any]) -> None:
-    child = Child(path, spec)
-    disk.full = True
-    with pytest.raises(ConfigError, match=f"^--state-dir: .*{FULL}; what this agent gives up .* Make room there"):
-        child.period(child.initial_P, torch.zeros_like(child.initial_P) if "local" in spec else None)
-        child.trainer.meet(**Period(1, 1, 0, 1, fresh=False)._asdict())
-    assert not [*path.parent.iterdir()]
