@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,27 +58,25 @@ def run(
 
 def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
     """The spec with what the command line says, and with a name of its own where it has none. Raises ConfigError."""
-    from syncline.spec import load_spec
+    from syncline.spec import SIM_SECTION, load_spec, parse, stem_of
 
     given = _peek(path)
     changes: dict[str, Any] = {}
     if name or "name" not in given:
-        changes["name"] = name or name_of_file(path)
+        changes["name"] = name or f"{stem_of(path)}-{secrets.token_hex(3)}"
     agents = given.get("agents", {})
     if local is not None and isinstance(agents, dict) and "min" not in agents:
         most = agents.get("max")
         changes["agents"] = {**agents, "min": min(local, most) if isinstance(most, int) and most > 0 else local}
     spec = load_spec(path, **changes)
+    if given.get(SIM_SECTION) is not None:  # nothing is done with it here, and a mistake in it is one
+        from syncline_sim.settings import SimSettings
+
+        parse(SimSettings, given[SIM_SECTION], SIM_SECTION)
     if local is not None and spec.agents.min > local:
         problem = f"the run starts with {spec.agents.min} agents, --local starts {local}"
         raise ConfigError("agents.min", problem, f"Use --local {spec.agents.min}, or lower agents.min")
     return spec
-
-
-def name_of_file(path: Path) -> str:
-    """A name for a run: the file's, and something that no other run has."""
-    stem = re.sub(r"[^a-z0-9-]+", "-", path.stem.lower()).strip("-")[:50] or "run"
-    return f"{stem}-{secrets.token_hex(3)}"
 
 
 def _peek(path: Path) -> dict[str, Any]:

@@ -46,9 +46,11 @@ class SimRun:
                 self.screen.frame()
                 self.screen.show(self._view)
                 self.fleet.play()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RunFailed) as error:
             if self.fleet.tally.head is not None:
                 self._report(self.fleet.result())
+            if isinstance(error, RunFailed):
+                raise
             raise Interrupted from None
         result = self.fleet.result()
         self._report(result)
@@ -80,9 +82,10 @@ class SimRun:
             for name in self.state.shown_metrics()
             if name in result.metrics
         ]
+        versions = counted(result.versions, "version")
         rate = result.updates / result.seconds if result.seconds else 0.0
         said = (
-            f"run {result.run}: {result.reason}", *metrics, counted(result.versions, "version"),
+            f"run {result.run}: {result.reason or result.phase}", *metrics, *([versions] if versions != result.reason else []),
             f"{counted(result.updates, 'update')}, {rate:.3g} a second", f"{_seconds(result.seconds)} of its own time",
             f"{real_s:.1f} s of yours", f"digest {result.digest}",
         )  # fmt: skip
@@ -114,7 +117,7 @@ def as_object(result: FleetResult, real_s: float) -> dict[str, Any]:
 
 def _agents(result: FleetResult) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    heads = ("", "s/step", "periods", "busy", "merged", "dropped", "lag", "most", "up", "down")
+    heads = ("", "s/step", "periods", "busy", "merged", "late", "dropped", "lag", "most", "up", "down")
     for i, _ in enumerate(heads):
         table.add_column(no_wrap=True, justify="right" if i else "left")
     table.add_row(*(Text(head, "dim") for head in heads))
@@ -133,8 +136,9 @@ def _row(agent: AgentResult, seconds: float) -> tuple[str, ...]:
         agent.agent,
         f"{agent.step_s:.3g}",
         f"{agent.periods:,}",
-        f"{agent.busy_s / seconds:.0%}" if seconds else "—",
+        f"{min(1.0, agent.busy_s / seconds):.0%}" if seconds else "—",
         f"{agent.merged:,}",
+        f"{agent.late:,}",
         f"{agent.dropped:,}",
         f"{agent.mean_lag:.1f}",
         str(agent.max_lag),

@@ -46,6 +46,7 @@ class AgentResult:
     steps: int
     busy_s: float  # training
     merged: int
+    late: int  # merges that did not wait for it
     dropped: int
     mean_lag: float
     max_lag: int
@@ -139,7 +140,14 @@ class Fleet:
         if self.tally.broken is not None:
             raise self.tally.broken
         if outcome.problems and (self.tally.head is None or self.tally.head.phase not in ENDED):
-            raise RunFailed(outcome.problems[0])
+            raise RunFailed(self._unfinished() if self.now_s > self.settings.longest_s else outcome.problems[0])
+
+    def _unfinished(self) -> str:
+        head, longest_s = self.tally.head, self.settings.longest_s
+        where = f"it stands at version {head.version}, {head.phase}" if head is not None else "it has not begun"
+        return (
+            f"the run did not end within {longest_s:g} s of its own time (sim.longest_s): {where}. Raise sim.longest_s"
+        )
 
     @property
     def now_s(self) -> float:
@@ -177,6 +185,7 @@ class Fleet:
             busy_s=speed.busy_s,
             merged=updates.merged,
             dropped=updates.dropped,
+            late=updates.late,
             mean_lag=updates.lags / max(1, updates.merged),
             max_lag=updates.max_lag,
             bytes_up=self._links.up[name].bytes,

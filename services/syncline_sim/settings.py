@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from syncline.errors import ConfigError
 from syncline.settings import Settings
-from syncline.spec import SIM_SECTION, RunSpec, load_spec, parse, read_yaml
+from syncline.spec import SIM_SECTION, RunSpec, load_spec, parse, read_yaml, stem_of
 from syncline.wire.subjects import COORDINATOR
 from syncline_sim.faults import (
     BrokerDown,
@@ -190,6 +190,8 @@ def load(path: Path, count: int | None = None) -> tuple[RunSpec, SimSettings]:
         section = {**section, "agents": count}
     settings = parse(SimSettings, section, SIM_SECTION)
     changes: dict[str, Any] = {}
+    if isinstance(given, dict) and "name" not in given:
+        changes["name"] = stem_of(path)
     agents = given.get("agents", {}) if isinstance(given, dict) else {}
     if settings.agents is not None and isinstance(agents, dict) and "min" not in agents:
         most = agents.get("max")

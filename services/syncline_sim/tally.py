@@ -43,6 +43,7 @@ class Updates:
     lags: int = 0  # their sum
     max_lag: int = 0
     dropped: int = 0
+    late: int = 0  # merges that did not wait for it
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Tally:
     warnings: list[tuple[float, str]] = field(default_factory=list)
     events: dict[str, int] = field(default_factory=dict)  # warnings and errors by their kind
     incomplete: bool = False
-    broken: Exception | None = None  # what `follow` raised
+    broken: BaseException | None = None  # what `follow` raised
     _records: dict[int, Committed] = field(default_factory=dict)  # of versions that are not committed yet
 
     def stored(self, stream: str, message: Stored) -> str:
@@ -79,8 +80,9 @@ class Tally:
         if kind not in (["metrics"], ["events"]):
             return
         try:
-            self.follow(subject, data)
-        except Exception as error:  # whoever follows is no service, and none may have to deal with it
+            if self.broken is None:
+                self.follow(subject, data)
+        except (Exception, SystemExit) as error:  # whoever follows is no service, and none may have to deal with it
             self.broken = error
             self.problems.append(f"whoever follows the run failed: {type(error).__name__}: {error}")
         run = self.spec.name
@@ -127,6 +129,8 @@ class Tally:
         for entry in record.plan.merged:
             mine = self.updates.setdefault(entry.agent, Updates())
             mine.merged, mine.lags, mine.max_lag = mine.merged + 1, mine.lags + entry.lag, max(mine.max_lag, entry.lag)
+        for agent in record.plan.late:
+            self.updates.setdefault(agent, Updates()).late += 1
         for drop in record.dropped:
             self.updates.setdefault(drop.agent, Updates()).dropped += 1
         self.commits.append(Commit(self.clock(), version, len(lags), sum(lags) / max(1, len(lags))))

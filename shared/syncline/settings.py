@@ -37,11 +37,24 @@ def parse(model: type[S], data: Any, section: str = "") -> S:
     """Validated settings, or one ConfigError that lists everything wrong. `section`: where in the spec they stand."""
     if not isinstance(data, dict):
         mend = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
-        raise ConfigError(section or "spec", f"is a {type(data).__name__}, not a mapping", mend)
+        what = "is empty" if data is None else f"is a {type(data).__name__}, not a mapping"
+        raise ConfigError(section or "spec", what, mend)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [explain(model, item, section, model.beside) for item in error.errors()]
+        problems = _together([explain(model, item, section, model.beside) for item in error.errors()])
         first = problems[0]
         rest = "".join(f"\n{p}" for p in problems[1:])
         raise ConfigError(first.setting, first.problem, first.mend + rest) from None
+
+
+def _together(problems: list[ConfigError]) -> list[ConfigError]:
+    """One for each value: where several kinds are possible, pydantic says of each of them why it is not that."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        found.setdefault((problem.setting, problem.problem), []).append(problem.mend)
+    return [ConfigError(*what, ", or ".join([mends[0], *map(_small, mends[1:])])) for what, mends in found.items()]
+
+
+def _small(mend: str) -> str:
+    return mend[:1].lower() + mend[1:]

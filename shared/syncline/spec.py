@@ -6,6 +6,7 @@ refused here, before anything starts, with the setting, its value and the mend.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -365,10 +366,29 @@ def load_spec(path: Path, **overrides: Any) -> RunSpec:
     return parse(RunSpec, data)
 
 
+class _Once(yaml.SafeLoader):
+    """Of two settings with one name YAML keeps the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names and isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    key.value, f"stands twice, again in line {key.start_mark.line + 1}", "Leave one of them"
+                )
+            names.add(str(key.value))
+        return dict(super().construct_mapping(node, deep))
+
+
+def stem_of(path: Path) -> str:
+    """The name of a file as the name of a run."""
+    return re.sub(r"[^a-z0-9-]+", "-", path.stem.lower()).strip("-")[:50] or "run"
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises ConfigError."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), _Once)
     except OSError as error:
         raise ConfigError("spec", f"{path}: {error.strerror}", "Name a YAML file that you can read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -231,17 +231,24 @@ def test_what_is_wrong_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_whoever_follows_sees_every_metric_and_what_it_raises_comes_back() -> None:
+def test_whoever_follows_sees_every_metric() -> None:
     seen: set[str] = set()
     fleet = Fleet(spec_of(), SimSettings(), follow=lambda subject, data: seen.add(".".join(subject.split(".")[3:])))
     fleet.play()
     assert {"metrics.coordinator.eval", "metrics.coordinator.round", "metrics.a1.train", "events.coordinator"} <= seen
 
-    def broken(subject: str, data: bytes) -> None:
-        raise ZeroDivisionError(subject)
 
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit], ids=lambda error: error.__name__)
+def test_what_whoever_follows_raises_comes_back_and_is_raised_once(error: type[BaseException]) -> None:
+    raised: list[str] = []
+
+    def broken(subject: str, data: bytes) -> None:
+        raised.append(subject)
+        raise error(subject)
+
+    with pytest.raises(error):
         run_fleet(spec_of(), follow=broken)
+    assert len(raised) == 1
 
 
 def test_agents_that_start_later_take_part_later() -> None:

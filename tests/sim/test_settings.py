@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from syncline.errors import ConfigError
 from syncline.spec import load_spec
 from syncline_sim.faults import BrokerDown, Cut, Down, RollBack
-from syncline_sim.settings import Link, SimSettings, load
+from syncline_sim.settings import FaultSetting, Link, SimSettings, load
 
 TASK = "syncline.tasks.quadratic:LinearRegression"
 
@@ -56,6 +57,18 @@ def test_faults_become_a_schedule(tmp_path: Path) -> None:
 
 def test_a_real_run_leaves_the_section_alone_whatever_it_holds(tmp_path: Path) -> None:
     assert load_spec(file(tmp_path, {"nonsense": [1, {}]}, agents={"min": 2})).agents.min == 2
+
+
+def test_a_run_has_the_name_of_its_file(tmp_path: Path) -> None:
+    assert load(file(tmp_path, {}))[0].name == "spec"
+
+
+def test_the_document_tells_of_every_setting() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text()
+    faults = get_args(get_args(FaultSetting)[0])
+    fields = {name for model in (SimSettings, Link, *faults) for name in model.model_fields}
+    kinds = {get_args(fault.model_fields["kind"].annotation)[0] for fault in faults}
+    assert {name for name in fields | kinds if not re.search(rf"`{name}\b", told)} == set()
 
 
 @pytest.mark.parametrize(

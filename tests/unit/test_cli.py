@@ -14,11 +14,12 @@ import pytest
 
 import syncline
 from syncline.errors import ConfigError, RunFailed
+from syncline.spec import stem_of
 from syncline_cli import main as cli
 from syncline_cli.agent import name_of_host
 from syncline_cli.demo import DemoSettings
 from syncline_cli.process import Interrupted, as_typed, run_interruptible, since_start_s
-from syncline_cli.run import name_of_file, read_spec
+from syncline_cli.run import read_spec
 from syncline_cli.supervise import how_it_ended
 
 TASK = "task: syncline.tasks.digits:Digits\n"
@@ -140,7 +141,7 @@ def test_a_run_without_a_name_gets_the_files_and_something_of_its_own(tmp_path: 
     assert all(name.startswith("my-spec-") for name in names)
     assert read_spec(spec(tmp_path, "name: mine\n")).name == "mine"
     assert read_spec(spec(tmp_path, "name: mine\n"), name="other").name == "other"
-    assert name_of_file(Path("___.yaml")).startswith("run-")
+    assert stem_of(Path("___.yaml")) == "run"
 
 
 @pytest.mark.parametrize(
