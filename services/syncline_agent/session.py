@@ -34,6 +34,7 @@ from syncline_agent.training import Period, Training, outboxes
 log = logging.getLogger(__name__)
 
 DEATHS_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
+REVIVE_S = 1.0  # the pause after the second of them
 GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
 SPEC_BYTES = 256 * 1024
 
@@ -83,6 +84,7 @@ class Session:
         self._given_up = range(0)  # clocks whose verdicts the broker lost
         self._said_not_kept = False
         self._made = 0  # updates, by this process: they go to the outboxes in turns
+        self._deaths = 0  # of the training child, since it last made an update
         self._to_send: asyncio.Queue[_Update] = asyncio.Queue(1)
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -185,9 +187,9 @@ class Session:
         self._stand.is_ready()
 
     async def _revive(self) -> None:
-        """A child with the model, and with what this agent kept of the run; several tries where it dies."""
+        """A child with the model, and with what this agent kept of the run. Raises CannotTrain."""
         path = self._shelf.path(self._run)
-        for _ in range(DEATHS_IN_A_ROW):
+        while True:
             try:
                 answer = await self._training.prepare(
                     self._spec.model_dump(mode="json"), self._manifest_bytes, str(path), self._submission
@@ -197,7 +199,6 @@ class Session:
                 continue
             self._stand.clock, self._held = max(self._stand.clock, answer["clock"]), None
             return
-        raise CannotTrain(f"the training process died {DEATHS_IN_A_ROW} times in a row")
 
     def _due(self, seen: Seen) -> Place | None:
         """This agent's place where it may begin a period, else None."""
@@ -263,7 +264,7 @@ class Session:
                 stand.state = "waiting"
                 return
         stand.last, stand.clock = report, clock
-        self._made += 1
+        self._made, self._deaths = self._made + 1, 0
         update = _Update(clock, stand.version, self._held_term, stand.line, period.box, report)
         if self._is_async:
             self._handed = clock
@@ -309,8 +310,15 @@ class Session:
             return None
 
     async def _child_died(self, error: ChildDied) -> None:
+        """Says so. One death may be chance, and another child is started at once; after the second there is a pause, and the
+        third raises CannotTrain: it would die in every period."""
+        self._deaths += 1
+        if self._deaths >= DEATHS_IN_A_ROW:
+            raise CannotTrain(f"the training process died {self._deaths} times in a row, at last so: {error}")
         text = f"{self._me.agent}: the training process died: {error}; starting another"
         await self._telemetry.event("trainer-died", text, level="warning", agent=self._me.agent)
+        if self._deaths > 1:
+            await asyncio.sleep(jitter(REVIVE_S * 2 ** (self._deaths - 2)))
 
     async def _cannot(self, why: str) -> None:
         """Says so, and stays until the run is over: this agent is of no use in it."""

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from syncline.child import ChildDied
 from syncline.spec import RunSpec
+from syncline_agent.session import DEATHS_IN_A_ROW
 from syncline_sim.faults import Faults
+from syncline_sim.inline import InlineChild
 from syncline_sim.scene import Outcome, Scene, small_spec
 from syncline_sim.seeds import faults_of, scene_of
 from syncline_sim.simulate import simulate
@@ -102,6 +105,20 @@ def test_max_ahead_zero_gives_the_digest_of_synchronous_rounds_however_the_run_i
 def test_a_float32_model_and_alpha_below_one_run_too() -> None:
     spec = regression(task_options={"dtype": "float32"}, mix={"alpha": 0.5}, merge={"weights": "samples"})
     assert fine(simulate(Scene(spec, children="real"))).merged == (("a1", "a2", "a3", "a4"),) * 6
+
+
+def test_a_child_that_dies_in_every_period_is_given_up_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, died = InlineChild._spend, []
+
+    async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
+        if asked["ask"] == "period" and asked["number"] == 3:
+            died.append(asked["clock"])
+            raise ChildDied("process was killed by SIGKILL")
+        return await real(self, asked)
+
+    monkeypatch.setattr(InlineChild, "_spend", spend)
+    outcome = fine(simulate(Scene(small_spec(agents={"min": 3, "lost_after_s": 2.0}))))
+    assert {len(agents) for agents in outcome.merged} == {3} and len(died) == DEATHS_IN_A_ROW
 
 
 def test_a_run_that_cannot_start_is_told_as_such() -> None:
