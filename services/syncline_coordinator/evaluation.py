@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from syncline.child import Asked, ChildDied, ChildFailed
+from syncline.child import Asked, ChildDied
+from syncline.errors import SynclineError
 from syncline.telemetry import CenterEval, Telemetry, numbers
 
 Restart = Callable[[], Awaitable[Asked]]
@@ -48,21 +49,32 @@ class Evaluation:
         await self._child.close()
 
     async def _evaluate(self, version: int) -> None:
+        """Whatever goes wrong with it is told, and ends no run."""
         try:
             await self._child.ask("copy")
             self._copied.set()
             answer = await self._child.ask("evaluate")
-        except ChildFailed as error:
-            await self._telemetry.event("evaluation-failed", f"version {version}: {error}", level="warning")
-            return
-        except ChildDied as error:
-            await self._telemetry.event("evaluation-failed", f"version {version}: {error}", level="warning")
-            await self._child.close()
-            self._child = await self._start()
+            metric = CenterEval(version=version, metrics=numbers(answer["metrics"]), seconds=answer["seconds"])
+        except Exception as error:
+            self._copied.set()
+            await self._failed(version, error)
+            if isinstance(error, ChildDied):
+                await self._start_again(version)
             return
         finally:
             self._copied.set()
         self.evaluated = version
-        metric = CenterEval(version=version, metrics=numbers(answer["metrics"]), seconds=answer["seconds"])
         await self._telemetry.metric(metric)
         self._report(version, answer["metrics"])
+
+    async def _start_again(self, version: int) -> None:
+        """A new child; where there can be none now, the next evaluation finds the dead one, and comes here again."""
+        await self._child.close()
+        try:
+            self._child = await self._start()
+        except Exception as error:
+            await self._failed(version, error)
+
+    async def _failed(self, version: int, error: Exception) -> None:
+        why = str(error) if isinstance(error, SynclineError) else f"{type(error).__name__}: {error}"
+        await self._telemetry.event("evaluation-failed", f"version {version}: {why}", level="warning")
