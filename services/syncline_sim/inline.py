@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from syncline.child import ChildDied, ChildFailed, Handler, Start, answer
+from syncline.child import ChildDied, ChildFailed, Handler, Start, packed_answer
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
@@ -40,7 +40,7 @@ class InlineChild:
         async with self._lock:
             if not await self._spend(asked):
                 return {"stopped": True}
-            said: dict[str, Any] = msgpack.unpackb(msgpack.packb(answer(self._handlers, asked)), strict_map_key=False)
+            said: dict[str, Any] = msgpack.unpackb(packed_answer(self._handlers, asked), strict_map_key=False)
         if "error" in said:
             raise ChildFailed(said["error"], setting=said.get("setting", ""), mend=said.get("mend", ""))
         return said

@@ -126,7 +126,7 @@ def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
     with socket.socket(fileno=end_fd) as end:
         end.setblocking(True)
         while (question := _read(end)) is not None:
-            data = msgpack.packb(answer(handlers, question))
+            data = packed_answer(handlers, question)
             try:
                 end.sendall(_LENGTH.pack(len(data)) + data)
             except OSError:
@@ -134,18 +134,40 @@ def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
     return 0
 
 
+def packed_answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> bytes:
+    """What travels to the service: in any case an answer, whatever the user's code returned or raised."""
+    asked, said = str(question.get("ask")), answer(handlers, question)
+    try:
+        return bytes(msgpack.packb(said))
+    except Exception as error:  # it is no answer that can be sent
+        return bytes(msgpack.packb({"error": f"what {asked!r} came to cannot be sent: {_told(error)}"}))
+
+
 def answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[str, Any]:
     try:
         return handlers[question.pop("ask")](**question)
     except ConfigError as error:
-        return {"error": error.problem, "setting": error.setting, "mend": error.mend}
+        return {"error": _clean(error.problem), "setting": _clean(error.setting), "mend": _clean(error.mend)}
     except PeerError as error:
-        return {"error": str(error)}
+        return {"error": _told(error)}
     except Exception as error:
         traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        return {"error": f"{type(error).__name__}: {str(error)[:1000]} ({place})"}
+        return {"error": _clean(f"{type(error).__name__}: {_told(error)} ({place})")}
+
+
+def _told(error: Exception) -> str:
+    """What it says; a class of the user's may not even do that."""
+    try:
+        return _clean(str(error)[:1000])
+    except Exception as worse:
+        return f"which cannot say more, as its __str__ raises {type(worse).__name__}"
+
+
+def _clean(text: str) -> str:
+    """As UTF-8 can hold it: names of files may bring anything."""
+    return text.encode(errors="replace").decode()
 
 
 def _read(end: socket.socket) -> dict[str, Any] | None:

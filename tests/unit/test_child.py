@@ -1,0 +1,50 @@
+"""What a child answers: always something that can be sent, whatever the user's code returned or raised."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+
+from syncline.child import Handler, packed_answer
+from syncline.errors import ConfigError
+
+
+class Odd(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("cannot even say so")
+
+
+def asked(handler: Handler) -> dict[str, Any]:
+    answer: dict[str, Any] = msgpack.unpackb(packed_answer({"period": handler}, {"ask": "period"}))
+    return answer
+
+
+def raising(error: Exception) -> Handler:
+    def handler() -> dict[str, Any]:
+        raise error
+
+    return handler
+
+
+def test_an_answer_is_sent_as_it_is() -> None:
+    assert asked(lambda: {"steps": 3}) == {"steps": 3}
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(()), {1, 2}, "caf\udce9", 1 << 80, raising])
+def test_an_answer_that_cannot_be_sent_is_an_error(odd: Any) -> None:
+    assert asked(lambda: {"loss": odd})["error"].startswith("what 'period' came to cannot be sent: ")
+
+
+@pytest.mark.parametrize("error", [Odd(), ValueError(os.fsdecode(b"no such file: caf\xe9.csv")), KeyError("x" * 5000)])
+def test_an_error_is_told_whatever_it_says_of_itself(error: Exception) -> None:
+    told = asked(raising(error))["error"]
+    assert told.startswith(type(error).__name__) and "(test_child.py:" in told and len(told) < 1200
+
+
+def test_an_error_of_the_user_s_names_setting_and_mend_whatever_they_hold() -> None:
+    told = asked(raising(ConfigError("task", "caf\udce9.py is not there", "mend caf\udce9.py")))
+    assert told == {"error": "caf?.py is not there", "setting": "task", "mend": "mend caf?.py"}
