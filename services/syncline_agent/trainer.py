@@ -31,7 +31,7 @@ from syncline.engine.duration import Duration
 from syncline.errors import ConfigError
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.tasks.base import Task, batches, evaluate, load_task, to_device, whole_gradient
+from syncline.tasks.base import Task, as_number, batches, evaluate, load_task, to_device, whole_gradient
 from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
@@ -237,7 +237,7 @@ class Trainer:
 
         def on_step(rows: int) -> bool:
             nonlocal seen
-            seen, self._steps_ever = seen + rows, self._steps_ever + 1
+            seen, self._steps_ever = seen + _rows_told(rows), self._steps_ever + 1
             if lasts.seconds is not None:
                 self._claim.synchronize()
             more = lasts.stepped(self._clock() - began_s)
@@ -251,6 +251,8 @@ class Trainer:
         loss = self._task.train(self._flat.model, self._inner.optimizer, batches_here, on_step)
         self._inner.period_ends(lasts.done)
         self._drawn += lasts.done
+        if loss is not None:
+            loss = as_number(loss, "`train` returned", "Return the mean loss as a number, or None")
         return loss, lasts.done, seen
 
     def _stopped(self) -> bool:
@@ -316,6 +318,15 @@ def _while_open(lasts: Duration, stream: Iterator[Any]) -> Iterator[Any]:
         yield next(stream)
         if not lasts.is_open:
             return
+
+
+def _rows_told(rows: Any) -> int:
+    """What a task has told `on_step`. Raises ConfigError."""
+    mend = "Call `on_step(rows)` with the number of rows of the step"
+    told = as_number(rows, "`train` called `on_step` with", mend)
+    if not (told >= 0 and told.is_integer()):
+        raise ConfigError("task", f"`train` called `on_step` with {told:g}", mend)
+    return int(told)
 
 
 def _seed(*parts: int) -> int:

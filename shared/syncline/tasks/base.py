@@ -262,13 +262,35 @@ def evaluate(
             for start in range(0, rows, batch_size):
                 chosen = np.arange(start, min(start + batch_size, rows))
                 batch = to_device(_collate(dataset, chosen), device)
-                for name, value in task.metrics(model, batch).items():
+                for name, value in _checked(task.metrics(model, batch)).items():
                     sums[name] = sums.get(name, 0.0) + value * len(chosen)
                 on_batch()
     finally:
         for module, mode in modes:
             module.training = mode
     return {name: total / rows for name, total in sums.items()}
+
+
+def as_number(value: Any, what: str, mend: str) -> float:
+    """One number that the task gave: also a tensor of one element. Raises ConfigError for anything else."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value.detach() if isinstance(value, Tensor) else value)
+    except Exception:  # whatever its class raises
+        pass
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    raise ConfigError("task", f"{what} a {type(value).__name__}{shape}", mend)
+
+
+def _checked(metrics: Any) -> dict[str, float]:
+    """What `metrics` returned. Raises ConfigError."""
+    mend = "Return numbers by name, as {'loss': loss.item()}"
+    if not isinstance(metrics, Mapping):
+        raise ConfigError("task", f"`metrics` returned a {type(metrics).__name__}", mend)
+    for name in metrics:
+        if not isinstance(name, str) or not name.isprintable():
+            raise ConfigError("task", f"`metrics` returned a metric by the name of {name!r}", mend)
+    return {name: as_number(value, f"`metrics` returned for {name!r}", mend) for name, value in metrics.items()}
 
 
 def whole_gradient(
