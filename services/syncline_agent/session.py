@@ -314,7 +314,7 @@ class Session:
         third raises CannotTrain: it would die in every period."""
         self._deaths += 1
         if self._deaths >= DEATHS_IN_A_ROW:
-            raise CannotTrain(f"the training process died {self._deaths} times in a row, at last so: {error}")
+            raise CannotTrain(f"the training process died {self._deaths} times in a row, the last time: {error}")
         text = f"{self._me.agent}: the training process died: {error}; starting another"
         await self._telemetry.event("trainer-died", text, level="warning", agent=self._me.agent)
         if self._deaths > 1:

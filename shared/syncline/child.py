@@ -80,27 +80,35 @@ class Child:
 
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
-        loop = asyncio.get_running_loop()
         data = msgpack.packb({"ask": question, **fields})
         async with self._lock:
-            try:
-                await loop.sock_sendall(self._end, _LENGTH.pack(len(data)) + data)
-                (size,) = _LENGTH.unpack(await self._receive(_LENGTH.size))
-                answer: dict[str, Any] = msgpack.unpackb(await self._receive(size), strict_map_key=False)
-            except (OSError, EOFError):
-                raise ChildDied(await self._obituary()) from None
+            exchange = asyncio.ensure_future(self._exchange(_LENGTH.pack(len(data)) + data))
+            try:  # its end says so first: a process that it forked may live on, and hold the socket open
+                await asyncio.wait((exchange, self.worker.exited), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                exchange.cancel()
+                await asyncio.gather(exchange, return_exceptions=True)
+            if exchange.cancelled() or isinstance(exchange.exception(), OSError | EOFError):
+                raise ChildDied(await self._obituary())
+            answer = exchange.result()
         if "error" in answer:
             raise ChildFailed(answer["error"], setting=answer.get("setting", ""), mend=answer.get("mend", ""))
         return answer
 
     async def close(self) -> None:
-        """Kills the process and waits for its end."""
+        """Kills the process, and what it has forked, and waits for its end."""
         try:
             self.worker.signal(signal.SIGKILL)
             await self.worker.exited
         except NurseryDied:
             pass
         self._end.close()
+
+    async def _exchange(self, question: bytes) -> dict[str, Any]:
+        await asyncio.get_running_loop().sock_sendall(self._end, question)
+        (size,) = _LENGTH.unpack(await self._receive(_LENGTH.size))
+        answer: dict[str, Any] = msgpack.unpackb(await self._receive(size), strict_map_key=False)
+        return answer
 
     async def _receive(self, size: int) -> bytes:
         loop, parts, missing = asyncio.get_running_loop(), [], size

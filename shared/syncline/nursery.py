@@ -7,7 +7,7 @@ whatever its owner asks for. The same part serves an agent (its training child),
 Nothing is left behind, whoever is killed: the nursery kills its workers when its owner's end of the socket closes, and on
 Linux the kernel kills the nursery when its owner dies, be it in the middle of an import, and the workers when the nursery
 does. A worker that hangs inside a training step, holding the interpreter, changes nothing about that: the nursery runs no
-code of its workers.
+code of its workers. Each of them leads a process group of its own, and what it has forked is killed when it has ended.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Nursery:
         if all(module in sys.modules for module in preload) and preload:
             pid = os.fork()
             if pid == 0:
+                os.setsid()  # out of the group of its owner, which may be a worker itself
                 ours.close()
                 _serve_and_exit(theirs, owner, ())
             theirs.close()
@@ -250,6 +251,7 @@ def _serve(owner: socket.socket, preload: Sequence[str]) -> None:
             _kill(pid, signal.SIGKILL)
         for pid in workers:
             os.waitpid(pid, 0)
+            _kill_group(pid)
 
 
 def _obey(owner: socket.socket, lines: _Lines, workers: dict[int, int], wake: tuple[int, int]) -> bool:
@@ -278,6 +280,7 @@ def _report_exits(owner: socket.socket, workers: dict[int, int]) -> None:
     for pid in list(workers):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
+            _kill_group(pid)
             _say(owner, {"exited": workers.pop(pid), "code": os.waitstatus_to_exitcode(status)})
 
 
@@ -291,6 +294,7 @@ def _say(owner: socket.socket, message: dict[str, Any]) -> None:
 def _be_worker(parent: int, target: str, args: Sequence[Any]) -> NoReturn:
     code = 1
     try:
+        os.setsid()
         signal.set_wakeup_fd(-1)
         for which in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(which, signal.SIG_DFL)
@@ -319,6 +323,14 @@ def _kill(pid: int, which: int) -> None:
     try:
         os.kill(pid, which)
     except ProcessLookupError:
+        pass
+
+
+def _kill_group(leader: int) -> None:
+    """What a worker has left behind. As long as that is there, no other process is given the worker's number."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # macOS: for a group of zombies
         pass
 
 
