@@ -39,7 +39,7 @@ from syncline.wire.messages import decode
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner
 from syncline_agent.state import Kept, load_state, save_state
-from syncline_agent.training import PROGRESS, PROGRESS_BYTES, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
+from syncline_agent.training import PROGRESS_BYTES, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
 from syncline_agent.variates import Variates
 
@@ -227,8 +227,9 @@ class Trainer:
 
     def _train(self, lasts: Duration, clock: int, number: int) -> tuple[float | None, int, int]:
         """The steps of a period, or fewer where it is stopped. Returns the mean loss, the steps made and the rows seen."""
-        PROGRESS.pack_into(self._view, 0, self._steps_ever, 0, 0, lasts.expected, len(self._dataset))
-        if lasts.most == 0:
+        struct.pack_into("<QQ", self._view, 0, self._steps_ever, 0)
+        struct.pack_into("<QQ", self._view, STEPS_EXPECTED, lasts.expected, len(self._dataset))
+        if lasts.most == 0 or self._stopped():
             return None, 0, 0
         local, seed = self._settings.local, self._settings.seed
         first = self._drawn if local.seconds is not None else (clock - 1) * lasts.most

@@ -50,7 +50,10 @@ class Training(Protocol):
     async def prepare(
         self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str
     ) -> dict[str, Any]: ...
-    async def period(self, period: Period) -> dict[str, Any]: ...
+    async def period(self, period: Period) -> dict[str, Any]:
+        """A wish to stop early that comes from here on, however early, is about this period."""
+        ...
+
     async def meet(self, period: Period) -> dict[str, Any]: ...
     def inbox(self, nbytes: int) -> memoryview: ...
     def outbox(self, nbytes: int, box: int) -> memoryview: ...
@@ -76,6 +79,7 @@ class ChildTraining:
         return await self._ask("prepare", spec=spec, manifest=manifest, state_path=state_path, submission=submission)
 
     async def period(self, period: Period) -> dict[str, Any]:
+        self._memory.view()[STOP_EARLY] = 0  # here and not there: from now on the wish is about this period
         return await self._ask("period", **period._asdict())
 
     async def meet(self, period: Period) -> dict[str, Any]:

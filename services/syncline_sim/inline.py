@@ -65,7 +65,7 @@ class InlineChild:
             await self._pause(seconds)
             return True
         view = self._memory.view()
-        view[8:17] = bytes(9)
+        view[8:16] = bytes(8)
         for _ in range(SLICES):
             await self._pause(seconds / SLICES)
             ever, steps = struct.unpack_from("<QQ", view)

@@ -1,0 +1,55 @@
+"""The service's side of a training child, with a trainer that answers inline: the wish to stop early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainers import Child
+
+from syncline.shm import SharedMemory
+from syncline_agent.training import STOP_EARLY, ChildTraining, Period
+
+
+class Asked:
+    """A child that notes what the service has written when it is asked."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory, self.wished = memory, []
+
+    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
+        self.wished.append(self._memory.view()[STOP_EARLY])
+        return {}
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_the_wish_is_taken_back_by_whoever_had_it_before_the_next_period_is_asked_for() -> None:
+    children = []
+
+    async def start(memory: SharedMemory) -> Asked:
+        children.append(Asked(memory))
+        training.stop_early()  # while the child starts: that is about this period
+        return children[-1]
+
+    training = ChildTraining(start)
+    training.stop_early()
+    for clock in (1, 2):
+        await training.period(Period(0, clock, 0, 1))
+    assert children[0].wished == [1, 0]
+
+
+def test_a_wish_that_comes_while_the_data_are_loaded_is_not_lost(tmp_path: Path) -> None:
+    child = Child(tmp_path / "a1.safetensors", {"local": {"steps": 1000}})
+    whole = child.trainer._task.dataset
+
+    def slow(part: Any) -> Any:
+        child.memory.view()[STOP_EARLY] = 1
+        return whole(part)
+
+    child.trainer._task.dataset = slow
+    answer = child.period(child.initial_P)
+    assert answer["stopped"] and answer["steps"] == 0
+    child.memory.view()[STOP_EARLY] = 0
+    assert not child.period(child.initial_P)["stopped"]
