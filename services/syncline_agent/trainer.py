@@ -31,7 +31,7 @@ from syncline.engine.duration import Duration
 from syncline.errors import ConfigError
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.tasks.base import Task, as_number, batches, evaluate, load_task, to_device, whole_gradient
+from syncline.tasks.base import Task, as_number, batches, evaluate, load_task, rows_of_part, to_device, whole_gradient
 from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
@@ -186,7 +186,9 @@ class Trainer:
         if self._place != (number, parts):
             settings = self._settings
             part = Part(number, parts, settings.partition, settings.seed, needed=settings.agents.min)
-            self._dataset: Any = self._task.dataset(part)
+            dataset = self._task.dataset(part)
+            rows_of_part(dataset, number)
+            self._dataset: Any = dataset
             self._place = (number, parts)
 
     def _begin(self, period: Period) -> None:
@@ -248,8 +250,19 @@ class Trainer:
 
         if self._variates is not None and self._variates.at_center:
             self._gradient_at_center(self._variates.gradients_P)
-        batches_here = (to_device(batch, self._claim.device) for batch in _while_open(lasts, stream))
-        loss = self._task.train(self._flat.model, self._inner.optimizer, batches_here, on_step)
+        drawn = 0
+
+        def draw() -> Iterator[Any]:
+            """Batches, none after the period's last: also for a task that does not listen to `on_step`."""
+            nonlocal drawn
+            while drawn < lasts.most and lasts.is_open and not self._stopped():
+                drawn += 1
+                yield to_device(next(stream), self._claim.device)
+
+        loss = self._task.train(self._flat.model, self._inner.optimizer, draw(), on_step)
+        if drawn and not lasts.done and not self._stopped():
+            mend = "Call `on_step(rows)` after every step, and stop when it returns False"
+            raise ConfigError("task", f"`train` drew {drawn} batches and never called `on_step`", mend)
         self._inner.period_ends(lasts.done)
         self._drawn += lasts.done
         if loss is not None:
@@ -311,14 +324,6 @@ class Trainer:
         """The inbox (0) or an outbox, and there the delta or what goes with it for control variates."""
         begin = PROGRESS_BYTES + which * self._layout.blob_bytes + section * self._layout.nbytes
         return self._view[begin : begin + self._layout.nbytes]
-
-
-def _while_open(lasts: Duration, stream: Iterator[Any]) -> Iterator[Any]:
-    """Batches, none after the period's last: also for a task that does not listen to `on_step`."""
-    for _ in range(lasts.most):
-        yield next(stream)
-        if not lasts.is_open:
-            return
 
 
 def _rows_told(rows: Any) -> int:

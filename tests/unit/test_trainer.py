@@ -40,6 +40,22 @@ class NoOptimizer(LinearRegression):
         next(batches)
         on_step(1)
 
+class Silent(LinearRegression):
+    def train(self, model, optimizer, batches, on_step):
+        for batch in batches:
+            pass
+
+class Empty(LinearRegression):
+    def dataset(self, part):
+        return torch.utils.data.TensorDataset(torch.zeros(0, 5), torch.zeros(0))
+
+class Endless(LinearRegression):
+    def dataset(self, part):
+        class Rows(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield torch.zeros(5), torch.zeros(())
+        return Rows()
+
 class Noisy(LinearRegression):
     """Draws random numbers in every step."""
     def model(self):
@@ -119,6 +135,28 @@ def test_a_setting_that_has_no_effect_is_told_of(path: Path, own: str, setting: 
     child = Child(path, {"task": own + "NoOptimizer", "local": {"steps": 4, setting: value}})
     with pytest.raises(ConfigError, match=f"^local.{setting}: has no effect: the task's `train` makes no step"):
         child.period(child.initial_P)
+
+
+@pytest.mark.parametrize("local", [{"steps": 5}, {"epochs": 1, "batch_size": 8}, {"seconds": 3.5, "max_steps": 5}])
+def test_a_loop_that_tells_of_no_step_is_refused_with_the_mend(path: Path, own: str, local: dict[str, Any]) -> None:
+    child = Child(path, {"task": own + "Silent", "local": local})
+    with pytest.raises(
+        ConfigError, match=r"^task: `train` drew \d+ batches and never called `on_step`\. Call `on_step"
+    ):
+        child.period(child.initial_P)
+
+
+@pytest.mark.parametrize("local", [{"steps": 5}, {"epochs": 1}, {"steps": 0}])
+@pytest.mark.parametrize(
+    ("task", "problem"), [("Empty", "returned no rows for part 0"), ("Endless", "returned Rows, which has no len")]
+)
+def test_a_part_without_rows_or_without_a_length_is_refused(
+    path: Path, own: str, task: str, problem: str, local: dict[str, Any]
+) -> None:
+    child = Child(path, {"task": own + task, "local": local})
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"^task: dataset\\(\\) {problem}"):
+            child.period(child.initial_P)
 
 
 @pytest.mark.parametrize("per", ["step", "period"])

@@ -204,9 +204,7 @@ def batches(
     So an agent that starts again, or joins late, sees what it would have seen. Every epoch is a new permutation of the rows;
     its last batch may be short. `all`: the whole data set in its own order, each step.
     """
-    rows = _rows(dataset)
-    if rows == 0:
-        raise ConfigError("task", f"dataset() returned no rows for part {part_index}", "Give every part a row at least")
+    rows = rows_of_part(dataset, part_index)
     size = rows if batch_size == "all" else batch_size
     steps_per_epoch = -(-rows // size)
     order, ordered_epoch = np.arange(rows), -1
@@ -314,6 +312,14 @@ def whole_gradient(
     with torch.no_grad():
         for buffer, was in zip(model.buffers(), before, strict=True):
             buffer.copy_(was)
+
+
+def rows_of_part(dataset: Dataset[Any], number: int) -> int:
+    """Rows to train on. Raises ConfigError where there is none, or nobody can tell."""
+    rows = _rows(dataset)
+    if rows == 0:
+        raise ConfigError("task", f"dataset() returned no rows for part {number}", "Give every part a row at least")
+    return rows
 
 
 def _rows(dataset: Dataset[Any]) -> int:
