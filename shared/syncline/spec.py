@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from syncline.engine.duration import steps_in_pass
 from syncline.engine.merge import RULES, Mean, Rule
 from syncline.engine.outer import OUTERS, Outer, Sgd
 from syncline.engine.staleness import STALENESS, Polynomial, Staleness
@@ -246,7 +247,7 @@ class Local(Settings):
         if self.epochs is None:
             return 20 if self.steps is None else self.steps
         batch = rows if self.batch_size == "all" else self.batch_size
-        return self.epochs * -(-rows // max(1, batch))
+        return self.epochs * steps_in_pass(rows, max(1, batch))
 
 
 class Mix(Settings):

@@ -284,6 +284,9 @@ def test_a_value_that_no_kind_accepts_is_told_once() -> None:
         ({"steps": 7}, 100, 7),
         ({"epochs": 2, "batch_size": 32}, 100, 8),  # the last batch is short
         ({"epochs": 1, "batch_size": 25}, 100, 4),
+        ({"epochs": 2, "batch_size": 33}, 100, 6),  # the one row left over is in the last of three batches
+        ({"epochs": 2, "batch_size": 1}, 3, 6),
+        ({"epochs": 1, "batch_size": 32}, 1, 1),
         ({"epochs": 3, "batch_size": "all"}, 100, 3),
         ({"epochs": 1, "batch_size": 32}, 0, 0),
         ({"epochs": 1, "batch_size": "all"}, 0, 0),

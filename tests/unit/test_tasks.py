@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from syncline.allow_list import check_patterns
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
-from syncline.spec import Iid
+from syncline.spec import Iid, Local
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline.tasks.base import Task, batch_rows, batches, evaluate, load_task, to_device
 from syncline.tasks.quadratic import LinearRegression
@@ -266,10 +266,16 @@ def test_a_batch_depends_on_its_step_only(rows: int, size: int, start: int, seed
 
 @given(rows=st.integers(1, 40), size=st.integers(1, 50), epoch=st.integers(0, 3))
 def test_an_epoch_has_every_row_once_and_its_last_batch_may_be_short(rows: int, size: int, epoch: int) -> None:
-    steps = -(-rows // size)
+    steps = Local(epochs=1, batch_size=size).steps_for(rows)
     found = take(numbered(rows), size, steps, start=epoch * steps)
     assert sorted(itertools.chain(*found)) == list(range(rows))
     assert [len(batch) for batch in found[:-1]] == [size] * (steps - 1)
+    assert min(rows, size, 2) <= len(found[-1]) <= size + 1, "a single row is left over only where there is no other"
+
+
+def test_a_row_that_is_left_over_belongs_to_the_batch_before_it() -> None:
+    assert [len(batch) for batch in take(numbered(10), 3, 6)] == [3, 3, 4] * 2
+    assert [len(batch) for batch in take(numbered(4), 3, 2)] == [4, 4]
 
 
 def test_epochs_parts_and_seeds_have_orders_of_their_own() -> None:

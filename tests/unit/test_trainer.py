@@ -56,6 +56,10 @@ class Endless(LinearRegression):
                 yield torch.zeros(5), torch.zeros(())
         return Rows()
 
+class Normed(LinearRegression):
+    def model(self):
+        return nn.Sequential(nn.BatchNorm1d(self.features, dtype=self.dtype), nn.Linear(self.features, 1, dtype=self.dtype))
+
 class Noisy(LinearRegression):
     """Draws random numbers in every step."""
     def model(self):
@@ -174,6 +178,16 @@ def test_a_period_without_a_step_leaves_the_schedule_alone(path: Path) -> None:
     schedule = {"kind": "exponential", "gamma": 0.5}
     child = Child(path, {"local": {"steps": 0, "optimizer": SGD, "schedule": schedule}})
     assert not child.period(child.initial_P)["update"].any()
+
+
+@pytest.mark.parametrize("scaffold", [None, {"kind": "scaffold", "option": 1}])
+def test_batch_norm_trains_where_one_row_is_left_over(path: Path, own: str, scaffold: Any) -> None:
+    """64 rows in batches of 9; 513 rows in those of the gradient at the center."""
+    for rows, steps in ((64, 7), (513, 57)):
+        local = {"epochs": 1, "batch_size": 9, "control_variates": scaffold}
+        child = Child(path, {"task": own + "Normed", "task_options": {"rows": rows}, "local": local})
+        sums = torch.zeros_like(child.initial_P) if scaffold else None
+        assert child.period(child.initial_P, sums)["steps"] == steps
 
 
 # -- seconds ---------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,18 @@
-"""How long a local period lasts: so many steps, or as many as fit into so many seconds. Pure: time is an argument."""
+"""How long a local period lasts: so many steps or passes, or as many steps as fit into so many seconds.
+
+Pure: time is an argument.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+def steps_in_pass(rows: int, batch_size: int) -> int:
+    """Batches of one pass over so many rows. The last may be short, but one row that would be left over belongs to the batch
+    before it: a network with batch norm cannot be trained on a single row."""
+    full, left = divmod(rows, batch_size)
+    return full + (left > 1 or (left == 1 and full == 0))
 
 
 @dataclass(slots=True)

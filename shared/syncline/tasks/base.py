@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from syncline.allow_list import is_allowed, is_file
 from syncline.data.partition import Part
+from syncline.engine.duration import steps_in_pass
 from syncline.errors import ConfigError
 
 _READY_MADE = "syncline.tasks"
@@ -202,11 +203,11 @@ def batches(
     """Batches of global steps `first_step`, `first_step` + 1, … without end; each a pure function of (seed, part, step).
 
     So an agent that starts again, or joins late, sees what it would have seen. Every epoch is a new permutation of the rows;
-    its last batch may be short. `all`: the whole data set in its own order, each step.
+    its last batch may be short, or have one row more (`steps_in_pass`). `all`: the whole data set in its own order, each step.
     """
     rows = rows_of_part(dataset, part_index)
     size = rows if batch_size == "all" else batch_size
-    steps_per_epoch = -(-rows // size)
+    steps_per_epoch = steps_in_pass(rows, size)
     order, ordered_epoch = np.arange(rows), -1
     step = first_step
     while True:
@@ -214,8 +215,13 @@ def batches(
         if batch_size != "all" and epoch != ordered_epoch:
             words = np.random.SeedSequence((seed, part_index, epoch))
             order, ordered_epoch = np.random.default_rng(words).permutation(rows), epoch
-        yield _collate(dataset, order[k * size : (k + 1) * size])
+        yield _collate(dataset, order[_batch(k, rows, size)])
         step += 1
+
+
+def _batch(k: int, rows: int, size: int) -> slice:
+    """Where batch k of a pass lies."""
+    return slice(k * size, rows if k + 1 == steps_in_pass(rows, size) else (k + 1) * size)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -304,8 +310,8 @@ def whole_gradient(
     before = [buffer.clone() for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)
     model.train()
-    for start in range(0, rows, batch_size):
-        chosen = np.arange(start, min(start + batch_size, rows))
+    for k in range(steps_in_pass(rows, batch_size)):
+        chosen = np.arange(rows)[_batch(k, rows, batch_size)]
         loss = task.loss(model, to_device(_collate(dataset, chosen), device))
         (loss * (len(chosen) / rows)).backward()  # type: ignore[no-untyped-call]
         on_batch()
