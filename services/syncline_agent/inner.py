@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -27,7 +28,8 @@ class Inner:
     """`optimizer` is what the task trains with. `center_P`: the center that the period began from, kept up to date outside."""
 
     def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:
-        self.optimizer, self._schedule = inner_of(task, flat.model, local)
+        self._made_anew = partial(inner_of, task, flat.model, local)
+        self.optimizer, self._schedule = self._made_anew()
         self._per_step = self._schedule is not None and local.schedule is not None and local.schedule.per == "step"
         self._needs_steps = [name for name in NEED_STEPS if getattr(local, name)]
         self.gradients = Gradients(
@@ -52,6 +54,12 @@ class Inner:
             )
         if self._schedule is not None and not self._per_step and steps:
             advance(self._schedule)
+
+    def forget(self) -> None:
+        """The optimiser has what a new one has; its schedule goes on."""
+        fresh, _ = self._made_anew()
+        self.optimizer.state.clear()
+        self.optimizer.state.update(fresh.state)
 
     def kept(self, clock: int, own_P: Tensor, pending: Mapping[int, Tensor], drawn: int) -> Kept:
         return Kept.of(clock, own_P, self.optimizer, pending, self._schedule, drawn)

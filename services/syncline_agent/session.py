@@ -263,8 +263,11 @@ class Session:
             if met is None:
                 stand.state = "waiting"
                 return
+            report |= met
         stand.last, stand.clock = report, clock
         self._made, self._deaths = self._made + 1, 0
+        if report.get("broken"):
+            self._held = None  # the next one begins with the center, be it the same
         update = _Update(clock, stand.version, self._held_term, stand.line, period.box, report)
         if self._is_async:
             self._handed = clock

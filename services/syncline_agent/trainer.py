@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from syncline.child import Handler, serve
 from syncline.data.partition import Part
 from syncline.engine.duration import Duration
+from syncline.engine.kernels import finite
 from syncline.errors import ConfigError
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
@@ -154,8 +155,7 @@ class Trainer:
         if settings.evaluate.agents:
             answer["metrics"] = self._evaluate()
         if not self._updates.needs_center:
-            self._leave_update(period)
-            answer["not_kept"] = self._save(clock, at_once=self._variates is not None)
+            answer |= self._leave_update(period, at_once=self._variates is not None)
         return {**answer, "stopped": False}
 
     def meet(self, **asked: Any) -> dict[str, Any]:
@@ -166,9 +166,7 @@ class Trainer:
         period = Period(**asked)
         if period.fresh:
             self._center_P.copy_(self._inbox())
-        self._leave_update(period)
-        self._save(period.clock, at_once=True)
-        return {}
+        return self._leave_update(period, at_once=True)
 
     def questions(self) -> dict[str, Handler]:
         return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
@@ -204,14 +202,39 @@ class Trainer:
             control = self._variates.begin(self._inbox(CONTROL) if period.fresh else None, period.parts)
         self._inner.period_begins(control)
 
-    def _leave_update(self, period: Period) -> None:
+    def _leave_update(self, period: Period, *, at_once: bool) -> dict[str, Any]:
+        """Puts it into an outbox, and keeps what belongs to it; answers with why that could not be kept, and whether it is
+        broken: it is not finite, and once offered it will be judged so too."""
         self._flat.store()
         update_P = self._updates.take(self._flat.flat_P, self._center_P, period.clock)
         self._flat.load()
         self._codec.encode(update_P.cpu(), self._box(1 + period.box))
+        sound = finite(update_P)
         if self._variates is not None:
             change_P = self._variates.take(period.clock, self._inner.gradients.steps)
             self._codec.encode(change_P.cpu(), self._box(1 + period.box, CONTROL))
+            sound = sound and finite(change_P)
+        if sound:
+            return {"broken": False, "not_kept": self._save(period.clock, at_once=at_once)}
+        self._forget(period.clock)
+        return {"broken": True, "not_kept": ""}
+
+    @torch.no_grad()
+    def _forget(self, clock: int) -> None:
+        """NaN would stay in W_i and in the optimiser for ever: the next period begins with the center, as that of a new agent,
+        and nothing of this one gets to the disk. Tensors that stay at home and hold NaN become those of a new model."""
+        self._has_own = False
+        self._updates.pending.clear()  # of a W_i that is gone
+        if self._variates is not None:
+            self._variates.pending.pop(clock, None)
+        self._inner.forget()
+        torch.manual_seed(self._settings.seed)
+        first, own = self._task.model(), self._flat.model
+        for ours, theirs in ((own.named_parameters, first.named_parameters), (own.named_buffers, first.named_buffers)):
+            fresh = dict(theirs())
+            for name, tensor in ours():
+                if tensor.is_floating_point() and not finite(tensor):
+                    tensor.copy_(fresh[name])
 
     def _inbox(self, section: int = 0) -> torch.Tensor:
         """The center in the inbox, on the device."""

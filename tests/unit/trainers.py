@@ -77,6 +77,10 @@ class Child:
             answer["control"] = self._box(1, 1).clone()
         return answer
 
+    def meet(self) -> dict[str, Any]:
+        """After a period of elastic averaging, with the same center."""
+        return self.trainer.meet(**Period(self.version, self.clock, self.number, self.parts)._asdict())
+
     @property
     def progress(self) -> Progress:
         ever, step, _, steps, rows = PROGRESS.unpack_from(self.memory.view())

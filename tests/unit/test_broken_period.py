@@ -1,0 +1,106 @@
+"""A period that diverged: its update is offered, nothing of it is kept, and the next one begins as that of a new agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers import Child
+
+TASK = """
+import torch
+from torch import nn
+from syncline.tasks.quadratic import LinearRegression
+
+class Breaks(LinearRegression):
+    broken = False  # a test says when
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        return loss * float("nan") if self.broken else loss
+
+class Personal(Breaks):
+    local = ("0.*",)
+    def model(self):
+        one, two = nn.Linear(self.features, 4, dtype=self.dtype), nn.Linear(4, 1, dtype=self.dtype)
+        return nn.Sequential(one, nn.BatchNorm1d(4, dtype=self.dtype), two)
+"""
+SPECS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"local": {"optimizer": {"kind": "sgd", "momentum": 0.9}}},
+    "adam": {"local": {"optimizer": {"kind": "adam"}}},
+    "adagrad": {"local": {"optimizer": {"kind": "adagrad", "lr": 0.1}}},
+    "a part of the way": {"mix": {"alpha": 0.5}, "local": {"optimizer": {"kind": "sgd", "momentum": 0.9}}},
+    "prox": {"local": {"prox_mu": 0.1}},
+    "async": {"sync": {"kind": "async"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def child(folder: Path, name: str, spec: dict[str, Any], task: str = "Breaks") -> Child:
+    (folder / "own.py").write_text(TASK)
+    local = {"steps": 3, **spec.get("local", {})}
+    return Child(folder / f"{name}.safetensors", {**spec, "task": f"{folder / 'own.py'}:{task}", "local": local})
+
+
+def broken_period(it: Child, *sums: Any) -> None:
+    it.trainer._task.broken = True  # type: ignore[attr-defined]
+    answer = it.period(it.initial_P, *sums)
+    it.trainer._task.broken = False  # type: ignore[attr-defined]
+    assert answer["broken"] and not answer["update"].isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["Breaks", "Personal"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_next_period_is_that_of_a_new_agent(tmp_path: Path, spec: dict[str, Any], task: str) -> None:
+    agent, new = (child(tmp_path, name, spec, task) for name in ("agent", "new"))
+    broken_period(agent)
+    new.clock = 1
+    for _ in range(3):
+        found, expected = agent.period(agent.initial_P), new.period(new.initial_P)
+        assert not found["broken"] and torch.equal(found["update"], expected["update"])
+
+
+def test_the_disk_keeps_what_was_before(tmp_path: Path) -> None:
+    agent = child(tmp_path, "agent", {"mix": {"alpha": 0.5}})
+    agent.period(agent.initial_P)
+    kept = (tmp_path / "agent.safetensors").read_bytes()
+    broken_period(agent)
+    assert (tmp_path / "agent.safetensors").read_bytes() == kept
+    again = child(tmp_path, "agent", {"mix": {"alpha": 0.5}})
+    assert again.clock == 1 and again.period(again.initial_P)["update"].isfinite().all()
+
+
+def test_a_schedule_goes_on(tmp_path: Path) -> None:
+    schedule = {"kind": "exponential", "gamma": 0.5}
+    agent = child(tmp_path, "agent", {"local": {"optimizer": {"kind": "sgd", "lr": 0.1}, "schedule": schedule}})
+    broken_period(agent)
+    assert agent.trainer._inner.optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_control_variate_stays_what_it_was(tmp_path: Path, overlap: bool) -> None:
+    """The update that was dropped leaves nothing behind, also where its verdict is not known when the next period ends."""
+    sync = {"sync": {"kind": "async", "overlap": overlap}}
+    agent = child(tmp_path, "agent", {**sync, "local": {"control_variates": "scaffold"}})
+    sums = torch.zeros_like(agent.initial_P)
+    agent.period(agent.initial_P, sums)
+    broken_period(agent, sums)
+    answer = agent.period(agent.initial_P, sums, {1: True})
+    assert answer["control"].isfinite().all() and answer["update"].isfinite().all()
+
+
+def test_an_elastic_difference_that_broke_is_not_given_back(tmp_path: Path) -> None:
+    agent = child(tmp_path, "agent", {"mix": {"kind": "elastic", "alpha": 0.5}})
+    for clock in range(1, 5):
+        agent.trainer._task.broken = clock == 2  # type: ignore[attr-defined]
+        agent.period(agent.initial_P, verdicts={c: c != 2 for c in range(1, clock)})
+        assert agent.meet() == {"broken": clock == 2, "not_kept": ""}
+    assert agent._box(1).isfinite().all()
