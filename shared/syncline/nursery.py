@@ -34,6 +34,7 @@ MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 8
 FORKS_AT_ONCE = 16  # asked for and not answered: their messages have room in the socket while the nursery imports
 _PR_SET_PDEATHSIG = 1
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class NurseryDied(SynclineError):
@@ -228,7 +229,7 @@ def _serve_and_exit(owner: socket.socket, owner_pid: int, preload: Sequence[str]
 
 def _serve(owner: socket.socket, preload: Sequence[str]) -> None:
     """Forks on request, reports exits, and kills everything when the owner is gone."""
-    for which in (signal.SIGINT, signal.SIGTERM):
+    for which in _STOPS:
         signal.signal(which, signal.SIG_IGN)  # the owner decides; its end is ours
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -264,11 +265,15 @@ def _obey(owner: socket.socket, lines: _Lines, workers: dict[int, int], wake: tu
                     _kill(pid, message["with"])
             continue
         parent = os.getpid()
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, _STOPS
+        )  # else one that comes before the worker listens is lost: we ignore it
         pid = os.fork()
         if pid == 0:
             for inherited in (owner.fileno(), *wake):
                 os.close(inherited)
             _be_worker(parent, message["target"], [*message["args"], *fds])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         for fd in fds:
             os.close(fd)
         workers[pid] = message["fork"]
@@ -296,8 +301,9 @@ def _be_worker(parent: int, target: str, args: Sequence[Any]) -> NoReturn:
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for which in (*_STOPS, signal.SIGCHLD):
             signal.signal(which, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         die_with_parent(parent)
         module, _, function = target.partition(":")
         code = getattr(importlib.import_module(module), function)(*args) or 0
