@@ -211,8 +211,9 @@ class Session:
             waiting = position - place.judged >= outboxes(self._spec)
             gated = head.gate is not None and position + place.offset > head.gate
             return None if waiting or gated or head.phase not in ("training", "merging") else place
-        # under whatever term it was offered: that offer waits on the bus
-        return None if head.phase != "training" or self._offered_for == head.model.id else place
+        # under whatever term it was offered: that offer waits on the bus, if it was not judged and this agent is asked again
+        waits = self._offered_for == head.model.id and place.judged < self._handed
+        return None if head.phase != "training" or waits else place
 
     def _rebase(self, line: int) -> None:
         """The broker lost what it had acknowledged, and the run goes on from an older head: what was handed over and not seen
@@ -247,7 +248,8 @@ class Session:
         stand.state, stand.part, clock = "training", place.number, stand.clock + 1
         box = self._made % outboxes(self._spec)  # its last update but one was judged; clocks may leave one out
         verdicts = {**{c: False for c in self._given_up if c > place.judged}, **place.verdicts}
-        period = Period(stand.version, clock, place.number, place.parts, self._fresh, box, [*verdicts.items()])
+        fresh = self._fresh or not self._is_async  # every round begins with its center, a second time too
+        period = Period(stand.version, clock, place.number, place.parts, fresh, box, [*verdicts.items()])
         report = await self._ask(self._training.period(period))
         known = self._news.head
         if report is None or report["stopped"] or (known is not None and known.line != stand.line):

@@ -31,7 +31,7 @@ from syncline.engine.events import (
     WakeAt,
 )
 from syncline.engine.policy import REASON_CHARS, Standing
-from syncline.engine.rounds import Rounds
+from syncline.engine.rounds import ASKED_AGAIN, Rounds
 from syncline.errors import PeerError
 
 SILENT = "not heard of for 5.1 s"
@@ -176,13 +176,24 @@ def test_an_update_that_was_merged_and_is_told_again_changes_nothing() -> None:
     assert rounds == before
 
 
-def test_a_clock_that_another_process_of_the_name_has_used_up_is_not_waited_for() -> None:
-    """The older one's came late and was judged; the newer one's of the same clock cannot be told of once more."""
+def test_an_agent_whose_clock_another_process_of_its_name_has_used_up_is_asked_again() -> None:
+    """The older one's came late and was judged; the newer one's of the same clock cannot be: the roster tells it so."""
     rounds = policy(2)
     tell(rounds, *offers("a1", "a2"), Committed(1))
     tell(rounds, OfferReady("a2", 2, 0, 10, 5))  # late, of the older process
     assert rounds.judged["a2"] == 2
-    assert tell(rounds, OfferReady("a2", 2, 1, 10, 5)) == []
+    assert tell(rounds, OfferReady("a2", 2, 1, 10, 5)) == [StartRound(1, ("a1", "a2"))]
+    (merge,) = [
+        c for c in tell(rounds, OfferReady("a1", 2, 1, 10, 5), OfferReady("a2", 3, 1, 10, 5)) if isinstance(c, Merge)
+    ]
+    assert [(u.agent, u.clock) for u in merge.updates] == [("a1", 2), ("a2", 3)]
+
+
+def test_who_uses_up_its_clocks_again_and_again_is_not_waited_for() -> None:
+    rounds = policy(2)
+    tell(rounds, *offers("a1", "a2"), Committed(1), OfferReady("a2", 2, 0, 10, 5))
+    asked = [tell(rounds, OfferReady("a2", 2, 1, 10, 5)) for _ in range(ASKED_AGAIN + 2)]
+    assert [len(commands) for commands in asked] == [*[1] * ASKED_AGAIN, 0, 0]
     (merge,) = [c for c in tell(rounds, OfferReady("a1", 2, 1, 10, 5)) if isinstance(c, Merge)]
     assert [u.agent for u in merge.updates] == ["a1"]
 

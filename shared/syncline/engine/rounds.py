@@ -21,6 +21,8 @@ from syncline.engine.events import Chosen, Command, Drop, Merge, OfferReady, Sta
 from syncline.engine.policy import REASON_CHARS, Policy, Standing, brief
 from syncline.engine.weights import Normalize, Weights, weights_of
 
+ASKED_AGAIN = 3  # times in a round, an agent that could not know that its clock was judged
+
 
 @dataclass(slots=True, kw_only=True)
 class Rounds(Policy):
@@ -36,6 +38,7 @@ class Rounds(Policy):
     offers: dict[str, OfferReady] = field(default_factory=dict)
     closed_by: str = ""  # what closed the round that is merging
     broken: set[str] = field(default_factory=set)  # whose update of this version was unusable
+    again: list[str] = field(default_factory=list)  # they were asked again for this version, each time
     spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
 
     def resume(self, standing: Standing, now_s: float) -> None:
@@ -53,7 +56,12 @@ class Rounds(Policy):
         agent = offer.agent
         known = self.offers.get(agent)
         used_up = offer.clock <= self.judged.get(agent, 0) and offer.base == self.version and known is None
-        if used_up and agent in self.participants:  # by another process of this name: it cannot be told of once more
+        if (
+            used_up and agent in {*self.participants} - self.spent
+        ):  # by another process of its name; this one was not told
+            if self.state == "open" and self.again.count(agent) < ASKED_AGAIN:
+                self.again.append(agent)
+                return [StartRound(self.version, self.participants)]  # with a roster that says so: it trains once more
             self.spent.add(agent)
             return self._go_on(now_s)
         if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
@@ -95,6 +103,7 @@ class Rounds(Policy):
             self._judge(offer)
         self.state = "waiting"
         self.participants, self.offers, self.lost, self.spent, self.broken = (), {}, {}, set(), set()
+        self.again.clear()
         if self.stop:
             return self._finish(self.stop)
         return self._go_on(now_s)
