@@ -10,6 +10,7 @@ import asyncio
 import signal
 import socket
 import struct
+import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -160,9 +161,21 @@ def answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[st
         return {"error": _told(error)}
     except Exception as error:
         traceback.print_exc()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        return {"error": _clean(f"{type(error).__name__}: {_told(error)} ({place})")}
+        return {"error": _clean(f"{type(error).__name__}: {_told(error)} ({_where(error)})")}
+
+
+def _where(error: Exception) -> str:
+    """The last line of the user's code on the way to it; of anybody's, where there is none."""
+    lines = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    theirs = [line for line in lines if _is_users(line[0].f_globals.get("__name__", ""))]
+    frame, number = (theirs or lines)[-1]
+    return f"{Path(frame.f_code.co_filename).name}:{number}"
+
+
+def _is_users(module: str) -> bool:
+    root = module.partition(".")[0]
+    ours = root.startswith("syncline") and (not module.startswith("syncline.tasks.") or module.endswith(".base"))
+    return not (ours or root in sys.stdlib_module_names or root in ("torch", "numpy"))
 
 
 def _told(error: Exception) -> str:

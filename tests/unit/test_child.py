@@ -11,6 +11,7 @@ import torch
 
 from syncline.child import Handler, packed_answer
 from syncline.errors import ConfigError
+from syncline.tasks.quadratic import LinearRegression
 
 
 class Odd(Exception):
@@ -48,3 +49,20 @@ def test_an_error_is_told_whatever_it_says_of_itself(error: Exception) -> None:
 def test_an_error_of_the_user_s_names_setting_and_mend_whatever_they_hold() -> None:
     told = asked(raising(ConfigError("task", "caf\udce9.py is not there", "mend caf\udce9.py")))
     assert told == {"error": "caf?.py is not there", "setting": "task", "mend": "mend caf?.py"}
+
+
+def test_an_error_within_torch_names_the_line_that_called_it() -> None:
+    def handler() -> dict[str, Any]:
+        torch.nn.Linear(3, 2)(torch.zeros(4, 5))
+        return {}
+
+    line = handler.__code__.co_firstlineno + 1
+    assert asked(handler)["error"].endswith(f"(test_child.py:{line})")
+
+
+def test_an_error_in_a_ready_made_task_names_its_line() -> None:
+    def handler() -> dict[str, Any]:
+        LinearRegression().loss(torch.nn.Linear(3, 2), None)
+        return {}
+
+    assert "(quadratic.py:" in asked(handler)["error"]

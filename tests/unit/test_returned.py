@@ -94,6 +94,18 @@ def test_a_loss_that_is_no_number_is_refused_with_the_mend(tmp_path: Path, value
         trained(tmp_path, returned=value)
 
 
+@pytest.mark.parametrize(
+    ("value", "what"), [(0.5, "float"), (None, "NoneType"), (torch.zeros(3, 2), r"tensor of shape \(3, 2\)")]
+)
+def test_a_batch_s_loss_that_is_no_tensor_of_one_element_is_refused(value: Any, what: str) -> None:
+    task = LinearRegression()
+    model = task.model()
+    vars(task)["loss"] = lambda model, batch: value
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ConfigError, match=rf"^task: `loss` returned a {what}\. Return a tensor of one element"):
+        task.train(model, optimizer, iter([(torch.zeros(2, 3),)]), lambda rows: True)
+
+
 def test_rows_may_be_told_as_a_tensor(tmp_path: Path) -> None:
     assert type(trained(tmp_path, told=torch.tensor(32))["samples_per_s"]) is float
 

@@ -80,7 +80,7 @@ class Task(abc.ABC):
         total, steps = torch.zeros(()), 0
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(model, batch)
+            loss = checked_loss(self.loss(model, batch))
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total, steps = total.to(loss.device) + loss.detach(), steps + 1
@@ -286,6 +286,16 @@ def as_number(value: Any, what: str, mend: str) -> float:
     raise ConfigError("task", f"{what} a {type(value).__name__}{shape}", mend)
 
 
+def checked_loss(loss: Any) -> Tensor:
+    """What `loss` returned. Raises ConfigError."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise ConfigError(
+        "task", f"`loss` returned a {what}", "Return a tensor of one element: a mean over the rows of the batch"
+    )
+
+
 def _checked(metrics: Any) -> dict[str, float]:
     """What `metrics` returned. Raises ConfigError."""
     mend = "Return numbers by name, as {'loss': loss.item()}"
@@ -312,7 +322,7 @@ def whole_gradient(
     model.train()
     for k in range(steps_in_pass(rows, batch_size)):
         chosen = np.arange(rows)[_batch(k, rows, batch_size)]
-        loss = task.loss(model, to_device(_collate(dataset, chosen), device))
+        loss = checked_loss(task.loss(model, to_device(_collate(dataset, chosen), device)))
         (loss * (len(chosen) / rows)).backward()  # type: ignore[no-untyped-call]
         on_batch()
     with torch.no_grad():
