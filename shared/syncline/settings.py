@@ -4,7 +4,8 @@ none of them, and no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, TypeVar, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -25,12 +26,36 @@ def untagged(tag: str, default: str) -> BeforeValidator:
     return BeforeValidator(lambda section: {tag: default, **section} if isinstance(section, dict) else section)
 
 
-def one_of(registry: Mapping[str, type[Settings]], tag: str, default: str) -> Any:
-    """The type of a section that is one of a registry's: the setting `tag` says which, and may be left out for the default."""
-    return Annotated[Union[tuple(registry.values())], Field(discriminator=tag), untagged(tag, default)]  # noqa: UP007
-
-
 S = TypeVar("S", bound=Settings)
+
+
+def one_of(registry: Mapping[str, type[S]], base: type[S], tag: str, default: str, group: str) -> Any:
+    """The type of a section that is one of a registry's: the setting `tag` says which, and may be left out for the default.
+
+    `group`: installed packages may add some of `base`, as entry points of that name. Raises ConfigError for one that is none.
+    """
+    kinds = (*registry.values(), *installed(group, base, tag, known=registry))
+    return Annotated[Union[kinds], Field(discriminator=tag), untagged(tag, default)]  # noqa: UP007
+
+
+def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) -> list[type[S]]:
+    """What installed packages bring: classes of `base` under the name that is their `tag`. Raises ConfigError."""
+    found: dict[str, type[S]] = {}
+    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        where = f"entry point {entry.name!r} of {group} ({entry.value})"
+        try:
+            kind = entry.load()
+        except Exception as error:  # whatever its module raises
+            problem = f"{where} cannot be loaded: {type(error).__name__}: {error}"
+            raise ConfigError(group, problem, "Mend its package, or uninstall it") from error
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise ConfigError(group, f"{where} is no class of {base.__name__}", "Derive it, or uninstall its package")
+        if kind.model_fields[tag].default != entry.name or entry.name in {*known, *found}:
+            problem = f"{where} has {tag} = {kind.model_fields[tag].default!r}"
+            mend = f"Give both one name that no other {base.__name__.lower()} has, or uninstall its package"
+            raise ConfigError(group, problem, mend)
+        found[entry.name] = kind
+    return [*found.values()]
 
 
 def parse(model: type[S], data: Any, section: str = "") -> S:

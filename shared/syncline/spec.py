@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     OuterOptimizer = Outer
     StalenessWeight = Staleness
 else:
-    MergeRule = one_of(RULES, "rule", "mean")
-    OuterOptimizer = one_of(OUTERS, "kind", "sgd")
-    StalenessWeight = one_of(STALENESS, "kind", "polynomial")
+    MergeRule = one_of(RULES, Rule, "rule", "mean", "syncline.merge_rules")
+    OuterOptimizer = one_of(OUTERS, Outer, "kind", "sgd", "syncline.outer_optimizers")
+    StalenessWeight = one_of(STALENESS, Staleness, "kind", "polynomial", "syncline.staleness_weights")
 
 
 class Agents(Settings):

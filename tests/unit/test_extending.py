@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 ADDED = ("mid_range", "bounded", "exponential")
@@ -56,3 +58,67 @@ def test_the_page_adds_a_rule_an_optimiser_and_a_weight_that_keep_every_contract
     report = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " or ".join(ADDED), "-rA", *tests)
     for name in ADDED:
         assert report.count(f"[{name}") > 1 or report.count(f"-{name}") > 1, f"no contract was run on {name}"
+
+
+IMPORTS = """
+from typing import ClassVar, Literal
+from pydantic import Field
+from syncline.engine.merge import Rule, scales
+from syncline.engine.outer import Outer
+from syncline.engine.staleness import Staleness
+"""
+PLAY = """
+from pathlib import Path
+from syncline.spec import load_spec
+from syncline_sim.fleet import run_fleet
+result = run_fleet(load_spec(Path("mine.yaml")))
+print(result.phase, result.versions)
+"""
+
+
+def package(place: Path, code: str, points: str) -> None:
+    """An installed one, as pip leaves it."""
+    (place / "averaging.py").write_text(code)
+    (place / "averaging-1.0.dist-info").mkdir()
+    (place / "averaging-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: averaging\nVersion: 1.0\n"
+    )
+    (place / "averaging-1.0.dist-info" / "entry_points.txt").write_text(points)
+
+
+def with_package(place: Path, code: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(place), *sys.path]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        text=True,
+        capture_output=True,
+        timeout=110,
+    )
+
+
+def test_an_installed_package_brings_its_own_and_a_run_is_made_with_them(tmp_path: Path) -> None:
+    classes = re.findall(r"```python\n# \S+\n(class .*?)```", PAGE, re.DOTALL)
+    (points,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    points = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", points).replace('"', "")
+    package(tmp_path, "from __future__ import annotations\n" + IMPORTS + "\n\n".join(classes), points)
+    (settings,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    task = "task: syncline.tasks.quadratic:LinearRegression\nagents: {min: 2}\nstop: {versions: 2}\n"
+    (tmp_path / "mine.yaml").write_text(task + settings)
+    done = with_package(tmp_path, PLAY)
+    assert done.stdout == "done 2\n", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("import no_such_module", "cannot be loaded: ModuleNotFoundError"),
+        ("MidRange = dict", "is no class of Rule"),
+        ("class MidRange(Rule):\n    rule: Literal['median'] = 'median'", "has rule = 'median'"),
+    ],
+)
+def test_a_package_that_brings_something_else_is_named(tmp_path: Path, code: str, problem: str) -> None:
+    package(tmp_path, IMPORTS + code, "[syncline.merge_rules]\nmid_range = averaging:MidRange\n")
+    done = with_package(tmp_path, "import syncline.spec")
+    assert "syncline.merge_rules: entry point 'mid_range'" in done.stderr and problem in done.stderr
