@@ -11,13 +11,13 @@ import pytest_asyncio
 from harness import Fleet, eventually, settings
 
 from syncline.bus.base import StreamConfig
-from syncline.bus.blobs import put_blob
+from syncline.bus.blobs import UNOFFERED_S, put_blob
 from syncline.errors import Unavailable
 from syncline.nursery import Nursery
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline_cli.local import LocalFleet
-from syncline_coordinator.janitor import LOOK_S, QUOTA_BLOBS, UNOFFERED_S, Janitor
+from syncline_coordinator.janitor import LOOK_S, QUOTA_BLOBS, Janitor
 from syncline_coordinator.purge import Purger
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

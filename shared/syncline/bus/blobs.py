@@ -19,6 +19,7 @@ from syncline.wire.messages import BlobRef
 
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
 PATIENCE_S = 60.0
+UNOFFERED_S = 120.0  # a blob of an agent's that got no new chunk for so long, and was not offered, is purged
 RECORD_CHUNK_BYTES = 512 * 1024  # of records that are too large for one message: rosters, plans, manifests
 T = TypeVar("T")
 Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
