@@ -338,6 +338,8 @@ class Failures:
             assert (
                 await outcome(destroys) is Unreachable
             )  # and is not kept: the broker may come back with an older store
+        assert await outcome(core.put("syncline.v1.r.model.b.bulk", b"", bulk=True)) is Unreachable
+        assert await outcome(core.get(MODEL, "syncline.v1.r.model.b.0", bulk=True)) is Unreachable
         added = Heard()
         await core.subscribe("syncline.v1.r.agent.*.heartbeat", added)
         await backend.start()

@@ -227,18 +227,20 @@ def a_commit_is_recorded_after_it(patch: pytest.MonkeyPatch) -> None:
 
 
 def an_offer_goes_out_before_its_chunks_are_held(patch: pytest.MonkeyPatch) -> None:
-    async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = 0.0) -> None:
+    async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
         await bus.publish(subject, frame)
+        return True
 
     patch.setattr(blobs, "put_chunk", put_chunk)
 
 
 def a_chunk_that_is_there_already_is_an_error(patch: pytest.MonkeyPatch) -> None:
-    async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = 60.0) -> None:
+    async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
         try:
-            await blobs.patiently(partial(bus.put, subject, frame, bulk=True), patience_s=patience_s)
+            await blobs.patiently(partial(bus.put, subject, frame, bulk=True))
         except AlreadyPut as error:
             raise AssertionError(subject) from error
+        return True
 
     patch.setattr(blobs, "put_chunk", put_chunk)
 

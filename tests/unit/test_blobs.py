@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 
 from syncline.bus.blobs import (
+    FIRST_CHUNKS,
     PATIENCE_S,
+    QUICK_S,
     RETRY_S,
+    STALE_S,
     BlobGone,
+    Growth,
+    Stale,
     get_blob,
     get_chunk,
     get_small_blob,
+    paced,
     patiently,
     put_blob,
     put_chunk,
@@ -114,13 +120,13 @@ async def test_a_chunk_is_asked_for_in_its_stream_by_its_subject(bus: Any) -> No
     assert bus.calls == [("get", f"{STREAM} {prefix(ref.id)}.10")]
 
 
-@pytest.mark.parametrize("window", [1, 3, 8, 64])
-async def test_no_more_than_the_window_is_under_way(bus: Any, window: int) -> None:
-    ref = await put(bus, window=window)
-    assert bus.most_under_way == min(window, 11)
+@pytest.mark.parametrize("window", [1, 3, 8])
+async def test_no_more_than_the_window_is_under_way_and_soon_as_much(bus: Any, window: int) -> None:
+    ref = await put(bus, DATA * 4, window=window)
+    assert bus.most_under_way == window
     bus.most_under_way = 0
-    await got(bus, ref, window=window)
-    assert bus.most_under_way == min(window, 11)
+    await got(bus, ref, 4 * len(DATA), window=window)
+    assert bus.most_under_way == window
 
 
 # -- what can be wrong with a blob -------------------------------------------------------------------------------------
@@ -252,6 +258,49 @@ def test_a_full_stream_stops_the_whole_blob(bus: Any, simulated: Simulated) -> N
     assert len(bus.calls) < 11, "the rest is not begun"
 
 
+def test_a_blob_that_stands_still_too_long_is_stale_and_chunks_that_are_there_already_do_not_count(
+    bus: Any, simulated: Simulated
+) -> None:
+    async def grow() -> list[float]:
+        growth, left = Growth(), []
+        for new, pause in ((True, 60.0), (True, 60.0), (False, STALE_S - 60.0)):
+            growth.put(0, 0, new)
+            await asyncio.sleep(pause)
+            left.append(growth.left_s)
+        await asyncio.sleep(0.1)
+        with pytest.raises(Stale):
+            growth.put(0, 0, True)
+        return left
+
+    assert simulated(grow())[0] == pytest.approx([STALE_S - 60.0, STALE_S - 60.0, 0.0], abs=1e-6)
+
+
+def test_a_blob_goes_on_where_it_got(bus: Any, simulated: Simulated) -> None:
+    async def twice() -> None:
+        growth = Growth()
+        bus.fail("put", None, None, None, StreamFull("limit reached"))
+        with pytest.raises(StreamFull):
+            await put(bus, blob="f" * 32, growth=growth)
+        there = len(bus.held)
+        bus.calls.clear()
+        ref, digest = await put_blob(bus, prefix, memoryview(DATA), CHUNK, blob="f" * 32, growth=growth)
+        assert len(bus.calls) == 11 - there < 11 and await got(bus, ref) == DATA
+        assert digest == (await put_blob(bus, prefix, memoryview(DATA), CHUNK))[1]
+
+    simulated(twice())
+
+
+def test_a_blob_put_across_an_outage_is_stale(bus: Any, simulated: Simulated) -> None:
+    async def put_late() -> None:
+        bus.fail("put", *[Unreachable("lost")] * 20)
+        growth = Growth()
+        await asyncio.sleep(STALE_S - 10.0)
+        await put(bus, growth=growth)
+
+    with pytest.raises(Stale):
+        simulated(put_late())
+
+
 # -- windows -----------------------------------------------------------------------------------------------------------
 async def test_work_is_done_once_each_and_in_order_of_starting() -> None:
     started: list[int] = []
@@ -278,6 +327,46 @@ async def test_the_first_error_cancels_the_rest_and_waits_for_it() -> None:
     with pytest.raises(ValueError, match="bad chunk"):
         await windowed(100, 4, work)
     assert sorted(ended) == [0, 1, 2, 3]
+
+
+def widths(simulated: Simulated, seconds: Callable[[int], float], n: int = 60, most: int = 8) -> list[int]:
+    """How many are under way when each of `n` begins, if number k then takes so many seconds."""
+    seen: list[int] = []
+    under_way = 0
+
+    async def work(k: int) -> None:
+        nonlocal under_way
+        under_way += 1
+        seen.append(under_way)
+        await asyncio.sleep(seconds(k))
+        under_way -= 1
+
+    simulated(paced(n, most, work))
+    assert len(seen) == n
+    return seen
+
+
+def test_what_is_done_quickly_is_done_as_often_at_once_as_may_be(simulated: Simulated) -> None:
+    seen = widths(simulated, lambda k: 0.1)
+    assert seen[:4] == [1, 2, 1, 2] and max(seen[:20]) == max(seen) == 8
+
+
+def test_over_a_thin_link_one_is_done_after_the_other(simulated: Simulated) -> None:
+    free_at_s = 0.0
+
+    def seconds(_: int) -> float:
+        """Each takes twice as long as is quick, behind those that are under way."""
+        nonlocal free_at_s
+        now = asyncio.get_running_loop().time()
+        free_at_s = max(free_at_s, now) + 2 * QUICK_S
+        return free_at_s - now
+
+    assert widths(simulated, seconds) == [*range(1, FIRST_CHUNKS + 1), *[1] * (60 - FIRST_CHUNKS)]
+
+
+def test_a_link_that_was_slow_for_a_while_is_filled_again(simulated: Simulated) -> None:
+    seen = widths(simulated, lambda k: 2 * QUICK_S if 20 <= k < 40 else 0.1)
+    assert max(seen[:20]) == 8 and seen[40] <= 2 and seen[-1] > 4
 
 
 @pytest.mark.parametrize("n", [1, 5])

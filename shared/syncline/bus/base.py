@@ -88,7 +88,8 @@ class Bus(Protocol):
     """Every method may raise Unreachable (no connection or no answer in time) and Denied (the broker's permissions).
 
     While the connection is lost, `kv_update`, `purge`, `delete_stream` and `fit_stream` raise Unreachable at once and are not
-    kept until it is back: the broker may come back with an older store, and what was right to change is right no more.
+    kept until it is back: the broker may come back with an older store, and what was right to change is right no more. So do
+    `put` and `get` of bulk, which would travel for a caller who has long asked again.
     """
 
     @property
@@ -134,7 +135,8 @@ class Bus(Protocol):
         """Stores one message and returns its sequence number once the bus holds it.
         Raises AlreadyPut (write-once), StreamFull, NoResponders (no stream takes the subject), Unavailable (too large for
         the bus). Larger than a drop-oldest stream as a whole, it is acknowledged and gone. `bulk` travels on a
-        connection of its own, so that nothing small waits behind it."""
+        connection of its own, so that nothing small waits behind it; its answer has the time that a thin link takes
+        (`syncline.bus.silence`)."""
         ...
 
     async def get(self, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:

@@ -1,5 +1,8 @@
 """Bulk over the bus: a blob is put chunk by chunk with a window of acknowledgements in flight, and got the same way.
 
+The window goes by the link: it begins small, becomes as wide as asked for where answers come at once, and is a single chunk
+where one takes seconds, so that little is lost with a connection and nothing else waits long behind it.
+
 Nobody is pushed a tensor. A writer retries a chunk until it is held; a reader asks again for what did not come, and a chunk
 that is there already counts as put, because a chunk's subject is written once.
 """
@@ -20,7 +23,10 @@ from syncline.wire.messages import BlobRef
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
 PATIENCE_S = 60.0
 UNOFFERED_S = 120.0  # a blob of an agent's that got no new chunk for so long, and was not offered, is purged
+FIRST_CHUNKS = 2  # under way at first
+QUICK_S = 1.0  # a chunk that took less makes room for one more under way, and one that took longer for one less
 RECORD_CHUNK_BYTES = 512 * 1024  # of records that are too large for one message: rosters, plans, manifests
+STALE_S = 0.7 * UNOFFERED_S  # after so long whoever puts it had better begin again
 T = TypeVar("T")
 Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
 RAW = "raw"  # the codec name of blobs that hold a record
@@ -28,6 +34,31 @@ RAW = "raw"  # the codec name of blobs that hold a record
 
 class BlobGone(PeerError):
     """A chunk of the blob is not on the bus: never put, or purged since. Read head again."""
+
+
+class Stale(Unreachable):
+    """What was put of the blob may be purged by now: put it again, under another name."""
+
+
+class Growth:
+    """How far the putting of a blob got, and when it was last seen to grow: a chunk that was there already does not count."""
+
+    def __init__(self) -> None:
+        self._at_s = _now()
+        self.checksums: dict[int, int] = {}  # of the chunks that are on the bus
+
+    @property
+    def left_s(self) -> float:
+        """How long it is safe to go on with the blob, and to offer it."""
+        return self._at_s + STALE_S - _now()
+
+    def put(self, k: int, checksum: int, new: bool) -> None:
+        """A chunk is on the bus. Raises Stale where others may not be there any more."""
+        if self.left_s < 0:
+            raise Stale(f"no new chunk for more than {STALE_S:g} s")
+        self.checksums[k] = checksum
+        if new:
+            self._at_s = _now()
 
 
 async def put_blob(
@@ -40,25 +71,30 @@ async def put_blob(
     codec: str = RAW,
     window: int = 8,
     sections: int = 1,
-    patience_s: float = PATIENCE_S,
+    growth: Growth | None = None,
 ) -> tuple[BlobRef, bytes]:
     """Puts all of `data` under `prefix(blob)`.k and returns its reference and digest once the bus holds every chunk.
 
-    `data` is so many sections of one size; no chunk reaches from one into the next.
+    `data` is so many sections of one size; no chunk reaches from one into the next. `growth`: of an agent's blob, which goes on
+    where it got, and is purged where it does not grow; raises Stale then.
     """
     blob = blob or new_id()
     data = data.cast("B")
     places = _places(len(data), chunk_bytes, sections)
     n = len(places)
-    checksums = [0] * n
+    checksums = dict(growth.checksums) if growth is not None else {}
+    todo = [k for k in range(n) if k not in checksums]
 
-    async def put(k: int) -> None:
+    async def put(i: int) -> None:
+        k = todo[i]
         part = data[places[k]]
         checksums[k] = checksum(part)
-        await put_chunk(bus, f"{prefix(blob)}.{k}", pack_chunk(blob, k, n, codec, part), patience_s=patience_s)
+        new = await put_chunk(bus, f"{prefix(blob)}.{k}", pack_chunk(blob, k, n, codec, part))
+        if growth is not None:
+            growth.put(k, checksums[k], new)
 
-    await windowed(n, window, put)
-    return BlobRef(id=blob, size=len(data), chunks=n), blob_digest(checksums)
+    await paced(len(todo), window, put)
+    return BlobRef(id=blob, size=len(data), chunks=n), blob_digest(checksums[k] for k in range(n))
 
 
 async def get_blob(
@@ -83,7 +119,7 @@ async def get_blob(
         place = into[places[k]]
         place[:] = await get_chunk(bus, stream, prefix, ref, k, len(place), codec)
 
-    await windowed(ref.chunks, window, get)
+    await paced(ref.chunks, window, get)
 
 
 def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
@@ -119,17 +155,18 @@ async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int)
     return stored
 
 
-async def put_chunk(bus: Bus, subject: str, frame: bytes, *, patience_s: float = PATIENCE_S) -> None:
-    """Puts one frame; one that is there already was put by an earlier try of ours."""
+async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
+    """Puts one frame. False where it is there already: an earlier try of ours has put it."""
     try:
-        await patiently(lambda: bus.put(subject, frame, bulk=True), patience_s=patience_s)
+        await patiently(lambda: bus.put(subject, frame, bulk=True))
     except AlreadyPut:
-        pass
+        return False
+    return True
 
 
 async def patiently(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
     """Asks again, with growing pauses, while the bus is out of reach; what will not pass is raised at once."""
-    deadline = asyncio.get_running_loop().time() + patience_s
+    deadline = _now() + patience_s
     for attempt in itertools.count():
         try:
             return await ask()
@@ -137,7 +174,7 @@ async def patiently(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATI
             raise
         except BusError as error:
             pause = RETRY_S[min(attempt, len(RETRY_S) - 1)]
-            if asyncio.get_running_loop().time() + pause > deadline:
+            if _now() + pause > deadline:
                 raise Unreachable(f"gave up after {patience_s:g} s: {error}") from error
             await asyncio.sleep(pause)
     raise AssertionError("unreachable")
@@ -161,3 +198,25 @@ async def windowed(n: int, window: int, work: Callable[[int], Awaitable[None]]) 
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def paced(n: int, most: int, work: Callable[[int], Awaitable[None]]) -> None:
+    """As `windowed`, but with as many at once as the link carries quickly, `most` of them at most."""
+    width = min(FIRST_CHUNKS, most)
+    room = asyncio.Semaphore(width)
+
+    async def one(k: int) -> None:
+        nonlocal width
+        await room.acquire()
+        began = _now()
+        await work(k)
+        before, quick = width, _now() - began < QUICK_S
+        width = min(most, width + 1) if quick else max(1, width - 1)
+        for _ in range(1 + width - before):
+            room.release()
+
+    await windowed(n, most, one)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

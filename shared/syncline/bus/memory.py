@@ -26,10 +26,10 @@ from syncline.bus.memory_faults import Hook, Instant, Network, Operation
 from syncline.bus.memory_lane import Lane, Message, Who
 from syncline.bus.memory_routing import Router
 from syncline.bus.memory_store import CAS_HEADER_BYTES, Shape, Store, Stream, checked
+from syncline.bus.silence import ANSWER_S
 from syncline.errors import BusError, NoResponders, Unavailable, Unreachable
 
 T = TypeVar("T")
-ANSWER_S = 5.0  # how long the broker may take to acknowledge
 
 
 class MemoryBus:
@@ -60,17 +60,17 @@ class MemoryBus:
 
     async def kv_get(self, bucket: str, key: str) -> Entry | None:
         with self._operation("kv_get", bucket, key) as now:
-            stored = await self._get(now, f"KV_{bucket}", f"$KV.{bucket}.{key}", self._control)
+            stored = await self._get(now, f"KV_{bucket}", f"$KV.{bucket}.{key}")
             return None if stored is None else Entry(stored.data, stored.seq)
 
     async def kv_create(self, bucket: str, key: str, value: bytes) -> int:
         with self._operation("kv_create", bucket, key, value) as now:
-            return await self._put(now, f"$KV.{bucket}.{key}", value, self._control, 0)
+            return await self._put(now, f"$KV.{bucket}.{key}", value, 0)
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
         with self._operation("kv_update", bucket, key, value, revision) as now:
             self._must_be_up(key)
-            return await self._put(now, f"$KV.{bucket}.{key}", value, self._control, revision)
+            return await self._put(now, f"$KV.{bucket}.{key}", value, revision)
 
     async def kv_delete(self, bucket: str, key: str) -> None:
         with self._operation("kv_delete", bucket, key) as now:
@@ -98,11 +98,11 @@ class MemoryBus:
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
         with self._operation("put", subject, data) as now:
-            return await self._put(now, subject, data, self._bulk if bulk else self._control)
+            return await self._put(now, subject, data, bulk=bulk)
 
     async def get(self, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
         with self._operation("get", stream, subject) as now:
-            return await self._get(now, stream, subject, self._bulk if bulk else self._control)
+            return await self._get(now, stream, subject, bulk=bulk)
 
     async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
         with self._operation("read", stream, from_seq, limit) as now:
@@ -142,19 +142,25 @@ class MemoryBus:
         if headers + len(data) > self.max_payload:
             raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
 
-    async def _put(self, now: Operation, subject: str, data: bytes, lane: Lane, expected: int | None = None) -> int:
+    async def _put(
+        self, now: Operation, subject: str, data: bytes, expected: int | None = None, *, bulk: bool = False
+    ) -> int:
         self._check(subject, data, 0 if expected is None else CAS_HEADER_BYTES)
         message = Message(subject, bytes(data), expected=expected, operation=now)
-        result = (await lane.request(message, now.name, ANSWER_S)).result
+        if bulk:
+            result = (await self._bulk.request_bulk(message, now.name, len(data))).result
+        else:
+            result = (await self._control.request(message, now.name, ANSWER_S)).result
         if isinstance(result, BusError):
             raise result
         if not isinstance(result, int):
             raise Unavailable(f"{subject}: somebody answers who is no stream")
         return result
 
-    async def _get(self, now: Operation, stream: str, subject: str, lane: Lane) -> Stored | None:
+    async def _get(self, now: Operation, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
         held = partial(self._broker.stream, stream, NoResponders)
-        return await self._ask(now, f"$JS.API.DIRECT.GET.{stream}.{subject}", lambda: held().last(subject), lane)
+        where = f"$JS.API.DIRECT.GET.{stream}.{subject}"
+        return await self._ask(now, where, lambda: held().last(subject), bulk=bulk)
 
     async def _state(self, now: Operation, stream: str, subjects: str) -> StreamState:
         held = partial(self._broker.stream, stream, Unavailable)
@@ -176,10 +182,13 @@ class MemoryBus:
         if not self._control.up:
             raise Unreachable(f"{what}: the connection to the broker is lost")
 
-    async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], lane: Lane | None = None) -> T:
+    async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], *, bulk: bool = False) -> T:
         """Has JetStream do something, where the permissions let us ask for it."""
         message = Message(checked(subject), ask=ask, operation=now)
-        result = (await (lane or self._control).request(message, now.name, ANSWER_S)).result
+        if bulk:
+            result = (await self._bulk.request_bulk(message, now.name, self.max_payload)).result
+        else:
+            result = (await self._control.request(message, now.name, ANSWER_S)).result
         if isinstance(result, BusError):
             raise result
         return cast(T, result)

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from syncline.bus.accounts import Account
 from syncline.bus.base import Delivery, Handler, Stored
 from syncline.bus.memory_faults import BROKER, Network, Operation
+from syncline.bus.silence import Queue, Watch
 from syncline.errors import BusError, Denied, NoResponders, Unreachable
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,7 @@ class Lane:
         self._waiting: dict[str, _Waiting] = {}  # by reply subject
         self._asked = 0
         self._buffer = _Buffer()
+        self._queue = Queue()  # of bulk
         self._mending = self.closed = False
 
     # -- talking ---------------------------------------------------------------------------------------------------
@@ -178,18 +180,44 @@ class Lane:
     async def request(self, message: Message, kind: str, timeout_s: float) -> Message:
         """The first answer. Raises NoResponders, Unreachable, Denied; another error of JetStream's is its result."""
         loop = asyncio.get_running_loop()
-        self._asked += 1
-        reply = self._inbox.pattern.removesuffix("*") + str(self._asked)
-        waiting = self._waiting[reply] = _Waiting(message.subject, loop.create_future())
+        waiting = _Waiting(message.subject, loop.create_future())
         late = Unreachable(f"{message.subject}: no answer within {timeout_s:g} s")
         timer = loop.call_later(timeout_s, _fail, waiting, late)
+        try:
+            return await self._answer(waiting, message, kind)
+        finally:
+            timer.cancel()
+
+    async def request_bulk(self, message: Message, kind: str, size_bytes: int) -> Message:
+        """The same, of so many bytes there or back: it has the time that a thin link takes, and is not kept for later."""
+        if not self.up:
+            raise Unreachable(f"{message.subject}: the connection to the broker is lost")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(message.subject, loop.create_future())
+        queue = self._queue
+        turn = queue.ask(size_bytes, loop.time())
+        late = Unreachable(f"{message.subject}: no answer in time")
+        watch = Watch(queue, turn, partial(_fail, waiting, late))
+        try:
+            answer = await self._answer(waiting, message, kind)
+        except NoResponders:
+            queue.answered(turn, loop.time())
+            raise
+        finally:
+            watch.cancel()
+        queue.answered(turn, loop.time())
+        return answer
+
+    async def _answer(self, waiting: _Waiting, message: Message, kind: str) -> Message:
+        self._asked += 1
+        reply = self._inbox.pattern.removesuffix("*") + str(self._asked)
+        self._waiting[reply] = waiting
         try:
             if self._inbox not in self._ears:  # with the first request: a mere listener may not have an inbox
                 self._add(self._inbox)
             self.publish(message.answered_to(reply), kind)
             answer = await waiting.answer
         finally:
-            timer.cancel()
             del self._waiting[reply]
         if isinstance(answer.result, NoResponders):
             raise answer.result
@@ -293,6 +321,7 @@ class Lane:
             call()
 
     def _fail_all(self, error: BusError) -> None:
+        self._queue = Queue()
         for waiting in self._waiting.values():
             _fail(waiting, error)
 

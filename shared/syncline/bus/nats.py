@@ -15,7 +15,8 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from syncline.bus.base import READ_BYTES, BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState
-from syncline.bus.nats_lane import ANSWER_S, Connection, Lane, size_of
+from syncline.bus.nats_lane import Connection, Lane, size_of
+from syncline.bus.silence import ANSWER_S
 from syncline.errors import (
     AlreadyPut,
     BusError,
@@ -96,7 +97,7 @@ class NatsBus:
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
         self._must_be_up(key)
-        return await self._put(self._control, f"$KV.{bucket}.{key}", value, _at(revision))
+        return await self._put(f"$KV.{bucket}.{key}", value, _at(revision))
 
     async def kv_delete(self, bucket: str, key: str) -> None:
         await self.purge(f"KV_{bucket}", f"$KV.{bucket}.{key}")
@@ -132,11 +133,16 @@ class NatsBus:
         await self._api_now(f"STREAM.UPDATE.{stream}", config)
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
-        return await self._put(self._bulk if bulk else self._control, subject, data)
+        if bulk:
+            return _seq(subject, await self._bulk.request_bulk(subject, data))
+        return await self._put(subject, data)
 
     async def get(self, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
-        lane = self._bulk if bulk else self._control
-        answer = (await lane.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", ANSWER_S))[0]
+        where = f"$JS.API.DIRECT.GET.{stream}.{subject}"
+        if bulk:
+            answer = await self._bulk.request_bulk(where, b"", self.max_payload)
+        else:
+            answer = (await self._control.request(where, b"", ANSWER_S))[0]
         headers = answer.headers or {}
         if headers.get("Status") == "404":
             return None
@@ -178,15 +184,8 @@ class NatsBus:
         return bytes(answer.data)
 
     # -- the JetStream API -----------------------------------------------------------------------------------------
-    async def _put(self, lane: Lane, subject: str, data: bytes, headers: dict[str, str] | None = None) -> int:
-        answered = (await lane.request(subject, data, ANSWER_S, headers))[0].data
-        try:
-            answer = json.loads(answered)
-            if "error" in answer:
-                raise _error(subject, answer["error"])
-            return int(answer["seq"])
-        except (ValueError, TypeError, KeyError):
-            raise Unavailable(f"{subject}: somebody answers who is no stream") from None
+    async def _put(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> int:
+        return _seq(subject, (await self._control.request(subject, data, ANSWER_S, headers))[0])
 
     async def _ensure(self, config: dict[str, Any]) -> None:
         wanted = {"retention": "limits", "storage": "file", "num_replicas": 1, "allow_direct": True, **config}
@@ -259,6 +258,17 @@ def _error(what: str, error: dict[str, Any]) -> BusError:
     if code in _JETSTREAM_OFF:
         return Unavailable(_NO_JETSTREAM)
     return _Refused(f"{what}: {text}", code)
+
+
+def _seq(subject: str, acknowledgement: Msg) -> int:
+    """Where a stream has put it."""
+    try:
+        answer = json.loads(acknowledgement.data)
+        if "error" in answer:
+            raise _error(subject, answer["error"])
+        return int(answer["seq"])
+    except (ValueError, TypeError, KeyError):
+        raise Unavailable(f"{subject}: somebody answers who is no stream") from None
 
 
 def _stored(message: Msg) -> Stored:

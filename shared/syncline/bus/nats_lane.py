@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -23,12 +23,14 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from syncline.bus.base import Delivery, Handler
 from syncline.bus.nats_client import Client, WithoutTls
+from syncline.bus.silence import ANSWER_S, Queue, Watch
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 5.0  # how long the broker may take to acknowledge
 SILENT_ANSWERS = 3  # unanswered requests in a row after which the connection counts as dead
+PING_S = 20
+PINGS = {"control": 2, "bulk": 7}  # unanswered: a ping stands behind the chunks, two of which may take two minutes
 PENDING_BYTES = 4 << 20
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) (?:to|with reply) "([^"]*)"', re.IGNORECASE)
 
@@ -52,12 +54,21 @@ class _Waiting:
     many: bool
     answers: list[Msg] = field(default_factory=list)
 
+    def fail(self, error: BusError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class _Silent(Unreachable):
+    """Nothing at all was answered for longer than a link that carries anything would need."""
+
 
 class Lane:
     """One connection that heals itself, with a request multiplexer of its own."""
 
-    def __init__(self, to: Connection, lane: str) -> None:
+    def __init__(self, to: Connection, lane: Literal["control", "bulk"]) -> None:
         self._to, self._lane = to, lane
+        self._queue = Queue()  # of bulk
         self._client = Client()
         self._inbox = f"_INBOX.{to.name}.{secrets.token_hex(8)}"
         self._waiting: dict[str, _Waiting] = {}
@@ -103,8 +114,8 @@ class Lane:
                 connect_timeout=max(1, round(min(self._to.patience_s, ANSWER_S))),
                 reconnect_time_wait=0,
                 reconnect_to_server_handler=_jittered,
-                ping_interval=20,
-                max_outstanding_pings=2,
+                ping_interval=PING_S,
+                max_outstanding_pings=PINGS[self._lane],
                 pending_size=PENDING_BYTES,
                 error_cb=self._on_error,
                 disconnected_cb=self._on_disconnect,
@@ -181,8 +192,8 @@ class Lane:
             await self._on_deaf()
             return
         for waiting in self._waiting.values():
-            if waiting.subject.lower() == found[2].lower() and not waiting.done.done():
-                waiting.done.set_exception(denied)
+            if waiting.subject.lower() == found[2].lower():
+                waiting.fail(denied)
 
     async def _on_deaf(self) -> None:
         """No answer will ever come. The next request tries again, for permissions may be mended."""
@@ -197,9 +208,9 @@ class Lane:
                 pass  # the connection is gone, and the subscription with it
 
     def _fail_all(self, error: BusError) -> None:
+        self._queue = Queue()
         for waiting in self._waiting.values():
-            if not waiting.done.done():
-                waiting.done.set_exception(error)
+            waiting.fail(error)
 
     async def close(self) -> None:
         self._closing = True
@@ -249,27 +260,64 @@ class Lane:
     ) -> list[Msg]:
         """The answers: one, or with `many` all up to a status message. Raises NoResponders, Unreachable, Denied.
         `of_broker`: it is the broker who answers, so that its silence says something about the connection."""
-        token = secrets.token_hex(8)
         loop = asyncio.get_running_loop()
         waiting = _Waiting(subject, loop.create_future(), many)
-        self._waiting[token] = waiting
-        timer = loop.call_later(timeout_s, _time_out, waiting, f"{subject}: no answer within {timeout_s:g} s")
+        timer = loop.call_later(timeout_s, waiting.fail, Unreachable(f"{subject}: no answer within {timeout_s:g} s"))
         try:
-            if not self._listening:
-                await self._hear_answers()
-            await self.publish(subject, data, f"{self._inbox}.{token}", headers)
-            await waiting.done
+            await self._ask(waiting, data, headers)
         except Unreachable:
             self._silent += of_broker
             if self._silent >= SILENT_ANSWERS and not self._closing:  # a read loop can die behind a live socket
-                self._silent = 0
-                await self._client.force_reconnect()
+                await self._begin_again()
             raise
         finally:
             timer.cancel()
-            del self._waiting[token]
         self._silent = 0
         return waiting.answers
+
+    async def request_bulk(self, subject: str, data: bytes, answer_bytes: int = 0) -> Msg:
+        """The answer, of up to so many bytes. It has the time that a thin link takes, and is asked for only while the
+        connection is up: what is kept until it is back would travel for a caller who has asked again."""
+        if not self.up:
+            raise Unreachable(f"{subject}: the connection to the broker is lost")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(subject, loop.create_future(), many=False)
+        queue = self._queue
+        turn = queue.ask(len(data) + answer_bytes, loop.time())
+
+        def late() -> None:
+            kind = _Silent if turn.overtaken_at_s is None else Unreachable
+            waiting.fail(kind(f"{subject}: no answer within {loop.time() - turn.asked_at_s:.0f} s"))
+
+        watch = Watch(queue, turn, late)
+        try:
+            await self._ask(waiting, data, None)
+        except _Silent:
+            if not self._closing:
+                await self._begin_again()
+            raise
+        except NoResponders:
+            queue.answered(turn, loop.time())
+            raise
+        finally:
+            watch.cancel()
+        queue.answered(turn, loop.time())
+        return waiting.answers[0]
+
+    async def _ask(self, waiting: _Waiting, data: bytes, headers: dict[str, str] | None) -> None:
+        token = secrets.token_hex(8)
+        self._waiting[token] = waiting
+        try:
+            if not self._listening:
+                await self._hear_answers()
+            await self.publish(waiting.subject, data, f"{self._inbox}.{token}", headers)
+            await waiting.done
+        finally:
+            del self._waiting[token]
+
+    async def _begin_again(self) -> None:
+        self._silent = 0
+        await self._client.force_reconnect()
 
     async def _hear_answers(self) -> None:
         self._listening = True  # before anything is awaited: heard twice, an answer would count twice
@@ -329,11 +377,6 @@ async def _give_up(client: Client) -> None:
 def size_of(headers: dict[str, str] | None) -> int:
     """Bytes on the wire, and in a stream."""
     return sum(len(name) + len(value) + 4 for name, value in headers.items()) + 12 if headers else 0
-
-
-def _time_out(waiting: _Waiting, why: str) -> None:
-    if not waiting.done.done():
-        waiting.done.set_exception(Unreachable(why))
 
 
 def _jittered(_servers: Any, _info: Any) -> tuple[None, float]:
