@@ -16,7 +16,8 @@ from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
 from syncline.wire.signing import Signer
-from syncline_agent.session import Me, Session
+from syncline_agent.sending import Me
+from syncline_agent.session import Session
 from syncline_agent.signs import Superseded
 from syncline_agent.training import Training
 

@@ -10,23 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from syncline.bus.base import Bus, Delivery
-from syncline.bus.blobs import BlobGone, get_blob, patiently, put_blob
-from syncline.chance import jitter, new_id
+from syncline.bus.blobs import BlobGone, get_blob
+from syncline.chance import jitter
 from syncline.child import ChildDied, ChildFailed
-from syncline.errors import ConfigError, PeerError, StreamFull, SynclineError
+from syncline.errors import BusError, ConfigError, Denied, PeerError, SynclineError
 from syncline.spec import Async, RunSpec, parse
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Offer, Submit, decode, encode
-from syncline.wire.signing import Signer
+from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Submit, decode
 from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
+from syncline_agent.sending import How, Me, Sender, Update
 from syncline_agent.shelf import Shelf
 from syncline_agent.signs import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
 from syncline_agent.training import Period, Training, outboxes
@@ -43,28 +41,6 @@ class CannotTrain(SynclineError):
     """This agent cannot take part in the run, with the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class Me:
-    """Who this process is."""
-
-    agent: str
-    session: str
-    state_dir: Path
-    signer: Signer | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """What a period made, in an outbox."""
-
-    clock: int
-    base: int
-    term: int
-    line: int
-    box: int
-    report: dict[str, Any]
-
-
 class Session:
     """`follow` until the run has ended or this agent must leave it."""
 
@@ -75,6 +51,7 @@ class Session:
         self._telemetry = Telemetry(bus, run, me.agent)
         self._news = News(bus, run, self._on_head)
         self._stand = Stand()
+        self._sender = Sender(bus, run, me, self._news, self._telemetry)
         self._signs = SignsOfLife(bus, run, me.agent, me.session, self._stand, self._news, training)
         self._offered_for = ""  # rounds: the model that the last offer deviates from
         self._handed = 0  # clock of the newest update that is sent, or on its way
@@ -85,7 +62,7 @@ class Session:
         self._said_not_kept = False
         self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._deaths = 0  # of the training child, since it last made an update
-        self._to_send: asyncio.Queue[_Update] = asyncio.Queue(1)
+        self._to_send: asyncio.Queue[Update] = asyncio.Queue(1)
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def follow(self) -> None:
@@ -156,6 +133,11 @@ class Session:
                         await self._one_period(seen.head, place)
                     else:
                         await self._news.wait()
+                except Denied:
+                    raise
+                except BusError as error:  # what is finished waits in its outbox, and is sent when the bus is back
+                    log.warning("the bus is out of reach: %s", error)
+                    await asyncio.sleep(jitter(READ_AGAIN_S))
                 except BlobGone:  # purged meanwhile: head has moved on, or will
                     before = self._news.head
                     await self._news.read_head()
@@ -270,7 +252,7 @@ class Session:
         self._made, self._deaths = self._made + 1, 0
         if report.get("broken"):
             self._held = None  # the next one begins with the center, be it the same
-        update = _Update(clock, stand.version, self._held_term, stand.line, period.box, report)
+        update = Update(clock, stand.version, self._held_term, stand.line, period.box, report)
         if self._is_async:
             self._handed = clock
             await self._to_send.put(update)
@@ -343,51 +325,13 @@ class Session:
             if update.line == self._stand.line:
                 await self._send(update)
 
-    async def _send(self, update: _Update) -> None:
-        """Puts the update and offers it. Where there is no room for it the agent says so, and tries until there is."""
-        me, layout, blob = self._me, self._manifest, new_id()
-        prefix = partial(subjects.update_prefix, self._run, me.agent)
-        content = self._training.outbox(layout.blob_bytes, update.box)
-        window = self._spec.wire.window
-        while True:
-            try:
-                ref, digest = await put_blob(
-                    self._bus,
-                    prefix,
-                    content,
-                    layout.chunk_bytes,
-                    blob=blob,
-                    codec=layout.dtype,
-                    window=window,
-                    sections=layout.sections,
-                )
-                break
-            except StreamFull as error:
-                text = (
-                    f"{me.agent}: no room for its update on the bus: {error}. Raise agents.max, or start fewer agents"
-                )
-                await self._telemetry.event("stream-full", text, level="error", agent=me.agent)
-                await asyncio.sleep(READ_AGAIN_S)
-                head = self._news.head
-                if not self._is_async and head is not None and head.version > update.base:
-                    return  # the round is over without us
-        offer = Offer(
-            session=me.session,
-            clock=update.clock,
-            base=update.base,
-            term=update.term,
-            line=update.line,
-            samples=update.report["rows"],
-            steps=update.report["steps"],
-            seconds=update.report["seconds"],
-            blob=ref,
-            digest=digest,
-        )
-        if me.signer is not None:
-            signature = me.signer.sign(offer.signed_bytes(self._run, me.agent))
-            offer = offer.model_copy(update={"signature": signature})
-        await patiently(partial(self._bus.put, subjects.offer(self._run, me.agent), encode(offer)))
+    async def _send(self, update: Update) -> None:
+        """Hands the update over, however long that takes."""
+        content = self._training.outbox(self._manifest.blob_bytes, update.box)
+        how = How(self._manifest, self._spec.wire.window, keep=self._is_async)
+        if not await self._sender.send(update, content, how):
+            return
         if update.line == self._stand.line:
             self._handed = max(self._handed, update.clock)
             self._stand.handed = max(self._stand.handed, update.clock)
-        self._stand.bytes_up += ref.size
+        self._stand.bytes_up += self._manifest.blob_bytes

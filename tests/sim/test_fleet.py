@@ -106,6 +106,26 @@ def test_a_link_has_a_delay_and_a_rate() -> None:
     assert far.seconds > 4 * 4 * 0.5  # notify, get, put, offer
 
 
+@pytest.mark.parametrize(("params", "mbit", "wire"), [(500_000, 0.1, {"chunk_bytes": 65536}), (250_000, 0.2, {})])
+def test_over_a_thin_link_an_update_arrives_and_is_put_once(params: int, mbit: float, wire: dict[str, int]) -> None:
+    """One takes longer than a blob may stand still; a chunk of the other, longer than a broker may take to answer."""
+    big = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": params}, "local": {"steps": 1}}
+    spec = spec_of(2, **big, wire=wire, evaluate={"center": False}, stop={"versions": 2})
+    result = fleet_of(spec, step_s=0.01, link=[{}, {"up_mbit": mbit}])
+    assert (result.phase, result.warnings) == ("done", ())
+    assert result.seconds == pytest.approx(2 * 4 * 8 * params / (mbit * 1e6), rel=0.05)
+    assert result.agents[1].bytes_up == pytest.approx(2 * 4 * params, rel=0.05)
+
+
+def test_what_was_finished_while_the_agent_was_offline_is_delivered_later() -> None:
+    alone = {"kind": "async", "buffer": 1, "max_lag": 1000, "overlap": False}
+    spec = spec_of(2, sync=alone, local={"steps": 20, "batch_size": 4}, stop={"versions": 60})
+    cut = {"kind": "cut", "service": "a2", "after_s": 10, "for_s": 300}  # the first period ends after 20 s
+    result = fleet_of(spec, step_s=[0.5, 1.0], faults=[cut])
+    offline = result.agents[1]
+    assert offline.max_lag > 25 and offline.merged == offline.periods - 1, "all but what it was at when the run ended"
+
+
 def test_faults_are_settings_and_a_synchronous_run_survives_them_bit_for_bit() -> None:
     spec = spec_of(agents={"min": 4, "lost_after_s": 60}, stop={"versions": 8})
     faults = [

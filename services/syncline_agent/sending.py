@@ -1,0 +1,137 @@
+"""Hands over what an agent has made: puts it chunk by chunk, and offers it. Knows nothing of training.
+
+What is finished is not given up because the bus is out of reach, for however long; it is when the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import Growth, patiently, put_blob
+from syncline.chance import jitter, new_id
+from syncline.errors import BusError, Denied, StreamFull
+from syncline.telemetry import Telemetry
+from syncline.wire import subjects
+from syncline.wire.manifest import Manifest
+from syncline.wire.messages import BlobRef, Offer, encode
+from syncline.wire.signing import Signer
+from syncline_agent.news import READ_AGAIN_S, News
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Me:
+    """Who this process is."""
+
+    agent: str
+    session: str
+    state_dir: Path
+    signer: Signer | None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a period made, in an outbox."""
+
+    clock: int
+    base: int
+    term: int
+    line: int
+    box: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What the run says of it."""
+
+    layout: Manifest
+    window: int
+    keep: bool  # an update is worth sending when head has moved on: the run is asynchronous
+
+
+class Sender:
+    def __init__(self, bus: Bus, run: str, me: Me, news: News, telemetry: Telemetry) -> None:
+        self._bus, self._run, self._me, self._news, self._telemetry = bus, run, me, news, telemetry
+
+    async def send(self, update: Update, content: memoryview, how: How) -> bool:
+        """True once it is offered; False where the run went on without it. Raises Denied."""
+        blob, growth = new_id(), Growth()
+        while True:
+            try:
+                ref, digest = await self._put(content, how, blob, growth)
+                offer = encode(self._offer(update, ref, digest))
+                put = partial(self._bus.put, subjects.offer(self._run, self._me.agent), offer, bulk=True)
+                await patiently(put, patience_s=growth.left_s)  # behind its chunks, and not once they may be gone
+                return True
+            except StreamFull as error:
+                await self._no_room(error)
+                await asyncio.sleep(READ_AGAIN_S)
+            except Denied:
+                raise
+            except BusError as error:
+                log.warning("the update of clock %d is not handed over yet: %s", update.clock, error)
+                await asyncio.sleep(jitter(READ_AGAIN_S))
+                await self._look()
+            if self._is_over(update, how):
+                return False
+            if growth.left_s < 0:  # what was put before may be purged
+                blob, growth = new_id(), Growth()
+
+    async def _put(self, content: memoryview, how: How, blob: str, growth: Growth) -> tuple[BlobRef, bytes]:
+        layout = how.layout
+        return await put_blob(
+            self._bus,
+            partial(subjects.update_prefix, self._run, self._me.agent),
+            content,
+            layout.chunk_bytes,
+            blob=blob,
+            codec=layout.dtype,
+            window=how.window,
+            sections=layout.sections,
+            growth=growth,
+        )
+
+    def _offer(self, update: Update, ref: BlobRef, digest: bytes) -> Offer:
+        """Signed, where this agent has a key."""
+        me = self._me
+        offer = Offer(
+            session=me.session,
+            clock=update.clock,
+            base=update.base,
+            term=update.term,
+            line=update.line,
+            samples=update.report["rows"],
+            steps=update.report["steps"],
+            seconds=update.report["seconds"],
+            blob=ref,
+            digest=digest,
+        )
+        if me.signer is None:
+            return offer
+        return offer.model_copy(update={"signature": me.signer.sign(offer.signed_bytes(self._run, me.agent))})
+
+    async def _no_room(self, error: StreamFull) -> None:
+        agent = self._me.agent
+        text = f"{agent}: no room for its update on the bus: {error}. Raise agents.max, or start fewer agents"
+        await self._telemetry.event("stream-full", text, level="error", agent=agent)
+
+    async def _look(self) -> None:
+        """Where the run is over, or gone, that is known then."""
+        try:
+            await self._news.read_head()
+        except Denied:
+            raise
+        except BusError:
+            pass  # still out of reach
+
+    def _is_over(self, update: Update, how: How) -> bool:
+        head = self._news.head
+        return head is not None and (head.line != update.line or (not how.keep and head.version > update.base))
