@@ -118,6 +118,15 @@ class TellsNobody(MemoryBroker):
         super().stop()
 
 
+class _KeepingBus(MemoryBus):
+    async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
+        return await super().put(subject, data)
+
+
+class KeepsBulkForLater(MemoryBroker):
+    bus_type = _KeepingBus
+
+
 class _Stack(Pipe):
     def _next(self, life: int) -> None:
         if life == self._life:
@@ -147,5 +156,6 @@ MUTANTS: dict[type[MemoryBroker], str] = {
     KeepsAgentsFromWatchers: "test_watchers_hear_metrics_and_events_from_everywhere",
     LosesItsStore: "test_after_a_restart_all_that_was_acknowledged_is_there_and_all_are_back",
     TellsNobody: "test_what_waits_for_an_answer_fails_when_the_connection_goes",
+    KeepsBulkForLater: "test_after_a_restart_all_that_was_acknowledged_is_there_and_all_are_back",
     OvertakesOnAConnection: "test_a_message_reaches_whoever_listens_in_order",
 }
