@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,7 @@ from syncline.engine.rounds import Rounds
 from syncline.errors import AlreadyPut, Conflict, Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
-from syncline_agent.news import News, Place
-from syncline_agent.session import Session
+from syncline_agent.news import News
 from syncline_coordinator.center import Center
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.ledger import Judged, Ledger
@@ -245,15 +243,6 @@ def a_chunk_that_is_there_already_is_an_error(patch: pytest.MonkeyPatch) -> None
     patch.setattr(blobs, "put_chunk", put_chunk)
 
 
-def an_agent_that_lost_its_disk_counts_from_one_again(patch: pytest.MonkeyPatch) -> None:
-    real = Session._one_period
-
-    async def one_period(self: Session, head: Head, place: Place) -> None:
-        await real(self, head, replace(place, judged=0))
-
-    patch.setattr(Session, "_one_period", one_period)
-
-
 def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
     async def wait(self: News) -> None:
         await self._moved.wait()
@@ -290,7 +279,6 @@ PLANTED: tuple[Plant, ...] = (
     a_commit_is_recorded_after_it,
     an_offer_goes_out_before_its_chunks_are_held,
     a_chunk_that_is_there_already_is_an_error,
-    an_agent_that_lost_its_disk_counts_from_one_again,
     nobody_reads_head_again,
     a_coordinator_never_looks_whether_it_was_replaced,
 )
