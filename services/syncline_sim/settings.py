@@ -191,7 +191,7 @@ def load(path: Path, count: int | None = None) -> tuple[RunSpec, SimSettings]:
     settings = parse(SimSettings, section, SIM_SECTION)
     changes: dict[str, Any] = {}
     if isinstance(given, dict) and "name" not in given:
-        changes["name"] = stem_of(path)
+        changes["name"] = f"{stem_of(path)}-sim"
     agents = given.get("agents", {}) if isinstance(given, dict) else {}
     if settings.agents is not None and isinstance(agents, dict) and "min" not in agents:
         most = agents.get("max")

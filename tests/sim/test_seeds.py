@@ -20,6 +20,7 @@ FOUND = (  # what was found by many seeds, and mended
     118193,  # after a roll-back of a merge that nobody may run before, head was training without participants
     210017,  # a period that was stopped for a version which the broker then lost: the next one began without its center
     219582,  # a clock was used up by a process of the same name whose disk was lost: the round waited for it for ever
+    233624,  # an agent ahead of a gate that was lifted for want of updates: the rule waited for it, and it for the others
     100034,  # a coordinator that was replaced took what its successor cleared up for lost
 )
 

@@ -60,7 +60,7 @@ def test_a_real_run_leaves_the_section_alone_whatever_it_holds(tmp_path: Path) -
 
 
 def test_a_run_has_the_name_of_its_file(tmp_path: Path) -> None:
-    assert load(file(tmp_path, {}))[0].name == "spec"
+    assert load(file(tmp_path, {}))[0].name == "spec-sim"
 
 
 def test_the_document_tells_of_every_setting() -> None:

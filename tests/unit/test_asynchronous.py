@@ -416,6 +416,21 @@ def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
     assert tell(made, Committed(3)) == [run(3, *ALL, gate=2)]
 
 
+def test_the_rule_gets_its_updates_also_of_an_agent_whose_clock_has_left_some_out() -> None:
+    made = policy(3, buffer=None, least=3, rule="median", max_ahead=0)
+    tell(made, *offers("a1", clock=3), *offers("a2", "a3"), Committed(1))
+    assert made.told.gate == 1, "a1 is at 3"
+    assert tell(made, *offers("a2", "a3", clock=2, base=1)) == [run(1, "a1", "a2", "a3", gate=3)]
+    (merged,) = tell(made, *offers("a1", clock=4, base=1))
+    assert isinstance(merged, Merge) and merged.reason == "3 of 3"
+
+
+def test_an_agent_that_joins_stands_beside_what_the_others_had_judged_not_beside_what_waits() -> None:
+    made = policy(3, buffer=None, least=3, rule="median", max_ahead=0)
+    tell(made, *offers("a1", "a2", "a3"), Committed(1), *offers("a2", "a3", clock=2, base=1), AgentLost("a1", SILENT))
+    assert tell(made, AgentJoined("a1")) == [run(1, "a1", "a2", "a3", gate=2)], "no offset, and it may run"
+
+
 # -- max_lag -----------------------------------------------------------------------------------------------------------
 def test_an_update_that_is_too_stale_when_it_comes_is_dropped_and_its_agent_is_told() -> None:
     made = at_version(3, buffer=2, max_lag=2)

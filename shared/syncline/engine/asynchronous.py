@@ -12,7 +12,7 @@ Updates that arrive while a plan is executed wait for the next version. An agent
 are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
 its clock is more than s ahead of the slowest live agent's *judged* clock (stale synchronous parallel). An agent that joins,
 or comes back, is set beside the slowest of the others by an offset to its clock. Where the gate would keep a merge rule from
-the updates that it needs, what waits to be judged is as good as judged for it. s = 0 is the synchronous run: everybody waits
+the updates that it needs, what waits to be judged is as good as judged for it, and whoever has nothing waiting may run. s = 0 is the synchronous run: everybody waits
 for everybody, and the versions have the same bits.
 
 An agent's updates are judged in the order of their clocks: a roster can tell of no other, and an elastic agent relies on it.
@@ -89,7 +89,7 @@ class Asynchronous(Policy):
 
     def _set_beside(self, agent: str) -> None:
         """By an offset to its clock it stands where the slowest of the others does."""
-        others = [self._level(a) for a in self.live if a != agent]
+        others = [self._clock(a) for a in self.live if a != agent]
         if self.max_ahead is not None and others:
             self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.judged.get(agent, 0))
 
@@ -249,16 +249,24 @@ class Asynchronous(Policy):
         return replace(self._drop(offer, f"lag {lag} > max_lag {self.max_lag}"), lag=lag)
 
     # -- who may run ---------------------------------------------------------------------------------------------------
-    def _level(self, agent: str) -> int:
+    def _clock(self, agent: str) -> int:
         """The agent's judged clock, comparable with the others'."""
-        waiting = self.offered.get(agent, 0) if self.lifted else 0
-        return max(waiting, self.judged.get(agent, 0)) + self.offsets.get(agent, 0)
+        return self.judged.get(agent, 0) + self.offsets.get(agent, 0)
 
     def _gate(self) -> int | None:
-        """An agent may begin a period while its clock and offset are not above this."""
+        """An agent may begin a period while its clock and offset are not above this.
+
+        Lifted it is so high that what waits counts as judged, and that the slowest of those may run who have nothing waiting:
+        they may be further ahead than that, by periods that they lost on the way.
+        """
         if self.max_ahead is None or not self.live:
             return None
-        return min(self._level(agent) for agent in self.live) + self.max_ahead
+        if not self.lifted:
+            return min(map(self._clock, self.live)) + self.max_ahead
+        ahead = {a: max(0, self.offered.get(a, 0) - self.judged.get(a, 0)) for a in self.live}
+        idle = [self._clock(a) for a in self.live if not ahead[a]]
+        slowest = min(self._clock(a) + ahead[a] for a in self.live)
+        return max(slowest + self.max_ahead, min(idle, default=0), self.told.gate or 0)
 
     def _may_run(self, agent: str) -> bool:
         """Whether the agent, by what it was told, may be training or begin to."""
