@@ -46,7 +46,10 @@ class Demo:
         bus, watch = await fleet.connect(COORDINATOR), await fleet.connect("watch")
         try:
             self._say_how_to_watch(fleet)
-            services, name = Services(fleet, self.screen.say), f"demo-{secrets.token_hex(3)}"
+            services = Services(
+                fleet, self.screen.say, coordinator_starts=0
+            )  # a demo shows what there is, and not a mend
+            name = f"demo-{secrets.token_hex(3)}"
             await self._together(services, bus, watch, self.settings.spec(name))
             able = len(services.able(self.shared))
             await self._alone(services, bus, watch, self.settings.spec_alone(f"{name}-alone", max(1, able)))
@@ -78,7 +81,7 @@ class Demo:
     ) -> tuple[Head, Follower]:
         feed = Feed(watch, state)
         await feed.open()
-        await submit(bus, spec)
+        await services.while_up(submit(bus, spec))
         follower = Follower(bus, spec.name)
         head = await services.until_ended(follower, state, spec.agents.min, stalled_s=STALLED_S)
         await feed.last(

@@ -72,15 +72,20 @@ class RunWatch:
 
 async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
     """On a fleet of our own. Raises RunFailed."""
+    return await _follow_local(watch, Services(fleet, watch.screen.say))
+
+
+async def _follow_local(watch: RunWatch, services: Services) -> int:
+    fleet = services.fleet
     bus, feed_bus = await fleet.connect(COORDINATOR), await fleet.connect("watch")
     try:
         feed = Feed(feed_bus, watch.state)
         await feed.open()
-        watch.follows((await submit(bus, watch.spec)).warnings)
+        watch.follows((await services.while_up(submit(bus, watch.spec))).warnings)
         watch.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
         follower = Follower(bus, watch.spec.name)
         try:
-            await Services(fleet, watch.screen.say).until_ended(follower, watch.state, watch.spec.agents.min)
+            await services.until_ended(follower, watch.state, watch.spec.agents.min)
         finally:
             if follower.ended:
                 await _last_metrics(watch, feed, follower)
@@ -93,18 +98,24 @@ async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
 
 async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
     """The same, and the fleet stays up when the run has ended, however it did, until somebody interrupts."""
-    code = DONE
+    code, services = DONE, Services(fleet, watch.screen.say)
+    goodbye = Message("Ctrl-C ends the fleet")
     try:
-        await follow_local(watch, fleet)
+        await _follow_local(watch, services)
+        watch.screen.show(goodbye)  # the run's last line comes before what is said of it
         watch.summary()
     except RunFailed as error:
+        watch.screen.show(goodbye)
         watch.screen.say("error", f"error: {error}")
         code = FAILED
     watch.report()
     name = watch.spec.name
     watch.screen.say("hint", f"the fleet stays up: syncline why {name}, syncline export {name} {name}.safetensors")
-    watch.screen.show(Message("Ctrl-C ends the fleet"))
     watch.stayed = code
+    try:
+        await services.keep_up()
+    except RunFailed as error:
+        watch.screen.say("error", f"error: {error}")
     await asyncio.Event().wait()
     return code
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from syncline.bus.violations import LogTail
 from syncline.errors import RunFailed, SynclineError
 from syncline.nursery import Nursery
+from syncline.service import WRONG_INPUT
 from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.follow import Follower
@@ -27,7 +28,7 @@ JOIN_S = 10.0  # after which we say for whom the run waits
 LOG_LINES = 12
 NO_SPACE = re.compile(r"\[\d+\] \S+ \S+ \[ERR\] JetStream .*: no space left on device")  # a line of nats-server's log
 ENOUGH_BYTES = 64 << 20  # to go on with
-BROKER_STARTS = 3  # again, after which it will not stay up
+BROKER_STARTS = COORDINATOR_STARTS = 3  # again, after which it will not stay up
 
 Say = Callable[[str, str], None]  # level, text
 T = TypeVar("T")
@@ -62,9 +63,10 @@ def with_fleet(
 class Services:
     """The processes of a fleet, watched: nobody else will bring back one that is gone."""
 
-    def __init__(self, fleet: LocalFleet, say: Say) -> None:
+    def __init__(self, fleet: LocalFleet, say: Say, *, coordinator_starts: int = COORDINATOR_STARTS) -> None:
         self.fleet, self._say = fleet, say
         self._gone: set[str] = set()
+        self._coordinator_starts = coordinator_starts  # that are left
         self._broker_starts, self._full = 0, False
         self._broker_log = LogTail(fleet.broker.log_path, from_end=True)
 
@@ -85,15 +87,50 @@ class Services:
             raise RunFailed(f"run {head.run}: {head.reason}{ends_of_logs(self.fleet, culprits[:2])}")
         return head
 
+    async def while_up(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which asks the coordinator. Raises RunFailed where that one has gone: it has no answer."""
+        return await _first(work, self._until_no_coordinator())
+
+    async def keep_up(self) -> NoReturn:
+        """Broker and coordinator, until cancelled. Raises RunFailed where one does not stay up."""
+        while True:
+            await self._keep_broker()
+            await self._keep_coordinator()
+            self._look()
+            await asyncio.sleep(LOOK_S)
+
     def _look(self) -> None:
-        """Names those that have gone. Raises RunFailed where the coordinator has."""
-        for name, worker in self.fleet.workers.items():
+        """Names the agents that have gone. None is started again: the run goes on without it, as in a fleet of machines."""
+        for name in self.fleet.settings.agents:
+            worker = self.fleet.workers[name]
             if name not in self._gone and worker.exited.done():
                 self._gone.add(name)
-                how = how_it_ended(worker.exited.result())
-                if name == COORDINATOR:
-                    raise RunFailed(f"the coordinator's process {how}{ends_of_logs(self.fleet, [name])}")
-                self._say("warning", f"{name}: its process {how}")
+                self._say("warning", f"{name}: its process {how_it_ended(worker.exited.result())}")
+
+    def _coordinator_end(self) -> int | None:
+        """The exit code of a coordinator that has gone."""
+        exited = self.fleet.workers[COORDINATOR].exited
+        return exited.result() if exited.done() else None
+
+    async def _keep_coordinator(self) -> None:
+        """Starts it again where it has gone: it goes on where head stands. Raises RunFailed where that is no help."""
+        if (code := self._coordinator_end()) is None:
+            return
+        if code == WRONG_INPUT or not self._coordinator_starts:
+            raise self._no_coordinator(code)
+        self._coordinator_starts -= 1
+        self._say("warning", f"the coordinator's process {how_it_ended(code)}; it is started again")
+        try:
+            await self.fleet.start_coordinator()
+        except SynclineError as error:
+            why = f"the coordinator's process {how_it_ended(code)}, and does not start again: {error}"
+            raise RunFailed(why) from None
+
+    async def _until_no_coordinator(self) -> NoReturn:
+        raise self._no_coordinator(await asyncio.shield(self.fleet.workers[COORDINATOR].exited))
+
+    def _no_coordinator(self, code: int) -> RunFailed:
+        return RunFailed(f"the coordinator's process {how_it_ended(code)}{ends_of_logs(self.fleet, [COORDINATOR])}")
 
     async def _keep_broker(self) -> None:
         """Starts it again where it has gone, or stores nothing any more: its disk has all that was acknowledged. Raises
@@ -124,11 +161,12 @@ class Services:
         return True
 
     async def _until_broken(self, follower: Follower, state: RunState, needed: int) -> NoReturn:
-        """Raises RunFailed when the coordinator is gone, too few agents are left, or the broker does not stay up."""
+        """Raises RunFailed when too few agents are left, or broker or coordinator do not stay up."""
         loop = asyncio.get_running_loop()
         say_at_s: float | None = loop.time() + JOIN_S
         while True:
             await self._keep_broker()
+            await self._keep_coordinator()
             able, least = self.able(state), needed
             if follower.opened:  # what is said from now on, the coordinator judges; processes are for us to see
                 able, least = [name for name in self.fleet.settings.agents if name not in self._gone], 1

@@ -208,6 +208,22 @@ def test_a_broker_that_is_killed_is_started_again_with_all_that_it_held(start: S
     run.leaves_nothing(5.0)
 
 
+def test_a_coordinator_that_is_killed_is_started_again_and_the_run_goes_on(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("task: syncline.tasks.digits:Digits\nname: long\nstop: {versions: 100}\n")
+    run = start("run", "s.yaml", "--local", "2", "--stay")
+    run.says("round ")
+    os.kill(_service(run, subjects.COORDINATOR), signal.SIGKILL)
+    run.says("the fleet stays up")
+    assert "the coordinator's process was killed by SIGKILL; it is started again" in run.out
+    last, summary = run.out.index("round 100/100"), run.out.index("run long: 100 versions")
+    assert last < summary
+    os.kill(_service(run, subjects.COORDINATOR), signal.SIGKILL)
+    until(lambda: run.out.count("it is started again") == 2, 10, lambda: run.out + run.err)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ended(10.0) == 0
+    run.leaves_nothing(5.0)
+
+
 def _service(command: Command, name: str) -> int:
     """The process of a service: the one that holds its log open and is nobody's child there."""
     holders = []

@@ -1,7 +1,8 @@
-"""A local fleet's broker is kept up: started again when it has gone, or has had no room on its disk; not without end."""
+"""Broker and coordinator of a local fleet are kept up: started again when one has gone, or had no room; not without end."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, cast
 import pytest
 
 from syncline.errors import RunFailed, Unavailable
-from syncline_cli.supervise import BROKER_STARTS, ENOUGH_BYTES, Services
+from syncline.service import FAILED, WRONG_INPUT
+from syncline_cli.supervise import BROKER_STARTS, COORDINATOR_STARTS, ENOUGH_BYTES, Services
 
 FULL = (
     "[16001] 2026/11/27 21:58:13.147456 [ERR] JetStream failed to store a msg on stream 'CORE > SYNCLINE_MODEL_r': "
@@ -89,3 +91,69 @@ async def test_a_full_disk_is_said_once_and_the_broker_started_again_when_there_
     assert (
         broker.restarts == 1 and broker.said[1][1] == "the broker's process ran out of disk space; it is started again"
     )
+
+
+# -- the coordinator ------------------------------------------------------------------------------------------------------
+
+
+class Fleet:
+    """A coordinator's process that ends when a test says so, and no agents."""
+
+    def __init__(self, directory: Path) -> None:
+        self.broker = Broker(directory)
+        self.broker.log_path.touch()
+        self.settings = SimpleNamespace(agents=(), directory=None)
+        self.workers: dict[str, Any] = {}
+        self.starts = 0
+        (directory / "logs").mkdir()
+        (directory / "logs" / "coordinator.log").write_text("error: the reason\n")
+
+    async def start_coordinator(self) -> None:
+        self.starts += 1
+        self.workers["coordinator"] = SimpleNamespace(exited=asyncio.get_running_loop().create_future())
+
+    def ends(self, code: int) -> None:
+        self.workers["coordinator"].exited.set_result(code)
+
+    async def services(self, **settings: Any) -> Services:
+        await self.start_coordinator()
+        return Services(cast("Any", self), lambda level, text: self.broker.said.append((level, text)), **settings)
+
+
+async def test_a_coordinator_that_has_gone_is_started_again_three_times(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    services = await fleet.services()
+    await services._keep_coordinator()
+    assert fleet.starts == 1, "it was up"
+    for _ in range(COORDINATOR_STARTS):
+        fleet.ends(-9)
+        await services._keep_coordinator()
+    assert fleet.starts == 1 + COORDINATOR_STARTS
+    said = ("warning", "the coordinator's process was killed by SIGKILL; it is started again")
+    assert fleet.broker.said == [said] * COORDINATOR_STARTS
+    fleet.ends(FAILED)
+    with pytest.raises(RunFailed, match=r"ended with code 1\n  coordinator\.log: error: the reason"):
+        await services._keep_coordinator()
+    assert fleet.starts == 1 + COORDINATOR_STARTS
+
+
+async def test_a_coordinator_that_does_not_like_its_input_is_not_started_again(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    services = await fleet.services()
+    fleet.ends(WRONG_INPUT)
+    with pytest.raises(RunFailed, match=r"ended with code 2\n  coordinator\.log: error: the reason"):
+        await services._keep_coordinator()
+    assert fleet.starts == 1
+
+
+async def test_a_coordinator_that_ends_before_it_has_answered_is_noticed_at_once(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    services = await fleet.services()
+
+    async def answer() -> str:
+        return "submitted"
+
+    assert await services.while_up(answer()) == "submitted"
+    fleet.ends(WRONG_INPUT)
+    with pytest.raises(RunFailed, match=r"coordinator\.log: error: the reason"):
+        await services.while_up(asyncio.Event().wait())
