@@ -27,8 +27,8 @@ def watch(
 ) -> None:
     """See a run as it goes on: version, curves, every agent with its lag, who is late or lost, and events.
 
-    Reads the public feeds alone and says nothing itself: the key `watch.nk` is enough. Ends with the run; without RUN it
-    waits for the next.
+    Reads the public feeds alone and says nothing itself: the key `watch.nk` is enough. Ends with RUN, at once where it has
+    ended; without RUN it waits for the next.
     """
     from syncline_cli.watching import Watching, watch_run
 

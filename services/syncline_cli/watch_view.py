@@ -151,7 +151,8 @@ def waiting_for(watched: Watched) -> Iterator[str]:
     if watched.wanted:
         if near := watched.near():
             yield near
-        yield "a run that has ended says nothing more: `syncline ls` lists it, `syncline why` explains it"
+        if fleet is None:
+            yield "a run that has ended says nothing more: `syncline ls` lists it, `syncline why` explains it"
     elif fleet is not None and not fleet.run:
         yield "submit one: syncline run SPEC.yaml"
 

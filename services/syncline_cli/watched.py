@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from syncline.telemetry import Event, FleetStatus
+from syncline.telemetry import QUEUED_NAMED, Event, FleetStatus
 from syncline.wire.messages import ENDED
 from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
 from syncline_cli.state import RunState
@@ -18,6 +18,7 @@ MAX_RUNS = 32  # that are remembered; of more, those go that have been silent lo
 RECENT = 60  # events that are kept to be shown
 SILENT_S = 6.0  # an agent, or a run, that has said nothing for so long: both say something every two seconds
 LATE_S = 5.0  # an agent is shown as late at least so long
+ABSENT = 3  # statuses without the wanted run: a coordinator that was just started knows its queue a moment later
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Watched:
     fleet: FleetStatus | None = None
     recent: deque[Said] = field(default_factory=lambda: deque(maxlen=RECENT))
     _shown: str = ""
+    _without: int = 0  # statuses of the coordinator in a row that know nothing of the wanted run
 
     # -- facts ---------------------------------------------------------------------------------------------------------
     def on_message(self, subject: str, data: bytes, now_s: float) -> Heard | None:
@@ -72,6 +74,9 @@ class Watched:
             self.fleet = FleetStatus.model_validate_json(data)
         except ValidationError:
             return None
+        busy = (self.fleet.run, *self.fleet.queued)
+        known = self.wanted in busy or len(self.fleet.queued) >= QUEUED_NAMED  # of a longer queue, not all are named
+        self._without = 0 if known else self._without + 1
         return Heard(run, who, what)
 
     def _run(self, run: str, now_s: float) -> RunState | None:
@@ -82,6 +87,8 @@ class Watched:
                 self._forget(min((r for r in self.runs if r not in (self.wanted, self._shown)), key=self._silence))
             self.runs[run] = RunState(run, 0)
         self.heard_at_s[run] = now_s
+        if run == self.wanted:
+            self._without = 0
         return self.runs[run]
 
     def _silence(self, run: str) -> float:
@@ -89,6 +96,10 @@ class Watched:
 
     def _forget(self, run: str) -> None:
         del self.runs[run], self.heard_at_s[run]
+
+    def look_again(self) -> None:
+        """The wanted run is there after all."""
+        self._without = 0
 
     # -- what follows --------------------------------------------------------------------------------------------------
     def shown(self, now_s: float) -> RunState | None:
@@ -106,6 +117,12 @@ class Watched:
     def going(self, now_s: float) -> list[str]:
         """Runs that speak and have not ended."""
         return [name for name, state in self.runs.items() if not self._is_over(state, now_s)]
+
+    @property
+    def absent(self) -> bool:
+        """The coordinator has neither to do with the wanted run, nor will have: it ended unheard, or there is none."""
+        state = self.runs.get(self.wanted)
+        return bool(self.wanted) and self._without >= ABSENT and (state is None or state.phase not in ENDED)
 
     def near(self) -> str:
         """What may have been meant by the wanted run, of which nothing is heard."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -18,16 +19,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from syncline.bus.accounts import WATCH, read_seed
+from syncline.bus.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.base import Delivery
 from syncline.bus.nats import Connection, NatsBus
 from syncline.errors import BusError, ConfigError, RunFailed
 from syncline.service import DONE
-from syncline.wire.messages import ENDED
-from syncline.wire.subjects import FLEET, NAME, PREFIX
+from syncline.wire.messages import ENDED, Head
+from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
 from syncline_cli.connect import Place, come_back, place, unreachable, watch_key
 from syncline_cli.display import STYLES, clean, megabytes, number
 from syncline_cli.process import Interrupted, run_interruptible
+from syncline_cli.runs import head_of
 from syncline_cli.state import RunState
 from syncline_cli.watch_view import DEAF, clock, event_line, picture, waiting_for
 from syncline_cli.watched import Heard, Said, Watched
@@ -50,12 +52,14 @@ class _Pipe(Console):
 
 @dataclass(slots=True)
 class Watching:
-    """What to watch, and what was heard."""
+    """What to watch, and what was heard. `asks`: the key that may ask how a run ended; None where there is none at hand."""
 
     at: Place
     watched: Watched
     plain: bool
     as_json: bool
+    asks: str | None = None
+    head: Head | None = None  # of a run that ended unheard
     console: Console = field(default_factory=lambda: _Pipe(highlight=False))
     news: asyncio.Event = field(default_factory=asyncio.Event)
     fresh: deque[Said] = field(default_factory=lambda: deque(maxlen=1000))  # events that no line was printed for
@@ -66,9 +70,12 @@ class Watching:
         """Raises ConfigError."""
         if run and not NAME.fullmatch(run):
             raise ConfigError("RUN", f"{run!r} is no run's name", "Use 1 to 63 of a-z, 0-9 and '-'")
-        at = place(connect, key, WATCH)
+        at, asking = place(connect, key, WATCH), place(connect, key)
+        may_ask = not asking.key or Path(asking.key).name == f"{COORDINATOR}{SUFFIX}"
         at = Place(at.url, watch_key(at.key), at.found, at.named)
-        return cls(at, Watched(run), plain, as_json)
+        if key and at.key != key:
+            print(f"watching with the key {at.key}, which lies beside {key}", file=sys.stderr)
+        return cls(at, Watched(run), plain, as_json, asking.key if may_ask else None)
 
     async def on_message(self, delivery: Delivery) -> None:
         heard = self.watched.on_message(delivery.subject, delivery.data, time.monotonic())
@@ -91,10 +98,12 @@ class Watching:
 
     @property
     def over(self) -> bool:
-        """The run that was asked for has ended, or the local fleet that was found is gone."""
+        """The run that was asked for has ended, or is none; or the local fleet that was found is gone."""
         state = self.state
-        return bool(self.watched.wanted and state is not None and state.phase in ENDED) or (
-            self.at.found and not Path(self.at.key).exists()
+        return (
+            bool(self.watched.wanted and state is not None and state.phase in ENDED)
+            or self.watched.absent
+            or (self.at.found and not Path(self.at.key).exists())
         )
 
 
@@ -123,10 +132,33 @@ async def _watch(watching: Watching, seed: str) -> int:
         for feed in ("metrics.>", "events.*"):
             await bus.subscribe(f"{PREFIX}.*.{feed}", watching.on_message, limit=PENDING)
         show = _on_terminal if watching.on_terminal else _in_json if watching.as_json else _in_lines
-        await show(watching)
+        while True:
+            await show(watching)
+            if not watching.watched.absent:
+                return DONE
+            watching.head = await _how_it_ended(watching)
+            if watching.head is None or watching.head.phase in ENDED:
+                return DONE
+            watching.watched.look_again()
     finally:
         await bus.close()
-    return DONE
+
+
+async def _how_it_ended(watching: Watching) -> Head | None:
+    """The head of the wanted run; None where that cannot be known. Raises ConfigError where there is no such run."""
+    if watching.asks is None:
+        return None
+    seed = read_seed(Path(watching.asks)) if watching.asks else ""
+    try:
+        bus = await NatsBus.connect(Connection(watching.at.url, "cli", seed))
+    except BusError:
+        return None
+    try:
+        return await head_of(bus, watching.watched.wanted)
+    except BusError:
+        return None
+    finally:
+        await bus.close()
 
 
 # -- a terminal ---------------------------------------------------------------------------------------------------------
@@ -267,7 +299,9 @@ def _write(text: str) -> None:
 
 
 def _summary(watching: Watching) -> int:
-    """How the run stood when it was left. Raises RunFailed for one that failed."""
+    """How the run stood when it was left. Raises RunFailed for one that failed, and ConfigError for one that is none."""
+    if watching.watched.absent:
+        return _summary_of_head(watching)
     state = watching.state
     if state is not None and state.phase in ("failed", "refused"):
         raise RunFailed(state.ended)
@@ -283,3 +317,30 @@ def _summary(watching: Watching) -> int:
         _print(watching, Text(clean(state.ended)))
         _print(watching, Text(version_line(state, time.time())))
     return DONE
+
+
+def _summary_of_head(watching: Watching) -> int:
+    """The same for a run that ended before anything was heard of it, or while nothing was."""
+    watched, head = watching.watched, watching.head
+    if head is None:
+        raise absent(watched, "" if watching.at.found else come_back("", watching.at.url, ""))
+    text = f"run {head.run}: {head.reason}"
+    if head.phase in ("failed", "refused"):
+        raise RunFailed(text)
+    if not watching.as_json:
+        _print(watching, Text(clean(f"{text}; it ended at version {head.version:,}")))
+    return DONE
+
+
+def absent(watched: Watched, where: str) -> ConfigError:
+    """What to say of a run that the coordinator does not know of. `where`: options that lead to its broker."""
+    fleet = watched.fleet
+    running = [fleet.run] if fleet is not None and fleet.run else []
+    queued = fleet.queued if fleet is not None else []
+    busy = "; ".join(
+        f"{what}: {', '.join(names)}" for what, names in (("running", running), ("queued", queued)) if names
+    )
+    problem = f"no run {watched.wanted} is running or queued here; {busy or 'nor is any other'}"
+    close = difflib.get_close_matches(watched.wanted, [*running, *queued], n=1, cutoff=0.5)
+    ended = f"With the coordinator's key, `syncline ls{where}` lists those that have ended"
+    return ConfigError("RUN", problem, f"Did you mean {close[0]}? {ended}" if close else ended)

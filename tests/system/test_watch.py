@@ -28,6 +28,7 @@ from harness import Fleet, task
 
 from syncline.bus.violations import ViolationLog
 from syncline.wire import subjects
+from syncline.wire.messages import Stop, encode
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
 
@@ -113,10 +114,13 @@ async def test_every_message_comes_as_a_json_line_and_the_watchers_key_is_found_
 async def test_a_run_that_fails_ends_the_watching_with_its_reason(
     fleet: Fleet, tmp_path: Path, started: list[Command]
 ) -> None:
+    before = await fleet.start(**SLOW, stop={"versions": 1000})
+    broken = await fleet.start(name="broken", task=task("Raising"), agents={"min": 4}, local={"steps": 1})
     watch = watching(fleet, tmp_path, "broken", key="watch")
     started.append(watch)
-    await asyncio.to_thread(watch.says, "a run that has ended says nothing more")
-    await fleet.ended(await fleet.start(name="broken", task=task("Raising"), agents={"min": 4}, local={"steps": 1}))
+    await asyncio.to_thread(watch.says, "queued: broken")
+    await fleet.local.ask_coordinator(fleet.bus, subjects.stop(), encode(Stop(run=before)))
+    await fleet.ended(broken)
     assert await asyncio.to_thread(watch.ended, 20.0) == 1
     assert "error: run broken: " in watch.err and "a bug in the user's code" in watch.err
     assert "Traceback" not in watch.err
@@ -130,7 +134,28 @@ async def test_a_name_that_is_mistyped_is_answered_with_the_one_that_speaks(
     watch = watching(fleet, tmp_path, "spokn", key="watch")
     started.append(watch)
     await asyncio.to_thread(watch.says, "did you mean spoken?")
+    assert await asyncio.to_thread(watch.ended, 30.0) == 2
+    assert "error: RUN: no run spokn is running or queued here" in watch.err
     await fleet.ended(run)
+
+
+async def test_a_run_that_had_ended_before_is_told_to_whoever_may_ask(
+    fleet: Fleet, tmp_path: Path, started: list[Command]
+) -> None:
+    run = (await fleet.run(**SLOW, stop={"versions": 1})).run
+    told, silent, none = (
+        watching(fleet, tmp_path, run),
+        watching(fleet, tmp_path, run, key="watch"),
+        watching(fleet, tmp_path, f"{run}0"),
+    )
+    started += [told, silent, none]
+    assert await asyncio.to_thread(told.ended, 30.0) == 0, told.err
+    assert f"run {run}: 1 versions; it ended at version 1\n" in told.out
+    assert f"watching with the key {fleet.local.broker.keyring.path('watch')}" in told.err
+    assert await asyncio.to_thread(silent.ended, 30.0) == 2
+    assert f"no run {run} is running or queued here" in silent.err and "coordinator's key" in silent.err
+    assert await asyncio.to_thread(none.ended, 30.0) == 2
+    assert f"there is no run '{run}0'. Did you mean" in none.err
 
 
 async def test_wrong_input_is_refused(fleet: Fleet, tmp_path: Path, started: list[Command]) -> None:

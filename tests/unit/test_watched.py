@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from syncline.telemetry import Event, FleetStatus, Published, Round, RunStatus, Train
+from syncline.telemetry import QUEUED_NAMED, Event, FleetStatus, Published, Round, RunStatus, Train
 from syncline.wire import subjects
 from syncline_cli.state import MAX_AGENTS, TRAINING_LOSS, RunState
-from syncline_cli.watched import MAX_RUNS, RECENT, SILENT_S, Watched
+from syncline_cli.watched import ABSENT, MAX_RUNS, RECENT, SILENT_S, Watched
+from syncline_cli.watching import absent
 
 COORDINATOR = subjects.COORDINATOR
 TRAIN = Train(
@@ -84,6 +85,36 @@ def test_the_fleet_says_what_the_coordinator_has_to_do() -> None:
     assert not hear(watched, "fleet", "a1", FleetStatus(agents=0, run="evil", queued=[]))
     assert watched.fleet.run == ""
     assert "fleet" not in watched.runs
+
+
+def test_a_run_that_the_coordinator_does_not_know_of_is_absent_once_that_is_sure() -> None:
+    watched = Watched("one")
+    other = FleetStatus(agents=3, run="two", queued=["three"])
+    for _ in range(ABSENT - 1):
+        hear(watched, "fleet", COORDINATOR, other)
+    assert not watched.absent, "a coordinator that has just started may know of it in a moment"
+    hear(watched, "fleet", COORDINATOR, other)
+    assert watched.absent
+    hear(watched, "fleet", COORDINATOR, FleetStatus(agents=3, run="two", queued=["one"]))
+    assert not watched.absent
+    for _ in range(ABSENT):
+        hear(
+            watched, "fleet", COORDINATOR, FleetStatus(agents=3, run="", queued=[f"q{i}" for i in range(QUEUED_NAMED)])
+        )
+    assert not watched.absent, "it may be in the rest of the queue"
+    for _ in range(ABSENT):
+        hear(watched, "fleet", COORDINATOR, other)
+    hear(watched, "one", COORDINATOR, status("done"))
+    assert not watched.absent, "its end was heard"
+
+
+def test_a_name_that_is_none_is_answered_with_what_is_running_and_what_may_have_been_meant() -> None:
+    watched = Watched("digits-2")
+    hear(watched, "fleet", COORDINATOR, FleetStatus(agents=3, run="digits-1", queued=["other"]))
+    assert str(absent(watched, " --connect nats://hub:4222")) == (
+        "RUN: no run digits-2 is running or queued here; running: digits-1; queued: other. Did you mean digits-1? "
+        "With the coordinator's key, `syncline ls --connect nats://hub:4222` lists those that have ended"
+    )
 
 
 def test_events_of_the_run_and_of_the_fleet_are_kept_the_newest() -> None:
