@@ -27,7 +27,10 @@ class View(Protocol):
     """Something to look at while it goes on."""
 
     def picture(self, width: int, height: int) -> RenderableType: ...
-    def line(self) -> str: ...
+    def line(self) -> str:
+        """The same in a line. It changes where something has moved, and not with time alone."""
+        ...
+
     def progress(self) -> float:
         """0 … 1."""
         ...
@@ -76,7 +79,7 @@ class RunView:
         if metrics and state.evaluated < state.version:
             metrics.append(f"after {state.evaluated}")
         traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
-        return "  ".join([f"round {state.version}/{state.versions}", *metrics, traffic, f"{since_start_s():.1f} s"])
+        return "  ".join([f"round {state.version}/{state.versions}", *metrics, traffic])
 
     def progress(self) -> float:
         if not self.summary:
@@ -269,4 +272,5 @@ class Screen:
         due = tenths > self._said[0] or (now - self._said[1] > LINE_S and line != self._line)
         if line and due:
             self._said, self._line = (tenths, now), line
+            line += f"  {now:.1f} s" if isinstance(self.view, RunView) and not self.view.summary else ""
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
 
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.nats import mended
@@ -13,11 +14,15 @@ from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Notify, Submit, Submitted, decode, encode
 from syncline_cli.process import since_start_s
+from syncline_cli.standstill import Standstill
 from syncline_cli.state import RunState
 
 READ_AGAIN_S = 2.0
 SUBMIT_S = 120.0  # the coordinator loads the task and makes the model before it answers
 LAST_METRICS_S = 2.0
+LOOK_S = 0.5  # how often it is looked whether the run moves
+
+T = TypeVar("T")
 
 
 async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0) -> Submitted:
@@ -142,6 +147,27 @@ class Follower:
             self.first_commit_s = since_start_s()
 
 
+async def tell_standstill(follower: Follower, state: RunState, say: Callable[[str, str], None]) -> NoReturn:
+    """Says what the run waits for where it does not move, until cancelled."""
+    still = Standstill()
+    while True:
+        if text := still.look(state, follower.head, time.monotonic()):
+            say("warning", text)
+        await asyncio.sleep(LOOK_S)
+
+
+async def first(*works: Coroutine[Any, Any, T]) -> T:
+    """The result of whichever ends first; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(iter(done)).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _order(head: Head) -> tuple[int, int, int]:
     return head.term, head.version, head.round
 
@@ -155,13 +181,15 @@ class Feed:
 
     async def open(self) -> None:
         run = self.state.run
-        await self._bus.subscribe(f"{subjects.PREFIX}.{run}.metrics.>", self._on_metric)
         for whose in (run, subjects.FLEET):
+            await self._bus.subscribe(f"{subjects.PREFIX}.{whose}.metrics.>", self._on_metric)
             await self._bus.subscribe(f"{subjects.PREFIX}.{whose}.events.*", self._on_event)
 
     async def _on_metric(self, delivery: Delivery) -> None:
         tokens = delivery.subject.split(".")
-        if len(tokens) == 6:
+        if len(tokens) == 6 and tokens[2] == subjects.FLEET:
+            self.state.on_fleet(tokens[4], tokens[5], delivery.data)
+        elif len(tokens) == 6:
             self.state.on_metric(tokens[4], tokens[5], delivery.data)
             self._news.set()
 

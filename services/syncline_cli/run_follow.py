@@ -16,7 +16,7 @@ from syncline.service import DONE, FAILED
 from syncline.spec import RunSpec
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.display import Message, RunView, Screen, megabytes, number
-from syncline_cli.follow import Feed, Follower, submit, submit_remote
+from syncline_cli.follow import Feed, Follower, first, submit, submit_remote, tell_standstill
 from syncline_cli.local import LocalFleet
 from syncline_cli.results import print_json, result_of
 from syncline_cli.state import RunState
@@ -170,7 +170,7 @@ async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> 
     watch.asked = True
     watch.follows((await submit_remote(bus, watch.spec, url)).warnings)
     follower = Follower(bus, watch.spec.name, watch.screen.say)
-    head = await follower.until_ended()
+    head = await first(follower.until_ended(), tell_standstill(follower, watch.state, watch.screen.say))
     await _last_metrics(watch, feed, follower)
     watch.ended(follower)
     if head.phase != "done":

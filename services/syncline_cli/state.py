@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from syncline.telemetry import LOST_NAMED, AgentEval, CenterEval, Event, Round, RunStatus, Train
+from syncline.telemetry import LOST_NAMED, AgentEval, CenterEval, Event, FleetStatus, Round, RunStatus, Train
 from syncline.wire.messages import ENDED
 from syncline.wire.subjects import COORDINATOR, FLEET, NAME
 
@@ -87,6 +87,8 @@ class RunState:
     advice: Event | None = None  # the newest: it is given once, and drops come by the dozen
     status: RunStatus | None = None  # the newest
     statuses: int = 0  # of them, so far
+    fleet: FleetStatus | None = None  # what the coordinator has to do, the newest; where that is listened to
+    fleet_statuses: int = 0
     ended: str = ""  # how, and where that is known why
     phase: str = ""
 
@@ -107,6 +109,16 @@ class RunState:
                 self._stands(RunStatus.model_validate_json(data))
         except ValidationError:
             pass
+
+    def on_fleet(self, who: str, what: str, data: bytes) -> None:
+        """A message on `fleet.metrics.<who>.<what>`."""
+        if (who, what) != (COORDINATOR, FleetStatus.what):
+            return
+        try:
+            self.fleet = FleetStatus.model_validate_json(data)
+        except ValidationError:
+            return
+        self.fleet_statuses += 1
 
     def on_event(self, run: str, data: bytes, who: str = COORDINATOR) -> Event | None:
         """A message on `….events.<who>`, of this run or of the fleet; the event, where it is one that concerns us."""

@@ -18,13 +18,12 @@ from syncline.nursery import Nursery
 from syncline.service import WRONG_INPUT
 from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
-from syncline_cli.follow import Follower
+from syncline_cli.follow import Follower, first, tell_standstill
 from syncline_cli.local import FleetSettings, LocalFleet
 from syncline_cli.process import Interrupted, run_interruptible
 from syncline_cli.state import RunState
 
 LOOK_S = 0.2
-JOIN_S = 10.0  # after which we say for whom the run waits
 LOG_LINES = 12
 NO_SPACE = re.compile(r"\[\d+\] \S+ \S+ \[ERR\] JetStream .*: no space left on device")  # a line of nats-server's log
 ENOUGH_BYTES = 64 << 20  # to go on with
@@ -80,8 +79,12 @@ class Services:
     ) -> Head:
         """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end, and
         when nothing has moved for `stalled_s`. `needed`: the agents that the run starts with."""
-        watching = (self._until_broken(follower, state, needed), self._until_stalled(follower, state, stalled_s))
-        head = await _first(follower.until_ended(), *watching)
+        watching = (
+            self._until_broken(follower, state, needed),
+            self._until_stalled(follower, state, stalled_s),
+            tell_standstill(follower, state, self._say),
+        )
+        head = await first(follower.until_ended(), *watching)
         if head.phase != "done":
             culprits = sorted(state.failed) or [COORDINATOR]
             raise RunFailed(f"run {head.run}: {head.reason}{ends_of_logs(self.fleet, culprits[:2])}")
@@ -89,7 +92,7 @@ class Services:
 
     async def while_up(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which asks the coordinator. Raises RunFailed where that one has gone: it has no answer."""
-        return await _first(work, self._until_no_coordinator())
+        return await first(work, self._until_no_coordinator())
 
     async def keep_up(self) -> NoReturn:
         """Broker and coordinator, until cancelled. Raises RunFailed where one does not stay up."""
@@ -162,8 +165,6 @@ class Services:
 
     async def _until_broken(self, follower: Follower, state: RunState, needed: int) -> NoReturn:
         """Raises RunFailed when too few agents are left, or broker or coordinator do not stay up."""
-        loop = asyncio.get_running_loop()
-        say_at_s: float | None = loop.time() + JOIN_S
         while True:
             await self._keep_broker()
             await self._keep_coordinator()
@@ -175,11 +176,6 @@ class Services:
                 why = "; ".join(state.failed.values()) or f"{', '.join(unable)} gone"
                 text = f"run {state.run} needs {least} of its agents and has {len(able)}: {why}"
                 raise RunFailed(text + ends_of_logs(self.fleet, unable[:2]))
-            if say_at_s is not None and loop.time() > say_at_s:
-                say_at_s = None
-                joined = [a for a in state.agents.values() if a.train is not None and a.train.state != "starting"]
-                if not follower.opened:
-                    self._say("warning", f"still waiting for agents: {len(joined)} of {needed} are ready")
             await asyncio.sleep(LOOK_S)
 
     async def _until_stalled(self, follower: Follower, state: RunState, stalled_s: float) -> NoReturn:
@@ -197,18 +193,6 @@ class Services:
                 text = f"run {state.run}: nothing has moved for {stalled_s:g} s; it stands at version {state.version}"
                 raise RunFailed(text + ends_of_logs(self.fleet, [COORDINATOR, *self.fleet.settings.agents[:1]]))
             await asyncio.sleep(LOOK_S)
-
-
-async def _first(*works: Coroutine[Any, Any, T]) -> T:
-    """The result of whichever ends first; the others are cancelled."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(iter(done)).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def how_it_ended(code: int) -> str:

@@ -114,6 +114,19 @@ async def test_off_a_terminal_a_line_comes_with_every_tenth(monkeypatch: pytest.
     assert lines[-1] == "a2 lost"
 
 
+async def test_off_a_terminal_a_line_is_not_said_again_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "FRAME_S", 0.0)
+    now_s = 0.0
+    monkeypatch.setattr(display, "since_start_s", lambda: now_s)
+    out = io.StringIO()
+    state = state_of(0, 3)
+    async with Screen(Console(file=out, width=80), RunView("t", state)):
+        for now_s in (1.0, 20.0, 40.0):  # noqa: B007
+            for _ in range(3):
+                await asyncio.sleep(0)
+    assert [line.rpartition("  ")[2] for line in out.getvalue().splitlines()] == ["1.0 s"]
+
+
 def test_what_an_agent_says_does_not_command_the_terminal() -> None:
     out = io.StringIO()
     Screen(Console(file=out, force_terminal=True, color_system=None)).say("warning", "a2: \x1b[2J\x07 gone\nreally")
