@@ -28,6 +28,7 @@ EVALUATOR = "syncline_coordinator.evaluator:main"
 REDUCERS = 2  # threads
 ANSWER_S = 1.0  # for another coordinator
 LEAVING_S = 3.0
+EVALUATION_S = 3600.0
 
 
 def run(options: CoordinatorOptions) -> int:
@@ -61,6 +62,7 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> in
     executor = ThreadPoolExecutor(REDUCERS, thread_name_prefix="reduce")
     settings = CoordinatorSettings(
         executor=executor,
+        evaluation_s=EVALUATION_S,
         broker_log=Path(options.broker_log) if options.broker_log else None,
         key_names=dict(Keyring(Path(options.keys)).names) if options.keys else {},
     )

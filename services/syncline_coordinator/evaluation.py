@@ -14,18 +14,22 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Evaluation:
-    """Asks the child process; makes a new one when it died."""
+    """Asks the child process; makes a new one when it died, or had to be ended. `longest_s`: an evaluation may take; after
+    one that takes longer, or never ends, there is none any more."""
 
-    def __init__(self, child: Asked, start: Restart, telemetry: Telemetry, report: Report) -> None:
+    def __init__(
+        self, child: Asked, start: Restart, telemetry: Telemetry, report: Report, longest_s: float | None = None
+    ) -> None:
         self._child, self._start, self._telemetry, self._report = child, start, telemetry, report
         self._copied = asyncio.Event()
         self._copied.set()
         self._running: asyncio.Task[None] | None = None
         self.evaluated = -1
+        self._longest_s, self._too_slow = longest_s, False
 
     def offer(self, version: int) -> None:
         """The center is now that of `version`: evaluate it if nothing else is being evaluated."""
-        if self._running is None or self._running.done():
+        if not self._too_slow and (self._running is None or self._running.done()):
             self._copied.clear()
             self._running = asyncio.create_task(self._evaluate(version))
 
@@ -34,13 +38,13 @@ class Evaluation:
         await self._copied.wait()
 
     async def last(self, version: int) -> None:
-        """Evaluates this version for sure."""
+        """Evaluates this version for sure, unless an evaluation was too slow to be waited for."""
         if self._running is not None:
             await self._running
         if self.evaluated != version:
             self.offer(version)
-            assert self._running is not None
-            await self._running
+            if self._running is not None:
+                await self._running
 
     async def close(self) -> None:
         if self._running is not None:
@@ -51,14 +55,16 @@ class Evaluation:
     async def _evaluate(self, version: int) -> None:
         """Whatever goes wrong with it is told, and ends no run."""
         try:
-            await self._child.ask("copy")
-            self._copied.set()
-            answer = await self._child.ask("evaluate")
+            async with asyncio.timeout(self._longest_s):
+                await self._child.ask("copy")
+                self._copied.set()
+                answer = await self._child.ask("evaluate")
             metric = CenterEval(version=version, metrics=numbers(answer["metrics"]), seconds=answer["seconds"])
         except Exception as error:
             self._copied.set()
+            self._too_slow = isinstance(error, TimeoutError)
             await self._failed(version, error)
-            if isinstance(error, ChildDied):
+            if isinstance(error, ChildDied | TimeoutError):
                 await self._start_again(version)
             return
         finally:
@@ -77,4 +83,9 @@ class Evaluation:
 
     async def _failed(self, version: int, error: Exception) -> None:
         why = str(error) if isinstance(error, SynclineError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, TimeoutError):
+            why = (
+                f"no result within {self._longest_s or 0:g} s, and this run's center is evaluated no more. "
+                "Mend the task's metrics(), or hold out fewer rows"
+            )
         await self._telemetry.event("evaluation-failed", f"version {version}: {why}", level="warning")

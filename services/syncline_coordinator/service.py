@@ -68,6 +68,7 @@ class CoordinatorSettings:
     broker_log: Path | None = None  # tell permission violations that the broker logs
     key_names: dict[str, str] = field(default_factory=dict)  # public key → name, for those
     executor: Executor | None = None  # reduces; None: inline, as a simulation wants it
+    evaluation_s: float | None = None  # that an evaluation may take
 
 
 class Coordinator:
@@ -369,7 +370,7 @@ class Coordinator:
             run = Run(parts, keeper, believes=believes, set_back=lost_term is not None)
             if spec.evaluate.center:
                 start = partial(self._fresh_evaluator, spec, memory, encode(manifest))
-                parts.evaluation = Evaluation(child, start, telemetry, run.evaluated)
+                parts.evaluation = Evaluation(child, start, telemetry, run.evaluated, self._settings.evaluation_s)
             else:
                 await child.close()
             await run.resume()
