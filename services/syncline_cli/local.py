@@ -7,7 +7,9 @@ this process goes, however it goes, all of them go, and the temporary directory 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +18,13 @@ from typing import Any
 
 from syncline.bus.embedded import EmbeddedBroker
 from syncline.bus.nats import Connection, NatsBus
-from syncline.errors import NoResponders
+from syncline.errors import ConfigError, NoResponders
 from syncline.nursery import Nursery, NurseryDied, Worker
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline.wire.subjects import COORDINATOR
 from syncline_agent.options import AgentOptions
 from syncline_coordinator.options import CoordinatorOptions
+from syncline_coordinator.space import LEAST_BYTES
 
 PRELOAD = (
     "torch",
@@ -68,6 +71,7 @@ class LocalFleet:
     async def __aenter__(self) -> LocalFleet:
         self._nursery.open()
         try:
+            check_room(self.settings)
             await self.broker.start()
             (self.broker.directory / URL).write_text(f"{self.broker.url}\n")
             for sub in ("logs", "state"):
@@ -162,6 +166,24 @@ class LocalFleet:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
             await asyncio.sleep(0.05)
+
+
+def check_room(settings: FleetSettings) -> None:
+    """Raises ConfigError where the disk has no room for a run: at once, and not when the first one is submitted."""
+    if settings.max_file_store_bytes is not None:
+        return
+    wanted = (settings.directory or Path(tempfile.gettempdir())).absolute()
+    place = next(path for path in (wanted, *wanted.parents) if path.exists())
+    free, needed = (
+        shutil.disk_usage(place).free,
+        LEAST_BYTES * 4 // 3,
+    )  # the broker takes three quarters of what is free
+    if free >= needed:
+        return
+    problem = f"{place} has {free >> 20} MiB free, a fleet on this machine needs {needed >> 20} MiB at least"
+    if settings.directory is None:
+        raise ConfigError("TMPDIR", problem, "Free some, or set TMPDIR to a directory on a larger disk")
+    raise ConfigError("--directory", problem, "Free some, or name one on a larger disk")
 
 
 def agent_names(count: int) -> Sequence[str]:

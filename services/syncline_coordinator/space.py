@@ -19,6 +19,7 @@ OFFERS_BYTES = 8 << 20
 LOG_BYTES = 32 << 20
 SPEC_BYTES = 256 * 1024
 RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, SPEC_BYTES)  # specs and heads of all runs
+LEAST_BYTES = RUNS.max_bytes + UPDATES_SLACK_BYTES + RECORDS_BYTES + OFFERS_BYTES + LOG_BYTES  # one run of a tiny model
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
             "agents.max",
             f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.blob_bytes >> 10} KiB "
             f"for each of {agents} agents, {spec.keep_models + 1} models{kept}), and the broker says: {error}",
-            "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store)",
+            "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store; with "
+            "`--local`: a larger disk for TMPDIR)",
         ) from None
 
 

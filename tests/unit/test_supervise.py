@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from typing import Any, cast
 
 import pytest
 
-from syncline.errors import RunFailed, Unavailable
+from syncline.bus.nats import mended
+from syncline.errors import ConfigError, RunFailed, StreamFull, Unavailable
 from syncline.service import FAILED, WRONG_INPUT
+from syncline_cli.local import FleetSettings, check_room
 from syncline_cli.supervise import BROKER_STARTS, COORDINATOR_STARTS, ENOUGH_BYTES, Services
 
 FULL = (
@@ -157,3 +160,26 @@ async def test_a_coordinator_that_ends_before_it_has_answered_is_noticed_at_once
     fleet.ends(WRONG_INPUT)
     with pytest.raises(RunFailed, match=r"coordinator\.log: error: the reason"):
         await services.while_up(asyncio.Event().wait())
+
+
+# -- a disk that is too small ---------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_for_a_run_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 203 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    check_room(FleetSettings(("a1",)))
+    free = 6 << 20
+    check_room(FleetSettings(("a1",), max_file_store_bytes=1 << 30))
+    with pytest.raises(ConfigError) as caught:
+        check_room(FleetSettings(("a1",)))
+    problem = f"{tmp_path} has 6 MiB free, a fleet on this machine needs 202 MiB at least"
+    assert str(caught.value) == f"TMPDIR: {problem}. Free some, or set TMPDIR to a directory on a larger disk"
+    with pytest.raises(ConfigError, match=r"--directory: .* name one on a larger disk"):
+        check_room(FleetSettings(("a1",), directory=tmp_path / "not" / "yet"))
+
+
+def test_a_broker_without_room_is_not_one_that_has_to_be_started() -> None:
+    error = mended(StreamFull("STREAM.CREATE.KV_x: insufficient storage resources available"), "nats://hub:4222")
+    assert "Give its JetStream more room" in str(error) and "Start the broker" not in str(error)

@@ -284,6 +284,9 @@ def mended(error: BusError, url: str) -> ConfigError:
     """What a person who typed `--connect` should read."""
     if isinstance(error, Denied):
         return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
+    if isinstance(error, StreamFull):
+        mend = "Give its JetStream more room: free some of the disk that holds its store, or raise max_file_store"
+        return ConfigError("--connect", f"{url}: {error}", mend)
     if isinstance(error, Unavailable):
         return ConfigError("--connect", f"{url}: {error}", "")
     return ConfigError("--connect", str(error), "Start the broker, or name another with --connect or SYNCLINE_NATS_URL")
