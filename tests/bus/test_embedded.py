@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -20,8 +21,10 @@ from nats.aio.msg import Msg
 from nats.js.api import StorageType, StreamConfig
 
 from syncline.bus import embedded
+from syncline.bus.base import BucketConfig
 from syncline.bus.embedded import EmbeddedBroker
-from syncline.errors import ConfigError, Unavailable
+from syncline.bus.nats import Connection, NatsBus
+from syncline.errors import ConfigError, StreamFull, Unavailable
 
 Connect = Callable[..., Awaitable[Client]]
 Flush = Callable[..., Awaitable[None]]
@@ -46,6 +49,22 @@ async def test_a_started_broker_stores_at_once(broker: EmbeddedBroker, connect: 
     await jetstream.add_stream(name="S", subjects=["s"])
     assert (await jetstream.publish("s", b"x")).seq == 1
     assert coordinator.max_payload == (1 << 20) + (64 << 10)
+
+
+async def test_what_is_there_is_there_though_the_store_has_no_room_for_another() -> None:
+    """nats-server refuses to make a stream that is there already where it could not make it anew."""
+    config = BucketConfig("one", 64 << 20, 1024)
+    async with EmbeddedBroker(max_file_store_bytes=100 << 20) as broker:
+        bus = await NatsBus.connect(Connection(broker.url, "coordinator", broker.keyring.identity("coordinator").seed))
+        try:
+            await bus.ensure_bucket(config)
+            await bus.ensure_bucket(config)
+            with pytest.raises(Unavailable, match="another configuration"):
+                await bus.ensure_bucket(replace(config, max_value_bytes=2048))
+            with pytest.raises(StreamFull):
+                await bus.ensure_bucket(replace(config, name="two"))
+        finally:
+            await bus.close()
 
 
 async def test_only_the_owner_can_look_into_a_brokers_directory(broker: EmbeddedBroker) -> None:

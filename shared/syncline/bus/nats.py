@@ -191,15 +191,20 @@ class NatsBus:
         wanted = {"retention": "limits", "storage": "file", "num_replicas": 1, "allow_direct": True, **config}
         try:
             await self._api(f"STREAM.CREATE.{config['name']}", wanted)
-        except _Refused as error:
-            if error.code != _NAME_IN_USE:
+        except (_Refused, StreamFull) as error:
+            if isinstance(error, _Refused) and error.code != _NAME_IN_USE:
                 raise
-            there = (await self._api(f"STREAM.INFO.{config['name']}"))["config"]
+            try:  # without room for another such stream, the broker refuses even one that is there
+                there = (await self._api(f"STREAM.INFO.{config['name']}"))["config"]
+            except _Refused:
+                raise error from None
             differ = [
                 f"{k} is {there.get(k)!r}, wanted {v!r}"
                 for k, v in wanted.items()
                 if there.get(k) != v and (there.get(k) or v)
             ]
+            if not differ and isinstance(error, StreamFull):
+                return
             raise Unavailable(
                 f"stream {config['name']} exists with another configuration: {'; '.join(differ)}. "
                 "Delete it with `nats stream rm`, or use another name"
