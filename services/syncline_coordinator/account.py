@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from syncline.engine.advice import Norms
@@ -13,6 +14,7 @@ from syncline_coordinator.policies import adviser_of
 from syncline_coordinator.reducer import Merged
 
 LATE_NAMED = 20
+METRICS_NAMED = 8
 ROUNDS_S = 0.1  # at most so often
 
 
@@ -28,7 +30,7 @@ class Account:
 
     def __init__(self, spec: RunSpec, telemetry: Telemetry) -> None:
         self._telemetry, self._is_mean = telemetry, spec.merge.rule == "mean"
-        self._adviser = adviser_of(spec)
+        self._adviser, self._target = adviser_of(spec), spec.stop.target
         self._pace = Pace(ROUNDS_S)
         self._opened_s = self._collect_s = 0.0
         self._bytes_up = self._bytes_down = 0
@@ -47,6 +49,16 @@ class Account:
         self._adviser.judged(drop.agent, drop.lag, merged=False, too_stale=drop.lag > 0)
         text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
         await self._telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
+
+    async def no_such_metric(self, known: Iterable[str]) -> None:
+        """Says once that the run will not stop by what `stop.target` names."""
+        target, self._target = self._target, None
+        if target is not None:
+            names = ", ".join(sorted(known)[:METRICS_NAMED])
+            text = (
+                f"stop.target.metric: there is no {target.metric!r}; known: {names}. The run goes on to stop.versions"
+            )
+            await self._telemetry.event("advice", text, level="warning")
 
     def record(self, head: Head, done: MergeDone, dropped: list[Dropped]) -> Committed:
         """`head`: as it is before the commit."""

@@ -376,6 +376,8 @@ class Run:
         """A held-out result is in: perhaps the target is reached."""
         target = self.parts.spec.stop.target
         value = metrics.get(target.metric) if target is not None else None
+        if target is not None and target.metric not in metrics:
+            self._begin(self._account.no_such_metric(metrics))
         if target is not None and value is not None and target.reached(value) and not self._inbox.full():
             why = f"target reached: {target.metric} = {value:.4g} at version {version}"
             self._inbox.put_nowait(TargetReached(why))
