@@ -19,6 +19,7 @@ from syncline.optim import check_inner
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, load_task
+from syncline.wire import subjects
 from syncline.wire.flat import DTYPES, FlatModel, manifest_of
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode, encode
@@ -82,7 +83,9 @@ class Evaluator:
         return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
 
     def load_task(self, settings: RunSpec) -> Task:
-        return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+        return load_task(
+            settings.task, settings.task_options, self._allowed, self._task_dir, asker=subjects.COORDINATOR
+        )
 
     def _center(self) -> torch.Tensor:
         return torch.frombuffer(self._memory.view(), dtype=DTYPES[self._layout.dtype], count=self._layout.elements)

@@ -152,8 +152,8 @@ async def test_a_task_that_does_not_exist(fleet: Fleet, tmp_path: Path) -> None:
 @in_module_loop
 async def test_a_task_that_is_not_allowed(fleet: Fleet, tmp_path: Path) -> None:
     said = await refused_by_coordinator(fleet, tmp_path, "task: os.path:Evil\n")
-    assert said.startswith("error: task: 'os.path:Evil' is not on ")
-    assert "--allow-task 'os.path:Evil'" in said
+    assert said.startswith("error: task: 'os.path:Evil' is not on this coordinator's allow-list (")
+    assert "start the coordinator with `--allow-task 'os.path:Evil'`" in said
 
 
 @in_module_loop

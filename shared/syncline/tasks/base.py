@@ -92,11 +92,13 @@ class Task(abc.ABC):
 # -- finding the class ------------------------------------------------------------------------------------------------
 
 
-def load_task(path: str, options: Mapping[str, Any], allowed: Sequence[str], base_dir: Path) -> Task:
+def load_task(
+    path: str, options: Mapping[str, Any], allowed: Sequence[str], base_dir: Path, *, asker: str = "agent"
+) -> Task:
     """The task at `package.module:Class`, or at `file.py:Class`, relative to `base_dir`, made with `options`.
 
     Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass.
-    Raises ConfigError.
+    `asker`: the service that has the list. Raises ConfigError.
     """
     module_path, _, name = path.rpartition(":")
     if not module_path or not name.isidentifier():
@@ -104,8 +106,8 @@ def load_task(path: str, options: Mapping[str, Any], allowed: Sequence[str], bas
     if not is_allowed(path, allowed):
         raise ConfigError(
             "task",
-            f"{path!r} is not on this agent's allow-list ({', '.join(allowed) or 'which is empty'})",
-            f"If you trust it, start the agent with `--allow-task '{path}'`",
+            f"{path!r} is not on this {asker}'s allow-list ({', '.join(allowed) or 'which is empty'})",
+            f"If you trust it, start the {asker} with `--allow-task '{path}'`",
         )
     module = _load_file(path, base_dir / module_path) if is_file(module_path) else _load_module(path, module_path)
     return _make(path, _find_class(path, module, name), options)
@@ -146,7 +148,7 @@ def _load_file(path: str, file: Path) -> ModuleType:
 def _broken(path: str, error: Exception) -> ConfigError:
     if isinstance(error, ModuleNotFoundError):
         problem = f"{path!r} needs the module {error.name!r}, which is not installed here"
-        return ConfigError("task", problem, "Install it in the Python of the agent")
+        return ConfigError("task", problem, "Install it for the coordinator and every agent")
     return ConfigError("task", f"{path!r} cannot be loaded: {type(error).__name__}: {error}", "Mend the task's code")
 
 
