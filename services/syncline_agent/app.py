@@ -11,10 +11,11 @@ from syncline.allow_list import check_patterns
 from syncline.bus.accounts import read_seed
 from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.child import Child
-from syncline.errors import BusError
+from syncline.errors import BusError, ConfigError, Denied
 from syncline.nursery import Nursery
 from syncline.service import FAILED, name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
+from syncline.wire import subjects
 from syncline.wire.signing import Signer
 from syncline_agent.options import AgentOptions
 from syncline_agent.pool import claim
@@ -57,6 +58,11 @@ async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: li
         bus = await NatsBus.connect(Connection(options.connect, options.name, seed, options.patience_s))
     except BusError as error:
         raise mended(error, options.connect) from None
+    try:
+        await _check_key(bus, options)
+    except BaseException:
+        await bus.close()
+        raise
     arguments = (options.device, options.threads, list(options.allow_task), options.task_dir)
 
     async def start_child(memory: SharedMemory) -> Child:
@@ -74,6 +80,19 @@ async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: li
     finally:
         await bus.close()
     return 0
+
+
+async def _check_key(bus: NatsBus, options: AgentOptions) -> None:
+    """Raises ConfigError for a key of somebody else's: it would be refused at every question, for ever."""
+    try:
+        await bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(options.name))
+    except Denied as error:
+        problem = f"{options.key} is not the key of {options.name!r}: {error}"
+        raise ConfigError(
+            "--key", problem, "Name the agent's own key file, or with --name the agent that has it"
+        ) from None
+    except BusError:
+        pass  # there is no coordinator yet, or no connection just now: both may come
 
 
 def run_forked(options: dict[str, Any]) -> int:

@@ -168,13 +168,21 @@ async def test_the_key_of_an_agent_or_a_watcher_submits_nothing(fleet: Fleet, tm
 
 
 @in_module_loop
+async def test_a_broker_that_asks_for_a_key_and_gets_none(fleet: Fleet, tmp_path: Path) -> None:
+    said = await asyncio.to_thread(refused, tmp_path, "ls", "--connect", fleet.local.broker.url)
+    assert "asks for a key, and none was given. Name the key file" in said
+
+
+@in_module_loop
 async def test_a_key_that_is_not_the_agents_own(fleet: Fleet, tmp_path: Path) -> None:
     broker = fleet.local.broker
     key = str(broker.keyring.path("a1"))
     args = ("agent", "--name", "a2", "--key", key, "--connect", broker.url, "--state-dir", "state")
     agent = Command(tmp_path, args)
     try:
-        await asyncio.to_thread(agent.says, "as 'a2': it is another's, or a reader's")
+        assert await asyncio.to_thread(agent.ended, 60.0) == 2
+        assert f"error: --key: {key} is not the key of 'a2'" in agent.err
+        assert "as 'a2': it is another's, or a reader's" in agent.err and "--name" in agent.err
     finally:
         agent.stop()
 

@@ -129,7 +129,8 @@ class Lane:
                 raise Unavailable(str(error)) from None
             why = self._last_error or str(error) or type(error).__name__
             if "authorization" in f"{why} {error}".lower():
-                raise Denied(f"the broker at {url} does not know this key") from None
+                known = "does not know this key" if self._to.seed else "asks for a key, and none was given"
+                raise Denied(f"the broker at {url} {known}") from None
             raise Unreachable(f"no broker answers at {url}: {why}") from None
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
         self._listening, self._ear = False, None
