@@ -43,13 +43,14 @@ async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0) -> Submit
     return answer
 
 
-async def submit_remote(bus: Bus, spec: RunSpec, url: str) -> Submitted:
+async def submit_remote(bus: Bus, spec: RunSpec, url: str, key: str = "") -> Submitted:
     """The same with a broker that somebody else runs: whatever is wrong with it is said as a ConfigError."""
     try:
         return await submit(bus, spec, patience_s=5.0)
     except NoResponders:
         await _check_jetstream(bus, url)
-        mend = f"Start one with `syncline coordinator --connect {url}`, or name another broker with --connect"
+        start = f"syncline coordinator --connect {url}" + (f" --key {key}" if key else "")
+        mend = f"Start one with `{start}`, or name another broker with --connect"
         raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None
     except Denied as error:
         raise ConfigError("--key", f"it may not submit runs: {error}", "Use the coordinator's key") from None

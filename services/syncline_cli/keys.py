@@ -25,7 +25,14 @@ _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _EVERY = re.compile(r"always|\d+(?:ms|s|m|h)")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:]+\]):(\d{1,5})")
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the set.")]
+
+def _directory(text: str) -> Path:
+    if not text.strip():
+        raise ConfigError("DIR", f"{text!r} names no directory", "Name one; the current one is '.'")
+    return Path(text)
+
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", parser=_directory, help="The directory of the set.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Agents.")]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from syncline.errors import ConfigError
 
 HELP_NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 DEFAULT_URL = "nats://127.0.0.1:4222"
@@ -31,8 +34,21 @@ AllowTask = Annotated[
         envvar="SYNCLINE_ALLOW_TASK", metavar="PATTERN", help="Allow more tasks, as 'my_task.py:*'; repeatable."
     ),
 ]
+
+
+def _is_directory(text: str) -> str:
+    if not Path(text).is_dir():
+        raise ConfigError(
+            "--task-dir", f"{text!r} is no directory here", "Make it, or name the one with the task files"
+        )
+    return text
+
+
 TaskDir = Annotated[
-    str, typer.Option(envvar="SYNCLINE_TASK_DIR", metavar="DIR", help="Where task files are looked for.")
+    str,
+    typer.Option(
+        envvar="SYNCLINE_TASK_DIR", metavar="DIR", callback=_is_directory, help="Where task files are looked for."
+    ),
 ]
 StateDir = Annotated[
     str,

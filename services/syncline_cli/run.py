@@ -25,6 +25,7 @@ MAX_AGENTS = 64
     epilog="Example: syncline run digits.yaml --local 4, with `task: syncline.tasks.digits:Digits` in the file",
 )
 def run(
+    ctx: typer.Context,
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings; only `task` has no default.")],
     connect: Connect = DEFAULT_URL,
     key: Key = "",
@@ -44,6 +45,12 @@ def run(
     """
     if local is not None and detach:
         raise ConfigError("--detach", "a local fleet ends with this command", "Leave it out, or --local")
+    for option in ("connect", "key"):  # in the environment they may be for other commands
+        source = ctx.get_parameter_source(option)
+        if local is not None and source is not None and source.name == "COMMANDLINE":
+            given = f"--{option} {ctx.params[option]}"
+            problem = f"--local {local} brings a broker of its own, with keys, and {given} names another"
+            raise ConfigError("--local", problem, f"Leave out --local, or --{option}")
     if local is None and stay:
         raise ConfigError("--stay", "only a fleet of our own can stay up", "Leave it out, or add --local N")
     if local is not None and not 1 <= local <= MAX_AGENTS:
@@ -96,7 +103,7 @@ def _remote(spec: RunSpec, connect: str, key: str, as_json: bool, detach: bool) 
     from syncline_cli.process import Interrupted, run_interruptible
     from syncline_cli.run_follow import RunWatch, follow_remote, submit_alone
 
-    watch = RunWatch(spec, as_json)
+    watch = RunWatch(spec, as_json, key=key)
     seeds = [read_seed(Path(file)) if file else "" for file in (key, watch_key(key))]
     try:
         if detach:

@@ -26,8 +26,8 @@ from syncline_cli.supervise import Services
 class RunWatch:
     """The screen and the state of one run; then `report`."""
 
-    def __init__(self, spec: RunSpec, as_json: bool, text: str = "") -> None:
-        self.spec, self.as_json = spec, as_json
+    def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "") -> None:
+        self.spec, self.as_json, self.key = spec, as_json, key
         self.console = Console(stderr=as_json, highlight=False)
         steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
         self.state = RunState(spec.name, spec.stop.versions, steps)
@@ -126,7 +126,7 @@ async def submit_alone(watch: RunWatch, url: str, seed: str) -> int:
     bus = await _connect(url, seed)
     try:
         watch.asked = True
-        warnings = (await submit_remote(bus, watch.spec, url)).warnings
+        warnings = (await submit_remote(bus, watch.spec, url, watch.key)).warnings
     finally:
         await bus.close()
     for warning in warnings:
@@ -168,7 +168,7 @@ async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> 
     feed = Feed(feed_bus, watch.state)
     await feed.open()
     watch.asked = True
-    watch.follows((await submit_remote(bus, watch.spec, url)).warnings)
+    watch.follows((await submit_remote(bus, watch.spec, url, watch.key)).warnings)
     follower = Follower(bus, watch.spec.name, watch.screen.say)
     head = await first(follower.until_ended(), tell_standstill(follower, watch.state, watch.screen.say))
     await _last_metrics(watch, feed, follower)

@@ -87,6 +87,25 @@ def test_errors_are_one_line_and_an_exit_code(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["keys", "make", ""], "DIR: '' names no directory. Name one; the current one is '.'"),
+        (["agent", "--task-dir", "/not/there"], "--task-dir: '/not/there' is no directory here. Make it"),
+        (["coordinator", "--task-dir", "/not/there"], "--task-dir: '/not/there' is no directory here. Make it"),
+        (["run", "s.yaml", "--local", "2", "--connect", "nats://hub:4222"], "--connect nats://hub:4222 names another"),
+        (["run", "s.yaml", "--local", "2", "--key", "k.nk"], "--key k.nk names another. Leave out --local, or --key"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_happens(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_command_imports_torch_or_anything_slow_before_it_must() -> None:
     code = (
         "import sys\n"
