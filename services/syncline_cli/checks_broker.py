@@ -28,6 +28,7 @@ from syncline.chance import new_id
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable
 from syncline.wire import subjects
 from syncline.wire.messages import Heartbeat, encode
+from syncline_cli.connect import coordinator_key
 from syncline_cli.findings import Finding, broken, in_thread, ok, skipped, warning
 
 Role = Literal["coordinator", "watch", "agent", "anybody"]
@@ -82,6 +83,7 @@ class Broker:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.name, self._seed = "", ""
+        self._key_file: Path | None = None
         self.role: Role = "anybody"
         self.bus: NatsBus | None = None
         self._info: dict[str, Any] = {}
@@ -121,6 +123,7 @@ class Broker:
     async def log_in(self) -> Finding:
         try:
             self.name, self._seed, path = self.target.identity()
+            self._key_file = path
             to = Connection(self.target.url, self.name, self._seed, patience_s=1.0)
             async with asyncio.timeout(3 * ANSWER_S):
                 self.bus = await NatsBus.connect(to)
@@ -152,7 +155,11 @@ class Broker:
             reaches, why = "JetStream" not in str(error), str(error)
         match self.role:
             case "coordinator" if not reaches:
-                return broken("rights", f"this is no coordinator's key: {why}", "Use core/coordinator.nk of the set")
+                return broken(
+                    "rights",
+                    f"this is no coordinator's key: {why}",
+                    f"Use {coordinator_key(str(self._key_file or ''))}",
+                )
             case "coordinator":
                 return ok("rights", "a coordinator's: everything in the account of the runs")
             case "anybody":
@@ -247,7 +254,10 @@ class Broker:
             began = time.perf_counter()
             await self.bus.request(subject, question, ANSWER_S)
         except NoResponders:
-            mend = f"Start one: syncline coordinator --connect {self.target.url} --key core/coordinator.nk"
+            key = coordinator_key(str(self._key_file or ""))
+            mend = f"Start one: syncline coordinator --connect {self.target.url}" + (
+                f" --key {key}" if self._seed else ""
+            )
             return broken("coordinator", "none is on this broker", mend)
         except Denied as error:
             return broken("coordinator", str(error), "Use a key of this broker's set, under its own name")

@@ -52,11 +52,20 @@ def place(connect: str, key: str, role: str = COORDINATOR) -> Place:
 
 
 def watch_key(key: str) -> str:
-    """The key of one who only reads the public feeds, where it lies by the one that was given, as `syncline keys` and local
-    fleets lay them down; else that one itself."""
-    directory, name = Path(key).parent, f"{WATCH}{SUFFIX}"
-    near = (directory / name, directory.parent / WATCH / name) if key else ()
-    return next((str(path) for path in near if path.is_file()), key)
+    """The key of one who only reads the public feeds, where it lies by the one that was given; else that one itself."""
+    return _beside(key, WATCH, WATCH) or key
+
+
+def coordinator_key(key: str) -> str:
+    """The coordinator's key file where it lies by the one that was given, or is that one; else where a set has it."""
+    return _beside(key, COORDINATOR, "core") or f"core/{COORDINATOR}{SUFFIX}"
+
+
+def _beside(key: str, role: str, kind: str) -> str:
+    """Another key file of the same set, as `syncline keys` and local fleets lay them down; '' where it is not there."""
+    directory, name = Path(key).parent, f"{role}{SUFFIX}"
+    near = (directory / name, directory.parent / kind / name) if key else ()
+    return next((str(path) for path in near if path.is_file()), "")
 
 
 def local_fleets() -> list[tuple[Path, str]]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 app = new_app()
 
 AT_ONCE = 16  # runs that are read at the same time
+ANSWER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,12 @@ class Row:
     reason: str  # what closed the last round, or ended the run
     revision: int  # of its spec: the order in which runs came
 
+    @property
+    def ended(self) -> bool:
+        from syncline.wire.messages import ENDED
+
+        return self.phase in ENDED
+
 
 @app.command(
     context_settings=HELP_NAMES,
@@ -42,14 +49,15 @@ def ls(connect: FindConnect = "", key: Key = "", as_json: Json = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from syncline_cli.connect import ask, place
+    from syncline_cli.connect import ask, come_back, place
     from syncline_cli.display import clean
     from syncline_cli.results import print_json
 
     at = place(connect, key)
-    rows = ask(at, read)
+    rows, driven = ask(at, look)
     if as_json:
-        print_json({"runs": [{k: v for k, v in asdict(row).items() if k != "revision"} for row in rows]})
+        runs = [{k: v for k, v in asdict(row).items() if k != "revision"} for row in rows]
+        print_json({"runs": runs, "coordinator": driven})
         return
     console = Console(highlight=False)
     if not rows:
@@ -63,11 +71,33 @@ def ls(connect: FindConnect = "", key: Key = "", as_json: Json = False) -> None:
     for row in rows:
         versions = f"{row.version:,}" + (f"/{row.versions:,}" if row.versions else "")
         agents = f"{row.agents}/{row.roster}" if row.roster else "—"
-        table.add_row(row.run, Text(row.phase, _STYLES.get(row.phase, "")), versions, agents, Text(clean(row.reason)))
+        phase = row.phase if driven is not False or row.ended else f"{row.phase}?"
+        table.add_row(row.run, Text(phase, _STYLES.get(row.phase, "")), versions, agents, Text(clean(row.reason)))
     console.print(table, soft_wrap=not console.is_terminal)
+    if driven is False:
+        start = come_back("syncline coordinator", at.url, at.key)
+        text = f"?: no coordinator answers, so nothing moves there. Start one: {start}"
+        console.print(Text(text, "yellow"), soft_wrap=True)
 
 
 _STYLES = {"done": "green", "failed": "red", "refused": "red", "queued": "dim"}
+
+
+async def look(bus: Bus) -> tuple[list[Row], bool | None]:
+    """The runs; and whether a coordinator answers, None where none has to."""
+    rows = await read(bus)
+    return rows, None if all(row.ended for row in rows) else await _answers(bus)
+
+
+async def _answers(bus: Bus) -> bool:
+    from syncline.errors import BusError
+    from syncline.wire import subjects
+
+    try:
+        await bus.request(subjects.submit(), b"", ANSWER_S)  # no run at all: refused, and that is an answer
+    except BusError:
+        return False
+    return True
 
 
 async def read(bus: Bus) -> list[Row]:

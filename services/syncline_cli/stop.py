@@ -14,6 +14,7 @@ from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, ne
 if TYPE_CHECKING:
     from syncline.bus.base import Bus
     from syncline.wire.messages import Head
+    from syncline_cli.connect import Place
 
 app = new_app()
 
@@ -42,7 +43,7 @@ def stop(
     from syncline_cli.results import print_json
 
     at = place(connect, key)
-    outcome, head = ask(at, lambda bus: stop_run(bus, run, by or who(), at.url))
+    outcome, head = ask(at, lambda bus: stop_run(bus, run, by or who(), at))
     if as_json:
         print_json({"run": run, "outcome": outcome, "version": head.version, "reason": head.reason})
     elif outcome == "ended":
@@ -64,7 +65,7 @@ def who() -> str:
     return f"{user}@{socket.gethostname()}"[:200]
 
 
-async def stop_run(bus: Bus, run: str, by: str, url: str) -> tuple[str, Head]:
+async def stop_run(bus: Bus, run: str, by: str, at: Place) -> tuple[str, Head]:
     """How the request was answered first, and the last head. Asks again while nothing comes of it."""
     from syncline.errors import RunFailed
     from syncline_cli import runs
@@ -76,7 +77,7 @@ async def stop_run(bus: Bus, run: str, by: str, url: str) -> tuple[str, Head]:
     ended = asyncio.create_task(Follower(bus, run).until_ended())  # told of it: a local fleet is gone a moment later
     try:
         while loop.time() < deadline:
-            outcome = await _ask(bus, run, by, url, outcome)
+            outcome = await _ask(bus, run, by, at, outcome)
             done, _ = await asyncio.wait({ended}, timeout=ASK_AGAIN_S)
             if done:
                 return outcome, ended.result()
@@ -86,11 +87,12 @@ async def stop_run(bus: Bus, run: str, by: str, url: str) -> tuple[str, Head]:
     raise RunFailed(f"run {run} was asked to stop and still goes on after {ENDS_S:g} s: see `syncline watch {run}`")
 
 
-async def _ask(bus: Bus, run: str, by: str, url: str, before: str) -> str:
+async def _ask(bus: Bus, run: str, by: str, at: Place, before: str) -> str:
     """The first answer that the coordinator gave. Raises ConfigError where there was none and is no coordinator."""
     from syncline.errors import BusError, ConfigError, Denied, NoResponders
     from syncline.wire import subjects
     from syncline.wire.messages import Stop, Stopped, decode, encode
+    from syncline_cli.connect import come_back
 
     try:
         answer = decode(Stopped, await bus.request(subjects.stop(), encode(Stop(run=run, by=by)), ANSWER_S))
@@ -99,8 +101,8 @@ async def _ask(bus: Bus, run: str, by: str, url: str, before: str) -> str:
     except NoResponders:
         if before:
             return before
-        mend = f"Start one with `syncline coordinator --connect {url}`"
-        raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None
+        mend = f"Start one with `{come_back('syncline coordinator', at.url, at.key)}`"
+        raise ConfigError("--connect", f"no coordinator answers on {at.url}", mend) from None
     except BusError:  # asked again soon
         return before
     return before or answer.outcome

@@ -134,6 +134,25 @@ async def test_a_run_that_waits_for_agents_is_stopped_at_once(fleet: Fleet, shel
     assert (await fleet.ended(run)).phase == "done"
 
 
+async def test_a_fleet_without_a_coordinator_is_told_with_how_to_start_one(fleet: Fleet, shell: Shell) -> None:
+    run = await fleet.start(**{**SLOW, "agents": {"min": 9}})
+    await fleet.local.kill(subjects.COORDINATOR)
+    try:
+        broker = fleet.local.broker
+        start = f"syncline coordinator --connect {broker.url} --key {broker.keyring.path(subjects.COORDINATOR)}"
+        listed = await shell.told("ls")
+        assert listed["coordinator"] is False
+        shown = (await shell.done("ls")).out
+        assert run in shown and ("waiting?" in shown or "queued?" in shown) and start in shown
+        assert f"Start one with `{start}`" in await shell.refused("stop", run)
+        for key in (subjects.COORDINATOR, "a1"):
+            assert start in (await shell.done("doctor", "--only", "coordinator", key=key, code=1)).out
+    finally:
+        await fleet.local.start_coordinator()
+    assert (await shell.told("stop", run))["outcome"] in ("stopping", "stopped")
+    assert (await shell.told("ls"))["coordinator"] is None
+
+
 async def test_a_stopped_run_that_is_being_opened_ends_too(fleet: Fleet, shell: Shell) -> None:
     first = await fleet.start(**SLOW, stop={"versions": 1000})
     second = await fleet.start(**SLOW, stop={"versions": 1000})
