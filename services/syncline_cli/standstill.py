@@ -49,8 +49,10 @@ class Standstill:
             return f"nothing is heard of the coordinator for {silent_s:.0f} s", QUIET_S
         status, fleet = state.status, state.fleet
         if status is None:
-            before = fleet.run if fleet is not None and fleet.run != state.run else ""
-            return (f"queued: run {before} goes on first" if before else "waiting for the coordinator"), QUIET_S
+            active = fleet.run if fleet is not None else ""
+            if active == state.run:
+                return f"the coordinator loads the task and makes the model, for {still_s:.0f} s", QUIET_S
+            return f"queued: {f'run {active} goes on first' if active else 'the coordinator has not begun it'}", QUIET_S
         version = max(state.version, head.version if head is not None else 0)
         if version >= state.versions:
             return f"all {version:,} versions are made; their last evaluation has taken {still_s:.0f} s so far", WORK_S

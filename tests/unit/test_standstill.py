@@ -88,6 +88,8 @@ def test_a_run_in_the_queue_says_which_goes_first_and_a_silent_coordinator_is_to
     watcher = Watcher()
     watcher.hears(COORDINATOR, FleetStatus(agents=2, run="other", queued=["r"]))
     assert watcher.looks(QUIET_S) == [(QUIET_S, "queued: run other goes on first")]
+    watcher.hears(COORDINATOR, FleetStatus(agents=2, run="r", queued=[]))
+    assert watcher.looks(QUIET_S)[0][1] == "the coordinator loads the task and makes the model, for 10 s"
     watcher.often.clear()
     assert watcher.looks(30)[0][1].startswith("nothing is heard of the coordinator for ")
 
