@@ -27,7 +27,7 @@ def watch(
 ) -> None:
     """See a run as it goes on: version, curves, every agent with its lag, who is late or lost, and events.
 
-    Reads the public feeds alone and says nothing itself: the key `watch.nk` is enough. Ends with RUN, at once where it has
+    Reads the public feeds and says nothing itself: the key `watch.nk` is enough. Ends with RUN, at once where it has
     ended; without RUN it waits for the next.
     """
     from syncline_cli.watching import Watching, watch_run

@@ -1,4 +1,5 @@
-"""Watching on a terminal, in plain lines, or as JSON lines. Subscribes to metrics and events, and publishes nothing."""
+"""Watching on a terminal, in plain lines, or as JSON lines. Subscribes to metrics and events, and asks
+nothing but how a run ended that is no longer heard of."""
 
 from __future__ import annotations
 
