@@ -12,8 +12,8 @@ Updates that arrive while a plan is executed wait for the next version. An agent
 are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
 its clock is more than s ahead of the slowest live agent's *judged* clock (stale synchronous parallel). An agent that joins,
 or comes back, is set beside the slowest of the others by an offset to its clock. Where the gate would keep a merge rule from
-the updates that it needs, what waits to be judged is as good as judged for it, and whoever has nothing waiting may run. s = 0 is the synchronous run: everybody waits
-for everybody, and the versions have the same bits.
+the updates that it needs, what waits to be judged is as good as judged for it, and whoever has nothing waiting may run. s = 0
+is the synchronous run: everybody waits for everybody, and the versions have the same bits.
 
 An agent's updates are judged in the order of their clocks: a roster can tell of no other, and an elastic agent relies on it.
 
