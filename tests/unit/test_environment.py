@@ -16,7 +16,7 @@ AGENT = {
     "SYNCLINE_DEVICE": ("device", "cuda:1"),
     "SYNCLINE_THREADS": ("threads", 3),
     "SYNCLINE_ALLOW_TASK": ("allow_task", ("syncline.tasks.*", "mine.py:*", "other:*")),
-    "SYNCLINE_TASK_DIR": ("task_dir", "/tasks"),
+    "SYNCLINE_TASK_DIR": ("task_dir", "/usr"),  # any that is there
     "SYNCLINE_LOG_FILE": ("log_file", "/log"),
     "SYNCLINE_PATIENCE": ("patience_s", 7.5),
 }
