@@ -75,7 +75,9 @@ class Invariants(Chronicle):
         known, before = self.seen.get(beat.session, (line, (0, 0)))
         if self.reborn and line != known:
             before = (0, 0)
-        if beat.seen_term:
+        if not beat.seen_term:  # it has left the run, perhaps because that was gone, and begins with it
+            self.seen.pop(beat.session, None)
+        else:
             self._insist(now >= before, f"session {beat.session[:6]} saw {before} and then {now}")
             self.seen[beat.session] = line, max(before, now)
 
