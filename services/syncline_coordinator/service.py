@@ -51,7 +51,7 @@ from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
-from syncline_coordinator.space import RUNS, SPEC_BYTES, most_agents, release, reserve
+from syncline_coordinator.space import RUNS, SPEC_BYTES, insist_on_models, most_agents, release, reserve, restore
 from syncline_coordinator.stopping import end_undriven, give_up, why
 from syncline_coordinator.waiting import first_head, waiting_runs
 
@@ -349,10 +349,13 @@ class Coordinator:
         spec = parse(RunSpec, decode(Submit, submitted, limit=SPEC_BYTES).spec)
         lost_term = self._losses.term(keeper.head.run)
         anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
+        if not anew:
+            await insist_on_models(self._bus, spec.name)
         layout = None if anew else keeper.head.manifest
         known = b"" if layout is None else await record_of(self._bus, keeper.head.run, layout)
         child, manifest = await self._model_of(spec, memory, known)
         try:
+            await restore(self._bus, spec, manifest)
             center = Center(manifest, memory, spec.states)
             reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
             if anew or keeper.head.model is None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 
 from syncline.bus.base import BucketConfig, Bus, StreamConfig
+from syncline.bus.blobs import BlobGone
 from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 UPDATES_PER_AGENT = 2  # one that is judged, one on its way
 MESSAGE_OVERHEAD_BYTES = 512  # subject, headers, frame and the store's own record
@@ -83,6 +87,24 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
             "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store; with "
             "`--local`: a larger disk for TMPDIR)",
         ) from None
+
+
+async def restore(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
+    """Makes those of the run's streams again that the broker has lost, so that what was in them is missed; what is there stays
+    as it is."""
+    for stream in Reservation.of(spec, manifest, most_agents(spec)).streams(spec.name):
+        try:
+            await bus.ensure_stream(stream)
+        except Unavailable as error:  # it was made by another version, and is of another size
+            log.debug("%s: %s", stream.name, error)
+
+
+async def insist_on_models(bus: Bus, run: str) -> None:
+    """Raises BlobGone where the broker has lost the whole stream of the run's models: it answers no question about one then."""
+    try:
+        await bus.state(subjects.model_stream(run))
+    except Unavailable as error:
+        raise BlobGone(str(error)) from None
 
 
 async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
