@@ -25,7 +25,7 @@ pytestmark = pytest.mark.long
 
 SOONER = {  # where to begin, for those that few seeds show
     "agents_forget_their_offset": 150,
-    "what_a_plan_that_was_found_merges_is_taken_for_new": 220,
+    "what_a_plan_that_was_found_merges_is_taken_for_new": 160,
     "what_is_pending_is_not_kept": 160,
     "one_outbox_for_both_updates": 250,
 }
