@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from syncline.bus.accounts import Account
 from syncline.bus.base import Delivery, Handler, Stored
 from syncline.bus.memory_faults import BROKER, Network, Operation
-from syncline.bus.silence import Queue, Watch
+from syncline.bus.silence import Queue, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unreachable
 
 log = logging.getLogger(__name__)
@@ -194,19 +194,9 @@ class Lane:
             raise Unreachable(f"{message.subject}: the connection to the broker is lost")
         loop = asyncio.get_running_loop()
         waiting = _Waiting(message.subject, loop.create_future())
-        queue = self._queue
-        turn = queue.ask(size_bytes, loop.time())
         late = Unreachable(f"{message.subject}: no answer in time")
-        watch = Watch(queue, turn, partial(_fail, waiting, late))
-        try:
-            answer = await self._answer(waiting, message, kind)
-        except NoResponders:
-            queue.answered(turn, loop.time())
-            raise
-        finally:
-            watch.cancel()
-        queue.answered(turn, loop.time())
-        return answer
+        with in_turn(self._queue, size_bytes, lambda _: _fail(waiting, late)):
+            return await self._answer(waiting, message, kind)
 
     async def _answer(self, waiting: _Waiting, message: Message, kind: str) -> Message:
         self._asked += 1

@@ -23,7 +23,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from syncline.bus.base import Delivery, Handler
 from syncline.bus.nats_client import Client, WithoutTls
-from syncline.bus.silence import ANSWER_S, Queue, Watch
+from syncline.bus.silence import ANSWER_S, Queue, Turn, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
 
 log = logging.getLogger(__name__)
@@ -283,26 +283,18 @@ class Lane:
             raise Unreachable(f"{subject}: the connection to the broker is lost")
         loop = asyncio.get_running_loop()
         waiting = _Waiting(subject, loop.create_future(), many=False)
-        queue = self._queue
-        turn = queue.ask(len(data) + answer_bytes, loop.time())
 
-        def late() -> None:
+        def late(turn: Turn) -> None:
             kind = _Silent if turn.overtaken_at_s is None else Unreachable
             waiting.fail(kind(f"{subject}: no answer within {loop.time() - turn.asked_at_s:.0f} s"))
 
-        watch = Watch(queue, turn, late)
         try:
-            await self._ask(waiting, data, None)
+            with in_turn(self._queue, len(data) + answer_bytes, late):
+                await self._ask(waiting, data, None)
         except _Silent:
             if not self._closing:
                 await self._begin_again()
             raise
-        except NoResponders:
-            queue.answered(turn, loop.time())
-            raise
-        finally:
-            watch.cancel()
-        queue.answered(turn, loop.time())
         return waiting.answers[0]
 
     async def _ask(self, waiting: _Waiting, data: bytes, headers: dict[str, str] | None) -> None:

@@ -11,8 +11,11 @@ when that was noticed, though the connection is not silent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from syncline.errors import NoResponders
 
 ANSWER_S = 5.0  # how long the broker itself may take
 LEAST_BYTES_PER_S = 16 * 1024  # a link that carries less is none: 1 MiB in 64 s
@@ -71,3 +74,20 @@ class Watch:
 
     def cancel(self) -> None:
         self._timer.cancel()
+
+
+@contextmanager
+def in_turn(queue: Queue, size_bytes: int, late: Callable[[Turn], None]) -> Iterator[None]:
+    """For a body that asks and waits: `late(turn)` is called once, when it is. NoResponders is an answer; whatever else is
+    raised is none."""
+    loop = asyncio.get_running_loop()
+    turn = queue.ask(size_bytes, loop.time())
+    watch = Watch(queue, turn, lambda: late(turn))
+    try:
+        yield
+    except NoResponders:
+        queue.answered(turn, loop.time())
+        raise
+    finally:
+        watch.cancel()
+    queue.answered(turn, loop.time())
