@@ -1,7 +1,10 @@
-"""nats-py's client, which keeps to `tls://`.
+"""nats-py's client, which keeps to `tls://` and closes what it opened.
 
 As it comes it goes on in plain text where a server does not ask for TLS, whatever the address says: whoever sits on the way
 could take the connection over. Here such a server is told nothing, at the first connection and at each later one.
+
+It also forgets the socket of an attempt that failed after the TCP connection stood (no TLS, a login refused, a server that
+says nothing): each one stayed open until the garbage collector came by.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ class WithoutTls(nats.errors.Error):  # type: ignore[misc]  # nats-py is not typ
 
 
 class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not typed
-    """Raises WithoutTls before anything is sent to such a server."""
+    """Raises WithoutTls before anything is sent to such a server; holds one socket at most."""
+
+    async def _connect_to_server(self, s: Any) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        await super()._connect_to_server(s)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         server = self._current_server
