@@ -27,7 +27,7 @@ from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, See
 from syncline_agent.sending import How, Me, Sender, Update
 from syncline_agent.shelf import Shelf
 from syncline_agent.signs import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
-from syncline_agent.training import Period, Training, outboxes
+from syncline_agent.training import SAVE_AGAIN_S, Period, Training, outboxes
 
 log = logging.getLogger(__name__)
 
@@ -214,12 +214,35 @@ class Session:
         self._stand.version = head.version
         await self._telemetry.event("run-set-back", text, level="warning", agent=self._me.agent)
 
-    async def _say_not_kept(self, why: str) -> None:
-        """Its disk is full, or cannot be written: said once, for the agent goes on."""
+    async def _say_not_kept(self, report: dict[str, Any]) -> None:
+        """Its disk is full, or cannot be written: said once, for the agent goes on, or will."""
+        why, held_back = report.get("not_kept", ""), report.get("held_back", False)
         if why and not self._said_not_kept:
             self._said_not_kept = True
-            text = f"{self._me.agent}: what it trains is not kept on its disk, and goes on without: {why}"
+            then = (
+                "takes no part until it is, for what it gives up must be there first"
+                if held_back
+                else "goes on without"
+            )
+            text = f"{self._me.agent}: what it trains is not kept on its disk, and {then}: {why}"
             await self._telemetry.event("not-kept", text[:2000], level="warning", agent=self._me.agent)
+
+    async def _kept(self, clock: int, report: dict[str, Any]) -> bool:
+        """Whether the update may be offered. Where it must be on the disk first, and that takes nothing, this agent is out of
+        the run until it does; False where the child died meanwhile, and the update with it."""
+        await self._say_not_kept(report)
+        if not report.get("held_back"):
+            return True
+        self._stand.is_out(report["not_kept"])
+        while report["held_back"]:
+            await asyncio.sleep(jitter(SAVE_AGAIN_S))
+            answer = await self._ask(self._training.keep(clock))
+            if answer is None:
+                break
+            report |= answer
+        self._said_not_kept = False
+        self._stand.is_ready()
+        return not report["held_back"]
 
     async def _one_period(self, head: Head, place: Place) -> None:
         stand = self._stand
@@ -238,7 +261,6 @@ class Session:
             stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
             return
         self._fresh, self._given_up = False, range(0)
-        await self._say_not_kept(report.get("not_kept", ""))
         if elastic:
             if self._is_async:
                 await self._fetch((await self._news.newest()).head)
@@ -248,6 +270,8 @@ class Session:
                 stand.state = "waiting"
                 return
             report |= met
+        if not await self._kept(clock, report):
+            return
         stand.last, stand.clock = report, clock
         self._made, self._deaths = self._made + 1, 0
         if report.get("broken"):

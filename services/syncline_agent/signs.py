@@ -33,9 +33,9 @@ class Stand:
     """Where an agent stands in its run."""
 
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # anything here was written
-    turned: asyncio.Event = field(default_factory=asyncio.Event)  # it is ready, or of no use: that is news
+    turned: asyncio.Event = field(default_factory=asyncio.Event)  # it is ready, out, or of no use: that is news
     state: Any = "starting"
-    why: str = ""  # it failed
+    why: str = ""  # it failed, or is out
     clock: int = 0  # local periods finished
     line: int = 0  # of the head that all this is about
     handed: int = 0  # clock of the newest offer that the bus has acknowledged, on that line
@@ -51,7 +51,12 @@ class Stand:
             self.moved.set()
 
     def is_ready(self) -> None:
-        self.state = "waiting"
+        self.state, self.why = "waiting", ""
+        self.turned.set()
+
+    def is_out(self, why: str) -> None:
+        """For a while: nobody waits for this agent until it is ready again."""
+        self.state, self.why = "leaving", why[:2000]
         self.turned.set()
 
     def cannot(self, why: str) -> None:

@@ -40,7 +40,7 @@ from syncline.wire.messages import decode
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner
 from syncline_agent.state import Kept, load_state, save_state
-from syncline_agent.training import PROGRESS_BYTES, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
+from syncline_agent.training import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
 from syncline_agent.variates import Variates
 
@@ -49,9 +49,7 @@ log = logging.getLogger(__name__)
 EVALUATION_ROWS = 512
 CONTROL = 1  # the section of a blob that holds control variates
 SAVE_EVERY_S = 1.0
-SAVE_AGAIN_S = 30.0  # after the disk took nothing
 SAVE_SHARE = 0.05  # of an agent's time that saving may take
-SAVE_MEND = "Make room there or name another directory, and start this agent again"
 
 
 class Trainer:
@@ -168,8 +166,18 @@ class Trainer:
             self._center_P.copy_(self._inbox())
         return self._leave_update(period, at_once=True)
 
+    def keep(self, clock: int) -> dict[str, Any]:
+        """Tries again to get onto the disk what was held back for want of it."""
+        return self._kept(clock, at_once=True)
+
     def questions(self) -> dict[str, Handler]:
-        return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
+        return {
+            "describe": self.describe,
+            "prepare": self.prepare,
+            "period": self.period,
+            "meet": self.meet,
+            "keep": self.keep,
+        }
 
     def load_task(self, settings: RunSpec) -> Task:
         return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
@@ -203,8 +211,8 @@ class Trainer:
         self._inner.period_begins(control)
 
     def _leave_update(self, period: Period, *, at_once: bool) -> dict[str, Any]:
-        """Puts it into an outbox, and keeps what belongs to it; answers with why that could not be kept, and whether it is
-        broken: it is not finite, and once offered it will be judged so too."""
+        """Puts it into an outbox, and keeps what belongs to it; answers with why that could not be kept, whether it is not to
+        be offered before it is, and whether it is broken: it is not finite, and once offered it will be judged so too."""
         self._flat.store()
         update_P = self._updates.take(self._flat.flat_P, self._center_P, period.clock)
         self._flat.load()
@@ -215,9 +223,13 @@ class Trainer:
             self._codec.encode(change_P.cpu(), self._box(1 + period.box, CONTROL))
             sound = sound and finite(change_P)
         if sound:
-            return {"broken": False, "not_kept": self._save(period.clock, at_once=at_once)}
+            return {"broken": False, **self._kept(period.clock, at_once=at_once)}
         self._forget(period.clock)
-        return {"broken": True, "not_kept": ""}
+        return {"broken": True, "not_kept": "", "held_back": False}
+
+    def _kept(self, clock: int, *, at_once: bool) -> dict[str, Any]:
+        problem = self._save(clock, at_once=at_once)
+        return {"not_kept": problem, "held_back": at_once and bool(problem)}
 
     @torch.no_grad()
     def _forget(self, clock: int) -> None:
@@ -298,8 +310,8 @@ class Trainer:
     def _save(self, clock: int, *, at_once: bool = False) -> str:
         """Keeps W_i and all that goes with it, at most every second and for a small share of the time.
 
-        Returns why the disk did not take it: then the file from before is still there, and it is tried again. `at_once`: what
-        is given up to the center must be on the disk before it is offered; raises ConfigError where it cannot be.
+        Returns why the disk did not take it: then the file from before is still there, and it is tried again. `at_once`: in
+        any case, for what is given up to the center must be on the disk before it is offered.
         """
         now_s, problem = self._clock(), ""
         if now_s < self._save_after_s and not at_once:
@@ -311,9 +323,6 @@ class Trainer:
             save_state(self._state_path, kept, self._layout, self._submission)
         except (OSError, SafetensorError) as error:
             problem = f"{self._state_path.parent}: {getattr(error, 'strerror', None) or error}"
-            if at_once:
-                lacks = "what this agent gives up to the center must be on its disk first"
-                raise ConfigError("--state-dir", f"{problem}; {lacks}", SAVE_MEND) from None
             log.warning("not kept: %s", problem)
         took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S if not problem else SAVE_AGAIN_S, took_s / SAVE_SHARE)

@@ -15,6 +15,7 @@ PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress,
 PROGRESS_BYTES = 64
 STOP_EARLY = 16  # where that wish stands
 STEPS_EXPECTED = 24  # where Progress.steps stands
+SAVE_AGAIN_S = 30.0  # after the disk took nothing
 
 
 class Progress(NamedTuple):
@@ -55,6 +56,7 @@ class Training(Protocol):
         ...
 
     async def meet(self, period: Period) -> dict[str, Any]: ...
+    async def keep(self, clock: int) -> dict[str, Any]: ...
     def inbox(self, nbytes: int) -> memoryview: ...
     def outbox(self, nbytes: int, box: int) -> memoryview: ...
     def progress(self) -> Progress: ...
@@ -85,6 +87,10 @@ class ChildTraining:
     async def meet(self, period: Period) -> dict[str, Any]:
         """Elastic averaging: makes the update from the center in the inbox, after the period."""
         return await self._ask("meet", **period._asdict())
+
+    async def keep(self, clock: int) -> dict[str, Any]:
+        """Tries again what the disk did not take; answers with `held_back`, and why it did not, in `not_kept`."""
+        return await self._ask("keep", clock=clock)
 
     def inbox(self, nbytes: int) -> memoryview:
         return self._memory.view()[PROGRESS_BYTES : PROGRESS_BYTES + nbytes]

@@ -167,7 +167,7 @@ class Coordinator:
             if beat.state == "failed":
                 await run.lost(agent, beat.reason or "it cannot train", failed=True)
             elif beat.state == "leaving":
-                await run.lost(agent, "it left")
+                await run.lost(agent, beat.reason or "it left")
             else:
                 why_not = await run.joined(agent)
         await self._answer(delivery, Welcome(run="" if why_not else name, reason=why_not))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import math
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from syncline.errors import ConfigError, RunFailed
 from syncline.spec import RunSpec, parse
 from syncline_agent.shelf import Shelf
+from syncline_agent.state import save_state
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 
@@ -141,27 +143,63 @@ def test_faults_are_settings_and_a_synchronous_run_survives_them_bit_for_bit() -
     assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 4
 
 
-@pytest.mark.parametrize(("mix", "phase"), [({"alpha": 0.5}, "done"), ({"kind": "elastic", "alpha": 0.4}, "failed")])
-def test_a_full_disk_is_told_once_and_stops_whoever_must_keep_what_it_gives_up(
-    monkeypatch: pytest.MonkeyPatch, mix: dict[str, Any], phase: str
-) -> None:
-    events: list[dict[str, Any]] = []
+class Disk:
+    """Of a whole fleet: the first `full_for` tries fail, of files with `only` in their path."""
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, full_for: float) -> None:
+        self.tries, self.full_for, self.only, self.save = 0, full_for, "", save_state
+        self.events: list[tuple[str, str]] = []
+        monkeypatch.setattr("syncline_agent.trainer.save_state", self.take)
 
-    def follow(subject: str, data: bytes) -> None:
+    def take(self, path: Path, *what: Any) -> None:
+        self.tries += 1
+        if self.tries <= self.full_for and self.only in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.save(path, *what)
+
+    def told(self, event: str) -> list[str]:
+        return [text for kind, text in self.events if kind == event]
+
+    def run(self, count: int, fault: dict[str, Any] = NEVER, **fields: Any) -> FleetResult:
+        settings = parse(SimSettings, {"step_s": 1.0, "faults": [fault]}, "sim")
+        return run_fleet(spec_of(count, stop={"versions": 8}, **fields), settings, follow=self._follow)
+
+    def _follow(self, subject: str, data: bytes) -> None:
         if ".events." in subject:
-            events.append(json.loads(data))
+            event = json.loads(data)
+            self.events.append((event["event"], event["text"]))
 
-    monkeypatch.setattr("syncline_agent.trainer.save_state", full)
-    settings = parse(SimSettings, {"step_s": 1.0, "faults": [NEVER]}, "sim")
-    spec = spec_of(2, mix=mix, stop={"versions": 8})
-    result = run_fleet(spec, settings, follow=follow)
-    told = [e["text"] for e in events if e["event"] == ("not-kept" if phase == "done" else "agent-failed")]
-    assert result.phase == phase and len(told) == 2
-    assert all("No space left on device" in text for text in told)
-    assert all("Make room there or name another directory" in text for text in told) == (phase == "failed")
+
+def test_a_full_disk_is_told_once_and_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, math.inf)
+    assert disk.run(2, mix={"alpha": 0.5}).phase == "done"
+    assert len(told := disk.told("not-kept")) == 2 and all("goes on without: " in text for text in told)
+    assert all("No space left on device" in text for text in told) and not disk.told("agent-lost")
+
+
+@pytest.mark.parametrize("fault", [NEVER, {"kind": "trainer", "service": "a1", "after_s": 20}], ids=["", "child-dies"])
+@pytest.mark.parametrize(
+    "fields", [{"mix": {"kind": "elastic", "alpha": 0.4}}, {"local": {"steps": 5, "control_variates": "scaffold"}}]
+)
+def test_who_must_keep_what_it_gives_up_is_out_while_its_disk_is_full(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], fault: dict[str, Any]
+) -> None:
+    """And offers then what it has made, or makes it again where the child died meanwhile: nothing is lost."""
+    calm = Disk(monkeypatch, 0).run(1, **fields)
+    disk = Disk(monkeypatch, 3)
+    late = disk.run(1, fault, **fields)
+    assert (late.phase, late.digest) == ("done", calm.digest) and 45 < late.seconds - calm.seconds < 120
+    times = 1 if fault == NEVER else 2
+    assert len(told := disk.told("not-kept")) == times and "takes no part until it is" in told[0]
+    assert len(lost := disk.told("agent-lost")) == times and "No space left on device" in lost[0]
+    assert len(disk.told("agent-joined")) == times + 1 and not disk.told("agent-failed")
+
+
+def test_a_full_disk_of_one_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, math.inf)
+    disk.only = "/a1."
+    result = disk.run(2, mix={"kind": "elastic", "alpha": 0.4})
+    assert (result.phase, result.versions) == ("done", 8) and len(disk.told("agent-lost")) == 1
 
 
 def test_what_agents_keep_goes_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

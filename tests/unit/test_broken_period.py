@@ -102,5 +102,5 @@ def test_an_elastic_difference_that_broke_is_not_given_back(tmp_path: Path) -> N
     for clock in range(1, 5):
         agent.trainer._task.broken = clock == 2  # type: ignore[attr-defined]
         agent.period(agent.initial_P, verdicts={c: c != 2 for c in range(1, clock)})
-        assert agent.meet() == {"broken": clock == 2, "not_kept": ""}
+        assert agent.meet() == {"broken": clock == 2, "not_kept": "", "held_back": False}
     assert agent._box(1).isfinite().all()
