@@ -15,7 +15,6 @@ from torch import Tensor
 from trainers import Child, Ticking
 
 from syncline_agent.state import DIGEST, _digest
-from syncline_agent.training import Period
 
 OWN_TASKS = '''
 from collections import OrderedDict
@@ -254,7 +253,7 @@ def test_what_is_given_up_and_cannot_be_kept_is_not_offered(path: Path, disk: Di
     disk.full = True
     answer = child.period(child.initial_P, torch.zeros_like(child.initial_P) if "local" in spec else None)
     if "mix" in spec:
-        answer = child.trainer.meet(**Period(1, 1, 0, 1, fresh=False)._asdict())
+        answer = child.meet()
     assert answer["held_back"] and FULL in answer["not_kept"] and not [*path.parent.iterdir()]
     assert child.trainer.keep(1) == {"not_kept": answer["not_kept"], "held_back": True}
     disk.full = False
