@@ -170,6 +170,37 @@ def test_half_precision_weights_are_copied_to_and_from_an_exact_center() -> None
     assert first.dtype == torch.bfloat16 and first.tolist() == [1.0] * 3 and second.tolist() == [1.00390625] * 3
 
 
+def test_the_vector_keeps_the_digits_that_half_precision_cannot_hold() -> None:
+    model = mixed(torch.bfloat16, torch.float16)
+    flat = FlatModel(model, layout_of(model))
+    center = 1 + 2.0**-20
+    flat.flat_P.fill_(center)
+    flat.load()
+    flat.store()
+    assert flat.flat_P.tolist() == [center] * 6, "nothing was trained, and nothing changes"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    flat.store()
+    flat.store()
+    assert flat.flat_P.tolist() == [center + 0.5] * 6 and flat.flat_P.dtype == torch.float32
+
+
+def test_merged_steps_that_half_precision_cannot_hold_add_up() -> None:
+    """One agent in 64 steps by 2⁻⁷ in each of 64 rounds: their mean moves by 2⁻¹³, and in the end by what all have stepped."""
+    model = mixed(torch.bfloat16)
+    flat = FlatModel(model, layout_of(model))
+    center_P = flat.flat_P.clone()
+    for _ in range(64):
+        flat.flat_P.copy_(center_P)
+        flat.load()
+        with torch.no_grad():
+            next(model.parameters()).add_(2.0**-7)
+        flat.store()
+        center_P += (flat.flat_P - center_P) / 64
+    assert center_P.tolist() == [1 + 2.0**-7] * 3
+
+
 # -- the layout --------------------------------------------------------------------------------------------------------
 @given(st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=8), st.integers(4096, 1 << 20))
 def test_tensors_lie_one_after_the_other_and_chunks_cover_them_exactly(

@@ -49,8 +49,9 @@ def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), s
 class FlatModel:
     """A model whose averaged tensors are views of one flat vector, so that averaging is one operation on `flat_P`.
 
-    P: elements. Tensors of the vector's own dtype share its memory; others (half-precision weights under an fp32 center)
-    are copied by `store` and `load`.
+    P: elements. Tensors of the vector's own dtype share its memory. Others, half-precision weights under an fp32 center, are
+    copied by `load`, and `store` adds what they have changed by since: the vector keeps the digits that they cannot hold, as
+    the fp32 master weights of mixed-precision training do (arXiv:1710.03740), and steps too small for them add up there.
     """
 
     def __init__(self, model: nn.Module, manifest: Manifest, local: Sequence[str] = ()) -> None:
@@ -67,7 +68,9 @@ class FlatModel:
         device = next(iter(tensors.values())).device
         self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
         self.sites: list[Site] = []  # the trainable ones, and where they lie
-        self._apart: list[tuple[Tensor, Tensor]] = []
+        self._apart: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # with its place, and what it was when they were last equal
         for entry in manifest.tensors:
             tensor = tensors[entry.name]
             where = slice(entry.offset, entry.offset + entry.elements)
@@ -78,18 +81,19 @@ class FlatModel:
             if tensor.dtype == self.flat_P.dtype:
                 tensor.data = view
             else:
-                self._apart.append((tensor, view))
+                self._apart.append((tensor, view, tensor.detach().clone()))
 
     def store(self) -> None:
         """Model → flat vector, for tensors that do not share its memory."""
-        for tensor, view in self._apart:
-            view.copy_(tensor.detach())
+        for tensor, view, before in self._apart:
+            view.add_(tensor.detach().to(view.dtype).sub_(before))
+            before.copy_(tensor.detach())
 
     def load(self) -> None:
         """Flat vector → model, for tensors that do not share its memory."""
         with torch.no_grad():
-            for tensor, view in self._apart:
-                tensor.copy_(view)
+            for tensor, view, before in self._apart:
+                before.copy_(tensor.copy_(view))
 
     def at_home(self) -> dict[str, Tensor]:
         """What changes as this agent trains and does not travel, by name. Looked for each time: a model may put another tensor
