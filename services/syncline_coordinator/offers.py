@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from syncline.bus.base import Bus, Delivery, Stored
@@ -34,7 +34,7 @@ class OfferReader:
         self._woken = asyncio.Event()
         self._told = self._looks = 0  # offers told of by core messages and not read yet; times looked for them in vain
 
-    async def read(self, after_seq: int, sure: Sure) -> AsyncIterator[tuple[Stored, Offer | PeerError]]:
+    async def read(self, after_seq: int, sure: Sure) -> AsyncGenerator[tuple[Stored, Offer | PeerError], None]:
         """Every offer after that sequence number, without end; a bad one as the error that says why. `sure()`: nothing that was
         read before is lost, or it raises."""
         subscription = await self._bus.subscribe(subjects.offer(self._run, "*"), self._wake, limit=64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -329,18 +330,21 @@ class Run:
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
-        async for stored, offer in self.parts.offers.read(self.ledger.read_up_to, self.lookout.sure):
-            self.ledger.passed(stored)
-            agent = subjects.agent_of(stored.subject)
-            if isinstance(offer, Offer) and offer.line == self.keeper.head.line:
-                self.ledger.read(agent, offer.clock)
-            problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
-            if problem is not None:
-                await self.parts.telemetry.event("offer-refused", f"{agent}: {problem}", level="warning", agent=agent)
-            elif isinstance(offer, Offer):
-                if self.ledger.offer(agent, offer, stored.seq):
-                    self._account.offered(agent, offer)
-                await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
+        async with aclosing(self.parts.offers.read(self.ledger.read_up_to, self.lookout.sure)) as offers:
+            async for stored, offer in offers:
+                self.ledger.passed(stored)
+                agent = subjects.agent_of(stored.subject)
+                if isinstance(offer, Offer) and offer.line == self.keeper.head.line:
+                    self.ledger.read(agent, offer.clock)
+                problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
+                if problem is not None:
+                    await self.parts.telemetry.event(
+                        "offer-refused", f"{agent}: {problem}", level="warning", agent=agent
+                    )
+                elif isinstance(offer, Offer):
+                    if self.ledger.offer(agent, offer, stored.seq):
+                        self._account.offered(agent, offer)
+                    await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
