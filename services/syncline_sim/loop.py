@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -72,6 +72,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._order, self._longest_s, self._most_turns = order, longest_s, most_turns
         self._now_s = 0.0
         self._turns = 0
+        self._abandoned = ""
         self._numbers = itertools.count()
         self._selector = self  # where other loops wait for sockets, this one jumps
         self._clock_resolution = 1e-9
@@ -101,6 +102,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def select(self, timeout_s: float | None) -> list[Any]:
         """One turn. `timeout_s` is 0 where something is ready, None where nothing ever will be."""
+        if self._abandoned:
+            raise NotSimulated(
+                f"{self._abandoned} was left to the garbage collector. Close it, as with contextlib.aclosing"
+            )
         self._turns += 1
         if self._turns > self._most_turns:
             self._turns = 0
@@ -134,6 +139,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         task: SimTask[T] = SimTask(coro, self.number(), loop=self, context=context, **kwargs)
         self.on_task(task) if context is None else context.run(self.on_task, task)
         return task
+
+    def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
+        """Its `finally` would run whenever the garbage collector comes by."""
+        self._abandoned = getattr(agen, "__qualname__", repr(agen))
 
     def _waiting(self) -> str:
         names = sorted({str(getattr(task.get_coro(), "__qualname__", task)) for task in asyncio.all_tasks(self)})

@@ -8,7 +8,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -126,6 +127,30 @@ def test_what_does_not_end_is_stopped_in_virtual_time_and_where_time_stands_stil
 def test_sockets_processes_signals_and_threads_are_refused(loop: VirtualLoop, ask: Any) -> None:
     with pytest.raises(NotSimulated, match="in a simulation"):
         ask(loop)
+
+
+def test_a_generator_that_is_left_to_the_garbage_collector_is_an_error(loop: VirtualLoop) -> None:
+    async def numbers() -> AsyncGenerator[int, None]:
+        for number in range(3):
+            yield number
+
+    async def first() -> int:
+        async for number in numbers():
+            return number
+        return -1
+
+    async def closes_it() -> int:
+        async with aclosing(numbers()) as found:
+            return await anext(found)
+
+    async def goes_on(after: Coroutine[Any, Any, int]) -> int:
+        number = await after
+        await asyncio.sleep(1.0)
+        return number
+
+    assert run(loop, goes_on(closes_it())) == 0
+    with pytest.raises(NotSimulated, match=r"numbers was left to the garbage collector\. Close it"):
+        run(loop, goes_on(first()))
 
 
 def test_tasks_hash_by_their_number_so_that_sets_of_them_have_one_order(loop: VirtualLoop) -> None:
