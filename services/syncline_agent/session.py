@@ -156,11 +156,10 @@ class Session:
         entry = await self._news.read(subjects.spec_key(self._run))
         self._spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
         self._signs.heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
-        while (manifest := (await self._news.newest()).head.manifest) is None:
+        while (manifest := (head := (await self._news.newest()).head).manifest) is None:
             self._news.clear()
             await self._news.wait()
-        head = self._news.head
-        self._stand.line = head.line if head is not None else 0
+        self._stand.line = head.line
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
         self._submission = manifest.id
