@@ -22,6 +22,7 @@ from nats.js.client import JetStreamContext
 
 from syncline.bus.accounts import Identity
 from syncline.bus.embedded import EmbeddedBroker
+from syncline.bus.nats import Connection, NatsBus
 from syncline.bus.violations import Violation, ViolationLog
 
 Connect = Callable[..., Awaitable[Client]]
@@ -276,6 +277,31 @@ async def test_a_trace_goes_nowhere_that_he_could_not_say(world: World, target: 
     assert world.core_heard == world.a2_heard == []
     assert world.violations.read() == [Violation("a1", "publish", target)]
     assert await world.fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Status": "204"},
+        {"Status": "404"},
+        {"Status": "503"},
+        {"Nats-Subject": "syncline.v1.r.agent.a2.offer", "Nats-Sequence": "999", "Nats-Time-Stamp": "now"},
+    ],
+    ids=lambda headers: "-".join(headers.values())[:12],
+)
+async def test_a_header_hides_no_message_and_gives_it_no_other_name(world: World, headers: dict[str, str]) -> None:
+    """The broker marks its own answers with such headers, and gives out a stored message with those that it came with."""
+    key = world.broker.keyring.identity("coordinator")
+    bus = await NatsBus.connect(Connection(world.broker.url, "coordinator", key.seed))
+    his = "syncline.v1.r.agent.a1.offer"
+    await world.thief.request(his, b"", timeout=5, headers=headers)
+    await world.a2.jetstream().publish("syncline.v1.r.agent.a2.offer", b"behind it")
+    try:
+        found = await bus.read("SYNCLINE_OFFERS_r", 1, 9)
+        assert [(m.seq, m.subject.split(".")[4]) for m in found] == [(1, "a2"), (2, "a1"), (3, "a2")]
+        assert await bus.get("SYNCLINE_OFFERS_r", his) == await bus.get("SYNCLINE_OFFERS_r", his, bulk=True) == found[1]
+    finally:
+        await bus.close()
 
 
 # -- reply subjects, which the broker does not refuse ------------------------------------------------------------------

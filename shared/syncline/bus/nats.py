@@ -15,7 +15,7 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from syncline.bus.base import READ_BYTES, BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState
-from syncline.bus.nats_lane import Connection, Lane, size_of
+from syncline.bus.nats_lane import Connection, Lane, size_of, status_of
 from syncline.bus.silence import ANSWER_S
 from syncline.errors import (
     AlreadyPut,
@@ -143,16 +143,13 @@ class NatsBus:
             answer = await self._bulk.request_bulk(where, b"", self.max_payload)
         else:
             answer = (await self._control.request(where, b"", ANSWER_S))[0]
-        headers = answer.headers or {}
-        if headers.get("Status") == "404":
-            return None
-        return _stored(answer)
+        return None if status_of(answer) == "404" else _stored(answer)
 
     async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
         what = {"seq": max(1, from_seq), "batch": limit, "next_by_subj": ">", "max_bytes": READ_BYTES}
         ask = json.dumps(what).encode()
         answers = await self._control.request(f"$JS.API.DIRECT.GET.{stream}", ask, ANSWER_S, many=True)
-        return [_stored(a) for a in answers if "Status" not in (a.headers or {})]
+        return [_stored(a) for a in answers if not status_of(a)]
 
     async def state(self, stream: str, subjects: str = "") -> StreamState:
         ask: dict[str, Any] = {"subjects_filter": subjects} if subjects else {}

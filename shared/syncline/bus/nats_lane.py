@@ -326,12 +326,12 @@ class Lane:
         waiting = self._waiting.get(message.subject.rpartition(".")[2])
         if waiting is None or waiting.done.done():
             return
-        status = message.headers.get("Status") if message.headers else None
+        status = status_of(message)
         if status == "503" and not message.data:
             waiting.done.set_exception(NoResponders(f"{waiting.subject}: nobody listens"))
             return
         waiting.answers.append(message)
-        if not waiting.many or status is not None:
+        if not waiting.many or status:
             waiting.done.set_result(None)
 
     async def subscribe(self, subject: str, handler: Handler, limit: int) -> int:
@@ -365,6 +365,13 @@ async def _give_up(client: Client) -> None:
             await client._close(Client.CLOSED, do_cbs=False)
     except (TimeoutError, nats.errors.Error, OSError):
         pass
+
+
+def status_of(message: Msg) -> str:
+    """The broker's own word in place of a message, or "". A stored message bears its number, which the broker writes behind
+    all headers that its sender gave it: a `Status` among those says nothing."""
+    headers = message.headers or {}
+    return "" if "Nats-Sequence" in headers else str(headers.get("Status", ""))
 
 
 def size_of(headers: dict[str, str] | None) -> int:
