@@ -388,6 +388,23 @@ class Failures:
         late = await core.get(MODEL, "syncline.v1.r.model.b.late")
         assert late is not None and late.data == b"late"  # Unreachable means unknown: it was done after all
 
+    async def test_a_change_of_a_key_is_not_kept_until_the_connection_is_back(self, backend: Backend) -> None:
+        core, back = await a_run(backend), []
+        core.when_reconnected(lambda: back.append(1))
+        await backend.stop()
+        assert await outcome(core.request("noticed", b"", 0.5)) is Unreachable
+        async with asyncio.timeout(1):
+            changes = (
+                core.kv_create("syncline-runs", "r.new", b""),
+                core.kv_update(*HEAD, b"", 1),
+                core.kv_delete(*HEAD),
+            )
+            assert await outcomes(*changes) == [Unreachable] * 3
+        await backend.start()
+        await until(lambda: bool(back), "the connection is back")
+        head = await core.kv_get(*HEAD)
+        assert head is not None and head.value == b"HEAD" and await core.kv_keys("syncline-runs") == ["r.head"]
+
     async def test_a_closed_bus_does_nothing_more_but_what_was_said_is_said(self, backend: Backend) -> None:
         core, bus, heard = await a_run(backend), await backend.connect("coordinator"), Heard()
         await core.subscribe("q", heard)

@@ -65,6 +65,7 @@ class MemoryBus:
 
     async def kv_create(self, bucket: str, key: str, value: bytes) -> int:
         with self._operation("kv_create", bucket, key, value) as now:
+            self._must_be_up(key)
             return await self._put(now, f"$KV.{bucket}.{key}", value, 0)
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
