@@ -405,6 +405,22 @@ class Failures:
         head = await core.kv_get(*HEAD)
         assert head is not None and head.value == b"HEAD" and await core.kv_keys("syncline-runs") == ["r.head"]
 
+    async def test_a_connection_on_which_the_broker_is_silent_begins_again(self, backend: Backend) -> None:
+        core, heard, back = await a_run(backend), Heard(), []
+        core.when_reconnected(lambda: back.append(1))
+        await core.subscribe("syncline.v1.r.notify", heard)
+        await settled(core)
+        losses = core.losses
+        await backend.hang()
+        silent = [outcome(core.put("syncline.v1.r.model.b.1", b"")) for _ in range(3)]
+        assert await asyncio.gather(*silent) == [Unreachable] * 3
+        await backend.wake()
+        await until(lambda: bool(back), "the connection is another one")
+        assert core.losses > losses
+        await core.publish("syncline.v1.r.notify", b"")
+        await until(lambda: bool(heard), "it listens again")
+        assert await core.get(MODEL, "syncline.v1.r.model.b.0", bulk=True) is not None
+
     async def test_a_closed_bus_does_nothing_more_but_what_was_said_is_said(self, backend: Backend) -> None:
         core, bus, heard = await a_run(backend), await backend.connect("coordinator"), Heard()
         await core.subscribe("q", heard)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from syncline.bus.accounts import Account
 from syncline.bus.base import BucketConfig, Bus, Delivery, StreamConfig
 from syncline.bus.memory import MemoryBroker
+from syncline.bus.memory_faults import Instant
 from syncline.bus.violations import Violation
 from syncline.errors import BusError, NoResponders
 from syncline.wire.subjects import RUNS_BUCKET
@@ -34,6 +35,12 @@ class Backend(Protocol):
     async def stop(self) -> None: ...
 
     async def start(self) -> None: ...
+
+    async def hang(self) -> None:
+        """Its connections look alive, and nothing is answered."""
+        ...
+
+    async def wake(self) -> None: ...
 
     def violations(self) -> list[Violation]:
         """All so far."""
@@ -60,11 +67,18 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
+class _Mute(Instant):
+    """No answer arrives."""
+
+    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
+        return None if kind == "answer" else 0.0
+
+
 class MemoryBackend:
     """The bus in memory, be it a sound one or not."""
 
     def __init__(self, broker: MemoryBroker) -> None:
-        self.broker = broker
+        self.broker, self._network = broker, broker.network
         self._buses: list[Bus] = []
 
     async def connect(self, who: str, name: str = "") -> Bus:
@@ -77,6 +91,12 @@ class MemoryBackend:
 
     async def start(self) -> None:
         self.broker.start()
+
+    async def hang(self) -> None:
+        self.broker.network = _Mute()
+
+    async def wake(self) -> None:
+        self.broker.network = self._network
 
     def violations(self) -> list[Violation]:
         return self.broker.violations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -40,6 +42,12 @@ class NatsBackend:
 
     async def start(self) -> None:
         await self._broker.restart()
+
+    async def hang(self) -> None:
+        os.kill(self._broker.pid, signal.SIGSTOP)
+
+    async def wake(self) -> None:
+        os.kill(self._broker.pid, signal.SIGCONT)
 
     def violations(self) -> list[Violation]:
         self._violations += self._log.read()

@@ -132,7 +132,7 @@ class MemoryBus:
         with self._operation("request", subject, data, timeout_s) as now:
             self._check(subject, data)
             message = Message(subject, bytes(data), operation=now)
-            return (await self._control.request(message, now.name, timeout_s)).data
+            return (await self._control.request(message, now.name, timeout_s, of_broker=False)).data
 
     # -- the JetStream API -----------------------------------------------------------------------------------------
     def _operation(self, name: str, *arguments: object) -> AbstractContextManager[Operation]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from syncline.bus.accounts import Account
 from syncline.bus.base import Delivery, Handler, Stored
 from syncline.bus.memory_faults import BROKER, Network, Operation
-from syncline.bus.silence import Queue, in_turn
+from syncline.bus.silence import SILENT_ANSWERS, Queue, Silent, Turn, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unreachable
 
 log = logging.getLogger(__name__)
@@ -171,22 +171,31 @@ class Lane:
         self._asked = 0
         self._buffer = _Buffer()
         self._queue = Queue()  # of bulk
+        self._silent = 0
         self._mending = self.closed = False
 
     # -- talking ---------------------------------------------------------------------------------------------------
     def publish(self, message: Message, kind: str) -> None:
         self._send(kind, message.size_bytes, partial(self._server.arrive, self, message))
 
-    async def request(self, message: Message, kind: str, timeout_s: float) -> Message:
-        """The first answer. Raises NoResponders, Unreachable, Denied; another error of JetStream's is its result."""
+    async def request(self, message: Message, kind: str, timeout_s: float, *, of_broker: bool = True) -> Message:
+        """The first answer. Raises NoResponders, Unreachable, Denied; another error of JetStream's is its result.
+        `of_broker`: it is the broker who answers, so that its silence says something about the connection."""
         loop = asyncio.get_running_loop()
         waiting = _Waiting(message.subject, loop.create_future())
         late = Unreachable(f"{message.subject}: no answer within {timeout_s:g} s")
         timer = loop.call_later(timeout_s, _fail, waiting, late)
         try:
-            return await self._answer(waiting, message, kind)
+            answer = await self._answer(waiting, message, kind)
+        except Unreachable:
+            self._silent += of_broker
+            if self._silent >= SILENT_ANSWERS and not self.closed:
+                self._begin_again()
+            raise
         finally:
             timer.cancel()
+        self._silent = 0
+        return answer
 
     async def request_bulk(self, message: Message, kind: str, size_bytes: int) -> Message:
         """The same, of so many bytes there or back: it has the time that a thin link takes, and is not kept for later."""
@@ -194,9 +203,18 @@ class Lane:
             raise Unreachable(f"{message.subject}: the connection to the broker is lost")
         loop = asyncio.get_running_loop()
         waiting = _Waiting(message.subject, loop.create_future())
-        late = Unreachable(f"{message.subject}: no answer in time")
-        with in_turn(self._queue, size_bytes, lambda _: _fail(waiting, late)):
-            return await self._answer(waiting, message, kind)
+
+        def late(turn: Turn) -> None:
+            why = Silent if turn.overtaken_at_s is None else Unreachable
+            _fail(waiting, why(f"{message.subject}: no answer in time"))
+
+        try:
+            with in_turn(self._queue, size_bytes, late):
+                return await self._answer(waiting, message, kind)
+        except Silent:
+            if not self.closed:
+                self._begin_again()
+            raise
 
     async def _answer(self, waiting: _Waiting, message: Message, kind: str) -> Message:
         self._asked += 1
@@ -295,6 +313,13 @@ class Lane:
             return
         self._mending = True
         self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect", 0) or 0.0, self._connected)
+
+    def _begin_again(self) -> None:
+        """No answers come, and the connection looks alive."""
+        self._silent = 0
+        if self.up:
+            self.cut()
+            self.mend()
 
     def _connected(self) -> None:
         self.up, self._mending = True, False

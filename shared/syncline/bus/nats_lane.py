@@ -23,12 +23,11 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from syncline.bus.base import Delivery, Handler
 from syncline.bus.nats_client import Client, WithoutTls
-from syncline.bus.silence import ANSWER_S, Queue, Turn, in_turn
+from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
 
 log = logging.getLogger(__name__)
 
-SILENT_ANSWERS = 3  # unanswered requests in a row after which the connection counts as dead
 PING_S = 20
 PINGS = {"control": 2, "bulk": 7}  # unanswered: a ping stands behind the chunks, two of which may take two minutes
 PENDING_BYTES = 4 << 20
@@ -57,10 +56,6 @@ class _Waiting:
     def fail(self, error: BusError) -> None:
         if not self.done.done():
             self.done.set_exception(error)
-
-
-class _Silent(Unreachable):
-    """Nothing at all was answered for longer than a link that carries anything would need."""
 
 
 class Lane:
@@ -285,13 +280,13 @@ class Lane:
         waiting = _Waiting(subject, loop.create_future(), many=False)
 
         def late(turn: Turn) -> None:
-            kind = _Silent if turn.overtaken_at_s is None else Unreachable
+            kind = Silent if turn.overtaken_at_s is None else Unreachable
             waiting.fail(kind(f"{subject}: no answer within {loop.time() - turn.asked_at_s:.0f} s"))
 
         try:
             with in_turn(self._queue, len(data) + answer_bytes, late):
                 await self._ask(waiting, data, None)
-        except _Silent:
+        except Silent:
             if not self._closing:
                 await self._begin_again()
             raise

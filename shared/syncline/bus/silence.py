@@ -15,11 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from syncline.errors import NoResponders
+from syncline.errors import NoResponders, Unreachable
 
 ANSWER_S = 5.0  # how long the broker itself may take
+SILENT_ANSWERS = 3  # unanswered requests in a row after which the connection counts as dead
 LEAST_BYTES_PER_S = 16 * 1024  # a link that carries less is none: 1 MiB in 64 s
 _NOW_S = 1e-3
+
+
+class Silent(Unreachable):
+    """Nothing at all was answered for longer than a link that carries anything would need."""
 
 
 @dataclass(slots=True)
