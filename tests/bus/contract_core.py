@@ -290,6 +290,16 @@ class Accounts:
         await settled(core)
         assert heard.data == [b"last"] and core_heard == []
 
+    async def test_what_is_told_across_accounts_still_says_where_an_answer_was_wanted(self, backend: Backend) -> None:
+        core, agent, heard = await a_run(backend), await backend.connect("a1"), Heard()
+        await agent.subscribe("syncline.v1.*.notify", heard)
+        await settled(agent)
+        asking = asyncio.create_task(outcome(core.request("syncline.v1.r.notify", b"", 2 * QUIET_S)))
+        await until(lambda: bool(heard), "the notify is heard")
+        assert heard[0].reply.startswith("_INBOX.coordinator.")
+        await agent.publish(heard[0].reply, b"evil")  # and is none of the agent's
+        assert await asking is Unreachable
+
     async def test_watchers_hear_metrics_and_events_from_everywhere(self, backend: Backend) -> None:
         core, agent, watcher = await a_run(backend), await backend.connect("a1"), await backend.connect("watch")
         everything, some = Heard(), Heard()

@@ -97,7 +97,7 @@ class Router:
             message = replace(message, subject=reply)
         heard = self._deliver(tenant, message)
         for other in self._audience(tenant, message.subject):
-            heard += self._deliver(other, message.answered_to(""))
+            heard += self._deliver(other, message)
         if tenant.asks_core(message.subject):
             tenant, message = self._core, message.answered_to(self._mapped(tenant, message.reply))
             heard += self._deliver(tenant, message)
