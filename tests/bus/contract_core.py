@@ -168,7 +168,7 @@ class Core:
     async def test_what_is_no_subject_is_refused_and_harms_nothing(self, backend: Backend) -> None:
         bus, back = await backend.connect("coordinator"), []
         bus.when_reconnected(lambda: back.append(1))
-        for bad in ("", "a b", "a\r\nb", "\ta"):
+        for bad in ("", "a b", "a\r\nb", "\ta", "a\x7fb", "a.\ud800", "a" * 4096):
             calls = (bus.publish(bad, b""), bus.put(bad, b""), bus.request(bad, b"", 1.0), bus.subscribe(bad, Heard()))
             assert await outcomes(*calls) == [Unavailable] * 4
         for bad in ("a..b", ".a", "a.", "a.>.b", "*a", "a.b>"):

@@ -10,13 +10,26 @@ Two implementations pass one contract suite (`tests/bus/`): a real nats-server, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from syncline.errors import Unavailable
+
 READ_BYTES = (
     8 << 20
 )  # one answer to `read` ends when it has so much: a broker cuts off whoever is far behind with reading
+LONGEST_SUBJECT_BYTES = 3 << 10  # a broker hangs up on a line of 4 KiB, in which more stands than a subject
+_NO_SUBJECT = re.compile("[ \t\r\n\x7f\ud800-\udfff]|^$")
+
+
+def checked_subject(subject: str) -> str:
+    """The subject itself. Raises Unavailable for one that no broker takes, or that it does not take well: nats-server hangs up
+    on one that is too long, and a stream of its neither finds nor purges a message whose subject has a DEL."""
+    if _NO_SUBJECT.search(subject) or len(subject.encode()) > LONGEST_SUBJECT_BYTES:
+        raise Unavailable(f"{subject[:200]!r} is no subject")
+    return subject
 
 
 @dataclass(frozen=True, slots=True)

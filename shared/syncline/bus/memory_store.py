@@ -6,13 +6,12 @@ The accounts are those that `syncline.bus.accounts` configures; the contract sui
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from syncline.bus.accounts import Account
-from syncline.bus.base import READ_BYTES, BucketConfig, Stored, StreamConfig, StreamState
+from syncline.bus.base import READ_BYTES, BucketConfig, Stored, StreamConfig, StreamState, checked_subject
 from syncline.bus.memory_lane import Ear, Lane
 from syncline.errors import AlreadyPut, Conflict, StreamFull, Unavailable
 from syncline.wire.subjects import PREFIX, RUNS_BUCKET
@@ -25,7 +24,6 @@ QUESTIONS = (
     f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>",
 )
 SHORTEST_TTL_S = 0.1  # that JetStream takes
-_NO_SUBJECT = re.compile(r"[ \t\r\n]|^$")
 
 
 # -- subjects ----------------------------------------------------------------------------------------------------------
@@ -58,9 +56,9 @@ def collide(a: str, b: str) -> bool:
 def checked(subject: str, *, pattern: bool = False) -> str:
     tokens = subject.split(".")
     bad = any(not t or (t not in ("*", ">") and ("*" in t or ">" in t)) for t in tokens) or ">" in tokens[:-1]
-    if _NO_SUBJECT.search(subject) or (pattern and bad):
+    if pattern and bad:
         raise Unavailable(f"{subject!r} is no subject")
-    return subject
+    return checked_subject(subject)
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from syncline.bus.base import Delivery, Handler
+from syncline.bus.base import Delivery, Handler, checked_subject
 from syncline.bus.nats_client import Client, WithoutTls
 from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
@@ -232,12 +232,11 @@ class Lane:
 
     # -- talking ---------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        checked_subject(subject)
         if len(data) + size_of(headers) > self.max_payload:  # nats-py forgets the headers, and the server then hangs up
             raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
-        except nats.errors.BadSubjectError:
-            raise Unavailable(f"{subject!r} is no subject") from None
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {str(error) or type(error).__name__}") from None
         task = asyncio.current_task()
@@ -332,6 +331,7 @@ class Lane:
     async def subscribe(self, subject: str, handler: Handler, limit: int) -> int:
         if self._closing:
             raise Unreachable("closed")
+        checked_subject(subject)
         self._next_id = i = self._next_id + 1
         self._handlers[i] = (subject, handler, limit)
         try:
