@@ -25,7 +25,7 @@ from contract_kit import (
     until,
 )
 
-from syncline.bus.base import Bus, Delivery
+from syncline.bus.base import WAITING_BYTES, Bus, Delivery
 from syncline.bus.violations import Violation
 from syncline.errors import AlreadyPut, Denied, NoResponders, Unavailable, Unreachable
 from syncline.wire.subjects import RUNS_BUCKET
@@ -84,6 +84,20 @@ class Core:
         await bus.publish("q", b"next")
         await until(lambda: len(heard) > 6, "it goes on")
         assert heard.data == [b"0", b"1", b"2", b"3", b"4", b"5", b"next"]
+
+    async def test_when_too_much_waits_the_newest_are_dropped(self, backend: Backend) -> None:
+        bus, heard, large = await backend.connect("coordinator"), HeardSlowly(), bytes(1 << 20)
+        most = WAITING_BYTES >> 20
+        await bus.subscribe("q", heard)
+        await bus.publish("q", b"first")
+        await until(lambda: bool(heard), "the first is heard")
+        for _ in range(most + 3):
+            await bus.publish("q", large)
+            await settled(bus)
+        await bus.publish("q", b"small")
+        heard.gate.set()
+        await until(lambda: heard[-1].data == b"small", "what waited is heard")
+        assert len(heard) == 1 + (most - 1) + 1
 
     async def test_a_handler_takes_one_message_after_the_other_and_outlives_its_errors(self, backend: Backend) -> None:
         bus, heard = await backend.connect("coordinator"), Heard()

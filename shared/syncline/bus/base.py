@@ -20,6 +20,7 @@ from syncline.errors import Unavailable
 READ_BYTES = (
     8 << 20
 )  # one answer to `read` ends when it has so much: a broker cuts off whoever is far behind with reading
+WAITING_BYTES = 128 << 20  # so much may wait for one handler
 LONGEST_SUBJECT_BYTES = 3 << 10  # a broker hangs up on a line of 4 KiB, in which more stands than a subject
 _NO_SUBJECT = re.compile("[ \t\r\n\x7f\ud800-\udfff]|^$")
 
@@ -172,8 +173,8 @@ class Bus(Protocol):
     async def publish(self, subject: str, data: bytes) -> None: ...
 
     async def subscribe(self, subject: str, handler: Handler, *, limit: int = 4096) -> Subscription:
-        """Calls the handler for one message after the other; when `limit` wait, the newest are dropped. A subject that the
-        permissions forbid stays silent: the broker's log says so."""
+        """Calls the handler for one message after the other; when `limit` wait, or WAITING_BYTES, the newest are dropped. A
+        subject that the permissions forbid stays silent: the broker's log says so."""
         ...
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from syncline.bus.accounts import Account
-from syncline.bus.base import Delivery, Handler, Stored
+from syncline.bus.base import WAITING_BYTES, Delivery, Handler, Stored
 from syncline.bus.memory_faults import BROKER, Network, Operation
 from syncline.bus.silence import SILENT_ANSWERS, Queue, Silent, Turn, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unreachable
@@ -117,15 +117,19 @@ class Listener(Ear):
         super().__init__(lane, pattern, self._push)
         self._handler = handler
         self._queue: asyncio.Queue[Message] = asyncio.Queue(limit)
+        self._bytes = 0  # that wait
         self._task = asyncio.create_task(self._serve())
 
     def _push(self, message: Message) -> None:
-        if not self._queue.full():
+        size = len(message.data)
+        if not self._queue.full() and self._bytes + size < WAITING_BYTES:
             self._queue.put_nowait(message)
+            self._bytes += size
 
     async def _serve(self) -> None:
         while True:
             message = await self._queue.get()
+            self._bytes -= len(message.data)
             try:
                 await self._handler(Delivery(message.subject, message.data, message.reply))
             except asyncio.CancelledError:

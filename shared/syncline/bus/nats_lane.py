@@ -21,7 +21,7 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from syncline.bus.base import Delivery, Handler, checked_subject
+from syncline.bus.base import WAITING_BYTES, Delivery, Handler, checked_subject
 from syncline.bus.nats_client import Client, WithoutTls
 from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
@@ -146,7 +146,7 @@ class Lane:
             except Exception:
                 log.exception("the handler of %s failed", message.subject)  # our own bug; the next message is handled
 
-        return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit)
+        return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit, pending_bytes_limit=WAITING_BYTES)
 
     async def _on_disconnect(self) -> None:
         self.losses += 1
