@@ -461,7 +461,7 @@ class Failures:
         await until(lambda: heard.data == [b"asked", b"said"], "what was said is heard")
         for closed in (bus, never_asked):
             calls = (closed.kv_get(*HEAD), closed.put("q", b""), closed.publish("q", b""), closed.subscribe("q", heard))
-            assert await outcomes(*calls) == [Unreachable] * 4
+            assert await outcomes(*calls) == [Unreachable] * 4 and closed.losses == 0
 
         async def nobody_listens() -> bool:
             return await outcome(core.request("own", b"", 0.5)) is NoResponders

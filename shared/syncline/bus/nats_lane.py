@@ -149,7 +149,7 @@ class Lane:
         return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit, pending_bytes_limit=WAITING_BYTES)
 
     async def _on_disconnect(self) -> None:
-        self.losses += 1
+        self.losses += not self._closing
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     async def _on_reconnect(self) -> None:
@@ -159,7 +159,7 @@ class Lane:
 
     async def _on_closed(self) -> None:
         """nats-py closes for good on most protocol errors; a service must outlive them."""
-        self.losses += 1
+        self.losses += not self._closing
         self._fail_all(Unreachable("the broker closed the connection"))
         if not self._closing and (self._rebuild is None or self._rebuild.done()):
             self._rebuild = asyncio.create_task(self._build_again())
