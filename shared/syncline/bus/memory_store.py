@@ -201,6 +201,9 @@ class Store:
             if differ:
                 raise Unavailable(f"stream {name} exists with another configuration: {'; '.join(differ)}")
             return
+        reserved = sum(stream.shape.max_bytes for stream in self.streams.values()) + shape.max_bytes
+        if self._max_bytes is not None and reserved > self._max_bytes:
+            raise StreamFull(f"{name}: insufficient storage resources available")
         if 0 < shape.ttl_s < SHORTEST_TTL_S:
             raise Unavailable(f"{name}: max age needs to be >= {SHORTEST_TTL_S} s")
         taken = [subject for stream in self.streams.values() for subject in stream.shape.subjects]
@@ -208,9 +211,6 @@ class Store:
             if any(collide(subject, other) for other in taken):
                 raise Unavailable(f"{name}: {subject} overlaps with another subject of a stream")
             taken.append(subject)
-        reserved = sum(stream.shape.max_bytes for stream in self.streams.values()) + shape.max_bytes
-        if self._max_bytes is not None and reserved > self._max_bytes:
-            raise StreamFull(f"{name}: insufficient storage resources available")
         self.streams[name] = self._stream_type(name, shape)
 
     def with_newer(self, newer: Store, names: Collection[str]) -> Store:
