@@ -133,7 +133,7 @@ class Trouble:
     def _power_is_back(self, fault: RollBack) -> None:
         if self._world.ended:
             return
-        store, then = self._flushed[fault]
+        store, then = self._flushed.pop(fault)
         newest, dice = self._world.broker.store, Dice(f"{self._world.seed} torn")
         torn = [name for name in newest.streams if fault.torn and dice.random() < 0.5]
         self._world.say(
@@ -143,6 +143,8 @@ class Trouble:
         if f"KV_{subjects.RUNS_BUCKET}" in torn:  # then head is the newest
             then = self._world.books.copy()
         self._world.set_back(store.with_newer(newest, torn) if fault.torn else store, then)
+        for later in self._flushed:  # another failure brings nothing back that this one took
+            self._flush(later)
 
     def _lose(self, share: float) -> None:
         self._world.say(f"{share:.0%} of the core messages are lost")

@@ -22,6 +22,7 @@ FOUND = (  # what was found by many seeds, and mended
     219582,  # a clock was used up by a process of the same name whose disk was lost: the round waited for it for ever
     233624,  # an agent ahead of a gate that was lifted for want of updates: the rule waited for it, and it for the others
     252441,  # a power failure took the stream of models and left head: nobody answered a question about it, nor missed it
+    390167,  # not the services: a second power failure brought back what the first had taken
     377664,  # an agent that started anew, cut off between two reads, took a run for another: it gave up its updates twice
     100034,  # a coordinator that was replaced took what its successor cleared up for lost
 )
