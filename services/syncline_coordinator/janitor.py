@@ -51,8 +51,7 @@ class Janitor:
 
     async def look(self, now_s: float) -> None:
         """One look: purges what is too old, names who holds too much."""
-        every = f"{subjects.PREFIX}.{self._run}.agent.*.update.>"
-        state = await self._bus.state(subjects.updates_stream(self._run), every)
+        state = await self._bus.state(subjects.updates_stream(self._run), subjects.every_update(self._run))
         offered = self._offered()
         chunks = Counter(blob for blob in map(_blob_of, state.subjects) if blob and blob[1] not in offered)
         self._unoffered = {blob: self._unoffered.get(blob, _Unoffered(now_s)) for blob in sorted(chunks)}

@@ -46,7 +46,7 @@ class Reservation:
     def streams(self, run: str) -> list[StreamConfig]:
         prefix = f"{subjects.PREFIX}.{run}"
         return [
-            StreamConfig(subjects.updates_stream(run), (f"{prefix}.agent.*.update.>",), self.updates, write_once=True),
+            StreamConfig(subjects.updates_stream(run), (subjects.every_update(run),), self.updates, write_once=True),
             StreamConfig(subjects.offers_stream(run), (f"{prefix}.agent.*.offer",), OFFERS_BYTES, max_per_subject=1000),
             StreamConfig(
                 subjects.model_stream(run), (f"{prefix}.model.>", f"{prefix}.outer.>"), self.models, write_once=True

@@ -153,7 +153,7 @@ async def a_run(backend: Backend) -> Bus:
     await core.kv_create(*HEAD, b"HEAD")
     await core.ensure_stream(StreamConfig(MODEL, ("syncline.v1.r.model.>", "syncline.v1.r.outer.>"), 64 * ROOM))
     await core.ensure_stream(StreamConfig(OFFERS, ("syncline.v1.r.agent.*.offer",), ROOM))
-    await core.ensure_stream(StreamConfig(UPDATES, ("syncline.v1.r.agent.*.update.>",), ROOM, write_once=True))
+    await core.ensure_stream(StreamConfig(UPDATES, ("syncline.v1.r.agent.*.update.*.*",), ROOM, write_once=True))
     await core.put("syncline.v1.r.model.b.0", b"MODEL")
     return core
 

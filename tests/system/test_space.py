@@ -12,7 +12,7 @@ from harness import Fleet, eventually, settings
 
 from syncline.bus.base import StreamConfig
 from syncline.bus.blobs import UNOFFERED_S, put_blob
-from syncline.errors import Unavailable
+from syncline.errors import NoResponders, Unavailable
 from syncline.nursery import Nursery
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
@@ -88,8 +88,7 @@ async def test_a_stream_of_somebody_else_in_the_way_is_named_and_stays(small: Fl
 async def test_blobs_that_nobody_offers_go_after_a_time_and_who_keeps_putting_them_is_named(small: Fleet) -> None:
     """As the coordinator looks, but with the time as an argument."""
     run, stream = "hoarded", subjects.updates_stream("hoarded")
-    every = f"{subjects.PREFIX}.{run}.agent.*.update.>"
-    await small.bus.ensure_stream(StreamConfig(stream, (every,), 1 << 20, write_once=True))
+    await small.bus.ensure_stream(StreamConfig(stream, (subjects.every_update(run),), 1 << 20, write_once=True))
     hoarder, purger, offered = await small.local.connect("a1"), Purger(small.bus), set[str]()
     janitor = Janitor(small.bus, run, purger, Telemetry(small.bus, run, subjects.COORDINATOR), lambda: offered)
 
@@ -101,6 +100,9 @@ async def test_blobs_that_nobody_offers_go_after_a_time_and_who_keeps_putting_th
         prefix = partial(subjects.update_prefix, run, "a1")
         for _ in range(QUOTA_BLOBS + 2):
             ref, _ = await put_blob(hoarder, prefix, memoryview(bytes(3000)), 1000)
+        for no_chunk in ("lone", "too.deep.0"):
+            with pytest.raises(NoResponders):
+                await hoarder.put(prefix(no_chunk), b"")
         offered.add(ref.id)
         await janitor.look(0.0)
         assert small.events(run, "over-quota") == [], "they may all be on their way"
@@ -111,7 +113,7 @@ async def test_blobs_that_nobody_offers_go_after_a_time_and_who_keeps_putting_th
         await janitor.look(UNOFFERED_S + LOOK_S)
 
         async def purged() -> bool:
-            left = (await small.bus.state(stream, every)).subjects
+            left = (await small.bus.state(stream, ">")).subjects
             return set(left) == {f"{prefix(ref.id)}.{k}" for k in range(3)}
 
         await eventually(purged, "only the offered blob is left")

@@ -89,7 +89,12 @@ OBJECTS = (
         "coordinator",
         "changed by compare-and-set on its revision alone",
     ),
-    (f"stream `{subjects.updates_stream(RUN)}`", "chunks of updates", "agents", f"{WRITE_ONCE}; purged once judged"),
+    (
+        f"stream `{subjects.updates_stream(RUN)}`",
+        f"chunks of updates, `{subjects.every_update(RUN)}`",
+        "agents",
+        f"{WRITE_ONCE}; purged once judged",
+    ),
     (
         f"stream `{subjects.offers_stream(RUN)}`",
         "offers, in the order they are judged",

@@ -58,6 +58,11 @@ def update_prefix(run: str, agent: str, blob: str) -> str:
     return f"{PREFIX}.{run}.agent.{agent}.update.{blob}"
 
 
+def every_update(run: str) -> str:
+    """Chunks and nothing else: what the updates stream takes, its coordinator can find and purge."""
+    return f"{update_prefix(run, '*', '*')}.*"
+
+
 def model_prefix(run: str, blob: str) -> str:
     return f"{PREFIX}.{run}.model.{blob}"
 
