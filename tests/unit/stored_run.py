@@ -54,6 +54,10 @@ def waiting(run: str = RUN) -> Head:
     return Head(run=run, term=1, version=0, phase="waiting")
 
 
+async def lose_head(bus: Bus, run: str = RUN) -> None:
+    await bus.purge(f"KV_{subjects.RUNS_BUCKET}", f"$KV.{subjects.RUNS_BUCKET}.{subjects.head_key(run)}")
+
+
 class StoredRun:
     """Versions 0 … `versions` of a run; `purge(v)` takes the chunks of one away."""
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from stored_run import lose_head
 
 from syncline import chance
 from syncline.bus.base import StreamConfig
@@ -103,7 +104,7 @@ async def an_older_head(stage: Stage) -> None:
 
 
 async def no_head_at_all(stage: Stage) -> None:
-    await stage.bus.kv_delete(subjects.RUNS_BUCKET, KEY)
+    await lose_head(stage.bus, "r")
 
 
 async def an_older_head_than_an_agent_has_seen(stage: Stage) -> None:

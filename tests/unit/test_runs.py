@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stored_run import RUN, StoredRun, bucket, center, digest_of, submitted
+from stored_run import RUN, StoredRun, bucket, center, digest_of, lose_head, submitted
 
 from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.errors import ConfigError, PeerError
@@ -63,7 +63,7 @@ def test_of_many_runs_a_few_are_named() -> None:
 
 async def test_a_run_between_its_spec_and_its_head_is_there_in_a_moment(bus: MemoryBus) -> None:
     await submitted(bus)
-    await bus.kv_delete(subjects.RUNS_BUCKET, subjects.head_key(RUN))
+    await lose_head(bus)
     with pytest.raises(ConfigError, match="submitted just now"):
         await runs.head_of(bus, RUN)
 

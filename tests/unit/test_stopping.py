@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from stored_run import RUN, StoredRun, bucket, submitted, waiting
+from stored_run import RUN, StoredRun, bucket, lose_head, submitted, waiting
 
 from syncline.bus.base import Delivery
 from syncline.bus.memory import MemoryBroker, MemoryBus
@@ -64,7 +64,7 @@ async def test_a_run_that_is_not_there_is_unknown(bus: MemoryBus) -> None:
 
 async def test_a_spec_without_a_head_gets_one_that_is_done(bus: MemoryBus) -> None:
     await submitted(bus)
-    await bus.kv_delete(subjects.RUNS_BUCKET, subjects.head_key(RUN))
+    await lose_head(bus)
     assert (await end_undriven(bus, STOP)).outcome == "stopped"
     assert (await head(bus)).phase == "done"
 

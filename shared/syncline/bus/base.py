@@ -101,7 +101,7 @@ class Subscription(Protocol):
 class Bus(Protocol):
     """Every method may raise Unreachable (no connection or no answer in time) and Denied (the broker's permissions).
 
-    While the connection is lost, `kv_create`, `kv_update`, `kv_delete`, `purge`, `delete_stream` and `fit_stream` raise
+    While the connection is lost, `kv_create`, `kv_update`, `purge`, `delete_stream` and `fit_stream` raise
     Unreachable at once and are not kept until it is back: the broker may come back with an older store, and what was right to
     change is right no more. So do `put` and `get` of bulk, which would travel for a caller who has long asked again.
     """
@@ -126,8 +126,6 @@ class Bus(Protocol):
         """Compare-and-set: writes if the key is still at `revision`. Raises Conflict where it is not.
         Unreachable means *unknown*: read again."""
         ...
-
-    async def kv_delete(self, bucket: str, key: str) -> None: ...
 
     async def kv_keys(self, bucket: str) -> list[str]: ...
 

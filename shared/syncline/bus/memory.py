@@ -73,10 +73,6 @@ class MemoryBus:
             self._must_be_up(key)
             return await self._put(now, f"$KV.{bucket}.{key}", value, revision)
 
-    async def kv_delete(self, bucket: str, key: str) -> None:
-        with self._operation("kv_delete", bucket, key) as now:
-            await self._purge(now, f"KV_{bucket}", f"$KV.{bucket}.{key}")
-
     async def kv_keys(self, bucket: str) -> list[str]:
         with self._operation("kv_keys", bucket) as now:
             prefix = f"$KV.{bucket}."

@@ -99,9 +99,6 @@ class NatsBus:
         self._must_be_up(key)
         return await self._put(f"$KV.{bucket}.{key}", value, _at(revision))
 
-    async def kv_delete(self, bucket: str, key: str) -> None:
-        await self.purge(f"KV_{bucket}", f"$KV.{bucket}.{key}")
-
     async def kv_keys(self, bucket: str) -> list[str]:
         prefix = f"$KV.{bucket}."
         state = await self.state(f"KV_{bucket}", f"{prefix}>")
