@@ -6,7 +6,8 @@ Each test gets a broker of its own with the accounts of `syncline.bus.accounts`:
 
 from __future__ import annotations
 
-from contract_core import Accounts, Core, Failures
+from contract_core import Accounts, Core
+from contract_failures import Failures
 from contract_store import Blobs, KeyValue, Streams
 
 
