@@ -8,11 +8,12 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from contract import TESTS, Contract
-from contract_kit import MAX_STORE_BYTES, B, Heard, MemoryBackend, S, VirtualLoop, outcome, settled
+from contract_kit import MAX_STORE_BYTES, B, Heard, MemoryBackend, S, VirtualLoop, outcome, settled, until
 from mutants import MUTANTS
 
 from syncline.bus.base import Bus, Delivery
@@ -45,6 +46,14 @@ class NatsBackend:
 
     async def hang(self) -> None:
         os.kill(self._broker.pid, signal.SIGSTOP)
+        threads = Path(
+            f"/proc/{self._broker.pid}/task"
+        )  # where there is one: the signal takes a moment to reach them all
+
+        def stopped() -> bool:
+            return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads.glob("*/stat"))
+
+        await until(stopped, "every thread of the server has stopped")
 
     async def wake(self) -> None:
         os.kill(self._broker.pid, signal.SIGCONT)
