@@ -118,9 +118,9 @@ class World:
                 world._stored(self.name, Stored(subject, data, seq, time_s))
                 return seq
 
-            def purge(self, pattern: str, up_to_seq: int | None) -> None:
+            def purge(self, pattern: str) -> None:
                 before = list(self.by_subject)
-                super().purge(pattern, up_to_seq)
+                super().purge(pattern)
                 world._purged(self.name, [s for s in before if s not in self.by_subject])
 
         class Broker(MemoryBroker):

@@ -163,8 +163,8 @@ class Bus(Protocol):
         """Counts; with a filter also the messages per subject. Raises Unavailable where there is no such stream."""
         ...
 
-    async def purge(self, stream: str, subject: str, *, up_to_seq: int | None = None) -> None:
-        """Removes a subject's messages (wildcards allowed), all of them or those below `up_to_seq`."""
+    async def purge(self, stream: str, subject: str) -> None:
+        """Removes all messages of a subject (wildcards allowed)."""
         ...
 
     # -- core ------------------------------------------------------------------------------------------------------

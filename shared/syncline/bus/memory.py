@@ -110,9 +110,10 @@ class MemoryBus:
         with self._operation("state", stream, subjects) as now:
             return await self._state(now, stream, subjects)
 
-    async def purge(self, stream: str, subject: str, *, up_to_seq: int | None = None) -> None:
-        with self._operation("purge", stream, subject, up_to_seq) as now:
-            await self._purge(now, stream, subject, up_to_seq)
+    async def purge(self, stream: str, subject: str) -> None:
+        with self._operation("purge", stream, subject) as now:
+            held = partial(self._broker.stream, stream, Unavailable)
+            await self._ask_now(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject))
 
     # -- core ------------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes) -> None:
@@ -162,10 +163,6 @@ class MemoryBus:
     async def _state(self, now: Operation, stream: str, subjects: str) -> StreamState:
         held = partial(self._broker.stream, stream, Unavailable)
         return await self._ask(now, f"$JS.API.STREAM.INFO.{stream}", lambda: held().state(subjects))
-
-    async def _purge(self, now: Operation, stream: str, subject: str, up_to_seq: int | None = None) -> None:
-        held = partial(self._broker.stream, stream, Unavailable)
-        await self._ask_now(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject, up_to_seq))
 
     async def _ensure(self, now: Operation, name: str, config: StreamConfig | BucketConfig) -> None:
         shape = Shape.of(config)

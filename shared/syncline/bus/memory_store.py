@@ -162,8 +162,8 @@ class Stream:
         counts = {s: len(seqs) for s, seqs in sorted(self.matching(pattern))} if pattern else {}
         return StreamState(len(self.messages), self.bytes, self.first_seq, self.last_seq, counts)
 
-    def purge(self, pattern: str, up_to_seq: int | None) -> None:
-        for seq in [s for _, seqs in self.matching(pattern) for s in seqs if up_to_seq is None or s < up_to_seq]:
+    def purge(self, pattern: str) -> None:
+        for seq in [s for _, seqs in self.matching(pattern) for s in seqs]:
             self.remove(seq)
 
     def expire(self, time_s: float) -> None:

@@ -160,11 +160,8 @@ class NatsBus:
                 break
         return StreamState(state["messages"], state["bytes"], state["first_seq"], state["last_seq"], counts)
 
-    async def purge(self, stream: str, subject: str, *, up_to_seq: int | None = None) -> None:
-        ask: dict[str, Any] = {"filter": subject}
-        if up_to_seq is not None:
-            ask["seq"] = max(1, up_to_seq)  # 0 would mean all
-        await self._api_now(f"STREAM.PURGE.{stream}", ask)
+    async def purge(self, stream: str, subject: str) -> None:
+        await self._api_now(f"STREAM.PURGE.{stream}", {"filter": subject})
 
     # -- core ------------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes) -> None:
