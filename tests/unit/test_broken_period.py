@@ -21,6 +21,12 @@ class Breaks(LinearRegression):
         loss = super().loss(model, batch)
         return loss * float("nan") if self.broken else loss
 
+class Half(Breaks):
+    def model(self):
+        return nn.Linear(self.features, 1, dtype=torch.bfloat16)
+    def loss(self, model, batch):
+        return super().loss(model, [numbers.bfloat16() for numbers in batch])
+
 class Personal(Breaks):
     local = ("0.*",)
     def model(self):
@@ -57,7 +63,7 @@ def broken_period(it: Child, *sums: Any) -> None:
     assert answer["broken"] and not answer["update"].isfinite().all()
 
 
-@pytest.mark.parametrize("task", ["Breaks", "Personal"])
+@pytest.mark.parametrize("task", ["Breaks", "Personal", "Half"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_next_period_is_that_of_a_new_agent(tmp_path: Path, spec: dict[str, Any], task: str) -> None:
     agent, new = (child(tmp_path, name, spec, task) for name in ("agent", "new"))

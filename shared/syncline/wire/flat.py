@@ -68,9 +68,7 @@ class FlatModel:
         device = next(iter(tensors.values())).device
         self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
         self.sites: list[Site] = []  # the trainable ones, and where they lie
-        self._apart: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # with its place, and what it was when they were last equal
+        self._apart: list[tuple[Tensor, Tensor, Tensor]] = []  # its place, and what it was when it was last copied
         for entry in manifest.tensors:
             tensor = tensors[entry.name]
             where = slice(entry.offset, entry.offset + entry.elements)
