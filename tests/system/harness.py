@@ -126,7 +126,15 @@ class Fleet:
         return decode(Roster, data)
 
     async def log(self, run: str) -> list[Committed]:
-        return [decode(Committed, s.data) for s in await self.bus.read(subjects.log_stream(run), 1, 1000)]
+        """What was committed, in its order: a coordinator that is killed between its record and head has committed nothing, and
+        its successor puts another record of that version, under a higher term."""
+        committed: dict[int, Committed] = {}
+        for stored in await self.bus.read(subjects.log_stream(run), 1, 1000):
+            record = decode(Committed, stored.data)
+            before = committed.get(record.version)
+            assert before is None or before.term < record.term, f"version {record.version} was committed twice"
+            committed[record.version] = record
+        return [*committed.values()]
 
     # -- what was said -------------------------------------------------------------------------------------------------
     def events(self, run: str, kind: str) -> list[dict[str, Any]]:
