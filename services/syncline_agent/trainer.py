@@ -12,7 +12,6 @@ W_i is kept on disk, so that an agent that was killed goes on from its own work.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import struct
 import time
@@ -30,9 +29,21 @@ from syncline.data.partition import Part
 from syncline.engine.duration import Duration
 from syncline.engine.kernels import finite
 from syncline.errors import ConfigError
+from syncline.seeding import seed_all, seed_of
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.tasks.base import Task, as_number, batches, evaluate, load_task, rows_of_part, to_device, whole_gradient
+from syncline.tasks.base import (
+    Task,
+    as_number,
+    batches,
+    evaluate,
+    load_task,
+    make_dataset,
+    make_model,
+    rows_of_part,
+    to_device,
+    whole_gradient,
+)
 from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
@@ -97,8 +108,7 @@ class Trainer:
     def _make(self) -> None:
         """The model, the optimiser, and all else that a period changes, as they are before the first one."""
         settings = self._settings
-        torch.manual_seed(settings.seed)
-        model = self._task.model().to(self._claim.device)
+        model = make_model(self._task, settings.seed).to(self._claim.device)
         self._flat = FlatModel(model, self._layout, self._task.local)
         self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
@@ -137,7 +147,7 @@ class Trainer:
         self._take_part(number, period.parts)
         self._begin(period)
         settings, rows = self._settings, len(self._dataset)
-        _seed_torch(_seed(settings.seed, number, clock), self._claim.device)
+        seed_all(seed_of(settings.seed, number, clock), self._claim.device)
         began = self._clock()
         loss, steps, seen = self._train(self._allotted(rows), clock, number)
         seconds = self._clock() - began
@@ -151,7 +161,7 @@ class Trainer:
         if self._stopped():
             return {**answer, "stopped": True}
         if settings.evaluate.agents:
-            answer["metrics"] = self._evaluate()
+            answer["metrics"] = self._evaluate(period.version)
         if not self._updates.needs_center:
             answer |= self._leave_update(period, at_once=self._variates is not None)
         return {**answer, "stopped": False}
@@ -180,7 +190,7 @@ class Trainer:
         }
 
     def load_task(self, settings: RunSpec) -> Task:
-        return load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
+        return load_task(settings.task, settings.task_options, self._allowed, self._task_dir, seed=settings.seed)
 
     def vector(self) -> torch.Tensor:
         """Room for a center, on the device."""
@@ -192,7 +202,7 @@ class Trainer:
         if self._place != (number, parts):
             settings = self._settings
             part = Part(number, parts, settings.partition, settings.seed, needed=settings.agents.min)
-            dataset = self._task.dataset(part)
+            dataset = make_dataset(self._task, part)
             rows_of_part(dataset, number)
             self._dataset: Any = dataset
             self._place = (number, parts)
@@ -240,8 +250,7 @@ class Trainer:
         if self._variates is not None:
             self._variates.pending.pop(clock, None)
         self._inner.forget()
-        torch.manual_seed(self._settings.seed)
-        first, own = self._task.model(), self._flat.model
+        first, own = make_model(self._task, self._settings.seed), self._flat.model
         for ours, theirs in ((own.named_parameters, first.named_parameters), (own.named_buffers, first.named_buffers)):
             fresh = dict(theirs())
             for name, tensor in ours():
@@ -328,10 +337,11 @@ class Trainer:
         self._save_after_s = now_s + max(SAVE_EVERY_S if not problem else SAVE_AGAIN_S, took_s / SAVE_SHARE)
         return problem
 
-    def _evaluate(self) -> dict[str, float]:
-        """W_i on the held-out data."""
-        device = self._claim.device
-        return evaluate(self._task, self._flat.model, self._held_out(), EVALUATION_ROWS, device, self._on_batch)
+    def _evaluate(self, version: int) -> dict[str, float]:
+        """W_i on the held-out data. Draws the random numbers that the evaluation of this version's center draws."""
+        device, test_set = self._claim.device, self._held_out()
+        seed_all(seed_of(self._settings.seed, version), device)
+        return evaluate(self._task, self._flat.model, test_set, EVALUATION_ROWS, device, self._on_batch)
 
     def _gradient_at_center(self, out_P: torch.Tensor) -> None:
         """Of the loss over this agent's whole part, where the model stands."""
@@ -349,7 +359,7 @@ class Trainer:
 
     def _held_out(self) -> Any:
         if self._test_set is None:
-            self._test_set = self._task.dataset(Part.test())
+            self._test_set = make_dataset(self._task, Part.test(self._settings.seed))
         return self._test_set
 
     def _box(self, which: int, section: int = 0) -> memoryview:
@@ -365,19 +375,6 @@ def _rows_told(rows: Any) -> int:
     if not (told >= 0 and told.is_integer()):
         raise ConfigError("task", f"`train` called `on_step` with {told:g}", mend)
     return int(told)
-
-
-def _seed(*parts: int) -> int:
-    """One seed out of several numbers, for dropout and the like: the same period draws the same numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
-
-
-def _seed_torch(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, which looks for every kind of device, and takes milliseconds for it, where there is none."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def main(device: str, threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:

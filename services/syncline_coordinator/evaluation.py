@@ -58,7 +58,7 @@ class Evaluation:
             async with asyncio.timeout(self._longest_s):
                 await self._child.ask("copy")
                 self._copied.set()
-                answer = await self._child.ask("evaluate")
+                answer = await self._child.ask("evaluate", version=version)
             metric = CenterEval(version=version, metrics=numbers(answer["metrics"]), seconds=answer["seconds"])
         except Exception as error:
             self._copied.set()

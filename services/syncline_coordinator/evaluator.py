@@ -16,9 +16,10 @@ import torch
 from syncline.child import Handler, serve
 from syncline.data.partition import Part
 from syncline.optim import check_inner
+from syncline.seeding import seed_all, seed_of
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.tasks.base import Task, evaluate, load_task
+from syncline.tasks.base import Task, evaluate, load_task, make_dataset, make_model
 from syncline.wire import subjects
 from syncline.wire.flat import DTYPES, FlatModel, manifest_of
 from syncline.wire.manifest import Manifest
@@ -46,8 +47,7 @@ class Evaluator:
         """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one."""
         settings = parse(RunSpec, spec)
         task = self.load_task(settings)
-        torch.manual_seed(settings.seed)
-        model = task.model()
+        model = make_model(task, settings.seed)
         layout = (
             decode(Manifest, manifest)
             if manifest
@@ -56,7 +56,7 @@ class Evaluator:
         if not manifest:
             check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local), layout
-        self._dataset = task.dataset(Part.test())
+        self._settings, self._dataset = settings, make_dataset(task, Part.test(settings.seed))
         return {"manifest": encode(layout)}
 
     def initial(self) -> dict[str, Any]:
@@ -72,11 +72,12 @@ class Evaluator:
         self._flat.load()
         return {}
 
-    def evaluate(self) -> dict[str, Any]:
-        """Held-out metrics of the center copied last."""
+    def evaluate(self, version: int) -> dict[str, Any]:
+        """Held-out metrics of the center copied last, which is that of `version`."""
         assert self._flat is not None and self._task is not None
-        began = self._clock()
-        metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, torch.device("cpu"))
+        began, cpu = self._clock(), torch.device("cpu")
+        seed_all(seed_of(self._settings.seed, version), cpu)
+        metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, cpu)
         return {"metrics": metrics, "seconds": self._clock() - began}
 
     def questions(self) -> dict[str, Handler]:
@@ -84,7 +85,12 @@ class Evaluator:
 
     def load_task(self, settings: RunSpec) -> Task:
         return load_task(
-            settings.task, settings.task_options, self._allowed, self._task_dir, asker=subjects.COORDINATOR
+            settings.task,
+            settings.task_options,
+            self._allowed,
+            self._task_dir,
+            asker=subjects.COORDINATOR,
+            seed=settings.seed,
         )
 
     def _center(self) -> torch.Tensor:

@@ -136,7 +136,7 @@ class StubEvaluator:
         self._copy = self._center().copy()
         return {}
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, version: int) -> dict[str, Any]:
         return {"metrics": {"mean": float(self._copy.mean())}, "seconds": 0.0}
 
     def questions(self) -> dict[str, Handler]:

@@ -20,7 +20,7 @@ import torch
 from syncline.data.partition import Part
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
-from syncline.tasks.base import Task, load_task
+from syncline.tasks.base import Task, load_task, make_dataset
 from syncline_agent.trainer import Trainer
 from syncline_agent.training import PROGRESS_BYTES
 from syncline_coordinator.evaluator import Evaluator
@@ -71,8 +71,10 @@ class SharedTask:
     def load(self, settings: RunSpec) -> Task:
         """Raises ConfigError."""
         if self._task is None:
-            self._task = load_task(settings.task, settings.task_options, self._allowed, self._task_dir)
-            self.dataset(Part.test())  # what that caches in the task, the copies have too
+            self._task = load_task(
+                settings.task, settings.task_options, self._allowed, self._task_dir, seed=settings.seed
+            )
+            self.dataset(Part.test(settings.seed))  # what that caches in the task, the copies have too
         own = copy.copy(self._task)
         setattr(own, "dataset", self.dataset)  # noqa: B010 (in the place of a method)
         return own
@@ -88,7 +90,7 @@ class SharedTask:
         if place not in self._datasets:
             for old in [p for p in self._datasets if p[0] == part.held_out and p[2] != part.parts]:
                 del self._datasets[old]
-            self._datasets[place] = self._task.dataset(part)
+            self._datasets[place] = make_dataset(self._task, part)
         return self._datasets[place]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from syncline.errors import ConfigError, RunFailed
+from syncline.seeding import seed_all
 from syncline.spec import RunSpec, parse
 from syncline_agent.shelf import Shelf
 from syncline_agent.state import save_state
@@ -35,6 +36,19 @@ class Counting(LinearRegression):
     def dataset(self, part):
         loaded.append((part.held_out, part.index, part.parts))
         return super().dataset(part)
+"""
+DRAWING = """
+import random, numpy
+from torch import nn
+from syncline.tasks.quadratic import LinearRegression
+
+class Drawing(LinearRegression):
+    def loss(self, model, batch):
+        inputs, targets = batch
+        return super().loss(model, (inputs * random.random() + numpy.random.rand(), targets))
+
+    def metrics(self, model, batch):
+        return {"drawn": random.random() + numpy.random.rand()}
 """
 
 
@@ -58,6 +72,16 @@ def test_the_same_spec_and_settings_give_the_same_result_bit_for_bit() -> None:
     first, second = (fleet_of(spec_of(sync={"kind": "async", "buffer": 2}), **settings) for _ in range(2))
     assert first == second and first.phase == "done" and first.versions == 5
     assert fleet_of(spec_of(sync={"kind": "async", "buffer": 2}), **settings, seed=5) != first
+
+
+def test_a_task_that_draws_from_any_generator_gives_the_same_result_bit_for_bit(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(DRAWING)
+    spec, digests = spec_of(task="own.py:Drawing"), set()
+    for seed in (1, 2):
+        seed_all(seed)  # this process has drawn other numbers
+        result = fleet_of(spec, tmp_path)
+        digests.add((result.digest, result.metrics["drawn"]))
+    assert len(digests) == 1
 
 
 def test_speeds_change_no_bit_of_a_synchronous_run_and_decide_how_long_it_takes() -> None:

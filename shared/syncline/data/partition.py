@@ -41,9 +41,9 @@ class Part:
         assert 0 <= self.index < self.parts, f"there is no part {self.index} of {self.parts}"
 
     @classmethod
-    def test(cls) -> Part:
-        """The common held-out set, the same for everybody."""
-        return cls(index=0, parts=1, how=Iid(), seed=0, held_out=True)
+    def test(cls, seed: int = 0) -> Part:
+        """Return the part that asks for the common held-out set. `seed`: the run's."""
+        return cls(index=0, parts=1, how=Iid(), seed=seed, held_out=True)
 
     def rows(self, count: int, **columns: ArrayLike) -> Rows:
         """This agent's rows of `count`: sorted indices. Columns (one value a row; arrays, tensors, lists) may decide the split.

@@ -29,6 +29,7 @@ from syncline.allow_list import is_allowed, is_file
 from syncline.data.partition import Part
 from syncline.engine.duration import steps_in_pass
 from syncline.errors import ConfigError
+from syncline.seeding import seed_all
 
 _READY_MADE = "syncline.tasks"
 _NOT_TASKS = ("base", "classification")  # modules there that hold none
@@ -44,13 +45,14 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def model(self) -> nn.Module:
-        """A new model. Random initial values come from torch's generator, which the caller has seeded."""
+        """A new model. The caller has seeded torch, `random` and `numpy.random`, so that every machine makes the same one."""
 
     @abc.abstractmethod
     def dataset(self, part: Part) -> Dataset[Any]:
         """The common test set if `part.held_out`, else this agent's rows: `part.rows(len(labels), label=labels)` of all.
 
-        Asked again with another part when the roster grows: read files once, in a `functools.cached_property`.
+        Asked again with another part when the roster grows: read files once, in a `functools.cached_property`. Torch, `random`
+        and `numpy.random` are seeded with the run's seed alone before each call, so a random split is the same in all of them.
         """
 
     @abc.abstractmethod
@@ -93,12 +95,19 @@ class Task(abc.ABC):
 
 
 def load_task(
-    path: str, options: Mapping[str, Any], allowed: Sequence[str], base_dir: Path, *, asker: str = "agent"
+    path: str,
+    options: Mapping[str, Any],
+    allowed: Sequence[str],
+    base_dir: Path,
+    *,
+    asker: str = "agent",
+    seed: int = 0,
 ) -> Task:
     """The task at `package.module:Class`, or at `file.py:Class`, relative to `base_dir`, made with `options`.
 
     Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass.
-    `asker`: the service that has the list. Raises ConfigError.
+    `asker`: the service that has the list. `seed`: the run's; for what the code draws while it is loaded, and in `__init__`.
+    Raises ConfigError.
     """
     module_path, _, name = path.rpartition(":")
     if not module_path or not name.isidentifier():
@@ -109,8 +118,11 @@ def load_task(
             f"{path!r} is not on this {asker}'s allow-list ({', '.join(allowed) or 'which is empty'})",
             f"If you trust it, start the {asker} with `--allow-task '{path}'`",
         )
+    seed_all(seed)
     module = _load_file(path, base_dir / module_path) if is_file(module_path) else _load_module(path, module_path)
-    return _make(path, _find_class(path, module, name), options)
+    task_class = _find_class(path, module, name)
+    seed_all(seed)  # again: a module that is imported already has drawn nothing now
+    return _make(path, task_class, options)
 
 
 def _load_module(path: str, module_path: str) -> ModuleType:
@@ -194,6 +206,24 @@ def _ready_made() -> list[str]:
 def _suggestion(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean `{near[0]}`?" if near else ""
+
+
+# -- a model, and data, by the run's seed -----------------------------------------------------------------------------
+
+
+def make_model(task: Task, seed: int) -> nn.Module:
+    """Return a new model, with random values of this seed alone."""
+    seed_all(seed)
+    return task.model()
+
+
+def make_dataset(task: Task, part: Part) -> Dataset[Any]:
+    """Return the data of a part. What `dataset` draws is the same in every call of a run, whatever the part.
+
+    So a split that a task makes at random is the same one for its agents and for the held-out set.
+    """
+    seed_all(part.seed)
+    return task.dataset(part)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
