@@ -66,8 +66,10 @@ def run(
 def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
     """The spec with what the command line says, and with a name of its own where it has none. Raises ConfigError."""
     from syncline.spec import SIM_SECTION, load_spec, parse, stem_of
+    from syncline.yaml_file import read_yaml
 
-    given = _peek(path)
+    data = read_yaml(path)
+    given = data if isinstance(data, dict) else {}  # `load_spec` refuses what is no mapping
     changes: dict[str, Any] = {}
     if name or "name" not in given:
         changes["name"] = name or f"{stem_of(path)}-{secrets.token_hex(3)}"
@@ -84,17 +86,6 @@ def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
         problem = f"the run starts with {spec.agents.min} agents, --local starts {local}"
         raise ConfigError("agents.min", problem, f"Use --local {spec.agents.min}, or lower agents.min")
     return spec
-
-
-def _peek(path: Path) -> dict[str, Any]:
-    """The settings as they stand in the file. What is wrong with the file, `load_spec` says."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _remote(spec: RunSpec, connect: str, key: str, as_json: bool, detach: bool) -> int:

@@ -31,18 +31,8 @@ def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         known = ", ".join(sorted({field for section in sections for field in section.model_fields}))
         return ConfigError(setting, f"{value!r} is not accepted", f"Write settings under it{known and ': '}{known}")
-    if kind in ("int_parsing", "float_parsing") and (number := _number(value)) is not None:
-        return ConfigError(setting, f"{value!r} is not accepted", f"Write {number:.15g}: to YAML {value} is a text")
     message = item["msg"][:1].lower() + item["msg"][1:]
     return ConfigError(setting, f"{value!r} is not accepted", message[:1].upper() + message[1:])
-
-
-def _number(value: Any) -> float | None:
-    """Of a text as 1e3, which is no number in YAML without a dot and a sign."""
-    try:
-        return float(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
 
 
 def _unknown(

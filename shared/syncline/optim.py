@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -46,9 +47,37 @@ def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Optimizer, LRS
 
 
 def check_inner(task: Task, model: nn.Module, local: Local) -> None:
-    """Raises ConfigError for settings that torch would refuse. A task's own optimiser is looked at where it trains."""
+    """Raise ConfigError for settings that torch refuses, at once or in the first steps.
+
+    The steps are made with stand-ins of one element for each parameter, so that no optimiser's state is allocated.
+    A task's own optimiser is looked at where it trains.
+    """
     if type(task).optimizer is Task.optimizer:
-        inner_of(task, model, local)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        _optimizer(local, parameters)
+        stand_ins = [nn.Parameter(p.new_zeros([min(1, size) for size in p.shape])) for p in parameters]
+        _schedule(local, _optimizer(local, stand_ins, _stepped), _advanced)
+
+
+def _stepped(optimizer: Optimizer) -> Optimizer:
+    """Make two steps with gradients of zero: the second one uses the state that the first one made."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = torch.zeros_like(p)
+    with suppress(AssertionError):  # about the device, as `capturable` asks: an agent may have another one
+        for _ in range(2):
+            optimizer.step()
+    return optimizer
+
+
+def _advanced(schedule: LRScheduler) -> LRScheduler:
+    """Make one step of the schedule, and of its optimiser as torch wants it."""
+    schedule.optimizer.step()
+    schedule.step()
+    return schedule
+
+
+def _as_made(made: T) -> T:
+    return made
 
 
 def advance(schedule: LRScheduler) -> None:
@@ -57,7 +86,9 @@ def advance(schedule: LRScheduler) -> None:
         schedule.step()
 
 
-def _optimizer(local: Local, parameters: Iterable[nn.Parameter]) -> Optimizer:
+def _optimizer(
+    local: Local, parameters: Iterable[nn.Parameter], tried: Callable[[Optimizer], Optimizer] = _as_made
+) -> Optimizer:
     setting = local.optimizer
     kind = setting.kind.lower()
     if kind in OPTIMIZERS_OF_A_TASK:
@@ -68,16 +99,18 @@ def _optimizer(local: Local, parameters: Iterable[nn.Parameter]) -> Optimizer:
         )
     made = _known(OPTIMIZERS, "local.optimizer.kind", kind, setting.kind)
     parameters = list(parameters)
-    return _made("local.optimizer", made, lambda **kwargs: made(parameters, **kwargs), setting.arguments)
+    return _made("local.optimizer", made, lambda **kwargs: tried(made(parameters, **kwargs)), setting.arguments)
 
 
-def _schedule(local: Local, optimizer: Optimizer) -> LRScheduler | None:
+def _schedule(
+    local: Local, optimizer: Optimizer, tried: Callable[[LRScheduler], LRScheduler] = _as_made
+) -> LRScheduler | None:
     setting = local.schedule
     if setting is None:
         return None
     kind = setting.kind.lower().replace("_", "").replace("-", "").removesuffix("lr")
     made = _known(SCHEDULES, "local.schedule.kind", kind, setting.kind)
-    return _made("local.schedule", made, lambda **kwargs: made(optimizer, **kwargs), setting.arguments)
+    return _made("local.schedule", made, lambda **kwargs: tried(made(optimizer, **kwargs)), setting.arguments)
 
 
 def _known(registry: Mapping[str, type[T]], setting: str, kind: str, written: str) -> type[T]:
@@ -95,7 +128,11 @@ def _made(section: str, kind: type[T], make: Callable[..., T], arguments: Mappin
         for name, parameter in inspect.signature(kind).parameters.items()
         if name not in ("params", "optimizer", "last_epoch")
     }
-    for name in arguments:
+    for name, value in arguments.items():
+        if name in parameters and (number := _number_as_text(value)):
+            raise ConfigError(
+                f"{section}.{name}", f"{number!r} is a text, not a number", f"Write {number} without quotes"
+            )
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1)
             mend = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(parameters)}"
@@ -110,6 +147,17 @@ def _made(section: str, kind: type[T], make: Callable[..., T], arguments: Mappin
         setting, value = (f"{section}.{culprit}", arguments[culprit]) if culprit else (section, dict(arguments))
         problem = f"{value!r} is not accepted by torch's {kind.__name__}: {error}"
         raise ConfigError(setting, problem, "Mend it, or leave it out") from error
+
+
+def _number_as_text(value: Any) -> str:
+    """Return the first text that reads as a number, or "". Torch refuses one at once, in a later period, or never."""
+    for part in value if isinstance(value, tuple) else (value,):
+        try:
+            if isinstance(part, str) and float(part) is not None:
+                return part
+        except ValueError:
+            pass
+    return ""
 
 
 def _accepts(make: Callable[..., T], arguments: Mapping[str, Any]) -> bool:

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from syncline.engine.duration import steps_in_pass
@@ -22,6 +21,7 @@ from syncline.guardrails import doubts, refuse_nonsense
 from syncline.settings import Settings, one_of, untagged
 from syncline.settings import parse as parse  # whoever wants a spec wants to parse one
 from syncline.wire.subjects import checked_name
+from syncline.yaml_file import read_yaml
 
 SPEC_VERSION = 1
 MOST_STEPS = 1_000_000  # of a local period that is given in seconds
@@ -367,30 +367,6 @@ def load_spec(path: Path, **overrides: Any) -> RunSpec:
     return parse(RunSpec, data)
 
 
-class _Once(yaml.SafeLoader):
-    """Of two settings with one name YAML keeps the last and says nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if key.value in names and isinstance(key, yaml.ScalarNode):
-                raise ConfigError(
-                    key.value, f"stands twice, again in line {key.start_mark.line + 1}", "Leave one of them"
-                )
-            names.add(str(key.value))
-        return dict(super().construct_mapping(node, deep))
-
-
 def stem_of(path: Path) -> str:
     """The name of a file as the name of a run."""
     return re.sub(r"[^a-z0-9-]+", "-", path.stem.lower()).strip("-")[:50] or "run"
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ConfigError."""
-    try:
-        return yaml.load(path.read_text(), _Once)
-    except OSError as error:
-        raise ConfigError("spec", f"{path}: {error.strerror}", "Name a YAML file that you can read") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("spec", f"{path} is not YAML: {error}", "Mend the line it names") from None

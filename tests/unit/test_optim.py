@@ -109,6 +109,46 @@ def test_parameters_that_an_optimizer_cannot_take_are_told_of_with_its_name() ->
         check_inner(task, task.model(), Local(optimizer={"kind": "muon"}))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("local", "words"),
+    [
+        ({"optimizer": {"kind": "adamw", "eps": "1e-8"}},
+         "local.optimizer.eps: '1e-8' is a text, not a number. Write 1e-8 without quotes"),
+        ({"optimizer": {"kind": "adamw", "betas": [0.9, "0.99"]}}, "local.optimizer.betas: '0.99' is a text"),
+        ({"optimizer": {"kind": "asgd", "alpha": [0.75]}}, "local.optimizer.alpha: (0.75,) is not accepted by torch's ASGD"),
+        ({"optimizer": {"kind": "adam", "betas": [0.9, 0.99, 0.999]}}, "local.optimizer.betas: (0.9, 0.99, 0.999) is not "),
+        ({"schedule": {"kind": "cosine", "T_max": 10, "eta_min": "1e-5"}}, "local.schedule.eta_min: '1e-5' is a text"),
+        ({"schedule": {"kind": "step", "step_size": 50, "gamma": "0.5"}}, "local.schedule.gamma: '0.5' is a text"),
+        ({"schedule": {"kind": "cosine", "T_max": 0}}, "local.schedule: {'T_max': 0} is not accepted by torch's Cosine"),
+        ({"schedule": {"kind": "cosine", "T_max": 9, "eta_min": [1]}}, "local.schedule.eta_min: (1,) is not accepted by torch"),
+        ({"schedule": {"kind": "step", "step_size": 0}}, "local.schedule: {'step_size': 0} is not accepted by torch's StepLR"),
+    ],
+)  # fmt: skip
+def test_a_value_that_fails_in_the_first_steps_is_refused_before_the_run(local: dict[str, Any], words: str) -> None:
+    task = LinearRegression()
+    with pytest.raises(ConfigError) as error:
+        check_inner(task, task.model(), Local(**local))
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULES))
+def test_the_check_accepts_every_schedule_and_leaves_the_model_alone(kind: str) -> None:
+    task, local = LinearRegression(), {"optimizer": {"kind": "sgd", "momentum": 0.9}}
+    model = task.model()
+    before = [p.detach().clone() for p in model.parameters()]
+    check_inner(task, model, Local(**local, schedule={"kind": kind, **NEEDED.get(kind, {})}))  # type: ignore[arg-type]
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", sorted(set(OPTIMIZERS) - set(OPTIMIZERS_OF_A_TASK)))
+def test_the_check_accepts_every_optimizer(kind: str) -> None:
+    check_inner(Grid(), Grid().model(), Local(optimizer={"kind": kind}))  # type: ignore[arg-type]
+
+
+def test_the_check_does_not_judge_the_agents_devices() -> None:
+    check_inner(Grid(), Grid().model(), Local(optimizer={"kind": "adam", "capturable": True}))  # type: ignore[arg-type]
+
+
 def test_a_task_s_own_optimizer_is_not_asked_for_where_nobody_trains() -> None:
     class Own(LinearRegression):
         def optimizer(self, params: Any) -> torch.optim.Optimizer:

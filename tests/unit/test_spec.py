@@ -253,7 +253,7 @@ def test_an_empty_file_is_no_spec(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("task: a.b:C\nseed: 1\ntask: a.b:D\n", "task: stands twice, again in line 3. Leave one of them"),
-        ("task: a.b:C\nagents: {min: 1, min: 2}\n", "min: stands twice, again in line 2. Leave one of them"),
+        ("task: a.b:C\nagents: {min: 1, min: 2}\n", "agents.min: stands twice, again in line 2. Leave one of them"),
     ],
 )
 def test_a_setting_that_stands_twice_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -263,10 +263,17 @@ def test_a_setting_that_stands_twice_is_refused(tmp_path: Path, text: str, said:
     assert str(error.value) == said
 
 
-def test_a_number_that_is_a_text_to_yaml_is_explained() -> None:
-    with pytest.raises(ConfigError) as error:
-        parse(RunSpec, {"task": "a.b:C", "local": {"steps": "1e3"}})
-    assert str(error.value) == "local.steps: '1e3' is not accepted. Write 1000: to YAML 1e3 is a text"
+def test_a_number_with_an_exponent_reaches_torch_as_a_number(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(
+        "task: a.b:C\n"
+        "task_options: {decay: 1e-4}\n"
+        "local: {steps: 1e3, optimizer: {kind: adamw, lr: 1e-3, weight_decay: 1e-4, betas: [9e-1, 0.99]}, "
+        "schedule: {kind: cosine, T_max: 10, eta_min: 1e-5}}\n"
+    )
+    made = load_spec(tmp_path / "spec.yaml")
+    assert made.local.optimizer.arguments == {"lr": 1e-3, "weight_decay": 1e-4, "betas": (0.9, 0.99)}
+    assert made.local.schedule is not None and made.local.schedule.arguments == {"T_max": 10, "eta_min": 1e-5}
+    assert made.task_options == {"decay": 1e-4} and made.local.steps == 1000
 
 
 def test_a_value_that_no_kind_accepts_is_told_once() -> None:
