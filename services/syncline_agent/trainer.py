@@ -113,7 +113,7 @@ class Trainer:
         self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
         self._drawn = 0  # batches, in all periods; where these are given in seconds
-        self._updates = updates_of(settings)
+        self._updates = updates_of(settings, self._layout.buffers)
         scaffold = settings.local.control_variates
         self._variates: Variates | None = None
         if scaffold is not None:

@@ -7,6 +7,9 @@
 | elastic | d = α (W_i − W), which the agent gives up: W_i ← W_i − d | – |
 
 An elastic difference that is not merged is given back: W_i ← W_i + d. So nothing is counted twice, and nothing is lost.
+
+All of this is about parameters. In the places of buffers (BatchNorm's statistics) every update holds the agent's own values,
+of which the center takes the mean; of elastic averaging they are no part.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from syncline.engine.buffers import Places, clear_
 from syncline.engine.mix import mix_
 from syncline.spec import RunSpec
 
@@ -46,27 +50,30 @@ class _Settled:
 
     needs_center = False
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Places = ()) -> None:
+        self._buffers = buffers
         self.pending: Pending = {}
 
     def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
         pass
 
     def take(self, own_P: Tensor, from_P: Tensor, clock: int) -> Tensor:
-        return own_P - from_P
+        return _with_values(own_P - from_P, own_P, self._buffers)
 
 
 class Deviation(_Settled):
     """Of synchronous rounds."""
 
-    def __init__(self, alpha: float) -> None:
-        super().__init__()
+    def __init__(self, alpha: float, buffers: Places = ()) -> None:
+        super().__init__(buffers)
         self._alpha = alpha
 
     def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
         assert center_P is not None, "every round begins with its center"
         from_P.copy_(center_P)
         mix_(own_P, center_P, 1.0 if first else self._alpha)
+        for buffer in self._buffers if self._alpha > 1 else ():  # a variance beyond the center could be negative
+            own_P[buffer] = center_P[buffer]
 
 
 class Progress(_Settled):
@@ -83,8 +90,8 @@ class Elastic:
 
     needs_center = True
 
-    def __init__(self, alpha: float) -> None:
-        self._alpha = alpha
+    def __init__(self, alpha: float, buffers: Places = ()) -> None:
+        self._alpha, self._buffers = alpha, buffers
         self.pending: Pending = {}
 
     def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
@@ -102,12 +109,20 @@ class Elastic:
 
     def take(self, own_P: Tensor, from_P: Tensor, clock: int) -> Tensor:
         difference_P = torch.sub(own_P, from_P).mul_(self._alpha)
+        clear_(difference_P, self._buffers)
         own_P.sub_(difference_P)
         self.pending[clock] = difference_P
-        return difference_P
+        return _with_values(difference_P.clone(), own_P, self._buffers) if self._buffers else difference_P
 
 
-def updates_of(spec: RunSpec) -> Updates:
+def _with_values(update_P: Tensor, own_P: Tensor, buffers: Places) -> Tensor:
+    for buffer in buffers:
+        update_P[buffer] = own_P[buffer]
+    return update_P
+
+
+def updates_of(spec: RunSpec, buffers: Places) -> Updates:
+    """Return the kind of update that a run's settings ask for. `buffers`: their places in the flat vector."""
     if spec.mix.kind == "elastic":
-        return Elastic(spec.mix.alpha)
-    return Progress() if spec.sync.kind == "async" else Deviation(spec.mix.alpha)
+        return Elastic(spec.mix.alpha, buffers)
+    return Progress(buffers) if spec.sync.kind == "async" else Deviation(spec.mix.alpha, buffers)

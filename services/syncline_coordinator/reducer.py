@@ -11,6 +11,9 @@ S vectors and a model of C chunks. It is committed and purged with the model. Ve
 
 Where the manifest has two sections (SCAFFOLD), chunks C to 2C − 1 of an update are the change of its agent's control variate,
 and those of a model the sum of all variates: the changes of the merged updates are added to it, whatever their weights.
+
+Buffers of the model (BatchNorm's statistics) take the weighted mean of the agents' values, whatever the rule and the outer
+optimiser; they count in no norm and no distance.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Prefix, get_chunk, put_chunk, windowed
 from syncline.chance import new_id
+from syncline.engine.buffers import buffer_weights, clear_, mean_of_values, of_chosen, without_buffers
 from syncline.engine.kernels import Sums, squares
 from syncline.spec import RunSpec
 from syncline.wire import subjects
@@ -71,6 +75,7 @@ class _Work:
     plan: Plan
     blob: str
     weights: list[float]  # of the updates that are added up, and then of what the rule has kept
+    shares: list[float]  # of the same updates, for the mean of their buffers
     chosen: list[int] | None = None  # numbers of those updates, once all were looked at; None: all of them
     squares: Sums = field(default_factory=Sums)  # ‖Δ_i‖²
     moved: Sums = field(default_factory=Sums)  # ‖D‖²
@@ -106,6 +111,7 @@ class Reducer:
         self._bus, self._spec, self._manifest, self._center = bus, spec, manifest, center
         self._codec = CODECS[manifest.dtype]
         self._rule, self._outer = spec.merge, spec.outer
+        self._buffers = manifest.buffers_of_chunks()
 
     async def merge(self, plan: Plan) -> Merged:
         """The next center, in the place of this one, and put on the bus. Raises UpdateUnusable for an update it cannot merge;
@@ -113,7 +119,8 @@ class Reducer:
 
         Every update is checked as it passes: frame, checksum, digest as signed, no NaN.
         """
-        work = _Work(plan, new_id(), [entry.weight for entry in plan.merged])
+        planned = [entry.weight for entry in plan.merged]
+        work = _Work(plan, new_id(), planned, self._shares(plan, planned))
         if self._rule.looks:
             await self._look(work)
         try:
@@ -125,6 +132,11 @@ class Reducer:
         digest, model = await self._off_loop(digest_of, self._center.w_P), self._model_ref(work.blob)
         self._lies_at = model, plan.version
         return Merged(model, digest, work.bytes_got, work.bytes_put, tuple(_roots(work.squares)), *_roots(work.moved))
+
+    def _shares(self, plan: Plan, planned: list[float]) -> list[float]:
+        mix = self._spec.mix
+        alpha = mix.alpha if mix.kind == "elastic" else None
+        return buffer_weights(plan.merged, planned, self._rule.weights, self._rule.normalize, alpha)
 
     async def _look(self, work: _Work) -> None:
         """The first pass, of rules that need one: what the updates count in the second."""
@@ -144,11 +156,13 @@ class Reducer:
         work.weights, n = self._rule.weigh(work.weights, figures.total), len(work.plan.merged)
         work.chosen = [i for i in range(n) if work.weights[i]]
         work.weights = [work.weights[i] for i in (*work.chosen, *range(n, len(work.weights)))]
+        work.shares = of_chosen(work.shares, work.chosen)
 
     def _look_at(self, updates: Updates, weights: list[float], frames: list[bytes], k: int) -> tuple[Tensor, Tensor]:
-        slices = updates.slice(k, frames)
+        slices, buffers = updates.slice(k, frames), self._buffers.get(k, [])
         kept = self._center.states(self._manifest.chunk(k))[: self._rule.keeps]
-        return updates.figures(slices), self._rule.look(slices, weights, kept)
+        squares_BN = updates.figures(slices, buffers)
+        return squares_BN, self._rule.look([without_buffers(x_E, buffers) for x_E in slices], weights, kept)
 
     async def _make(self, work: _Work) -> None:
         """The pass that makes the next center."""
@@ -244,12 +258,18 @@ class Reducer:
     def _reduce(self, updates: Updates, work: _Work, frames: list[bytes], k: int) -> _Made:
         """Chunk k: decode, merge, step, encode."""
         slices, part, chunks = updates.slice(k, frames), self._manifest.chunk(k), self._manifest.chunks
-        squares_BN = updates.figures(slices) if work.chosen is None else None
+        buffers = self._buffers.get(k, [])
+        squares_BN = updates.figures(slices, buffers) if work.chosen is None else None
         merged_E = torch.empty(part.stop - part.start, dtype=DTYPES[self._manifest.dtype])
         w_E, kept, keeps = self._center.w_P[part], self._center.states(part), self._rule.keeps
         rules, outers = kept[:keeps], kept[keeps:]
+        means = mean_of_values(w_E, slices, work.shares, buffers)
         self._rule.reduce(slices, work.weights, rules, merged_E, rules)
+        for x_E in (merged_E, *rules):
+            clear_(x_E, buffers)
         self._outer.step(w_E, merged_E, outers, w_E, outers, work.plan.version - 1)
+        for buffer, mean_B in zip(buffers, means, strict=True):
+            w_E[buffer] = mean_B
         updates.blame_unless_finite(w_E, slices)
         states = [self._frame(x_E, work.blob, s * chunks + k, len(kept) * chunks) for s, x_E in enumerate(kept)]
         model = self._frame(w_E, work.blob, k, self._manifest.blob_chunks)

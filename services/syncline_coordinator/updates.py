@@ -12,6 +12,7 @@ from torch import Tensor
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, get_frame
+from syncline.engine.buffers import Places, without_buffers
 from syncline.engine.kernels import finite, squares
 from syncline.errors import PeerError, SynclineError
 from syncline.wire import subjects
@@ -51,13 +52,15 @@ class Updates:
         frames.reverse()
         return [self._unpacked(i, k, frames.pop()) for i in range(len(frames))]
 
-    def figures(self, updates: Sequence[Tensor]) -> Tensor:
-        """Σ x² of each block of each update's slice, (B, N), all of them finite. In any thread."""
+    def figures(self, updates: Sequence[Tensor], buffers: Places = ()) -> Tensor:
+        """Σ x² of each block of each update's slice, (B, N), without its `buffers`; all elements are finite. In any thread."""
         found_BN = torch.stack([squares(x_E) for x_E in updates], 1)
         if not bool(found_BN.isfinite().all()):
             odd = found_BN.isfinite().all(0).tolist().index(False)
             what = "values too large to add up" if bool(updates[odd].isfinite().all()) else "NaN or infinite values"
             raise UpdateUnusable(self.entries[odd], f"it holds {what}: its training diverged")
+        if buffers:
+            found_BN = torch.stack([squares(without_buffers(x_E, buffers)) for x_E in updates], 1)
         return found_BN
 
     def blame_unless_finite(self, sum_E: Tensor, updates: Sequence[Tensor]) -> None:

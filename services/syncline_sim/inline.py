@@ -17,7 +17,7 @@ from syncline.child import ChildDied, ChildFailed, Handler, Start, packed_answer
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
-from syncline.wire.messages import encode
+from syncline.wire.messages import decode, encode
 from syncline_agent.training import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
 from syncline_agent.updates import updates_of
 
@@ -124,7 +124,7 @@ class StubEvaluator:
     def describe(self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"") -> dict[str, Any]:
         self._elements, self._seed = elements_of(spec), int(spec["seed"])
         chunk = max(ALIGN_ELEMENTS, chunk_bytes // 8 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
-        tensors = [Entry(name="w", shape=[self._elements], offset=0, elements=self._elements)]
+        tensors = _tensors(self._elements)
         layout = Manifest(dtype="fp64", elements=self._elements, chunk_elements=chunk, tensors=tensors, at_home=[])
         return {"manifest": manifest or encode(layout)}
 
@@ -173,7 +173,8 @@ class StubTrainer:
 
     def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
         settings = parse(RunSpec, spec)
-        self._elements, self._updates = elements_of(spec), updates_of(settings)
+        self._elements = elements_of(spec)
+        self._updates = updates_of(settings, decode(Manifest, manifest).buffers)
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
@@ -231,6 +232,16 @@ class StubTrainer:
     def _box(self, which: int) -> torch.Tensor:
         begin = PROGRESS_BYTES + 8 * which * self._elements
         return _vector(self._view[begin : begin + 8 * self._elements])
+
+
+def _tensors(elements: int) -> list[Entry]:
+    """A parameter, and a buffer of one element behind it."""
+    split = max(1, elements - 1)
+    whole = [
+        Entry(name="w", shape=[split], offset=0, elements=split),
+        Entry(name="statistic", shape=[1], offset=split, elements=1, buffer=True),
+    ]
+    return whole[:elements]
 
 
 def _vector(data: bytearray | memoryview) -> torch.Tensor:

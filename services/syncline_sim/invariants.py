@@ -28,7 +28,7 @@ from syncline.wire.messages import (
     decode,
 )
 from syncline_sim.chronicle import Chronicle
-from syncline_sim.oracle import next_center
+from syncline_sim.oracle import Vector, next_center
 
 DTYPES = {"fp32": "<f4", "fp64": "<f8"}
 ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
@@ -217,15 +217,23 @@ class Invariants(Chronicle):
             for what, ref in (("model", before.model), *((f"agent.{e.agent}.update", e.blob) for e in plan.merged))
         )
         if self.spec.mix.kind == "elastic":
-            self.taken |= {(e.agent, e.clock): update for e, update in zip(plan.merged, updates, strict=True)}
-        weights = [e.weight for e in plan.merged]
-        expected, self.kept = next_center(self.spec, center, updates, weights, self.kept, before.version)
+            self._note_taken(plan, updates, layout.buffers)
+        weights, buffers = [e.weight for e in plan.merged], layout.buffers
+        expected, self.kept = next_center(self.spec, center, updates, weights, self.kept, before.version, buffers)
         right = np.allclose(np.frombuffer(data, dtype), expected, rtol=close, atol=close)
         self._insist(right, f"version {head.version}: the center is not what its updates and its rule make")
         if self.kept:
             there = np.frombuffer(self._content("outer", self._outer(head.model)), dtype)
             right = np.allclose(there, np.concatenate(self.kept), rtol=close, atol=close)
             self._insist(right, f"version {head.version}: the outer state is not what its updates make")
+
+    def _note_taken(self, plan: Plan, updates: list[Vector], buffers: list[slice]) -> None:
+        """Note which elastic differences the center has taken up; buffers are no part of them."""
+        for entry, update in zip(plan.merged, updates, strict=True):
+            difference = update.copy()
+            for buffer in buffers:
+                difference[buffer] = 0
+            self.taken[entry.agent, entry.clock] = difference
 
     def _compare(self, old: Roster, new: Roster) -> None:
         self._insist(new.agents[: len(old.agents)] == old.agents, f"{old.agents} were numbered anew: {new.agents}")

@@ -16,13 +16,65 @@ Vector = NDArray[np.float64]
 
 
 def next_center(
-    spec: RunSpec, center: Vector, updates: Sequence[Vector], weights: Sequence[float], kept: list[Vector], version: int
+    spec: RunSpec,
+    center: Vector,
+    updates: Sequence[Vector],
+    weights: Sequence[float],
+    kept: list[Vector],
+    version: int,
+    buffers: Sequence[slice] = (),
 ) -> tuple[Vector, list[Vector]]:
     """W of the next version, and what is kept beside it. `version`: of `center`; `kept`: empty stands for zeros."""
     kept = kept or [np.zeros_like(center) for _ in range(spec.states)]
-    d, last = merged(spec.merge, updates, weights, kept[: spec.merge.keeps])
+    parameter = np.ones(len(center))
+    for buffer in buffers:
+        parameter[buffer] = 0
+    differences = [x * parameter for x in updates]
+    d, last = merged(spec.merge, differences, weights, kept[: spec.merge.keeps])
     w, state = stepped(spec.outer, center, d, kept[spec.merge.keeps :], version)
-    return w, [*last, *state]
+    mean = _mean_of_buffers(spec, center, updates, weights, _let_in(spec.merge, differences, weights, d))
+    return np.where(parameter > 0, w, mean), [*last, *state]
+
+
+def _mean_of_buffers(
+    spec: RunSpec, center: Vector, values: Sequence[Vector], weights: Sequence[float], let_in: list[int]
+) -> Vector:
+    """(1 − Σ w) W + Σ w v over the updates that the rule lets in."""
+    n = len(values)
+    w = np.array([min(spec.mix.alpha, 1 / n)] * n if spec.mix.kind == "elastic" else weights)
+    total = w.sum()
+    shares = w[let_in] * total / w[let_in].sum()
+    mean: Vector = (1 - total) * center + shares @ np.stack(values)[let_in]
+    return mean
+
+
+def _let_in(rule: Rule, differences: Sequence[Vector], weights: Sequence[float], d: Vector) -> list[int]:
+    """The numbers of the updates that count something."""
+    r: Any = rule
+    everything = list(range(len(weights)))
+    match r.rule:
+        case "krum" | "multi_krum":
+            return _best(r, _scaled(differences, weights))
+        case "geometric_median":
+            apart = np.linalg.norm(np.stack(differences) - d / sum(weights), axis=1)
+            return [int(apart.argmin())] if apart.min() < 1e-6 else everything
+    return everything
+
+
+def _scaled(updates: Sequence[Vector], weights: Sequence[float]) -> Vector:
+    """What rules that take updates as equals see of each: N w_i x_i."""
+    seen: Vector = len(weights) * np.array(weights)[:, None] * np.stack(updates)
+    return seen
+
+
+def _best(r: Any, u: Vector) -> list[int]:
+    """The numbers of those that Krum chooses."""
+    n = len(u)
+    f = min(r.f, max(0, (n - 3) // 2))
+    squared = ((u[:, None] - u) ** 2).sum(-1)
+    scores = [np.sort(np.delete(row, i))[: max(0, n - f - 2)].sum() for i, row in enumerate(squared)]
+    m = 1 if r.rule == "krum" else min(n, max(1, n - f - 2) if r.m is None else r.m)
+    return [int(i) for i in np.argsort(scores, kind="stable")[:m]]
 
 
 def merged(
@@ -32,7 +84,7 @@ def merged(
     r: Any = rule
     p, x = np.array(weights), np.stack(updates)
     n = len(p)
-    u = n * p[:, None] * x
+    u = _scaled(updates, weights)
     match r.rule:
         case "mean":
             return p @ x, []
@@ -48,11 +100,7 @@ def merged(
             d = kept[0] + (away * np.minimum(1, r.tau / _norms(away))[:, None]).mean(0)
             return d, [d]
         case "krum" | "multi_krum":
-            f = min(r.f, max(0, (n - 3) // 2))
-            squared = ((u[:, None] - u) ** 2).sum(-1)
-            scores = [np.sort(np.delete(row, i))[: max(0, n - f - 2)].sum() for i, row in enumerate(squared)]
-            m = 1 if r.rule == "krum" else min(n, max(1, n - f - 2) if r.m is None else r.m)
-            return u[np.argsort(scores, kind="stable")[:m]].mean(0), []
+            return u[_best(r, u)].mean(0), []
         case "geometric_median":
             return p.sum() * _geometric_median(x, p / p.sum()), []
     raise AssertionError(f"no formula for {r.rule}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from syncline.errors import ConfigError, PeerError
 from syncline.wire.flat import FlatModel, manifest_of
-from syncline.wire.manifest import ALIGN_ELEMENTS, Manifest
+from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
 from syncline.wire.messages import decode, encode
 
 CHUNK_BYTES = 64 * 1024
@@ -295,10 +295,10 @@ def mismatch(model: nn.Module, layout: Manifest) -> str:
 
 def test_a_model_that_differs_names_the_tensor() -> None:
     assert mismatch(nn.Linear(4, 3), layout_of(nn.Linear(4, 2))) == (
-        "the task's model differs from the run's: ('weight', [3, 4]) here, ('weight', [2, 4]) in the run. "
-        "Is the task's code the same everywhere?"
+        "the task's model differs from the run's: ('weight', [3, 4], 'parameter') here, ('weight', [2, 4], 'parameter') in "
+        "the run. Is the task's code the same everywhere?"
     )
-    assert "('0.weight', [2, 4]) here, ('weight', [2, 4])" in mismatch(
+    assert "('0.weight', [2, 4], 'parameter') here, ('weight', [2, 4], 'parameter')" in mismatch(
         nn.Sequential(nn.Linear(4, 2)), layout_of(nn.Linear(4, 2))
     )
 
@@ -313,3 +313,41 @@ def test_a_model_that_differs_is_left_as_it_was() -> None:
     before: list[Tensor] = [p.data for p in model.parameters()]
     mismatch(model, layout_of(nn.Linear(4, 2)))
     assert [p.data.data_ptr() for p in model.parameters()] == [t.data_ptr() for t in before]
+
+
+def test_the_manifest_says_where_buffers_lie() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    layout = layout_of(model)
+    assert [t.name for t in layout.tensors if t.buffer] == ["1.running_mean", "1.running_var"]
+    (where,) = layout.buffers
+    flat = FlatModel(model, layout)
+    flat.flat_P[where] = 7.0
+    assert model.state_dict()["1.running_var"].tolist() == [7.0, 7.0] and where.stop == layout.elements
+    assert layout_of(nn.Linear(4, 2)).buffers == []
+
+
+def test_buffers_are_found_in_every_chunk_that_they_reach_into() -> None:
+    layout = Manifest(
+        dtype="fp32",
+        elements=3000,
+        chunk_elements=1024,
+        tensors=[
+            Entry(name="a", shape=[10], offset=0, elements=10, buffer=True),
+            Entry(name="b", shape=[10], offset=10, elements=10, buffer=True),
+            Entry(name="w", shape=[980], offset=20, elements=980),
+            Entry(name="c", shape=[1500], offset=1000, elements=1500, buffer=True),
+            Entry(name="v", shape=[500], offset=2500, elements=500),
+        ],
+    )
+    assert layout.buffers == [slice(0, 20), slice(1000, 2500)]
+    expected = {0: [slice(0, 20), slice(1000, 1024)], 1: [slice(0, 1024)], 2: [slice(0, 452)]}
+    assert layout.buffers_of_chunks() == expected
+
+
+def test_a_buffer_in_the_place_of_a_parameter_is_another_model() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, affine=False))
+    other = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, affine=False))
+    variance = other[1].running_var
+    del other[1].running_var
+    other[1].running_var = nn.Parameter(variance)
+    assert "'buffer') in the run" in mismatch(other, layout_of(model))

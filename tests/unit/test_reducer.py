@@ -49,10 +49,21 @@ Make = Callable[..., "Place"]
 class Place:
     """A coordinator's center and reducer, and agents that put updates."""
 
-    def __init__(self, bus: Any, dtype: torch.dtype = torch.float32, executor: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        bus: Any,
+        dtype: torch.dtype = torch.float32,
+        executor: Any = None,
+        *,
+        buffer: int = 0,
+        **settings: Any,
+    ) -> None:
+        """`buffer`: so many of the last elements are a buffer."""
         self.bus, self.dtype, self.memory = bus, dtype, SharedMemory()
         self.spec = spec = spec_of(**settings)
-        model = nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))])
+        model = nn.ParameterList([nn.Parameter(torch.zeros(ELEMENTS - buffer, dtype=dtype))])
+        if buffer:
+            model.register_buffer("statistic", torch.zeros(buffer, dtype=dtype))
         self.layout: Manifest = manifest_of(model, 4096, sections=spec.local.sections)
         self.center = Center(self.layout, self.memory, spec.states)
         self.center.w_P.copy_(vectors(1, dtype, seed=99)[0])
@@ -244,6 +255,71 @@ async def test_every_rule_makes_what_its_formula_says_with_any_outer_optimiser(m
         expected, kept = next_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version)
         assert np.allclose(place.center.w_P.numpy(), expected, rtol=1e-7, atol=1e-7)
         assert np.allclose(place.state().numpy(), np.stack(kept), rtol=1e-7, atol=1e-7)
+
+
+BUFFER = 1500  # the last elements, over a border between chunks
+
+
+@pytest.mark.parametrize("outer", ["sgd", "nesterov", "adam"])
+async def test_a_buffer_becomes_the_mean_of_values_with_any_rule_and_outer_optimiser(
+    make: Make, rule: str, outer: str
+) -> None:
+    """An update holds differences of the parameters, and values of the buffers."""
+    place = ruled(make, rule, buffer=BUFFER, outer={"kind": outer, "lr": 0.5})
+    spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.states)]
+    places = place.layout.buffers
+    assert places == [slice(ELEMENTS - BUFFER, ELEMENTS)]
+    for version in range(3):
+        updates, before = vectors(7, torch.float64, seed=version), place.center.w_P.numpy().copy()
+        merged = await place.reducer.merge(await place.plan(updates, version=version + 1))
+        values = torch.stack(updates)[:, -BUFFER:]
+        expected, kept = next_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version, places)
+        assert np.allclose(place.center.w_P.numpy(), expected, rtol=1e-7, atol=1e-7)
+        if rule not in ("krum", "multi_krum"):  # those take the values of the updates that they choose
+            assert torch.allclose(place.center.w_P[-BUFFER:], values.mean(0), rtol=1e-12, atol=1e-12)
+        assert np.allclose(merged.norms, [float(u[:-BUFFER].norm()) for u in updates]), "a norm is of parameters"
+
+
+async def test_a_rule_chooses_by_the_parameters_alone(make: Make) -> None:
+    """The second update is the one in the middle; its buffer is far from all others'."""
+    place = make(torch.float64, agents={"min": 5}, merge={"rule": "krum", "f": 1}, buffer=BUFFER)
+    updates = [torch.full((ELEMENTS,), x, dtype=torch.float64) for x in (1.0, 3.0, 4.9, 0.0, 7.2)]
+    updates[1][-BUFFER:] = 1e6
+    merged = await place.reducer.merge(await place.plan(updates))
+    assert torch.allclose(place.center.w_P[:-BUFFER], place.before_P[:-BUFFER] + 1.0), "the one of 0, 1 and 3"
+    assert torch.equal(place.center.w_P[-BUFFER:], updates[0][-BUFFER:])
+    assert max(merged.norms) == pytest.approx(7.2 * (ELEMENTS - BUFFER) ** 0.5)
+
+
+async def test_fednova_does_not_scale_buffers(make: Make) -> None:
+    place = make(torch.float64, buffer=BUFFER, merge={"normalize": "fednova"})
+    updates = vectors(2, torch.float64)
+    plan = await place.plan(updates, [0.5 * 7.5 / 5, 0.5 * 7.5 / 10])  # p (Σ p a) / a, with 5 and 10 steps
+    steps = [entry.model_copy(update={"steps": a}) for entry, a in zip(plan.merged, (5, 10), strict=True)]
+    await place.reducer.merge(plan.model_copy(update={"merged": steps}))
+    assert torch.allclose(place.center.w_P[-BUFFER:], torch.stack(updates)[:, -BUFFER:].mean(0), rtol=1e-12)
+    moved = place.center.w_P[:-BUFFER] - place.before_P[:-BUFFER]
+    assert torch.allclose(moved, 0.75 * updates[0][:-BUFFER] + 0.375 * updates[1][:-BUFFER], rtol=1e-9)
+
+
+async def test_a_stale_value_moves_a_buffer_a_little_and_not_beyond_the_others(make: Make) -> None:
+    """Differences to versions that are gone by add up to a negative variance: 10 − 9 − 0.7 · 9."""
+    place = make(torch.float64, buffer=BUFFER, agents={"min": 2}, sync={"kind": "async", "buffer": 1})
+    place.center.w_P[-BUFFER:] = 10.0
+    for version, weight in enumerate((1.0, 0.7), 1):
+        value = torch.zeros(ELEMENTS, dtype=torch.float64)
+        value[-BUFFER:] = 1.0
+        await place.reducer.merge(await place.plan([value], [weight], version=version))
+        assert torch.allclose(place.center.w_P[-BUFFER:], value[-BUFFER:])
+
+
+async def test_elastic_averaging_takes_the_mean_of_buffers_too(make: Make) -> None:
+    elastic = {"kind": "elastic", "alpha": 0.25}
+    place = make(torch.float64, buffer=BUFFER, agents={"min": 2}, mix=elastic)
+    updates = vectors(2, torch.float64)
+    await place.reducer.merge(await place.plan(updates, [1.0, 1.0]))
+    expected = 0.5 * place.before_P + 0.25 * (updates[0] + updates[1])
+    assert torch.allclose(place.center.w_P[-BUFFER:], expected[-BUFFER:], rtol=1e-12)
 
 
 async def test_no_rule_takes_an_update_that_is_not_finite(make: Make, rule: str) -> None:

@@ -36,7 +36,7 @@ def close(x: Tensor, y: Tensor) -> bool:
     ids=["rounds", "async", "elastic rounds", "elastic async"],
 )
 def test_the_settings_say_what_an_update_is(sync: Any, mix: Any, kind: type[Updates], needs_center: bool) -> None:
-    made = updates_of(parse(RunSpec, {"task": "a:B", "agents": {"min": 4}, "sync": sync, "mix": mix}))
+    made = updates_of(parse(RunSpec, {"task": "a:B", "agents": {"min": 4}, "sync": sync, "mix": mix}), [])
     assert type(made) is kind and made.needs_center is needs_center and made.pending == {}
 
 
@@ -126,3 +126,31 @@ def test_what_an_agent_gives_up_is_merged_waiting_or_back(
     pending = sum(updates.pending.values(), vector(0.0, 0.0))
     assert updates.pending.keys() == waiting.keys()
     assert torch.allclose(own + merged + pending, total, atol=1e-9)
+
+
+BUFFERS = [slice(1, 2)]
+
+
+def test_every_update_holds_the_values_of_the_buffers_and_the_differences_of_the_parameters() -> None:
+    for updates in (Deviation(0.5, BUFFERS), Progress(BUFFERS), Elastic(0.5, BUFFERS)):
+        own, start = vector(0.0, 0.0), vector(0.0, 0.0)
+        updates.begin(own, start, vector(1.0, 4.0), first=True)
+        own += vector(2.0, 3.0)
+        moved = 1.0 if isinstance(updates, Elastic) else 2.0
+        assert updates.take(own, start, 1).tolist() == [moved, 7.0]
+
+
+def test_elastic_averaging_gives_up_nothing_of_a_buffer() -> None:
+    updates, own, center = Elastic(0.5, BUFFERS), vector(0.0, 0.0), vector(0.0, 0.0)
+    updates.begin(own, center, vector(0.0, 4.0), first=True)
+    own += vector(2.0, 3.0)
+    updates.take(own, center, 1)
+    assert own.tolist() == [1.0, 7.0] and updates.pending[1].tolist() == [1.0, 0.0]
+    updates.resolve({1: False}, own)
+    assert own.tolist() == [2.0, 7.0], "what was dropped is given back"
+
+
+def test_over_relaxed_mixing_does_not_take_a_buffer_beyond_the_center() -> None:
+    updates, own, start = Deviation(1.5, BUFFERS), vector(10.0, 10.0), vector(0.0, 0.0)
+    updates.begin(own, start, vector(1.0, 1.0), first=False)
+    assert own.tolist() == [-3.5, 1.0]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
-from syncline.engine.events import OfferReady
+from typing import Literal, Protocol
 
 Weights = Literal["uniform", "samples", "steps"]
 Normalize = Literal["fednova"]
 
 
-def weights_of(offers: Sequence[OfferReady], weights: Weights, normalize: Normalize | None = None) -> list[float]:
+class Counts(Protocol):
+    """What an update is weighed by."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+
+def weights_of(offers: Sequence[Counts], weights: Weights, normalize: Normalize | None = None) -> list[float]:
     """The weight of each update, in the order given.
 
     Shares p_i that sum to 1: `uniform` 1/N, or in proportion to the `samples` of the agents' parts or their `steps`;
@@ -27,7 +34,7 @@ def weights_of(offers: Sequence[OfferReady], weights: Weights, normalize: Normal
     return [share * effective / a if a else 0.0 for share, a in zip(shares, steps, strict=True)]
 
 
-def _shares(offers: Sequence[OfferReady], weights: Weights) -> list[float]:
+def _shares(offers: Sequence[Counts], weights: Weights) -> list[float]:
     match weights:
         case "uniform":
             counts = [1] * len(offers)

@@ -33,7 +33,9 @@ def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), s
     itemsize = DTYPES[dtype].itemsize
     tensors, offset = [], 0
     for name, tensor in travelling:
-        tensors.append(Entry(name=name, shape=list(tensor.shape), offset=offset, elements=tensor.numel()))
+        buffer = not isinstance(tensor, nn.Parameter)
+        shape = list(tensor.shape)
+        tensors.append(Entry(name=name, shape=shape, offset=offset, elements=tensor.numel(), buffer=buffer))
         offset += tensor.numel()
     names = {name for name, _ in travelling}
     return Manifest(
@@ -57,8 +59,8 @@ class FlatModel:
     def __init__(self, model: nn.Module, manifest: Manifest, local: Sequence[str] = ()) -> None:
         self.model = model
         tensors = dict(_averaged(model, local))
-        found = [(n, list(t.shape)) for n, t in tensors.items()]
-        expected = [(t.name, t.shape) for t in manifest.tensors]
+        found = [(n, list(t.shape), _kind(not isinstance(t, nn.Parameter))) for n, t in tensors.items()]
+        expected = [(t.name, t.shape, _kind(t.buffer)) for t in manifest.tensors]
         if found != expected:
             odd = next(
                 (f"{a} here, {b} in the run" for a, b in zip(found, expected, strict=False) if a != b), "another count"
@@ -108,6 +110,10 @@ class FlatModel:
                 if (found.shape, found.dtype) != (there.shape, there.dtype):
                     raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, and the model's is another")
                 there.copy_(found)
+
+
+def _kind(buffer: bool) -> str:
+    return "buffer" if buffer else "parameter"
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

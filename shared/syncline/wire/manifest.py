@@ -25,6 +25,9 @@ class Entry(Record):
     shape: Annotated[list[Count], Field(max_length=16)]
     offset: Count = Field(description="first element in the flat vector")
     elements: Count
+    buffer: bool = Field(
+        False, description="no parameter but a statistic: an update holds its value, and the center takes the mean"
+    )
 
 
 class Manifest(Record):
@@ -68,6 +71,29 @@ class Manifest(Record):
         return slice(k * self.chunk_elements, min((k + 1) * self.chunk_elements, self.elements))
 
     @property
+    def buffers(self) -> list[slice]:
+        """The elements of the flat vector that belong to buffers, in order; buffers side by side make one slice."""
+        found: list[slice] = []
+        for entry in self.tensors:
+            if not entry.buffer or not entry.elements:
+                continue
+            begin, end = entry.offset, entry.offset + entry.elements
+            if found and found[-1].stop == begin:
+                begin = found.pop().start
+            found.append(slice(begin, end))
+        return found
+
+    def buffers_of_chunks(self) -> dict[int, list[slice]]:
+        """The elements of `buffers`, counted from the start of their chunk, by the number of the chunk."""
+        found: dict[int, list[slice]] = {}
+        for buffer in self.buffers:
+            for k in range(buffer.start // self.chunk_elements, -(-buffer.stop // self.chunk_elements)):
+                chunk = self.chunk(k)
+                begin, end = max(buffer.start, chunk.start), min(buffer.stop, chunk.stop)
+                found.setdefault(k, []).append(slice(begin - chunk.start, end - chunk.start))
+        return found
+
+    @property
     def blob_bytes(self) -> int:
         """Of an update or a center on the bus: all its sections, each with chunks of its own, one after the other."""
         return self.sections * self.nbytes
@@ -78,5 +104,5 @@ class Manifest(Record):
 
     def layout_digest(self) -> str:
         """Equal where two models have the same averaged tensors."""
-        rows = [f"{t.name}:{t.shape}:{t.offset}" for t in self.tensors]
+        rows = [f"{t.name}:{t.shape}:{t.offset}{':buffer' * t.buffer}" for t in self.tensors]
         return xxhash.xxh3_128_hexdigest("\n".join([self.dtype, *rows]).encode())
