@@ -279,7 +279,7 @@ class Trainer:
             return None, 0, 0
         local, seed = self._settings.local, self._settings.seed
         first = self._drawn if local.seconds is not None else (clock - 1) * lasts.most
-        stream = batches(self._dataset, local.batch_size, seed, number, first)
+        stream = batches(self._dataset, local.batch_size, seed, number, first, self._task)
         seen, began_s = 0, self._clock()
 
         def on_step(rows: int) -> bool:

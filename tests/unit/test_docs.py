@@ -56,7 +56,7 @@ def own_task(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["MyTask", "Normalised", "Half"])
+@pytest.mark.parametrize("name", ["MyTask", "LitPixels", "Normalised", "Half"])
 def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
     spec = load_spec(own_task / "mine.yaml")
     assert spec.task == "my_task.py:MyTask"
@@ -67,7 +67,7 @@ def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
     parts = [task.dataset(Part(i, 3, spec.partition, 0)) for i in range(3)]
     assert sum(len(part) for part in parts) == 4000  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    task.train(model, optimizer, itertools.islice(batches(parts[0], 32, 0, 0, 0), 40), lambda rows: True)
+    task.train(model, optimizer, itertools.islice(batches(parts[0], 32, 0, 0, 0, task), 40), lambda rows: True)
     assert evaluate(task, model, task.dataset(Part.test()), 500, "cpu")["accuracy"] > 0.3
 
 

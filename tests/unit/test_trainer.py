@@ -152,7 +152,7 @@ def test_a_loop_that_tells_of_no_step_is_refused_with_the_mend(path: Path, own: 
 
 @pytest.mark.parametrize("local", [{"steps": 5}, {"epochs": 1}, {"steps": 0}])
 @pytest.mark.parametrize(
-    ("task", "problem"), [("Empty", "returned no rows for part 0"), ("Endless", "returned Rows, which has no len")]
+    ("task", "problem"), [("Empty", "returned no rows for part 0"), ("Endless", "returned Rows, an IterableDataset")]
 )
 def test_a_part_without_rows_or_without_a_length_is_refused(
     path: Path, own: str, task: str, problem: str, local: dict[str, Any]

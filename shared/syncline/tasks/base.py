@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from syncline.allow_list import is_allowed, is_file
 from syncline.data.partition import Part
@@ -38,7 +38,7 @@ _NOT_TASKS = ("base", "classification")  # modules there that hold none
 class Task(abc.ABC):
     """Subclass it and write `model`, `dataset` and `loss`; the rest has defaults.
 
-    A batch is what rows of the data set collate to (`torch.utils.data.default_collate`), on the agent's device.
+    A batch is what `collate` makes of rows of the data set, on the agent's device.
     """
 
     local: Sequence[str] = ()  # name patterns of tensors that stay with the agent, as "*.running_mean"
@@ -62,6 +62,13 @@ class Task(abc.ABC):
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Means over the rows of the batch. Called without gradients, the model in evaluation mode."""
         return {"loss": float(self.loss(model, batch))}
+
+    def collate(self, rows: list[Any]) -> Any:
+        """Make one batch of rows. Override it for rows that torch's `default_collate` cannot stack: sequences, graphs, objects.
+
+        `rows`: what the data set gives for the rows, `dataset[i]` each, or what its `__getitems__` returns for all of them.
+        """
+        return default_collate(rows)
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
         """The agent's optimiser. None: the one of the run's settings."""
@@ -230,9 +237,16 @@ def make_dataset(task: Task, part: Part) -> Dataset[Any]:
 
 
 def batches(
-    dataset: Dataset[Any], batch_size: int | Literal["all"], seed: int, part_index: int, first_step: int
+    dataset: Dataset[Any],
+    batch_size: int | Literal["all"],
+    seed: int,
+    part_index: int,
+    first_step: int,
+    task: Task | None = None,
 ) -> Iterator[Any]:
     """Batches of global steps `first_step`, `first_step` + 1, … without end; each a pure function of (seed, part, step).
+
+    `task`: the one that collates them; None: torch's `default_collate` does.
 
     So an agent that starts again, or joins late, sees what it would have seen. Every epoch is a new permutation of the rows;
     its last batch may be short, or have one row more (`steps_in_pass`). `all`: the whole data set in its own order, each step.
@@ -247,7 +261,7 @@ def batches(
         if batch_size != "all" and epoch != ordered_epoch:
             words = np.random.SeedSequence((seed, part_index, epoch))
             order, ordered_epoch = np.random.default_rng(words).permutation(rows), epoch
-        yield _collate(dataset, order[_batch(k, rows, size)])
+        yield _collate(dataset, order[_batch(k, rows, size)], task)
         step += 1
 
 
@@ -257,9 +271,10 @@ def _batch(k: int, rows: int, size: int) -> slice:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """The batch with its tensors on the device; tuples, lists and dicts are followed, anything else stays as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    """The batch with its tensors on the device: tuples, lists and dicts are followed, an object that has `to(device)` is
+    asked, as those of graph and text libraries have, and anything else stays as it is."""
+    if callable(move := getattr(batch, "to", None)):
+        return move(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -297,7 +312,7 @@ def evaluate(
         with torch.no_grad():
             for start in range(0, rows, batch_size):
                 chosen = np.arange(start, min(start + batch_size, rows))
-                batch = to_device(_collate(dataset, chosen), device)
+                batch = to_device(_collate(dataset, chosen, task), device)
                 for name, value in _checked(task.metrics(model, batch)).items():
                     sums[name] = sums.get(name, 0.0) + value * len(chosen)
                 on_batch()
@@ -354,7 +369,7 @@ def whole_gradient(
     model.train()
     for k in range(steps_in_pass(rows, batch_size)):
         chosen = np.arange(rows)[_batch(k, rows, batch_size)]
-        loss = checked_loss(task.loss(model, to_device(_collate(dataset, chosen), device)))
+        loss = checked_loss(task.loss(model, to_device(_collate(dataset, chosen, task), device)))
         (loss * (len(chosen) / rows)).backward()  # type: ignore[no-untyped-call]
         on_batch()
     with torch.no_grad():
@@ -371,20 +386,46 @@ def rows_of_part(dataset: Dataset[Any], number: int) -> int:
 
 
 def _rows(dataset: Dataset[Any]) -> int:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        problem = f"dataset() returned {type(dataset).__name__}, which has no len() and [row]"
-        raise ConfigError("task", problem, "Return a map-style data set")
+    """Return the number of rows. Raises ConfigError for anything that does not give rows by number."""
+    kind, hint = type(dataset).__name__, "Return a map-style data set: one with len() and [row], which a list has too"
+    if isinstance(dataset, IterableDataset):
+        problem = f"dataset() returned {kind}, an IterableDataset, which gives no row by its number"
+        raise ConfigError("task", problem, f"{hint}. `list(stream)` makes one of a stream that fits into memory")
+    if isinstance(dataset, DataLoader):
+        hint = (
+            "Return the data set itself. `local.batch_size` says how many rows a batch has, `collate` how one is made"
+        )
+        raise ConfigError("task", f"dataset() returned {kind}, a data loader, which makes batches of its own", hint)
+    abstract = getattr(type(dataset), "__getitem__", None) in (None, Dataset.__getitem__)
+    if abstract or not hasattr(dataset, "__len__"):
+        raise ConfigError("task", f"dataset() returned {kind}, which has no len() and [row]", hint)
     return len(dataset)
 
 
-def _collate(dataset: Dataset[Any], rows: NDArray[np.int64]) -> Any:
-    """The rows as one batch; a TensorDataset, or a Subset of one, is indexed at once: far faster than row by row."""
-    while type(dataset) is Subset:  # a class derived from it may do more than choose rows
-        chosen = dataset
-        dataset, rows = chosen.dataset, np.array([chosen.indices[row] for row in rows])
-    if type(dataset) is TensorDataset:
-        index = torch.from_numpy(rows)
-        return tuple(tensor[index] for tensor in dataset.tensors)
-    if hasattr(dataset, "__getitems__"):
-        return default_collate(dataset.__getitems__(rows.tolist()))
-    return default_collate([dataset[row] for row in rows.tolist()])
+def _collate(dataset: Dataset[Any], numbers: NDArray[np.int64], task: Task | None) -> Any:
+    """Return the rows of these numbers as one batch. Raises ConfigError for rows that need the task's own `collate`.
+
+    A TensorDataset, or a Subset of one, is indexed at once: far faster than row by row.
+    """
+    own = task is not None and getattr(task.collate, "__func__", None) is not Task.collate
+    source = dataset
+    while type(source) is Subset:  # a class derived from it may do more than choose rows
+        chosen = source
+        source, numbers = chosen.dataset, np.array([chosen.indices[row] for row in numbers])
+    if type(source) is TensorDataset and not own:
+        index = torch.from_numpy(numbers)
+        return tuple(tensor[index] for tensor in source.tensors)
+    if hasattr(source, "__getitems__"):
+        rows = source.__getitems__(numbers.tolist())
+    else:
+        rows = [source[number] for number in numbers.tolist()]
+    if task is not None and own:
+        return task.collate(rows)
+    if not isinstance(rows, list):
+        return rows  # of a data set whose `__getitems__` makes the batch
+    try:
+        return default_collate(rows)
+    except Exception as error:  # whatever torch raises for rows that it cannot stack
+        problem = f"the rows of dataset() ({type(dataset).__name__}) do not collate to a batch: {error}"
+        hint = "Write `collate(rows)` in the task: it pads rows of several lengths, or returns any object that `loss` takes"
+        raise ConfigError("task", problem, hint) from error
