@@ -30,6 +30,7 @@ class Inner:
     def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:
         self._made_anew = partial(inner_of, task, flat.model, local)
         self.optimizer, self._schedule = self._made_anew()
+        self._replaced = flat.replaced
         self._per_step = self._schedule is not None and local.schedule is not None and local.schedule.per == "step"
         self._needs_steps = [name for name in NEED_STEPS if getattr(local, name)]
         self.gradients = Gradients(
@@ -54,6 +55,20 @@ class Inner:
             )
         if self._schedule is not None and not self._per_step and steps:
             advance(self._schedule)
+        self._insist_on_replaced()
+
+    def _insist_on_replaced(self) -> None:
+        """Raises ConfigError where the loss reaches a parameter that training has put in the place of another one, and the
+        optimiser still steps that other one."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, (before, now) in self._replaced.items():
+            if now.grad is not None and id(before) in held and id(now) not in held:
+                raise ConfigError(
+                    "task",
+                    f"training has put another parameter in the place of the model's {name}, which gets gradients, and the "
+                    "optimiser steps the one before: it is not trained",
+                    f"Write into it: `with torch.no_grad(): {name}.copy_(…)`",
+                )
 
     def forget(self) -> None:
         """The optimiser has what a new one has; its schedule goes on."""

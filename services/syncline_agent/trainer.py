@@ -109,7 +109,7 @@ class Trainer:
         """The model, the optimiser, and all else that a period changes, as they are before the first one."""
         settings = self._settings
         model = make_model(self._task, settings.seed).to(self._claim.device)
-        self._flat = FlatModel(model, self._layout, self._task.local)
+        self._flat = FlatModel(model, self._layout, self._task.local, self._task.shared)
         self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
         self._drawn = 0  # batches, in all periods; where these are given in seconds
@@ -304,6 +304,7 @@ class Trainer:
                 yield to_device(next(stream), self._claim.device)
 
         loss = self._task.train(self._flat.model, self._inner.optimizer, draw(), on_step)
+        self._flat.take_in()
         if drawn and not lasts.done and not self._stopped():
             mend = "Call `on_step(rows)` after every step, and stop when it returns False"
             raise ConfigError("task", f"`train` drew {drawn} batches and never called `on_step`", mend)

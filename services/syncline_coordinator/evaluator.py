@@ -51,11 +51,11 @@ class Evaluator:
         layout = (
             decode(Manifest, manifest)
             if manifest
-            else manifest_of(model, chunk_bytes, task.local, settings.local.sections)
+            else manifest_of(model, chunk_bytes, task.local, settings.local.sections, task.shared)
         )
         if not manifest:
             check_inner(task, model, settings.local)
-        self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local), layout
+        self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
         self._settings, self._dataset = settings, make_dataset(task, Part.test(settings.seed))
         return {"manifest": encode(layout)}
 

@@ -76,7 +76,8 @@ class Gradients:
         self._clip([p for group in optimizer.param_groups for p in group["params"]])
         if self._mu or self.control is not None:
             for site in self._sites:
-                self._correct(site)
+                if site.parameter.requires_grad:  # the task may freeze it for a while
+                    self._correct(site)
 
     def _clip(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:

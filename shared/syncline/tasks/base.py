@@ -42,6 +42,7 @@ class Task(abc.ABC):
     """
 
     local: Sequence[str] = ()  # name patterns of tensors that stay with the agent, as "*.running_mean"
+    shared: Sequence[str] = ()  # of frozen tensors that the task updates itself and that are averaged, as "teacher.*"
 
     @abc.abstractmethod
     def model(self) -> nn.Module:

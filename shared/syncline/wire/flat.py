@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from syncline.engine.gradients import Site
 from syncline.errors import ConfigError, PeerError
 from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
 
+COMPILED = "_orig_mod"  # the attribute under which `torch.compile` holds the module that it wraps
+UNIT_TOLERANCE = 1e-5  # above float32's rounding of a vector's length
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), sections: int = 1) -> Manifest:
-    """The layout of a model's averaged tensors, in the model's own order.
+def manifest_of(
+    model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), sections: int = 1, shared: Sequence[str] = ()
+) -> Manifest:
+    """Return the layout of a model's averaged tensors, in the model's own order.
 
-    `local`: name patterns of tensors that stay with the agent. Raises ConfigError for a model with nothing to average, or
-    with tensors that a flat vector would change.
+    Args:
+        local: name patterns of tensors that stay with the agent.
+        shared: name patterns of frozen tensors that are averaged, because the task updates them itself.
+
+    Raises:
+        ConfigError: the model has nothing to average, or tensors that a flat vector would change.
     """
-    _check(model, local)
-    travelling = list(_averaged(model, local))
-    if not any(isinstance(t, nn.Parameter) for _, t in travelling):
+    _check(model, local, shared)
+    travelling = list(_averaged(model, local, shared))
+    if not any(_is_trained(t) for _, t in travelling):
         raise ConfigError(
             "task", "the model has no trainable floating-point parameter to average", "Return a model with parameters"
         )
     dtype = "fp64" if any(t.dtype == torch.float64 for _, t in travelling) else "fp32"
     itemsize = DTYPES[dtype].itemsize
+    units = set(_unit_vectors(model))
     tensors, offset = [], 0
     for name, tensor in travelling:
-        buffer = not isinstance(tensor, nn.Parameter)
-        shape = list(tensor.shape)
-        tensors.append(Entry(name=name, shape=shape, offset=offset, elements=tensor.numel(), buffer=buffer))
+        entry = Entry(
+            name=name,
+            shape=list(tensor.shape),
+            offset=offset,
+            elements=tensor.numel(),
+            buffer=not _is_trained(tensor),
+            unit=name in units,
+        )
+        tensors.append(entry)
         offset += tensor.numel()
     names = {name for name, _ in travelling}
     return Manifest(
@@ -44,8 +63,43 @@ def manifest_of(model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), s
         chunk_elements=max(ALIGN_ELEMENTS, chunk_bytes // itemsize // ALIGN_ELEMENTS * ALIGN_ELEMENTS),
         tensors=tensors,
         sections=sections,
-        at_home=[n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n not in names],
+        at_home=[name for name, _ in _tensors(model) if name not in names],
     )
+
+
+@dataclass(slots=True)
+class _Place:
+    """A tensor of the model and its place in the flat vector.
+
+    Attributes:
+        tensor: the object that the model held under this name when it was bound last.
+        view: its elements in the flat vector, in its shape.
+        copied: its value when it was last copied, for a tensor of another dtype than the vector; None: it shares memory.
+    """
+
+    entry: Entry
+    tensor: Tensor
+    view: Tensor
+    dtype: torch.dtype
+    trained: bool
+    copied: Tensor | None = None
+
+    def holds(self, found: Tensor) -> bool:
+        """Whether this tensor of the model is the one that was bound, and lies where it was put."""
+        if found is not self.tensor or found.shape != self.view.shape or found.dtype != self.dtype:
+            return False
+        in_place = found.data_ptr() == self.view.data_ptr() and found.stride() == self.view.stride()
+        return in_place or self.copied is not None or not found.numel()
+
+    def bind(self, tensor: Tensor) -> None:
+        """Make the tensor share the vector's memory where its dtype allows it."""
+        self.tensor = tensor
+        if self.copied is None and tensor.numel():  # an empty view would share its address with the next tensor
+            tensor.data = self.view
+
+    @property
+    def where(self) -> slice:
+        return slice(self.entry.offset, self.entry.offset + self.entry.elements)
 
 
 class FlatModel:
@@ -54,12 +108,21 @@ class FlatModel:
     P: elements. Tensors of the vector's own dtype share its memory. Others, half-precision weights under an fp32 center, are
     copied by `load`, and `store` adds what they have changed by since: the vector keeps the digits that they cannot hold, as
     the fp32 master weights of mixed-precision training do (arXiv:1710.03740), and steps too small for them add up there.
+
+    Training may replace a tensor (`self.mean = .9 * self.mean + …`) or point it at other memory (`p.data = old`). `store`
+    finds tensors by name, copies such a tensor in, and binds it again.
+
+    Attributes:
+        sites: the trained parameters and their places. The list is changed in place, so that its readers see new objects.
+        replaced: by name, parameters that training replaced by another object: the first one and the one of today.
     """
 
-    def __init__(self, model: nn.Module, manifest: Manifest, local: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, manifest: Manifest, local: Sequence[str] = (), shared: Sequence[str] = ()
+    ) -> None:
         self.model = model
-        tensors = dict(_averaged(model, local))
-        found = [(n, list(t.shape), _kind(not isinstance(t, nn.Parameter))) for n, t in tensors.items()]
+        tensors = dict(_averaged(model, local, shared))
+        found = [(n, list(t.shape), _kind(not _is_trained(t))) for n, t in tensors.items()]
         expected = [(t.name, t.shape, _kind(t.buffer)) for t in manifest.tensors]
         if found != expected:
             odd = next(
@@ -67,46 +130,131 @@ class FlatModel:
             )
             raise PeerError(f"the task's model differs from the run's: {odd}. Is the task's code the same everywhere?")
         self._travelling = frozenset(tensors)
+        ids = {id(tensor) for tensor in tensors.values()}
+        self._trainable = {n for n, slot in _slots(model) if _is_trained(slot.tensor) and id(slot.tensor) not in ids}
+        self._local = tuple(local)
         device = next(iter(tensors.values())).device
         self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
-        self.sites: list[Site] = []  # the trainable ones, and where they lie
-        self._apart: list[tuple[Tensor, Tensor, Tensor]] = []  # its place, and what it was when it was last copied
-        for entry in manifest.tensors:
-            tensor = tensors[entry.name]
-            where = slice(entry.offset, entry.offset + entry.elements)
-            view = self.flat_P[where].view(entry.shape)
-            view.copy_(tensor.detach())
-            if isinstance(tensor, nn.Parameter):
-                self.sites.append(Site(tensor, where))
-            if tensor.dtype == self.flat_P.dtype:
-                tensor.data = view
-            else:
-                self._apart.append((tensor, view, tensor.detach().clone()))
+        self.sites: list[Site] = []
+        self.replaced: dict[str, tuple[Tensor, Tensor]] = {}
+        self._places = [self._place(entry, tensors[entry.name]) for entry in manifest.tensors]
+        self._note_sites()
+
+    def _place(self, entry: Entry, tensor: Tensor) -> _Place:
+        view = self.flat_P[entry.offset : entry.offset + entry.elements].view(entry.shape)
+        view.copy_(tensor.detach())
+        copied = None if tensor.dtype == self.flat_P.dtype else tensor.detach().clone()
+        place = _Place(entry, tensor, view, tensor.dtype, _is_trained(tensor), copied)
+        place.bind(tensor)
+        return place
+
+    def _note_sites(self) -> None:
+        self.sites[:] = [
+            Site(p.tensor, p.where) for p in self._places if p.trained and isinstance(p.tensor, nn.Parameter)
+        ]
 
     def store(self) -> None:
-        """Model → flat vector, for tensors that do not share its memory."""
-        for tensor, view, before in self._apart:
-            view.add_(tensor.detach().to(view.dtype).sub_(before))
-            before.copy_(tensor.detach())
+        """Model → flat vector: take in tensors that were replaced or pointed elsewhere, and those of another dtype.
+
+        Raises:
+            ConfigError: a tensor cannot be taken in, or another one became trainable. Names it.
+        """
+        self.take_in()
+        for place in self._places:
+            if place.copied is not None:
+                place.view.add_(place.tensor.detach().to(place.view.dtype).sub_(place.copied))
+                place.copied.copy_(place.tensor.detach())
 
     def load(self) -> None:
-        """Flat vector → model, for tensors that do not share its memory."""
+        """Flat vector → model, for tensors that do not share its memory. Vectors of length 1 get that length back."""
         with torch.no_grad():
-            for tensor, view, before in self._apart:
-                before.copy_(tensor.copy_(view))
+            for place in self._places:
+                if place.entry.unit:
+                    to_unit_(place.view)
+                if place.copied is not None:
+                    place.copied.copy_(place.tensor.copy_(place.view))
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        """Copy tensors that training replaced, or pointed at other memory, into the flat vector, and bind them again.
+
+        Raises:
+            ConfigError: such a tensor does not fit, or another one became trainable. Names it.
+        """
+        slots = dict(_slots(self.model))
+        self._refuse_newly_trainable(slots)
+        moved = [(place, self._slot_of(place, slots)) for place in self._places]
+        moved = [(place, slot) for place, slot in moved if not place.holds(slot.tensor)]
+        if not moved:
+            return
+        now = [(p.entry.name, slots[p.entry.name].tensor) for p in self._places if p.entry.elements]
+        for first, second in _overlapping(now):
+            problem = f"the model's {first} and {second} lie in the same memory since training, and are two tensors"
+            raise ConfigError("task", problem, "Tie them in model() (`b.weight = a.weight`), or copy one of them")
+        values = [slot.tensor.detach().clone() for _, slot in moved]  # they may lie in each other's places
+        for (place, slot), value in zip(moved, values, strict=True):
+            if place.copied is None:
+                place.view.copy_(value)
+            if isinstance(slot.tensor, nn.Parameter):
+                if slot.tensor is not place.tensor:
+                    original, _ = self.replaced.get(place.entry.name, (place.tensor, None))
+                    self.replaced[place.entry.name] = (original, slot.tensor)
+                place.bind(slot.tensor)
+            else:  # the new tensor may belong to a graph: the old one goes on, with its value
+                if place.copied is not None:
+                    place.tensor.copy_(value)
+                slot.owner._buffers[slot.attribute] = place.tensor
+                place.bind(place.tensor)
+        self._note_sites()
+
+    def _slot_of(self, place: _Place, slots: Mapping[str, _Slot]) -> _Slot:
+        """Return where the model holds the tensor now. Raises ConfigError where it holds none that fits."""
+        name, slot = place.entry.name, slots.get(place.entry.name)
+        mend = "Make the model in its final form in model(), after one batch if its tensors grow with the first one"
+        if slot is None:
+            raise ConfigError("task", f"the model's {name} is averaged, and training has removed it", mend)
+        before = (list(place.view.shape), place.dtype, isinstance(place.tensor, nn.Parameter))
+        after = (list(slot.tensor.shape), slot.tensor.dtype, isinstance(slot.tensor, nn.Parameter))
+        if before != after or slot.tensor.layout is not torch.strided:
+            kinds = [f"a {'parameter' if p else 'buffer'} of {d} {s}" for s, d, p in (before, after)]
+            raise ConfigError("task", f"the model's {name} was {kinds[0]}, and training has made it {kinds[1]}", mend)
+        return slot
+
+    def _refuse_newly_trainable(self, slots: Mapping[str, _Slot]) -> None:
+        known = {id(slot.tensor) for name, slot in slots.items() if name in self._travelling}
+        for name, slot in slots.items():
+            if not _is_trained(slot.tensor) or name in self._travelling or name in self._trainable:
+                continue
+            if id(slot.tensor) not in known:  # else it is tied to one that travels
+                raise ConfigError(
+                    "task",
+                    f"the model's {name} became trainable during training. It was frozen, tied or absent when model() "
+                    "returned, so it is neither trained nor averaged",
+                    "Return it trainable from model(), and freeze it in `train` or `loss` until its time has come",
+                )
 
     def at_home(self) -> dict[str, Tensor]:
-        """What changes as this agent trains and does not travel, by name. Looked for each time: a model may put another tensor
-        in a buffer's place. Sparse ones are left out: they are built, and not trained."""
-        changing = ((n, t) for n, t in _changing(self.model) if t.layout is torch.strided)
-        return {name: tensor for name, tensor in changing if name not in self._travelling}
+        """Return what changes as this agent trains and does not travel, by name.
+
+        Tensors are looked up each time, because a model may put another tensor in a buffer's place. Sparse ones are left
+        out: they are built, and not trained.
+        """
+        own = [(n, t) for n, t in _tensors(self.model) if isinstance(t, nn.Parameter) and _stays(n, self._local)]
+        changing = {**dict(_changing(self.model)), **dict(own)}
+        return {n: t for n, t in changing.items() if t.layout is torch.strided and n not in self._travelling}
 
     def restore_at_home(self, kept: Mapping[str, Tensor]) -> None:
-        """What `at_home` was. A buffer that the model makes only as it trains is made anew. Raises ValueError."""
+        """Write back what `at_home` was. A buffer that the model makes only as it trains is made anew.
+
+        Raises:
+            ValueError: a tensor has another shape or dtype. One that was empty takes the shape that it grew to.
+        """
         own = self.at_home()
         with torch.no_grad():
             for name in own.keys() & kept.keys():
                 found, there = kept[name], own[name]
+                if not there.numel() and found.dtype == there.dtype:
+                    there.resize_(found.shape)
                 if (found.shape, found.dtype) != (there.shape, there.dtype):
                     raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, and the model's is another")
                 there.copy_(found)
@@ -116,49 +264,129 @@ def _kind(buffer: bool) -> str:
     return "buffer" if buffer else "parameter"
 
 
+def to_unit_(vector: Tensor) -> None:
+    """Scale the vector back to length 1, in place. One that has it, up to rounding, keeps its bits."""
+    length = float(torch.linalg.vector_norm(vector))
+    if length > 0 and abs(length - 1) > UNIT_TOLERANCE:
+        vector.div_(length)
+
+
+# -- the tensors of a model -------------------------------------------------------------------------------------------
+
+
+class _Slot(NamedTuple):
+    """Where a model holds a tensor."""
+
+    owner: nn.Module
+    attribute: str
+    tensor: Tensor
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
+    """Yield parameters, then buffers, by the names that the model has without `torch.compile`; tied ones under each name."""
+    modules = [(_plain(prefix), module) for prefix, module in model.named_modules(remove_duplicate=False)]
+    for holder in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for attribute, tensor in getattr(module, holder).items():
+                if tensor is not None:
+                    yield f"{prefix}.{attribute}" if prefix else attribute, _Slot(module, attribute, tensor)
+
+
+def _plain(name: str) -> str:
+    """A module's name as it is without `torch.compile`, which wraps a module in another one."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters, then buffers, by name; each shared tensor once."""
+    seen: set[int] = set()
+    for name, slot in _slots(model):
+        if id(slot.tensor) not in seen:
+            seen.add(id(slot.tensor))
+            yield name, slot.tensor
+
+
+def _saved(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that the model saves. Its state dict does not tell: hooks may rename what is in it."""
+    return {n for n, slot in _slots(model) if slot.attribute not in slot.owner._non_persistent_buffers_set}
+
+
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters, then buffers that are saved; each shared tensor once."""
-    saved = model.state_dict(keep_vars=True)
-    yield from ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    yield from ((n, b) for n, b in model.named_buffers() if n in saved)
-
-
-def _averaged(model: nn.Module, local: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Of those, what is a floating-point number and not `local`.
-
-    A buffer that holds an infinity, as an attention mask does, is no statistic: its mean with others has no meaning.
-    """
-    for name, tensor in _changing(model):
-        if not tensor.is_floating_point() or _stays(name, local):
-            continue
-        if isinstance(tensor, nn.Parameter) or bool(torch.isfinite(tensor).all()):
+    """Yield trainable parameters, then buffers that are saved; each shared tensor once."""
+    saved = _saved(model)
+    for name, tensor in _tensors(model):
+        if tensor.requires_grad if isinstance(tensor, nn.Parameter) else name in saved:
             yield name, tensor
 
 
-def _stays(name: str, local: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in local)
+def _averaged(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield those of the changing tensors that are floating-point numbers and not `local`, and the `shared` ones.
+
+    A buffer that holds an infinity, as an attention mask does, is no statistic: its mean with others has no meaning. An empty
+    one may grow as the model trains, and needs memory of its own for that.
+    """
+    changing = {id(tensor) for _, tensor in _changing(model)}
+    for name, tensor in _tensors(model):
+        wanted = id(tensor) in changing or _stays(name, shared)
+        if not wanted or not tensor.is_floating_point() or _stays(name, local):
+            continue
+        if isinstance(tensor, nn.Parameter) or (tensor.numel() and bool(torch.isfinite(tensor).all())):
+            yield name, tensor
 
 
-def _check(model: nn.Module, local: Sequence[str]) -> None:
-    """Raises ConfigError for what cannot live in a flat vector, or would become another model there."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+def _is_trained(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+def _stays(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unit_vectors(model: nn.Module) -> Iterator[str]:
+    """Yield names of the vectors that spectral norm keeps at length 1, for its power iteration (arXiv:1802.05957)."""
+    for name, slot in _slots(model):
+        hooks = slot.owner._forward_pre_hooks.values()
+        hooked = {f"{h.name}_{end}" for h in hooks if isinstance(h, SpectralNorm) for end in "uv"}
+        if slot.attribute in hooked or (isinstance(slot.owner, _SpectralNorm) and slot.attribute in ("_u", "_v")):
+            yield name
+
+
+def _overlapping(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    """Yield the names of neighbours that lie in the same memory."""
+    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors if t.is_contiguous() and t.nbytes]
+    for (_, end, first), (begin, _, second) in pairwise(sorted(ranges)):
+        if begin < end:
+            yield first, second
+
+
+def _check(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> None:
+    """Raise ConfigError for what cannot live in a flat vector, or would become another model there."""
+    tensors = list(_tensors(model))
     for name, tensor in tensors:
         if is_lazy(tensor):
             problem = f"the model's {name} has no shape before the first batch"
             raise ConfigError("task", problem, "Send one batch through the model in model(), and return it then")
-        if (
-            isinstance(tensor, nn.Parameter)
-            and tensor.is_complex()
-            and tensor.requires_grad
-            and not _stays(name, local)
-        ):
+        if tensor.is_complex() and _is_trained(tensor) and not _stays(name, local):
             mend = "Hold its real and imaginary parts as two parameters, or name it in the task's `local`"
             raise ConfigError("task", f"the model's {name} is {tensor.dtype}, and cannot be averaged", mend)
-    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors if t.is_contiguous() and t.nbytes]
-    travelling = {name for name, _ in _averaged(model, local)}
-    for (_, end, first), (begin, _, second) in pairwise(sorted(ranges)):
-        if begin < end and travelling & {first, second}:
+    _check_patterns(tensors, local, shared)
+    travelling = {name for name, _ in _averaged(model, local, shared)}
+    for first, second in _overlapping(tensors):
+        if travelling & {first, second}:
             problem = (
                 f"the model's {first} and {second} lie in the same memory and are two tensors, which would part here"
             )
             raise ConfigError("task", problem, "Make them one parameter (`b.weight = a.weight`), or copy one of them")
+
+
+def _check_patterns(tensors: Sequence[tuple[str, Tensor]], local: Sequence[str], shared: Sequence[str]) -> None:
+    for setting, patterns in (("local", local), ("shared", shared)):
+        if isinstance(patterns, str):
+            raise ConfigError("task", f"`{setting}` is the text {patterns!r}", f"Write a tuple: `({patterns!r},)`")
+    for pattern in shared:
+        names = [name for name, t in tensors if t.is_floating_point() and _stays(name, [pattern])]
+        if not names:
+            problem = f"`shared` names {pattern!r}, which no floating-point tensor of the model matches"
+            raise ConfigError("task", problem, "Write the names as `model().named_parameters()` gives them")
+        if (both := next((name for name in names if _stays(name, local)), None)) is not None:
+            raise ConfigError("task", f"`local` and `shared` both name {both}", "Leave it out of one of them")

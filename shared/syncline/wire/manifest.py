@@ -26,8 +26,10 @@ class Entry(Record):
     offset: Count = Field(description="first element in the flat vector")
     elements: Count
     buffer: bool = Field(
-        False, description="no parameter but a statistic: an update holds its value, and the center takes the mean"
+        False,
+        description="no trained parameter but a statistic: an update holds its value, and the center takes the mean",
     )
+    unit: bool = Field(False, description="a vector of length 1, as spectral norm keeps them; its mean is scaled back")
 
 
 class Manifest(Record):
