@@ -18,7 +18,8 @@ from syncline.bus.blobs import BlobGone, get_blob
 from syncline.chance import jitter
 from syncline.child import ChildDied, ChildFailed
 from syncline.errors import BusError, ConfigError, Denied, PeerError, SynclineError
-from syncline.spec import Async, RunSpec, parse
+from syncline.spec import Async, RunSpec
+from syncline.submission import submitted_spec
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
@@ -34,7 +35,15 @@ log = logging.getLogger(__name__)
 DEATHS_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
 REVIVE_S = 1.0  # the pause after the second of them
 GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
-SPEC_BYTES = 256 * 1024
+
+
+def _spec_of(record: bytes) -> RunSpec:
+    """Return a run's settings. Raises ConfigError where a newer Syncline wrote one that this one does not know."""
+    try:
+        return submitted_spec(decode(Submit, record))
+    except ConfigError as error:
+        mend = "The coordinator accepts it: upgrade Syncline on this agent, or leave the setting out of the run"
+        raise ConfigError(error.setting, error.problem, mend) from None
 
 
 class CannotTrain(SynclineError):
@@ -154,7 +163,7 @@ class Session:
     async def _prepare(self) -> None:
         """Reads spec and manifest, and has the child make the model."""
         entry = await self._news.read(subjects.spec_key(self._run))
-        self._spec = parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
+        self._spec = _spec_of(entry.value)
         self._signs.heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
         while (manifest := (head := (await self._news.newest()).head).manifest) is None:
             self._news.clear()

@@ -11,8 +11,9 @@ from syncline.bus.base import Bus, Delivery
 from syncline.bus.nats import mended
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerError, RunFailed, Unavailable
 from syncline.spec import RunSpec
+from syncline.submission import submission
 from syncline.wire import subjects
-from syncline.wire.messages import ENDED, Head, Notify, Submit, Submitted, decode, encode
+from syncline.wire.messages import ENDED, Head, Notify, Submitted, decode, encode
 from syncline_cli.process import since_start_s
 from syncline_cli.standstill import Standstill
 from syncline_cli.state import RunState
@@ -28,7 +29,7 @@ T = TypeVar("T")
 async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0) -> Submitted:
     """Hands the run to the coordinator, asking again while it comes up. Raises ConfigError with what it refuses, and
     NoResponders where there is no coordinator."""
-    question = encode(Submit(spec=spec.model_dump(mode="json")))
+    question = encode(submission(spec))
     deadline = time.monotonic() + patience_s
     while True:
         try:

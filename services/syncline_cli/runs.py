@@ -9,12 +9,12 @@ from functools import partial
 from syncline.bus.base import Bus
 from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob
 from syncline.errors import ConfigError, NoResponders, PeerError, Unavailable
-from syncline.spec import RunSpec, parse
+from syncline.spec import RunSpec
+from syncline.submission import submitted_spec
 from syncline.wire import subjects
 from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, BlobRef, Committed, Head, Submit, decode
 
 NAMED = 8  # runs that an error lists
-SPEC_BYTES = 256 * 1024
 
 
 async def names(bus: Bus) -> list[str]:
@@ -59,7 +59,7 @@ async def spec_of(bus: Bus, run: str) -> RunSpec | None:
     """None where it is not there, or a newer Syncline's."""
     entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(run))
     try:
-        return None if entry is None else parse(RunSpec, decode(Submit, entry.value, limit=SPEC_BYTES).spec)
+        return None if entry is None else submitted_spec(decode(Submit, entry.value))
     except (PeerError, ConfigError):
         return None
 

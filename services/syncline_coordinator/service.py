@@ -21,7 +21,8 @@ from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
 from syncline.guardrails import doubts_of_model
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
+from syncline.spec import RunSpec
+from syncline.submission import submission, submitted_spec
 from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
@@ -51,7 +52,7 @@ from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
-from syncline_coordinator.space import RUNS, SPEC_BYTES, insist_on_models, most_agents, release, reserve, restore
+from syncline_coordinator.space import RUNS, insist_on_models, most_agents, release, reserve, restore
 from syncline_coordinator.stopping import end_undriven, give_up, why
 from syncline_coordinator.waiting import first_head, waiting_runs
 
@@ -198,9 +199,9 @@ class Coordinator:
     # -- runs ----------------------------------------------------------------------------------------------------------
     async def _on_submit(self, delivery: Delivery) -> None:
         try:
-            submit = decode(Submit, delivery.data, limit=SPEC_BYTES)
-            spec = parse(RunSpec, submit.spec)
-            warnings = await self._accept(spec)
+            submit = decode(Submit, delivery.data)
+            spec = submitted_spec(submit)
+            warnings = await self._accept(spec, submission(spec, submit))
         except ConfigError as error:
             refused = Submitted(setting=error.setting[:2000], problem=error.problem[:2000], mend=error.mend[:2000])
             await self._answer(delivery, refused)
@@ -229,16 +230,14 @@ class Coordinator:
             return await end_undriven(self._bus, stop)
         return Stopped(run=stop.run, outcome="stopping", reason=why(stop))
 
-    async def _accept(self, spec: RunSpec) -> list[str]:
+    async def _accept(self, spec: RunSpec, record: Submit) -> list[str]:
         """Checks all that can be checked before a run starts, and queues it; returns what is doubtful. Raises ConfigError."""
         if (there := await HeadKeeper.read(self._bus, spec.name)) is not None and not await there.is_orphan():
             raise exists(there.head)
         manifest = await self._manifest_of(spec)
         await reserve(self._bus, spec, manifest)
         try:
-            await self._bus.kv_create(
-                subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(Submit(spec=spec.model_dump(mode="json")))
-            )
+            await self._bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(record))
         except Conflict:
             raise exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
         await first_head(self._bus, spec.name)
@@ -346,7 +345,7 @@ class Coordinator:
             raise Deposed("it has moved on while it was opened") from None
 
     async def _opened(self, keeper: HeadKeeper, submitted: bytes, memory: SharedMemory, telemetry: Telemetry) -> Run:
-        spec = parse(RunSpec, decode(Submit, submitted, limit=SPEC_BYTES).spec)
+        spec = submitted_spec(decode(Submit, submitted))
         lost_term = self._losses.term(keeper.head.run)
         anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
         if not anew:

@@ -12,6 +12,7 @@ from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unre
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
+from syncline.wire.messages import Submit
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,7 @@ UPDATES_SLACK_BYTES = 32 << 20  # judged updates that wait to be purged
 RECORDS_BYTES = 16 << 20  # rosters and plans beside the models, and models that wait to be purged
 OFFERS_BYTES = 8 << 20
 LOG_BYTES = 32 << 20
-SPEC_BYTES = 256 * 1024
-RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, SPEC_BYTES)  # specs and heads of all runs
+RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, Submit.max_bytes)  # specs and heads of all runs
 LEAST_BYTES = RUNS.max_bytes + UPDATES_SLACK_BYTES + RECORDS_BYTES + OFFERS_BYTES + LOG_BYTES  # one run of a tiny model
 
 

@@ -22,8 +22,9 @@ from syncline.bus.memory_store import Store, Stream
 from syncline.child import ChildDied
 from syncline.errors import BusError, ConfigError, PeerError
 from syncline.shm import SharedMemory
+from syncline.submission import submission
 from syncline.wire import subjects
-from syncline.wire.messages import ENDED, Head, Heartbeat, Submit, Submitted, decode, encode
+from syncline.wire.messages import ENDED, Head, Heartbeat, Submitted, decode, encode
 from syncline_agent.service import Agent, AgentSettings
 from syncline_agent.signs import Superseded
 from syncline_coordinator.head import Deposed
@@ -133,7 +134,7 @@ class World:
     async def _submit(self) -> None:
         """As `syncline run` does it: asks until the run is accepted."""
         bus = self._connect(f"cli/{self._submissions}", "cli")
-        question = encode(Submit(spec=self.scene.spec.model_dump(mode="json")))
+        question = encode(submission(self.scene.spec))
         while True:
             try:
                 answer = decode(Submitted, await bus.request(subjects.submit(), question, 5.0))

@@ -35,6 +35,12 @@ def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[
     return ConfigError(setting, f"{value!r} is not accepted", message[:1].upper() + message[1:])
 
 
+def unknown_setting(model: type[BaseModel], item: Any) -> list[str]:
+    """Return the path of the setting that one of pydantic's findings calls unknown; [] where it says something else."""
+    loc = [str(part) for part in item["loc"]]
+    return [*_walk(model, loc[:-1])[0], loc[-1]] if item["type"] == "extra_forbidden" else []
+
+
 def _unknown(
     model: type[BaseModel], path: list[str], name: str, sections: Models, beside: tuple[str, ...]
 ) -> ConfigError:

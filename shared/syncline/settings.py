@@ -11,13 +11,15 @@ from typing import Annotated, Any, ClassVar, TypeVar, Union
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from syncline.errors import ConfigError
-from syncline.explain import explain
+from syncline.explain import explain, unknown_setting
 
 
 class Settings(BaseModel):
     """A frozen section: unknown names are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, ser_json_inf_nan="constants"
+    )
     beside: ClassVar[tuple[str, ...]] = ()  # sections that stand beside these in a file, and are read elsewhere
 
 
@@ -58,8 +60,15 @@ def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) 
     return [*found.values()]
 
 
-def parse(model: type[S], data: Any, section: str = "") -> S:
-    """Validated settings, or one ConfigError that lists everything wrong. `section`: where in the spec they stand."""
+def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str] = ()) -> S:
+    """Validated settings, or one ConfigError that lists everything wrong.
+
+    Args:
+        model: the class of the settings.
+        data: a mapping.
+        section: where in the spec they stand.
+        ignored: names of settings, as `local.steps`, that are left out where the class does not know them.
+    """
     if not isinstance(data, dict):
         mend = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
         what = "is empty" if data is None else f"is a {type(data).__name__}, not a mapping"
@@ -67,10 +76,27 @@ def parse(model: type[S], data: Any, section: str = "") -> S:
     try:
         return model.model_validate(data)
     except ValidationError as error:
+        unknown = [path for item in error.errors() if (path := unknown_setting(model, item))]
+        if leave_out := [path for path in unknown if _is_within(path, ignored)]:
+            return parse(model, _without(data, leave_out), section)
         problems = _together([explain(model, item, section, model.beside) for item in error.errors()])
         first = problems[0]
         rest = "".join(f"\n{p}" for p in problems[1:])
         raise ConfigError(first.setting, first.problem, first.mend + rest) from None
+
+
+def _is_within(path: list[str], names: Collection[str]) -> bool:
+    """Whether a setting, or a section that it stands in, is among the names."""
+    return any(".".join(path[:end]) in names for end in range(1, len(path) + 1))
+
+
+def _without(data: dict[str, Any], paths: list[list[str]]) -> dict[str, Any]:
+    """A copy of nested mappings without the settings at these paths."""
+    here = {path[0] for path in paths if len(path) == 1}
+    below = {name: [path[1:] for path in paths if path[0] == name and len(path) > 1] for name in data}
+    return {
+        name: _without(value, below[name]) if below[name] else value for name, value in data.items() if name not in here
+    }
 
 
 def _together(problems: list[ConfigError]) -> list[ConfigError]:

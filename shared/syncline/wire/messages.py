@@ -259,7 +259,12 @@ class Submit(Record):
 
     kind: ClassVar[str] = "submit"
     max_bytes: ClassVar[int] = 256 * 1024
-    spec: dict[str, Any] = Field(description="settings as in the YAML file")
+    spec: dict[str, Any] = Field(description="every setting with its value, in sections as in the YAML file")
+    defaults: list[Annotated[str, Field(max_length=500)]] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="those that nobody wrote, as `local.steps`: a reader ignores one of them that it does not know",
+    )
 
 
 class Submitted(Record):
