@@ -33,7 +33,13 @@ def run(options: AgentOptions) -> int:
     set_up_logging(options.log_file)
     check_patterns(options.allow_task)
     claimed = claim(options.name, options.key, Path(options.state_dir))  # its lock is held as long as we live
-    options = replace(options, name=claimed.name, key=claimed.key)
+    options = replace(
+        options,
+        name=claimed.name,
+        key=claimed.key,
+        state_dir=str(Path(options.state_dir).absolute()),  # the child's working directory is that of its task
+        task_dir=str(Path(options.task_dir).absolute()),
+    )
     name_process(options.name)
     seed = read_seed(Path(options.key)) if options.key else ""
     nursery = Nursery.start(("torch",))

@@ -13,6 +13,7 @@ W_i is kept on disk, so that an agent that was killed goes on from its own work.
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -74,8 +75,11 @@ class Trainer:
         task_dir: Path,
         clock: Callable[[], float] = time.monotonic,
         fitting: Callable[[float], int] | None = None,
+        enter: Callable[[Path], object] = lambda directory: None,
     ) -> None:
-        """`fitting`: how many steps fit into so many seconds, where a simulation says so; else that is measured."""
+        """`fitting`: how many steps fit into so many seconds, where a simulation says so; else that is measured. `enter`: as
+        `load_task` has it."""
+        self._enter = enter
         self._clock, self._fitting = clock, fitting
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._wanted = device
@@ -190,7 +194,14 @@ class Trainer:
         }
 
     def load_task(self, settings: RunSpec) -> Task:
-        return load_task(settings.task, settings.task_options, self._allowed, self._task_dir, seed=settings.seed)
+        return load_task(
+            settings.task,
+            settings.task_options,
+            self._allowed,
+            self._task_dir,
+            seed=settings.seed,
+            enter=self._enter,
+        )
 
     def vector(self) -> torch.Tensor:
         """Room for a center, on the device."""
@@ -381,5 +392,5 @@ def _rows_told(rows: Any) -> int:
 def main(device: str, threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:
     if threads:
         torch.set_num_threads(threads)
-    trainer = Trainer(SharedMemory(memory_fd), device, allowed, Path(task_dir))
+    trainer = Trainer(SharedMemory(memory_fd), device, allowed, Path(task_dir), enter=os.chdir)
     return serve(end_fd, trainer.questions())

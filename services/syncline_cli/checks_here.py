@@ -77,7 +77,7 @@ async def torch(device: str) -> Finding:
 async def _ask_torch() -> tuple[dict[str, Any], str]:
     """What a child with torch sees; or why there is none."""
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _TORCH, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sys.executable, "-P", "-c", _TORCH, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         async with asyncio.timeout(TORCH_S):

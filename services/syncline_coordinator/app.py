@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def run(options: CoordinatorOptions) -> int:
     set_up_logging(options.log_file)
     name_process(COORDINATOR)
     seed = read_seed(Path(options.key)) if options.key else ""
+    options = replace(
+        options, task_dir=str(Path(options.task_dir).absolute())
+    )  # the child works in its task's directory
     nursery = Nursery.start(("torch",))
 
     async def work() -> int:

@@ -6,6 +6,7 @@ so, and then takes its time.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +38,10 @@ class Evaluator:
         allowed: list[str],
         task_dir: Path,
         clock: Callable[[], float] = time.monotonic,
+        enter: Callable[[Path], object] = lambda directory: None,
     ) -> None:
-        self._clock = clock
+        """`enter`: as `load_task` has it."""
+        self._clock, self._enter = clock, enter
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._task: Task | None = None
         self._flat: FlatModel | None = None
@@ -91,6 +94,7 @@ class Evaluator:
             self._task_dir,
             asker=subjects.COORDINATOR,
             seed=settings.seed,
+            enter=self._enter,
         )
 
     def _center(self) -> torch.Tensor:
@@ -100,5 +104,5 @@ class Evaluator:
 def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:
     if threads:
         torch.set_num_threads(threads)
-    evaluator = Evaluator(SharedMemory(memory_fd), allowed, Path(task_dir))
+    evaluator = Evaluator(SharedMemory(memory_fd), allowed, Path(task_dir), enter=os.chdir)
     return serve(end_fd, evaluator.questions())

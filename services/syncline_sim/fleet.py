@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +112,9 @@ class Fleet:
         self.spec, self.settings = spec, settings
         agents = settings.names(spec)
         starts_s = tuple(settings.start_within_s * i / len(agents) for i in range(len(agents)))
-        self._scene = Scene(spec, agents, starts_s=starts_s, longest_delay_s=0.0, children="real", task_dir=task_dir)
+        self._scene = Scene(
+            spec, agents, starts_s=starts_s, longest_delay_s=0.0, children="real", task_dir=task_dir.absolute()
+        )
         self._seed = spec.seed if settings.seed is None else settings.seed
         self._loop = VirtualLoop(longest_s=settings.longest_s, most_turns=MOST_TURNS)
         links = {agent: settings.link[i % len(settings.link)] for i, agent in enumerate(agents)}
@@ -124,6 +126,7 @@ class Fleet:
         """Raises ConfigError and RunFailed."""
         with (
             tempfile.TemporaryDirectory(prefix="syncline-sim-") as disk,
+            chdir("."),  # back to it afterwards: the task is in its own directory meanwhile
             guarded(threads=True),
             quiet(),
             _threads(self.settings.threads),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,12 @@ class SharedTask:
         """Raises ConfigError."""
         if self._task is None:
             self._task = load_task(
-                settings.task, settings.task_options, self._allowed, self._task_dir, seed=settings.seed
+                settings.task,
+                settings.task_options,
+                self._allowed,
+                self._task_dir,
+                seed=settings.seed,
+                enter=os.chdir,
             )
             self.dataset(Part.test(settings.seed))  # what that caches in the task, the copies have too
         own = copy.copy(self._task)

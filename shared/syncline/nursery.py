@@ -82,7 +82,8 @@ class Nursery:
                 _serve_and_exit(theirs, owner, ())
             theirs.close()
             return cls(pid, ours)
-        command = [sys.executable, "-m", "syncline.nursery", str(theirs.fileno()), str(owner), *preload]
+        # -P: without it the working directory would be first on sys.path, here and in all that multiprocessing starts
+        command = [sys.executable, "-P", "-m", "syncline.nursery", str(theirs.fileno()), str(owner), *preload]
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )

@@ -262,9 +262,20 @@ def test_the_task_is_made_once_and_its_data_are_shared(tmp_path: Path) -> None:
     assert fleet_of(spec, tmp_path).phase == "done"
     import sys
 
-    mine = next(m for n, m in sys.modules.items() if n.startswith("_syncline_task_") and hasattr(m, "Counting"))
+    mine = next(m for n, m in sys.modules.items() if n.startswith("_syncline_task.") and hasattr(m, "Counting"))
     assert len(mine.made) == 1
     assert sorted(mine.loaded) == [(False, i, 6) for i in range(6)] + [(True, 0, 1)]
+
+
+def test_relative_paths_of_a_task_are_relative_to_its_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.py").write_text(COUNTING + "open('read_when_imported').close()\n")
+    (tmp_path / "tasks" / "read_when_imported").touch()
+    monkeypatch.chdir(tmp_path)
+    assert fleet_of(spec_of(2, task="tasks/mine.py:Counting", stop={"versions": 1})).phase == "done"
+    assert Path.cwd() == tmp_path, "the working directory of the caller stays"
 
 
 def test_a_fleet_holds_no_more_the_longer_it_runs() -> None:

@@ -192,7 +192,10 @@ def test_what_is_no_task_is_refused_with_what_it_lacks(name: str, text: str, fol
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("import no_such_module_at_all", "needs the module 'no_such_module_at_all', which is not installed here"),
+        (
+            "import no_such_module_at_all",
+            "needs the module 'no_such_module_at_all', which is neither installed here nor in /",
+        ),
         ("1 / 0", "cannot be loaded: ZeroDivisionError: division by zero"),
         ("class :", "cannot be loaded: SyntaxError: invalid syntax"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import difflib
-import hashlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+import _syncline_task
 from syncline.allow_list import is_allowed, is_file
 from syncline.data.partition import Part
 from syncline.engine.duration import steps_in_pass
@@ -110,12 +111,21 @@ def load_task(
     *,
     asker: str = "agent",
     seed: int = 0,
+    enter: Callable[[Path], object] = lambda directory: None,
 ) -> Task:
-    """The task at `package.module:Class`, or at `file.py:Class`, relative to `base_dir`, made with `options`.
+    """Load the task at `package.module:Class`, or at `file.py:Class` relative to `base_dir`, and make it with `options`.
 
-    Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass.
-    `asker`: the service that has the list. `seed`: the run's; for what the code draws while it is loaded, and in `__init__`.
-    Raises ConfigError.
+    Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass. The
+    task's directory becomes the last entry of `sys.path`: that of its file; for a module that is not installed, `base_dir`.
+
+    Args:
+        asker: the service that has the allow-list.
+        seed: the run's; for what the code draws while it is loaded, and in `__init__`.
+        enter: called with the task's directory (`base_dir` for every module) before any of the task's code runs. A process
+            of the task's own makes it the working directory, so that relative paths mean the same on every machine.
+
+    Raises:
+        ConfigError: the task is not allowed, not there, no task, or its own code fails.
     """
     module_path, _, name = path.rpartition(":")
     if not module_path or not name.isidentifier():
@@ -127,49 +137,72 @@ def load_task(
             f"If you trust it, start the {asker} with `--allow-task '{path}'`",
         )
     seed_all(seed)
-    module = _load_file(path, base_dir / module_path) if is_file(module_path) else _load_module(path, module_path)
+    if is_file(module_path):
+        file = _checked_file(path, base_dir / module_path)
+        enter(file.parent)
+        module = _load_file(path, file)
+    else:
+        directory = base_dir.resolve()
+        enter(directory)
+        module = _load_module(path, module_path, directory)
     task_class = _find_class(path, module, name)
     seed_all(seed)  # again: a module that is imported already has drawn nothing now
     return _make(path, task_class, options)
 
 
-def _load_module(path: str, module_path: str) -> ModuleType:
+def _load_module(path: str, module_path: str, directory: Path) -> ModuleType:
+    root = module_path.partition(".")[0]
     try:
+        if importlib.util.find_spec(root) is None:
+            _make_importable(directory)
         return importlib.import_module(module_path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
-            raise _broken(path, error) from error  # the module is there; one that it imports is not
+            raise _broken(path, error, directory) from error  # the module is there; one that it imports is not
     except Exception as error:  # whatever the user's code raises
-        raise _broken(path, error) from error
+        raise _broken(path, error, directory) from error
     ready_made = {name: f"{_READY_MADE}.{name}" for name in _ready_made()}
     near = difflib.get_close_matches(module_path.rpartition(".")[2], ready_made, n=1)
     mend = f"Did you mean `{ready_made[near[0]]}`?" if near else f"Ready-made ones: {', '.join(ready_made.values())}"
     raise ConfigError("task", f"{path!r}: there is no module {module_path!r} on this machine", mend)
 
 
-def _load_file(path: str, file: Path) -> ModuleType:
+def _checked_file(path: str, file: Path) -> Path:
+    """Return the file without symbolic links. Raises ConfigError where there is none."""
     file = file.resolve()
     if not file.is_file():
-        raise ConfigError("task", f"{path!r}: there is no file {file}", "Put it there, or mend the path")
-    name = f"_syncline_task_{hashlib.sha256(bytes(file)).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
+        raise ConfigError("task", f"{path!r}: there is no file {file}", "Put it there, or correct the path")
+    if file.suffix != ".py":
         raise ConfigError("task", f"{path!r}: {file} is no Python file", "Name a file that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    return file
+
+
+def _load_file(path: str, file: Path) -> ModuleType:
+    _make_importable(file.parent)
+    name = _syncline_task.module_name(file)
+    sys.modules.pop(name, None)  # the file may have changed since
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     except Exception as error:  # whatever the user's code raises
-        del sys.modules[name]
-        raise _broken(path, error) from error
-    return module
+        raise _broken(path, error, file.parent) from error
 
 
-def _broken(path: str, error: Exception) -> ConfigError:
+def _make_importable(directory: Path) -> None:
+    """Put the directory last on `sys.path`: a file there shadows neither the standard library nor an installed package."""
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
+    importlib.invalidate_caches()  # its files may be new
+
+
+def _broken(path: str, error: Exception, directory: Path) -> ConfigError:
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == _syncline_task.__name__:
+        hint = "Write `import helper` for the file helper.py beside it"
+        return ConfigError("task", f"{path!r} has a relative import, and a task file belongs to no package", hint)
     if isinstance(error, ModuleNotFoundError):
-        problem = f"{path!r} needs the module {error.name!r}, which is not installed here"
-        return ConfigError("task", problem, "Install it for the coordinator and every agent")
-    return ConfigError("task", f"{path!r} cannot be loaded: {type(error).__name__}: {error}", "Mend the task's code")
+        problem = f"{path!r} needs the module {error.name!r}, which is neither installed here nor in {directory}"
+        return ConfigError("task", problem, "Install it, or put it there, for the coordinator and every agent")
+    problem = f"{path!r} cannot be loaded: {type(error).__name__}: {error}"
+    return ConfigError("task", problem, "Correct the task's code")
 
 
 def _find_class(path: str, module: ModuleType, name: str) -> type[Task]:
@@ -189,7 +222,21 @@ def _find_class(path: str, module: ModuleType, name: str) -> type[Task]:
         )
     if issubclass(found, Task):
         return found
-    return cast(type[Task], type(name, (found, Task), {"__module__": found.__module__}))
+    return _with_defaults(cast(Any, found))
+
+
+@functools.cache
+def _with_defaults(plain: Any) -> type[Task]:
+    """Derive a class from the user's and from Task. Pickles name the user's class, the only one that a module has."""
+
+    def reduce(task: Any) -> tuple[Any, ...]:
+        return _new_with_defaults, (plain,), task.__getstate__()
+
+    return cast(type[Task], type(plain.__name__, (plain, Task), {"__module__": plain.__module__, "__reduce__": reduce}))
+
+
+def _new_with_defaults(plain: type) -> Task:
+    return object.__new__(_with_defaults(plain))
 
 
 def _make(path: str, task_class: type[Task], options: Mapping[str, Any]) -> Task:
