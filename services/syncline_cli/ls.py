@@ -25,7 +25,8 @@ class Row:
     phase: str  # as in head; and `queued` where it has not begun
     version: int
     versions: int | None  # the commits after which it is done
-    agents: int  # live ones, in the newest round
+    agents: int  # present or slow ones, in the newest round
+    slow: int  # of these, that make no progress
     roster: int  # all that ever took part
     task: str
     reason: str  # what closed the last round, or ended the run
@@ -71,6 +72,7 @@ def ls(connect: FindConnect = "", key: Key = "", as_json: Json = False) -> None:
     for row in rows:
         versions = f"{row.version:,}" + (f"/{row.versions:,}" if row.versions else "")
         agents = f"{row.agents}/{row.roster}" if row.roster else "—"
+        agents += f", {row.slow} slow" if row.slow and not row.ended else ""
         phase = row.phase if driven is not False or row.ended else f"{row.phase}?"
         table.add_row(row.run, Text(phase, _STYLES.get(row.phase, "")), versions, agents, Text(clean(row.reason)))
     console.print(table, soft_wrap=not console.is_terminal)
@@ -115,18 +117,19 @@ async def _row(bus: Bus, name: str) -> Row | None:
     from syncline.bus.blobs import BlobGone
     from syncline.errors import ConfigError
     from syncline.wire import subjects
-    from syncline.wire.messages import ENDED, Roster, decode
+    from syncline.wire.messages import ENDED, Presence, Roster, decode
     from syncline_cli import runs
 
     entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
     spec = await runs.spec_of(bus, name)
-    agents = roster = 0
+    agents = slow = roster = 0
     try:
         head = await runs.head_of(bus, name)
         if head.roster is not None:
             data = await runs.record(bus, name, head.roster)
             members = decode(Roster, data)
-            agents, roster = sum(map(members.live, range(len(members.agents)))), len(members.agents)
+            slow, roster = members.presence.count(Presence.SLOW), len(members.agents)
+            agents = slow + members.presence.count(Presence.PRESENT)
     except BlobGone:
         pass  # head has just moved on
     except ConfigError:
@@ -138,6 +141,7 @@ async def _row(bus: Bus, name: str) -> Row | None:
         version=head.version,
         versions=spec.stop.versions if spec is not None else None,
         agents=agents,
+        slow=slow,
         roster=roster,
         task=spec.task if spec is not None else "",
         reason=head.reason,

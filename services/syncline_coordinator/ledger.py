@@ -5,7 +5,7 @@ Everything here can be read again from the bus: the roster blob and the offers a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from syncline.bus.base import Stored
@@ -13,7 +13,7 @@ from syncline.engine.events import Chosen
 from syncline.engine.membership import Numbering
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.messages import REMEMBERED, BlobRef, Dropped, Head, Offer, Plan, PlanEntry, Roster, Verdict
+from syncline.wire.messages import REMEMBERED, BlobRef, Dropped, Head, Offer, Plan, PlanEntry, Presence, Roster, Verdict
 from syncline_coordinator.purge import Purger
 
 
@@ -69,21 +69,30 @@ class Ledger:
             a: Judged(roster.clocks[i], roster.verdict(i), roster.merged_before(i)) for i, a in enumerate(roster.agents)
         }
 
-    def roster(self, present: set[str], participants: tuple[str, ...], offsets: dict[str, int]) -> Roster:
-        """The roster that opens a round; agents that are new get their numbers."""
+    def roster(
+        self,
+        present: set[str],
+        participants: tuple[str, ...],
+        offsets: dict[str, int],
+        presence: Callable[[str], Presence],
+    ) -> Roster:
+        """Make the roster that opens a round; agents that are new get their numbers.
+
+        Args:
+            present: agents that need a number, participants or not.
+            presence: the policy's state of an agent.
+        """
         here = present.union(participants)  # a participant may have gone since it was named, and will come back
         self.numbering.admit([a for a in here if a not in self.numbering.names])
         names = list(self.numbering.names)
         judged = [self.judged(a) for a in names]
-        flags = (
-            Roster.flag(a in present, a in participants, j.verdict, j.merged_before)
-            for a, j in zip(names, judged, strict=True)
-        )
+        flags = (Roster.flag(a in participants, j.verdict, j.merged_before) for a, j in zip(names, judged, strict=True))
         return Roster(
             parts=self.numbering.parts,
             agents=names,
             clocks=[j.clock for j in judged],
             flags=bytes(flags),
+            presence=bytes(presence(a) for a in names),
             offsets=[offsets.get(a, 0) for a in names] if any(offsets.values()) else [],
         )
 

@@ -7,7 +7,7 @@ from syncline.engine.asynchronous import Asynchronous
 from syncline.engine.policy import Policy, Standing
 from syncline.engine.rounds import Rounds
 from syncline.spec import Async, RunSpec
-from syncline.wire.messages import Head, Roster
+from syncline.wire.messages import Head, Presence, Roster
 
 
 def policy_of(spec: RunSpec) -> Policy:
@@ -62,7 +62,8 @@ def standing_of(head: Head, roster: Roster) -> Standing:
     return Standing(
         version=head.version,
         participants=tuple(a for i, a in agents if roster.participant(i)),
-        live=frozenset(a for i, a in agents if roster.live(i)),
+        live=frozenset(a for i, a in agents if roster.state(i) == Presence.PRESENT),
+        slow=frozenset(a for i, a in agents if roster.state(i) == Presence.SLOW),
         judged={a: roster.clocks[i] for i, a in agents},
         offsets={a: roster.offset(i) for i, a in agents if roster.offset(i)},
         gate=head.gate,

@@ -20,6 +20,7 @@ from syncline.bus.blobs import RECORD_CHUNK_BYTES, patiently, put_blob
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
+    AgentSlow,
     Command,
     Committed,
     Drop,
@@ -72,6 +73,7 @@ from syncline_coordinator.updates import UpdateGone, UpdateUnusable
 log = logging.getLogger(__name__)
 
 INBOX_FACTS = 10_000
+RAISE_LOST_AFTER = "Raise agents.lost_after_s where a step may take so long"
 
 
 @dataclass(slots=True)
@@ -98,7 +100,8 @@ class Run:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
         self.policy, self._account = policy_of(spec), Account(spec, parts.telemetry)
-        self.present: set[str] = set()
+        self.present: set[str] = set()  # agents that take part, slow ones too, as the policy was told
+        self.slow: set[str] = set()
         self.ended = asyncio.Event()
         self._inbox: asyncio.Queue[Fact | MergeDone] = asyncio.Queue(INBOX_FACTS)
         self._wake_at_s: float | None = None
@@ -126,7 +129,20 @@ class Run:
                 self.ledger.numbering.admit([agent])
             await self.parts.telemetry.event("agent-joined", f"{agent} joined", agent=agent)
             await self._inbox.put(AgentJoined(agent))
+        elif agent in self.slow:
+            self.slow.discard(agent)
+            await self.parts.telemetry.event("agent-present", f"{agent} makes progress again", agent=agent)
+            await self._inbox.put(AgentJoined(agent))
         return ""
+
+    async def slowed(self, agent: str, reason: str) -> None:
+        """Its heartbeats arrive and its training makes no progress."""
+        if agent not in self.present or agent in self.slow or self.keeper.head.phase in ENDED:
+            return
+        self.slow.add(agent)
+        text = f"{agent} slow: {reason}. It is not waited for until it makes progress. {RAISE_LOST_AFTER}"
+        await self.parts.telemetry.event("agent-slow", text, level="warning", agent=agent)
+        await self._inbox.put(AgentSlow(agent, reason))
 
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
         """No news once the run has ended: agents go then."""
@@ -134,6 +150,7 @@ class Run:
             return
         if agent in self.present:
             self.present.discard(agent)
+            self.slow.discard(agent)
             if not failed:  # it has said so itself
                 await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
             await self._inbox.put(AgentLost(agent, reason, failed))
@@ -156,7 +173,7 @@ class Run:
         roster = decode(Roster, await record_of(bus, head.run, head.roster))
         self.ledger.restore(roster)
         standing = standing_of(head, roster)
-        self.present = set(standing.live)
+        self.present, self.slow = {*standing.live, *standing.slow}, set(standing.slow)
         self.policy.resume(standing, _now())
         if head.plan is not None:
             plan = decode(
@@ -248,7 +265,7 @@ class Run:
             moved |= {"gate": command.gate}
         else:
             moved |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
-        if isinstance(command, StartRound) or not before.round:
+        if (isinstance(command, StartRound) and before.phase != "training") or not before.round:
             self._account.opened(_now())
         await self._move(before.model_copy(update=moved), roster)
 
@@ -360,7 +377,8 @@ class Run:
     # -- records -------------------------------------------------------------------------------------------------------
     async def _put_roster(self, start: StartRound | LetRun | None) -> tuple[Roster, BlobRef]:
         offsets = dict(start.offsets) if isinstance(start, LetRun) else {}
-        roster = self.ledger.roster(self.present, start.participants if start else (), offsets)
+        participants = start.participants if start else ()
+        roster = self.ledger.roster(self.present, participants, offsets, self.policy.presence)
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:

@@ -58,7 +58,7 @@ from syncline_coordinator.waiting import first_head, waiting_runs
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25  # how often silence is looked for
+JUST_AFTER_S = 0.001  # an agent is lost after its time, not at it
 IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
 QUEUE_AGAIN_S = 5.0
 QUEUED_RUNS = 64
@@ -80,6 +80,7 @@ class Coordinator:
         self._fleet = Membership(IDLE_LOST_AFTER_S)
         self._hellos: dict[str, Hello] = {}
         self._active: Run | None = None
+        self._active_changed = asyncio.Event()
         self._opening = ""  # the run that is being opened: not active yet, and no longer just in the queue
         self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
         self._queue: list[str] = []  # as last read, the oldest first
@@ -169,20 +170,34 @@ class Coordinator:
                 await run.lost(agent, beat.reason or "it cannot train", failed=True)
             elif beat.state == "leaving":
                 await run.lost(agent, beat.reason or "it left")
-            else:
+            elif not self._fleet.is_slow(agent):
                 why_not = await run.joined(agent)
         await self._answer(delivery, Welcome(run="" if why_not else name, reason=why_not))
 
     async def _watch_silence(self) -> None:
+        """Find agents that are lost or slow, when the first of them can be.
+
+        The time can come sooner while this sleeps: where the median period falls, or another run begins.
+        """
         while True:
-            await asyncio.sleep(LOOK_S)
             run = self._active
+            self._active_changed.clear()
             self._fleet.lost_after_s = run.parts.spec.agents.lost_after_s if run else IDLE_LOST_AFTER_S
             period_s = run.policy.median_round_s() if run else 0.0
-            for agent, reason in self._fleet.expired(_now(), period_s):
+            for agent, reason in self._fleet.expired(_now()):
                 self._hellos.pop(agent, None)
                 if run is not None:
                     await run.lost(agent, reason)
+            for agent, reason in self._fleet.slowed(_now(), period_s):
+                if run is not None:
+                    await run.slowed(agent, reason)
+            latest_s = _now() + self._fleet.lost_after_s
+            until_s = min(latest_s, self._fleet.next_expiry_s(period_s) or latest_s) + JUST_AFTER_S
+            try:
+                async with asyncio.timeout(max(0.0, until_s - _now())):
+                    await self._active_changed.wait()
+            except TimeoutError:
+                pass
 
     async def _bad(self, delivery: Delivery, error: Exception) -> None:
         tokens = delivery.subject.split(".")
@@ -301,6 +316,7 @@ class Coordinator:
             for agent in sorted(run.present):
                 self._fleet.expect(agent, _now())
             self._active, self._opening = run, ""
+            self._active_changed.set()
             if (stop := self._stop_asked.get(name)) is not None:
                 await run.stop(why(stop))
             await run.keeper.notify()
@@ -325,6 +341,7 @@ class Coordinator:
             await release(self._bus, name, ended=True)
         finally:
             self._active, self._opening = None, ""
+            self._active_changed.set()
             self._stop_asked.clear()
             if run is not None and run.parts.evaluation is not None:
                 await run.parts.evaluation.close()

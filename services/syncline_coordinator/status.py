@@ -20,5 +20,6 @@ def status_of(run: Run) -> RunStatus:
         agents=len(run.present),
         needed=spec.agents.min,
         lost=[agent for agent in run.ledger.numbering.names if agent not in run.present][:LOST_NAMED],
+        slow=sorted(run.slow)[:LOST_NAMED],
         reason=head.reason[:REASON_CHARS],
     )

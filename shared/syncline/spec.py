@@ -43,7 +43,10 @@ class Agents(Settings):
     min: int = Field(1, ge=1, le=100_000, description="The run starts when this many agents have joined.")
     max: int | None = Field(None, ge=1, le=100_000, description="Agents beyond this many wait for another run.")
     lost_after_s: float = Field(
-        10.0, ge=0.5, le=86_400, description="An agent not heard of, or without a training step, for so long is lost."
+        10.0,
+        ge=0.5,
+        le=86_400,
+        description="An agent without heartbeats for so long is lost; one that sends them and makes no progress is slow.",
     )
 
 

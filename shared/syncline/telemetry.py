@@ -98,9 +98,14 @@ class RunStatus(Published):
     phase: str = Field(description="as in head: waiting, training, merging; done, failed and refused are ends")
     version: int
     versions: int = Field(description="commits after which it is done")
-    agents: int = Field(description="agents that take part now")
+    agents: int = Field(description="agents that take part now, slow ones too")
     needed: int = Field(description="agents with which it starts")
     lost: list[str] = Field(max_length=LOST_NAMED, description="those that took part and are gone, so many at most")
+    slow: list[str] = Field(
+        default_factory=list,
+        max_length=LOST_NAMED,
+        description="those that are here and make no progress, so many at most",
+    )
     reason: str = Field(description="what closed the last round, or ended the run")
 
 
@@ -116,7 +121,9 @@ class FleetStatus(Published):
 class Event(Published):
     """Something happened that a person may want to know."""
 
-    event: str = Field(description="its kind, for programs: agent-joined, agent-lost, update-dropped, advice, …")
+    event: str = Field(
+        description="its kind, for programs: agent-joined, agent-slow, agent-lost, update-dropped, advice, …"
+    )
     level: Literal["info", "warning", "error"]
     text: str = Field(description="the same for people, with the mend where there is one")
     agent: str = Field("", description="whom it concerns")

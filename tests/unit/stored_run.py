@@ -68,7 +68,9 @@ class StoredRun:
     async def make(self, versions: int) -> StoredRun:
         await submitted(self.bus)
         manifest = await self._put(encode(LAYOUT), RECORD_CHUNK_BYTES)
-        roster = Roster(parts=2, agents=["a1", "a2"], clocks=[versions] * 2, flags=bytes([7, 6]))
+        roster = Roster(
+            parts=2, agents=["a1", "a2"], clocks=[versions] * 2, flags=bytes([3, 3]), presence=bytes([1, 0])
+        )
         listed = await self._put(encode(roster), RECORD_CHUNK_BYTES)
         for version in range(versions + 1):
             self.models.append(await self._put(center(version).tobytes(), LAYOUT.chunk_bytes, LAYOUT.dtype))

@@ -13,6 +13,7 @@ from syncline.engine.asynchronous import Asynchronous
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
+    AgentSlow,
     Chosen,
     Command,
     Committed,
@@ -31,6 +32,7 @@ from syncline.engine.events import (
 from syncline.engine.policy import REASON_CHARS, Standing
 from syncline.engine.staleness import Constant, Hinge, Polynomial
 from syncline.errors import PeerError
+from syncline.wire.messages import Presence
 
 SILENT = "not heard of for 5.1 s"
 DEFAULTS: dict[str, Any] = {
@@ -613,6 +615,51 @@ def test_many_long_words_about_losses_stay_short_in_the_reason() -> None:
     merged = tell(made, AgentLost("a50", SILENT))[-1]
     assert isinstance(merged, Merge) and len(merged.reason) <= REASON_CHARS
     assert "1 of 50" in merged.reason and merged.reason.endswith("…; and 45 more)")
+
+
+# -- slow agents -------------------------------------------------------------------------------------------------------
+STILL = "no progress for 5.1 s"
+
+
+def merged_by(commands: list[Command]) -> list[Merge]:
+    return [command for command in commands if isinstance(command, Merge)]
+
+
+def test_a_slow_agent_is_outside_the_gate_and_its_update_is_still_merged() -> None:
+    made = policy(2, buffer=1, max_ahead=1)
+    tell(made, AgentSlow("a2", STILL))
+    assert made.told.participants == ("a1",) and made.presence("a2") == Presence.SLOW
+    for clock in (1, 2, 3):
+        assert merged_by(tell(made, OfferReady("a1", clock, made.version))), (
+            "the gate of a2's clock does not hold it up"
+        )
+        tell(made, Committed(clock))
+    (merge,) = merged_by(tell(made, OfferReady("a2", 1, 0)))
+    assert [(c.agent, c.lag) for c in merge.updates] == [("a2", 3)]
+
+
+def test_a_slow_agent_that_moves_stands_beside_the_slowest_of_the_others() -> None:
+    made = policy(2, buffer=1, max_ahead=1)
+    tell(made, AgentSlow("a2", STILL), OfferReady("a1", 1, 0), Committed(1))
+    (start,) = [c for c in tell(made, AgentJoined("a2")) if isinstance(c, LetRun)]
+    assert start.participants == ("a1", "a2") and start.offsets == (("a2", 1),) and start.gate == 2
+
+
+def test_a_buffer_of_all_does_not_wait_for_a_slow_agent_and_the_reason_names_it() -> None:
+    made = policy(2, buffer=None)
+    assert not merged_by(tell(made, OfferReady("a1", 1, 0)))
+    (merge,) = merged_by(tell(made, AgentSlow("a2", STILL)))
+    assert merge.reason == f"1 of 2 (a2 slow: {STILL})"
+
+
+def test_a_run_whose_agents_are_all_slow_waits_and_does_not_fail() -> None:
+    made = policy(2, buffer=1)
+    tell(made, AgentSlow("a1", STILL), AgentSlow("a2", STILL))
+    assert tell(made, Tick(), at=1e6) == []
+    tell(made, OfferReady("a1", 1, 0))
+    commands = tell(made, UpdateBroken("a1", 1, "NaN"))
+    assert not [c for c in commands if isinstance(c, Finish)], "a2 may still deliver"
+    assert merged_by(tell(made, OfferReady("a2", 1, 0)))
 
 
 # -- unusable updates --------------------------------------------------------------------------------------------------

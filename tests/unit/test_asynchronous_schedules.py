@@ -16,6 +16,7 @@ from syncline.engine.asynchronous import Asynchronous
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
+    AgentSlow,
     Chosen,
     Command,
     Committed,
@@ -38,7 +39,7 @@ from syncline.errors import PeerError
 
 NAMES = ("a1", "a2", "a3", "a4", "a5")
 ACTS = ("train",) * 8 + ("deliver",) * 6 + ("join",) * 3 + ("commit",) * 4 + ("hear",) * 2 + (
-    "lose", "fail", "future", "back", "again", "restart", "broken", "broken elsewhere", "tick", "target", "take over",
+    "lose", "fail", "slow", "future", "back", "again", "restart", "broken", "broken elsewhere", "tick", "target", "take over",
 )  # fmt: skip
 Act = tuple[str, str, float]
 Update = tuple[str, int]  # agent and clock
@@ -51,6 +52,7 @@ class Written:
     version: int = 0
     participants: tuple[str, ...] = ()
     live: frozenset[str] = frozenset()
+    slow: frozenset[str] = frozenset()
     judged: dict[str, int] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)
     gate: int | None = None
@@ -83,6 +85,7 @@ class Fleet:
         self.policy, self.fresh, self.now_s = policy, copy.deepcopy(policy), 0.0
         self.agents: dict[str, Agent] = {name: Agent() for name in NAMES}
         self.live: set[str] = set()
+        self.slow: set[str] = set()  # an update that they have finished is delivered
         self.written = Written()
         self.stream: list[OfferReady] = []  # every offer that was let through, in its order
         self.verdicts: dict[Update, str] = {}
@@ -99,9 +102,15 @@ class Fleet:
         match what:
             case "join":
                 self.live.add(who)
+                self.slow.discard(who)
                 self.tell(AgentJoined(who))
+            case "slow" if who in self.live:
+                self.live.discard(who)
+                self.slow.add(who)
+                self.tell(AgentSlow(who, "no progress for 5.1 s"))
             case "lose" | "fail":
                 self.live.discard(who)
+                self.slow.discard(who)
                 self.tell(AgentLost(who, "gone", failed=what == "fail"))
             case "hear":
                 agent.heard = self.written
@@ -202,8 +211,9 @@ class Fleet:
             del self.verdicts[update]
         self.unwritten = set()
         new = copy.deepcopy(self.fresh)
-        new.resume(Standing(w.version, w.participants, w.live, dict(w.judged), dict(w.offsets), w.gate), self.now_s)
-        self.live, self.plan, self.wake_at_s = set(w.live), w.plan, None
+        judged, offsets = dict(w.judged), dict(w.offsets)
+        new.resume(Standing(w.version, w.participants, w.live, judged, offsets, w.gate, w.slow), self.now_s)
+        self.live, self.slow, self.plan, self.wake_at_s = set(w.live), set(w.slow), w.plan, None
         if w.plan:
             by = {(o.agent, o.clock): o for o in self.stream}
             new.resume_merge([replace(by[c.agent, c.clock], base=w.version - c.lag) for c in w.plan])
@@ -238,7 +248,8 @@ class Fleet:
         participants = start.participants if start is not None else ()
         gate, offsets = (start.gate, dict(start.offsets)) if start is not None else (None, {})
         version = self.policy.version
-        self.written = Written(version, participants, frozenset(self.live), judged, offsets, gate, plan)
+        live, slow = frozenset(self.live), frozenset(self.slow)
+        self.written = Written(version, participants, live, slow, judged, offsets, gate, plan)
         self.unwritten = set()
 
     def obey(self, command: Command) -> None:

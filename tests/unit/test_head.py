@@ -18,7 +18,7 @@ KEY = subjects.head_key(RUN)
 FIRST = Head(run=RUN, term=1, version=0, phase="waiting")
 SECOND = FIRST.model_copy(update={"phase": "training", "round": 1})
 THEIRS = FIRST.model_copy(update={"term": 2})
-ROSTER = Roster(parts=1, agents=["a1"], clocks=[0], flags=bytes([3]))
+ROSTER = Roster(parts=1, agents=["a1"], clocks=[0], flags=bytes([1]), presence=bytes([1]))
 Simulated = Callable[[Coroutine[Any, Any, Any]], tuple[Any, float]]
 
 
@@ -152,7 +152,7 @@ async def test_a_large_roster_is_left_for_the_blob(bus: Any) -> None:
     keeper = await HeadKeeper.create(bus, FIRST)
     n = NOTIFY_ROSTER_BYTES // 6
     names = [f"a{i}" for i in range(n)]
-    await keeper.write(SECOND, Roster(parts=n, agents=names, clocks=[0] * n, flags=bytes(n)))
+    await keeper.write(SECOND, Roster(parts=n, agents=names, clocks=[0] * n, flags=bytes(n), presence=bytes(n)))
     (note,) = notified(bus)
     assert note.roster == b"" and decode(Head, note.head) == SECOND
 

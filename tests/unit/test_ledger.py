@@ -10,7 +10,7 @@ import pytest
 from syncline.engine.events import Chosen
 from syncline.spec import RunSpec, parse
 from syncline.wire import subjects
-from syncline.wire.messages import REMEMBERED, BlobRef, Head, Offer, Plan, Roster, Verdict
+from syncline.wire.messages import REMEMBERED, BlobRef, Head, Offer, Plan, Presence, Roster, Verdict
 from syncline_coordinator.ledger import Judged, Ledger
 
 SPEC = parse(RunSpec, {"name": "r", "task": "a:B"})
@@ -71,16 +71,21 @@ def test_a_verdict_given_twice_stays() -> None:
     assert judged.then(2, Verdict.LATE) == judged.then(1, Verdict.MERGED) == judged
 
 
+def slow(agent: str) -> Presence:
+    return Presence.SLOW
+
+
 def test_what_a_roster_tells_is_what_the_next_coordinator_knows() -> None:
     books, _ = ledger()
     for clock in (1, 2, 4):
         assert books.offer("a1", offer(clock), clock)
         books.drop("a1", clock, "late", Verdict.LATE) if clock == 2 else books.merged(plan(books, clock))
-    told = books.roster({"a1"}, ("a1",), {})
+    told = books.roster({"a1"}, ("a1",), {}, slow)
     assert (told.clocks, told.verdict(0), told.merged_before(0)) == ([4], Verdict.MERGED, 0b100)
+    assert told.state(0) == Presence.SLOW
     after, _ = ledger()
     after.restore(told)
-    assert after.judged("a1") == books.judged("a1") and after.roster({"a1"}, ("a1",), {}) == told
+    assert after.judged("a1") == books.judged("a1") and after.roster({"a1"}, ("a1",), {}, slow) == told
     assert not after.offer("a1", offer(3), 9), "a clock left out is judged with the next one"
 
 
@@ -120,6 +125,6 @@ def test_an_older_update_that_no_plan_names_goes_with_the_verdict_on_a_newer_one
 
 def test_offsets_travel_where_there_are_any() -> None:
     books, _ = ledger()
-    assert books.roster({"a1", "a2"}, ("a1", "a2"), {}).offsets == []
-    told = books.roster({"a1", "a2"}, ("a1", "a2"), {"a2": 7})
+    assert books.roster({"a1", "a2"}, ("a1", "a2"), {}, slow).offsets == []
+    told = books.roster({"a1", "a2"}, ("a1", "a2"), {"a2": 7}, slow)
     assert isinstance(told, Roster) and told.offsets == [0, 7] and told.offset(1) == 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from syncline.engine.membership import FIRST_STEP_S, STALLED_PERIODS, Membership, Numbering
+from syncline.engine.membership import FIRST_STEP_S, Membership, Numbering
 
 S1, S2, S3 = "1" * 32, "2" * 32, "3" * 32
 
@@ -102,58 +102,109 @@ def beats(fleet: Membership, progress: int, training: bool, *, until_s: int, sin
         assert fleet.heard("a", S1, progress, training, float(second))
 
 
-def test_an_agent_that_answers_but_makes_no_step_is_lost(fleet: Membership) -> None:
+def test_an_agent_that_answers_and_makes_no_progress_is_slow_and_not_lost(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 7, True, until_s=5)
-    assert fleet.expired(5.0) == []
+    assert fleet.slowed(5.0, 0.0) == []
     fleet.heard("a", S1, 7, True, 5.5)
-    assert fleet.expired(5.5) == [("a", "no training step for 5.5 s")]
+    assert fleet.slowed(5.5, 0.0) == [("a", "no progress for 5.5 s, more than 5 s (agents.lost_after_s)")]
+    assert fleet.is_slow("a")
+    beats(fleet, 7, True, since_s=6, until_s=1000)
+    assert fleet.slowed(1000.0, 0.0) == [], "said once"
+    assert fleet.expired(1000.0) == [] and fleet.holds("a", S1), "however long it takes"
 
 
-def test_a_step_in_time_keeps_it(fleet: Membership) -> None:
+def test_a_slow_agent_whose_heartbeats_stop_is_lost(fleet: Membership) -> None:
+    fleet.claim("a", S1, 0.0)
+    beats(fleet, 7, True, until_s=6)
+    assert fleet.slowed(6.0, 0.0)
+    assert fleet.expired(11.5) == [("a", "not heard of for 5.5 s")] and not fleet.is_slow("a")
+
+
+@pytest.mark.parametrize(("progress", "training"), [(8, True), (7, False)])
+def test_a_slow_agent_is_present_again_with_the_next_sign_of_progress(
+    fleet: Membership, progress: int, training: bool
+) -> None:
+    fleet.claim("a", S1, 0.0)
+    beats(fleet, 7, True, until_s=6)
+    assert fleet.slowed(6.0, 0.0) and fleet.is_slow("a")
+    fleet.heard("a", S1, progress, training, 7.0)
+    assert not fleet.is_slow("a")
+
+
+def test_a_step_in_time_keeps_it_present(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 7, True, until_s=4)
     beats(fleet, 8, True, since_s=5, until_s=9)
-    assert fleet.expired(9.0) == []
+    assert fleet.slowed(9.0, 0.0) == []
 
 
 def test_slow_periods_make_patient(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 7, True, until_s=30)
-    assert fleet.expired(30.0, period_s=10.0) == []
+    assert fleet.slowed(30.0, 10.0) == []
     fleet.heard("a", S1, 7, True, 30.5)
-    assert fleet.expired(30.5, period_s=10.0) == [("a", "no training step for 30.5 s")]
-    assert STALLED_PERIODS == 3
+    why = "no progress for 30.5 s, more than 30 s (three of its usual pauses or of the run's periods)"
+    assert fleet.slowed(30.5, 10.0) == [("a", why)]
+
+
+def test_an_agent_whose_every_step_is_long_is_not_slow(fleet: Membership) -> None:
+    """Steps of 13 s, with 5 s of patience and no version so far: the first step shows how long one takes."""
+    fleet.claim("a", S1, 0.0)
+    for second in range(200):
+        assert fleet.heard("a", S1, second // 13, True, float(second))
+        assert fleet.slowed(float(second), 0.0) == []
+
+
+def test_a_single_long_pause_is_soon_forgotten(fleet: Membership) -> None:
+    fleet.claim("a", S1, 0.0)
+    beats(fleet, 1, True, until_s=500)
+    for second in range(501, 511):
+        fleet.heard("a", S1, second, True, float(second))
+    beats(fleet, 510, True, since_s=511, until_s=516)
+    assert [agent for agent, _ in fleet.slowed(516.0, 0.0)] == ["a"]
 
 
 def test_the_first_step_of_a_process_may_take_longer(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 0, True, until_s=int(FIRST_STEP_S))
-    assert fleet.expired(FIRST_STEP_S) == []
+    assert fleet.slowed(FIRST_STEP_S, 0.0) == []
     fleet.heard("a", S1, 0, True, FIRST_STEP_S + 1)
-    assert [agent for agent, _ in fleet.expired(FIRST_STEP_S + 1)] == ["a"]
+    assert fleet.slowed(FIRST_STEP_S + 1, 0.0) == [
+        ("a", "no progress for 601.0 s, more than 600 s (a first step may take)")
+    ]
 
 
-def test_an_agent_that_waits_makes_no_steps_and_is_not_lost(fleet: Membership) -> None:
+def test_an_agent_that_waits_makes_no_steps_and_is_not_slow(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 7, False, until_s=1000)
-    assert fleet.expired(1000.0) == []
+    assert fleet.slowed(1000.0, 0.0) == [] and fleet.expired(1000.0) == []
 
 
 def test_work_that_begins_after_a_long_wait_has_the_whole_time(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 7, False, until_s=100)
     beats(fleet, 7, True, since_s=101, until_s=105)
-    assert fleet.expired(105.0) == []
+    assert fleet.slowed(105.0, 0.0) == []
 
 
 def test_the_next_expiry_is_that_of_who_was_silent_longest(fleet: Membership) -> None:
-    assert fleet.next_expiry_s() is None
+    assert fleet.next_expiry_s(0.0) is None
     fleet.claim("a", S1, 0.0)
     fleet.claim("b", S2, 1.0)
-    assert fleet.next_expiry_s() == 5.0
+    assert fleet.next_expiry_s(0.0) == 5.0
     fleet.heard("a", S1, 0, False, 3.0)
-    assert fleet.next_expiry_s() == 6.0
+    assert fleet.next_expiry_s(0.0) == 6.0
+
+
+def test_the_next_expiry_is_that_of_an_agent_that_makes_no_progress(fleet: Membership) -> None:
+    fleet.claim("a", S1, 0.0)
+    beats(fleet, 7, True, until_s=4)
+    assert fleet.next_expiry_s(0.0) == 5.0 and fleet.next_expiry_s(2.5) == 7.5
+    beats(fleet, 7, True, since_s=5, until_s=6)
+    assert fleet.slowed(6.0, 0.0) and fleet.next_expiry_s(0.0) == 11.0, (
+        "it is slow already: only its silence is looked for"
+    )
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from syncline.wire.messages import (
     Offer,
     Plan,
     PlanEntry,
+    Presence,
     Record,
     Roster,
     Stop,
@@ -52,7 +53,7 @@ EXAMPLES: dict[type[Record], Record] = {
         Heartbeat(session=ID, clock=3, progress=60, state="training"),
         Offer(session=ID, clock=4, base=7, term=1, samples=449, steps=20, blob=BLOB, digest=b"d" * 16),
         PLAN,
-        Roster(parts=2, agents=["a1", "a2"], clocks=[4, 3], flags=bytes([7, 9])),
+        Roster(parts=2, agents=["a1", "a2"], clocks=[4, 3], flags=bytes([3, 4]), presence=bytes([1, 2])),
         Head(run="r", term=1, version=7, phase="training", digest=ID, model=BLOB, plan=b"plan"),
         Notify(head=b"head", roster=b"roster"),
         Submit(spec={"task": "a.b:C", "local": {"steps": 5}}),
@@ -142,7 +143,8 @@ def any_of(model: type[Record]) -> st.SearchStrategy[Record]:
                 parts=max(1, len(rows)),
                 agents=[name for name, _, _ in rows],
                 clocks=[clock for _, clock, _ in rows],
-                flags=bytes(flag for _, _, flag in rows),
+                flags=bytes(flag % 10 for _, _, flag in rows),
+                presence=bytes(flag % 5 for _, _, flag in rows),
             )
         )
     schema = model.model_json_schema()
@@ -249,7 +251,7 @@ def test_a_field_of_the_wrong_type_is_named(model: type[Record]) -> None:
                 problems.append(str(error))
         assert len(problems) >= 5, f"{name} takes almost anything"
         by_name = [p for p in problems if p.startswith(f"{model.kind}: {name}")]
-        assert len(by_name) == len(problems) or (model is Roster and name in ("agents", "clocks", "flags"))
+        assert len(by_name) == len(problems) or (model is Roster and name in ("agents", "clocks", "flags", "presence"))
 
 
 @every_record
@@ -395,7 +397,7 @@ def test_a_notify_takes_the_largest_head() -> None:
 def test_a_roster_of_a_hundred_thousand_agents_costs_sixteen_bytes_each_beside_the_names() -> None:
     n = 100_000
     names = [f"agent-{i:06}" for i in range(n)]
-    roster = Roster(parts=n, agents=names, clocks=[1 << 40] * n, flags=bytes([7]) * n)
+    roster = Roster(parts=n, agents=names, clocks=[1 << 40] * n, flags=bytes([3]) * n, presence=bytes([1]) * n)
     data = encode(roster)
     assert len(data) < n * (16 + len(names[0])) and decode(Roster, data) == roster
     head = encode(EXAMPLES[Head].model_copy(update={"roster": BlobRef(id=ID, size=len(data), chunks=4)}))
@@ -408,31 +410,45 @@ def test_a_plan_of_thousands_of_updates_is_a_record_too() -> None:
 
 
 def test_columns_of_a_roster_are_equally_long() -> None:
-    for field, value in (("agents", ["a1"]), ("clocks", [1, 2, 3]), ("flags", b"\x00")):
+    for field, value in (("agents", ["a1"]), ("clocks", [1, 2, 3]), ("flags", b"\x00"), ("presence", b"\x01")):
         assert refused(Roster, packed(Roster, **{field: value})) == (
-            "roster: Value error, agents, clocks, flags and offsets differ in length"
+            "roster: Value error, agents, clocks, flags, presence and offsets differ in length"
         )
 
 
-def test_a_flag_holds_live_participant_and_verdict() -> None:
-    rows = [(live, taking, verdict) for live in (False, True) for taking in (False, True) for verdict in Verdict]
-    flags = bytes(Roster.flag(*row) for row in rows)
-    roster = Roster(parts=1, agents=[f"a{i}" for i in range(len(rows))], clocks=[0] * len(rows), flags=flags)
-    assert [(roster.live(i), roster.participant(i), roster.verdict(i)) for i in range(len(rows))] == rows
+def test_a_roster_holds_presence_participant_and_verdict() -> None:
+    rows = [(here, taking, verdict) for here in Presence for taking in (False, True) for verdict in Verdict]
+    roster = Roster(
+        parts=1,
+        agents=[f"a{i}" for i in range(len(rows))],
+        clocks=[0] * len(rows),
+        flags=bytes(Roster.flag(taking, verdict) for _, taking, verdict in rows),
+        presence=bytes(here for here, _, _ in rows),
+    )
+    roster = decode(Roster, encode(roster))
+    assert [(roster.state(i), roster.participant(i), roster.verdict(i)) for i in range(len(rows))] == rows
     assert roster.number("a3") == 3 and roster.number("b") is None
 
 
 def test_a_flag_holds_which_of_the_clocks_before_were_merged() -> None:
-    flags = bytes(Roster.flag(True, False, Verdict.REFUSED, merged) for merged in range(1 << REMEMBERED))
-    roster = Roster(parts=1, agents=[f"a{i}" for i in range(len(flags))], clocks=[9] * len(flags), flags=flags)
+    flags = bytes(Roster.flag(True, Verdict.REFUSED, merged) for merged in range(1 << REMEMBERED))
+    n = len(flags)
+    roster = Roster(parts=1, agents=[f"a{i}" for i in range(n)], clocks=[9] * n, flags=flags, presence=bytes(n))
     assert decode(Roster, encode(roster)) == roster
     assert [roster.merged_before(i) for i in range(len(flags))] == [*range(1 << REMEMBERED)]
     assert {roster.verdict(i) for i in range(len(flags))} == {Verdict.REFUSED}
 
 
-def test_a_verdict_that_is_none_is_refused() -> None:
-    assert refused(Roster, packed(Roster, flags=bytes([7, 5 << 2]))) == (
-        "roster: Value error, flags hold 0x14, with a verdict that is none"
+@pytest.mark.parametrize("flag", [5 << 1, 1 << 7])
+def test_a_flag_with_an_unknown_verdict_or_bit_is_refused(flag: int) -> None:
+    assert refused(Roster, packed(Roster, flags=bytes([3, flag]))) == (
+        f"roster: Value error, flags hold {flag:#04x}, with an unknown verdict or bit"
+    )
+
+
+def test_an_unknown_presence_is_refused() -> None:
+    assert refused(Roster, packed(Roster, presence=bytes([1, 5]))) == (
+        "roster: Value error, presence holds 5, and the largest state is 4"
     )
 
 

@@ -27,7 +27,12 @@ def head(version: int = 0, term: int = 1, round: int = 0, phase: Phase = "traini
 def roster(*flags: int, clocks: tuple[int, ...] = (), offsets: tuple[int, ...] = ()) -> Roster:
     names = [f"a{i}" for i in range(1, len(flags) + 1)]
     return Roster(
-        parts=len(flags), agents=names, clocks=[*clocks] or [0] * len(flags), flags=bytes(flags), offsets=[*offsets]
+        parts=len(flags),
+        agents=names,
+        clocks=[*clocks] or [0] * len(flags),
+        flags=bytes(flags),
+        presence=bytes([1] * len(flags)),
+        offsets=[*offsets],
     )
 
 
@@ -46,7 +51,7 @@ def note(head: Head, roster: Roster | None = None) -> Notify:
 
 # -- an agent's place --------------------------------------------------------------------------------------------------
 def test_a_place_is_an_agents_line_in_the_roster() -> None:
-    flags = (Roster.flag(True, True, Verdict.MERGED), Roster.flag(True, False, Verdict.LATE, 0b101))
+    flags = (Roster.flag(True, Verdict.MERGED), Roster.flag(False, Verdict.LATE, 0b101))
     told = roster(*flags, clocks=(3, 7), offsets=(0, 4))
     assert Place.of(told, "a1") == Place(0, 2, True, 3, 0, {3: True, 2: False, 1: False})
     assert Place.of(told, "a2") == Place(1, 2, False, 7, 4, {7: False, 6: True, 5: False, 4: True})
@@ -58,7 +63,7 @@ def test_a_place_is_an_agents_line_in_the_roster() -> None:
     [(0, 0, {}), (1, 0, {1: True}), (2, 0b1, {2: True, 1: True}), (3, 0b10, {3: True, 2: False, 1: True})],
 )
 def test_there_are_no_verdicts_on_clocks_that_never_were(clock: int, before: int, verdicts: dict[int, bool]) -> None:
-    flag = Roster.flag(True, True, Verdict.MERGED if clock else Verdict.NONE, before)
+    flag = Roster.flag(True, Verdict.MERGED if clock else Verdict.NONE, before)
     place = Place.of(roster(flag, clocks=(clock,)), "a1")
     assert place is not None and place.verdicts == verdicts
 

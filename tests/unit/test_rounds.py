@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
+    AgentSlow,
     Chosen,
     Command,
     Committed,
@@ -33,6 +34,7 @@ from syncline.engine.events import (
 from syncline.engine.policy import REASON_CHARS, Standing
 from syncline.engine.rounds import ASKED_AGAIN, Rounds
 from syncline.errors import PeerError
+from syncline.wire.messages import Presence
 
 SILENT = "not heard of for 5.1 s"
 
@@ -557,6 +559,82 @@ def test_weights_by_samples_are_uniform_where_nobody_has_rows() -> None:
     assert [c.weight for c in merged.updates] == [0.5, 0.5]
 
 
+# -- slow agents -------------------------------------------------------------------------------------------------------
+STILL = "no progress for 5.1 s"
+
+
+def test_a_slow_agent_is_not_waited_for_and_the_reason_names_it() -> None:
+    rounds = policy(3)
+    assert tell(rounds, *offers("a1", "a2")) == []
+    assert tell(rounds, AgentSlow("a3", STILL)) == [
+        merge("a1", "a2", reason=f"2 of 3 (a3 slow: {STILL})", late=("a3",))
+    ]
+    assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2"))], "nor asked for the next round"
+    assert rounds.presence("a3") == Presence.SLOW
+
+
+def test_the_update_of_a_slow_agent_is_merged_in_its_round_while_that_is_open() -> None:
+    rounds = policy(3)
+    assert tell(rounds, AgentSlow("a3", STILL)) == [StartRound(0, ("a1", "a2", "a3"))], "a roster that says so"
+    assert tell(rounds, *offers("a3", "a1")) == []
+    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", "a3", reason="3 of 3")]
+
+
+def test_the_update_of_a_slow_agent_is_late_when_its_round_is_closed() -> None:
+    rounds = policy(2)
+    tell(rounds, *offers("a1"), AgentSlow("a2", STILL), Committed(1))
+    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, "late: the round of version 0 is closed")]
+
+
+def test_a_slow_agent_that_moves_is_waited_for_again() -> None:
+    rounds = policy(2)
+    tell(rounds, AgentSlow("a2", STILL))
+    assert tell(rounds, AgentJoined("a2")) == [StartRound(0, ("a1", "a2"))]
+    assert tell(rounds, *offers("a1")) == []
+    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", reason="2 of 2")]
+
+
+def test_a_run_whose_agents_are_all_slow_waits() -> None:
+    rounds = policy(2)
+    tell(rounds, AgentSlow("a1", STILL), AgentSlow("a2", STILL))
+    assert tell(rounds, Tick(), at=1e6) == [] and rounds.state == "open"
+    assert tell(rounds, *offers("a2"), at=1e6) == [merge("a2", reason=f"1 of 2 (a1 slow: {STILL})", late=("a1",))]
+
+
+def test_the_run_does_not_fail_where_the_only_update_is_unusable_and_another_agent_is_slow() -> None:
+    rounds = policy(2)
+    tell(rounds, *offers("a1"), AgentSlow("a2", STILL))
+    assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, "NaN", broken=True), StartRound(0, ("a2",))]
+    assert tell(rounds, *offers("a2")) == [merge("a2", reason="1 of 1")]
+
+
+def test_the_run_does_not_fail_where_one_agent_cannot_train_and_the_other_is_slow() -> None:
+    rounds = policy(1)
+    tell(rounds, AgentJoined("a2"), AgentSlow("a1", STILL))
+    assert tell(rounds, AgentLost("a2", "no data", failed=True)) == []
+
+
+def test_a_slow_agent_counts_for_no_quorum() -> None:
+    rounds = policy(3, quorum=2)
+    tell(rounds, *offers("a1"), AgentSlow("a2", STILL))
+    assert tell(rounds, AgentSlow("a3", STILL), at=1.0) == [
+        merge("a1", reason=f"1 of 3 (a2 slow: {STILL}; a3 slow: {STILL})", late=("a2", "a3"))
+    ]
+
+
+def test_a_slow_agent_that_leaves_is_lost() -> None:
+    rounds = policy(2)
+    tell(rounds, AgentSlow("a2", STILL), AgentLost("a2", SILENT))
+    assert rounds.presence("a2") == Presence.LOST
+    assert tell(rounds, AgentSlow("a2", STILL)) == [], "and cannot become slow"
+
+
+def test_a_takeover_knows_who_is_slow() -> None:
+    rounds = policy(4, joined=False)
+    rounds.resume(Standing(3, ("a1", "a2"), frozenset({"a1"}), slow=frozenset({"a2"})), now_s=0.0)
+    assert tell(rounds, *offers("a1", base=3)) == [merge("a1", reason="1 of 2", late=("a2",))]
+
+
 # -- the end -----------------------------------------------------------------------------------------------------------
 def test_the_run_is_done_after_its_versions() -> None:
     rounds = policy(1, versions=2)
@@ -737,7 +815,8 @@ def test_the_trace_of_a_schedule_is_the_golden_one(name: str, golden: Callable[[
 # -- random schedules --------------------------------------------------------------------------------------------------
 NAMES = ("a1", "a2", "a3", "a4", "a5")
 ACTS = ("train",) * 6 + ("join",) * 3 + ("commit",) * 3 + (
-    "lose", "fail", "stale", "future", "back", "again", "uninvited", "newer", "broken", "broken elsewhere", "tick", "take over",
+    "lose", "fail", "slow", "finish", "stale", "future", "back", "again", "uninvited", "newer", "broken", "broken elsewhere",
+    "tick", "take over",
 )  # fmt: skip
 Act = tuple[str, str, float]
 
@@ -748,6 +827,7 @@ class Fleet:
     def __init__(self, rounds: Rounds) -> None:
         self.rounds, self.now_s = rounds, 0.0
         self.live: set[str] = set()
+        self.slow: set[str] = set()
         self.asked: tuple[int, tuple[str, ...]] = (0, ())
         self.clocks = dict.fromkeys(NAMES, 0)
         self.sent: dict[str, list[OfferReady]] = {name: [] for name in NAMES}
@@ -763,9 +843,18 @@ class Fleet:
         match what:
             case "join":
                 self.live.add(who)
+                self.slow.discard(who)
                 self.tell(AgentJoined(who))
+            case "slow" if who in self.live:
+                self.live.discard(who)
+                self.slow.add(who)
+                self.tell(AgentSlow(who, "no progress for 5.1 s"))
+            case "finish" if who in self.slow and self.was_asked(who):
+                self.trained.add((who, version))
+                self.offer(who, version)
             case "lose" | "fail":
                 self.live.discard(who)
+                self.slow.discard(who)
                 self.tell(AgentLost(who, "gone", failed=what == "fail"))
             case "train" if self.may_train(who):
                 self.trained.add((who, version))
@@ -800,8 +889,11 @@ class Fleet:
         assert self.rounds == before
 
     def may_train(self, who: str) -> bool:
+        return who in self.live and self.was_asked(who)
+
+    def was_asked(self, who: str) -> bool:
         version, invited = self.asked
-        return who in self.live and who in invited and (who, version) not in self.trained and not self.merging
+        return who in invited and (who, version) not in self.trained and not self.merging
 
     def offer(self, who: str, base: int) -> None:
         self.clocks[who] += 1
@@ -828,7 +920,10 @@ class Fleet:
             seed=old.seed,
             least=old.least,
         )
-        new.resume(Standing(old.version, old.participants, frozenset(self.live), dict(old.judged)), self.now_s)
+        live, slow = frozenset(self.live), frozenset(self.slow)
+        assert {a: old.presence(a) for a in live} == dict.fromkeys(live, Presence.PRESENT)
+        assert {a: old.presence(a) for a in slow} == dict.fromkeys(slow, Presence.SLOW)
+        new.resume(Standing(old.version, old.participants, live, dict(old.judged), slow=slow), self.now_s)
         if merging:
             new.resume_merge(list(old.offers.values()))
         self.trained = {

@@ -68,6 +68,7 @@ class Asynchronous(Policy):
 
     def resume(self, standing: Standing, now_s: float) -> None:
         self.live, self.version = set(standing.live & {*standing.participants}), standing.version
+        self.slow = set(standing.slow)
         self.judged = dict(standing.judged)
         self.offered, self.offsets = dict(standing.judged), dict(standing.offsets)
         self.told = Told(standing.participants, standing.gate, dict(standing.judged))
@@ -122,7 +123,7 @@ class Asynchronous(Policy):
             return [dropped, self._plan(self.merging, reason)]
         if self.stop:
             return [dropped, *self._finish(self.stop)]
-        if not self.waiting and self.live <= self.broken:
+        if not self.waiting and self.live | self.slow <= self.broken:
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
             return [dropped, *self._finish(every, failed=True)]
         self.state = "open"
@@ -132,7 +133,7 @@ class Asynchronous(Policy):
         for offer in self.merging:
             self._judge(offer)
         self.merging, self.state, self.opened_at_s, self.lifted = [], "open", now_s, False
-        self.lost.clear()
+        self.missed.clear()
         self.broken.clear()
         if self.stop:
             return self._finish(self.stop)
@@ -222,7 +223,7 @@ class Asynchronous(Policy):
         self.waiting = [o for o in self.waiting if (o.agent, o.clock) not in taken]
         self.merging = list(chosen)
         self.state, self.closes_at_s = "merging", None
-        return self._plan(chosen, reason + self._absent({*self.lost}))
+        return self._plan(chosen, reason + self._absent({*self.missed}))
 
     def _plan(self, offers: list[OfferReady], reason: str) -> Merge:
         self.closed_by = brief(reason, REASON_CHARS)
@@ -306,7 +307,7 @@ class Asynchronous(Policy):
         if self.buffer is not None:
             return f"{len(offers)} of {self.buffer}"
         agents = {o.agent for o in offers}
-        return f"{len(agents)} of {len(self.live | agents | self.lost.keys())}"
+        return f"{len(agents)} of {len(self.live | agents | self.missed.keys())}"
 
     def validate(self) -> None:
         assert (self.state == "merging") == bool(self.merging), "a merge of nothing, or none where there should be"
@@ -316,7 +317,7 @@ class Asynchronous(Policy):
         both = [(o.agent, o.clock) for o in self.waiting + self.merging]
         assert len(both) == len(set(both)), "an update twice"
         assert all(clock > self.judged.get(agent, 0) for agent, clock in both), "a judged update waits"
-        assert not self.live & {*self.away, *self.failed}, "somebody both here and gone"
+        self._check_presence()
         if self.one_each:
             assert len({o.agent for o in self.merging}) == len(self.merging), "two updates of an agent in a merge"
         if self.state == "open":

@@ -21,6 +21,14 @@ class AgentLost:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentSlow:
+    """Its heartbeats arrive and its training makes no progress. `AgentJoined` follows when it moves again."""
+
+    agent: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class OfferReady:
     """A well-formed update is on the bus."""
 
@@ -55,7 +63,7 @@ class Tick:
     """Time has passed: at least up to what `WakeAt` asked for."""
 
 
-Fact = AgentJoined | AgentLost | OfferReady | UpdateBroken | Committed | TargetReached | Tick
+Fact = AgentJoined | AgentLost | AgentSlow | OfferReady | UpdateBroken | Committed | TargetReached | Tick
 
 # -- commands ------------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,15 @@
-"""Who is there: sessions, signs of life, and the numbers of a run's agents. Pure: time is an argument."""
+"""Sessions, signs of life and progress, and the numbers of a run's agents. Pure: time is an argument.
+
+An agent is *lost* when its heartbeats stop for `agents.lost_after_s`. It is *slow* when they arrive and its training makes no
+progress for the longest of `agents.lost_after_s`, three median periods of the run and three times the last long pause that it
+has come back from; it is *present* again with the next sign of progress.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-STALLED_PERIODS = 3  # median periods without a training step after which a training agent counts as hung
+PATIENCE = 3  # median periods, or pauses of its own, without progress after which a training agent counts as slow
 FIRST_STEP_S = 600.0  # the same before its first step ever: data are loaded then, and a device is woken
 
 
@@ -17,6 +22,8 @@ class Life:
     progress: int = 0
     moved_at_s: float = 0.0  # when progress last changed, or work last began
     training: bool = False
+    pause_s: float = 0.0  # between two signs of progress, the last long one; halved by each shorter one
+    slow: bool = False
 
 
 @dataclass(slots=True)
@@ -35,6 +42,7 @@ class Membership:
         known = self.lives.get(agent)
         if known is not None and known.session == session:
             known.heard_at_s = known.moved_at_s = now_s
+            known.slow = False
             return ""
         before = self.latest.get(agent, session)
         if before != session:
@@ -60,26 +68,56 @@ class Membership:
         life = self.lives[agent]
         life.heard_at_s = now_s
         if progress != life.progress or training != life.training or not training:
-            life.progress, life.training, life.moved_at_s = progress, training, now_s
+            if life.training:
+                life.pause_s = max(now_s - life.moved_at_s, life.pause_s / 2)
+            life.progress, life.training, life.moved_at_s, life.slow = progress, training, now_s, False
         return True
 
-    def expired(self, now_s: float, period_s: float = 0.0) -> list[tuple[str, str]]:
-        """Agents to be counted as lost, with the reason; they are forgotten here. `period_s`: the median local period."""
-        stalled_after_s = max(self.lost_after_s, STALLED_PERIODS * period_s)
-        lost = []
-        for agent, life in sorted(self.lives.items()):
-            silent_s, still_s = now_s - life.heard_at_s, now_s - life.moved_at_s
-            if silent_s > self.lost_after_s:
-                lost.append((agent, f"not heard of for {silent_s:.1f} s"))
-            elif life.training and still_s > (stalled_after_s if life.progress else max(stalled_after_s, FIRST_STEP_S)):
-                lost.append((agent, f"no training step for {still_s:.1f} s"))
+    def is_slow(self, agent: str) -> bool:
+        life = self.lives.get(agent)
+        return life is not None and life.slow
+
+    def expired(self, now_s: float) -> list[tuple[str, str]]:
+        """Return the agents that are lost, with the reason, and forget them."""
+        lost = [
+            (agent, f"not heard of for {now_s - life.heard_at_s:.1f} s")
+            for agent, life in sorted(self.lives.items())
+            if now_s - life.heard_at_s > self.lost_after_s
+        ]
         for agent, _ in lost:
             del self.lives[agent]
         return lost
 
-    def next_expiry_s(self) -> float | None:
-        """When `expired` can first have something to say."""
-        return min((life.heard_at_s + self.lost_after_s for life in self.lives.values()), default=None)
+    def slowed(self, now_s: float, period_s: float) -> list[tuple[str, str]]:
+        """Return the agents that have become slow since the last call, with the reason. `period_s`: the median period."""
+        slow = []
+        for agent, life in sorted(self.lives.items()):
+            patience_s = self._patience_s(life, period_s)
+            if life.training and not life.slow and now_s - life.moved_at_s > patience_s:
+                life.slow = True
+                slow.append((agent, self._why_slow(life, now_s - life.moved_at_s, patience_s)))
+        return slow
+
+    def next_expiry_s(self, period_s: float) -> float | None:
+        """Return when an agent can first be lost or slow, as far as is known now; None where there is no agent."""
+        lost = (life.heard_at_s + self.lost_after_s for life in self.lives.values())
+        slow = (
+            life.moved_at_s + self._patience_s(life, period_s)
+            for life in self.lives.values()
+            if life.training and not life.slow
+        )
+        return min((*lost, *slow), default=None)
+
+    def _patience_s(self, life: Life, period_s: float) -> float:
+        """Seconds without progress after which the agent is slow."""
+        patience_s = max(self.lost_after_s, PATIENCE * period_s, PATIENCE * life.pause_s)
+        return patience_s if life.progress else max(patience_s, FIRST_STEP_S)
+
+    def _why_slow(self, life: Life, still_s: float, patience_s: float) -> str:
+        rule = "agents.lost_after_s"
+        if patience_s > self.lost_after_s:
+            rule = "three of its usual pauses or of the run's periods" if life.progress else "a first step may take"
+        return f"no progress for {still_s:.1f} s, more than {patience_s:g} s ({rule})"
 
     def _supersede(self, old: str, new: str) -> None:
         self.superseded[old] = new

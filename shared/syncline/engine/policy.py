@@ -20,6 +20,7 @@ from typing import Literal
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
+    AgentSlow,
     Command,
     Committed,
     Drop,
@@ -32,6 +33,7 @@ from syncline.engine.events import (
     UpdateBroken,
 )
 from syncline.errors import PeerError
+from syncline.wire.messages import Presence
 
 MEDIAN_OVER = 9  # versions
 FIRST_GRACE_S = 1.0  # while no version has shown how long one takes
@@ -45,10 +47,11 @@ class Standing:
 
     version: int
     participants: tuple[str, ...]
-    live: frozenset[str]
+    live: frozenset[str]  # present
     judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
     offsets: dict[str, int] = field(default_factory=dict)  # where an agent's clock stands beside the others'
     gate: int | None = None
+    slow: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,14 +64,15 @@ class Policy(ABC):
     told_of: int = -1  # the version for which it was told that there are too few
     version: int = 0
     state: Literal["waiting", "open", "merging", "ended"] = "waiting"
-    live: set[str] = field(default_factory=set)
+    live: set[str] = field(default_factory=set)  # present: these are waited for
+    slow: set[str] = field(default_factory=set)  # heartbeats without progress: not waited for
     started: bool = False  # the run has had its first round
     opened_at_s: float = 0.0  # when the newest version came
     closes_at_s: float | None = None  # end of the grace period, once it runs
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OVER))
-    lost: dict[str, str] = field(default_factory=dict)  # agents lost since the last commit, and why
+    missed: dict[str, str] = field(default_factory=dict)  # agents lost or slow since the last commit, and why
     judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
-    away: set[str] = field(default_factory=set)  # agents that were lost and may come back
+    gone: set[str] = field(default_factory=set)  # agents that were lost and may come back
     failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
     stop: str = ""  # why to finish at the next commit
 
@@ -80,19 +84,30 @@ class Policy(ABC):
             case AgentJoined(agent):
                 if agent in self.live:
                     return self._go_on(now_s)  # told twice
+                was_slow = agent in self.slow
                 self.live.add(agent)
-                self.away.discard(agent)
+                self.slow.discard(agent)
+                self.gone.discard(agent)
                 self.failed.pop(agent, None)
-                self.lost.pop(agent, None)
-                return self._joined(agent, now_s)
+                self.missed.pop(agent, None)
+                commands = self._joined(agent, now_s)
+                return self._noted(commands) if was_slow else commands
+            case AgentSlow(agent, reason):
+                if agent not in self.live:
+                    return []
+                self.live.discard(agent)
+                self.slow.add(agent)
+                self.missed[agent] = f"slow: {reason}"
+                return self._noted(self._go_on(now_s))
             case AgentLost(agent, reason, failed):
                 self.live.discard(agent)
-                self.lost[agent] = reason
+                self.slow.discard(agent)
+                self.missed[agent] = reason
                 if failed:
                     self.failed[agent] = reason
-                    self.away.discard(agent)
+                    self.gone.discard(agent)
                 elif agent not in self.failed:
-                    self.away.add(agent)
+                    self.gone.add(agent)
                 return self._go_on(now_s)
             case OfferReady():
                 if fact.base > self.version:
@@ -115,6 +130,10 @@ class Policy(ABC):
     # -- what each policy decides --------------------------------------------------------------------------------------
     def _joined(self, agent: str, now_s: float) -> list[Command]:
         return self._go_on(now_s)
+
+    def _noted(self, commands: list[Command]) -> list[Command]:
+        """Add a command that writes who is slow into the roster, where none of these does."""
+        return commands
 
     @abstractmethod
     def resume(self, standing: Standing, now_s: float) -> None:
@@ -142,9 +161,19 @@ class Policy(ABC):
         """What always holds; tests call it after every fact."""
 
     # -- what they share -----------------------------------------------------------------------------------------------
+    def presence(self, agent: str) -> Presence:
+        if agent in self.live:
+            return Presence.PRESENT
+        return Presence.SLOW if agent in self.slow else Presence.LOST
+
+    def _check_presence(self) -> None:
+        """Assert that each agent has one state."""
+        states = (self.live, self.slow, self.gone, {*self.failed})
+        assert sum(map(len, states)) == len(set().union(*states)), "an agent with two states"
+
     def _nobody_can_train(self) -> list[Command]:
         """The end, where so many agents have said that they cannot train that the run cannot begin; else nothing."""
-        if self.live or self.away or len(self.failed) < self.min_agents or self.version >= self.versions:
+        if self.live or self.slow or self.gone or len(self.failed) < self.min_agents or self.version >= self.versions:
             return []
         return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
 
@@ -160,6 +189,7 @@ class Policy(ABC):
         text = (
             f"version {self.version} waits: merge.rule = {self.rule} needs {self.least} updates, {updates} are in, and of "
             f"the {len(self.live)} agents that are here nobody is left to wait for. It goes on when another one joins"
+            + (f", or one of {len(self.slow)} slow ones moves again" if self.slow else "")
         )
         return [Tell("too-few-updates", text)]
 
@@ -194,8 +224,8 @@ class Policy(ABC):
         return statistics.median(self.durations_s) if self.durations_s else 0.0
 
     def _absent(self, among: set[str]) -> str:
-        """Who of these was lost since the last commit, and why, in a few words."""
-        gone = [f"{a} {brief(why)}" for a, why in sorted(self.lost.items()) if a in among]
+        """Name those of these agents that were lost or slow since the last commit, and why, in a few words."""
+        gone = [f"{a} {brief(why)}" for a, why in sorted(self.missed.items()) if a in among]
         more = [f"and {len(gone) - ABSENT_NAMED} more"] if len(gone) > ABSENT_NAMED else []
         return f" ({'; '.join([*gone[:ABSENT_NAMED], *more])})" if gone else ""
 

@@ -7,7 +7,9 @@ It closes
 
 An agent that joins takes part from the next round; one that comes back takes part at once in the round it was in. When
 nobody is left to wait for and the quorum is not reached, whoever else is live is asked to train for this round; where nobody
-is, the round closes with what is in, unless the merge rule needs more: then it waits for more agents. An update that is late
+is, the round closes with what is in, unless the merge rule needs more: then it waits for more agents. A slow agent is not
+waited for: its update is merged where the round is still open when it arrives. While every agent is slow and no update is in,
+the round stays open. An update that is late
 is dropped with that reason, and the agent goes on from the newest version. When all updates of a merge turn out to be
 unusable, the round is opened again for those that have sent none.
 """
@@ -15,6 +17,7 @@ unusable, the round is opened again for those that have sent none.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from syncline.engine.events import Chosen, Command, Drop, Merge, OfferReady, StartRound, WakeAt
@@ -42,7 +45,8 @@ class Rounds(Policy):
     spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
 
     def resume(self, standing: Standing, now_s: float) -> None:
-        self.live, self.version, self.participants = set(standing.live), standing.version, standing.participants
+        self.live, self.slow = set(standing.live), set(standing.slow)
+        self.version, self.participants = standing.version, standing.participants
         self.judged, self.started = dict(standing.judged), True
         self.state, self.opened_at_s = "open" if self.participants else "waiting", now_s
 
@@ -52,6 +56,13 @@ class Rounds(Policy):
         self.closed_by = self._count()
 
     # -- one fact each -------------------------------------------------------------------------------------------------
+    def _noted(self, commands: list[Command]) -> list[Command]:
+        left = tuple(p for p in self.participants if p not in self.spent)
+        if self.state != "open" or not left or any(isinstance(c, StartRound) for c in commands):
+            return commands
+        self.participants = left
+        return [*commands, StartRound(self.version, left)]
+
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         agent = offer.agent
         known = self.offers.get(agent)
@@ -90,19 +101,19 @@ class Rounds(Policy):
             return [dropped, self._plan(f"{self.closed_by}; without {agent}: {brief(why)}")]
         if self.stop:
             return [dropped, *self._finish(self.stop)]
-        if not (self.offers or self._awaited() or self._others()):
+        if not (self.offers or self._awaited() or self._others() or self.slow - self.spent):
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
             return [dropped, *self._finish(every, failed=True)]
         if self.state == "open":
             return [dropped, *self._go_on(now_s)]
         self.state = "open"
-        return [dropped, self._ask_others(), *self._go_on(now_s)]
+        return [dropped, self._ask_others(self.slow), *self._go_on(now_s)]
 
     def _committed(self, now_s: float) -> list[Command]:
         for offer in self.offers.values():
             self._judge(offer)
         self.state = "waiting"
-        self.participants, self.offers, self.lost, self.spent, self.broken = (), {}, {}, set(), set()
+        self.participants, self.offers, self.missed, self.spent, self.broken = (), {}, {}, set(), set()
         self.again.clear()
         if self.stop:
             return self._finish(self.stop)
@@ -151,10 +162,13 @@ class Rounds(Policy):
         """Who else could train for this round: live agents that are not asked yet."""
         return self.live - {*self.participants} - self.spent
 
-    def _ask_others(self) -> StartRound:
-        """Nobody is left to wait for and the quorum is not reached: whoever else is live trains for this round. Whose update
-        was unusable is no participant any more: a coordinator that takes over would wait for another one in vain."""
-        self.participants = tuple(sorted({*self.participants, *self._others()} - self.spent))
+    def _ask_others(self, slow: Iterable[str] = ()) -> StartRound:
+        """Let every other live agent train for this round, as the quorum is not reached and no update is awaited.
+
+        An agent whose update was unusable is no participant any more: a coordinator that takes over would wait for it in vain.
+        `slow`: agents that train for it once they move again.
+        """
+        self.participants = tuple(sorted({*self.participants, *self._others(), *slow} - self.spent))
         return StartRound(self.version, self.participants)
 
     def _merge(self, reason: str) -> Merge:
@@ -195,7 +209,7 @@ class Rounds(Policy):
         assert not self.broken & set(self.offers), "an update both broken and offered"
         assert self.started or self.state in ("waiting", "ended"), "a round before the start"
         assert not self.spent & set(self.offers), "an update both dropped and offered"
-        assert not self.live & {*self.away, *self.failed}, "somebody both here and gone"
+        self._check_presence()
         if self.state == "open":
             enough = not self._too_few(self.offers.values(), self.broken)
             could = (self.offers and enough) or self._others()

@@ -157,11 +157,22 @@ class Verdict(IntEnum):
     REFUSED = 4
 
 
+class Presence(IntEnum):
+    """Whether an agent can be counted on. `AWAY` and `QUARANTINED` are reserved: no coordinator writes them yet."""
+
+    LOST = 0  # no heartbeat, or it said that it leaves or cannot train
+    PRESENT = 1
+    SLOW = 2  # heartbeats without progress: not waited for, and its finished work is still judged
+    AWAY = 3
+    QUARANTINED = 4
+
+
 class Roster(Record):
     """The agents of a run, numbered for good: the list only grows. Columns, so that an agent costs little beside its name.
 
-    A flag byte holds: bit 0 live, bit 1 participant of the round that this roster opens, bits 2 to 4 the verdict on the last
-    judged clock, bits 5 to 7 whether the first, second and third clock before that one were merged.
+    A flag byte holds: bit 0 participant of the round that this roster opens, bits 1 to 3 the verdict on the last judged clock,
+    bits 4 to 6 whether the first, second and third clock before that one were merged. A presence byte holds 0 lost, 1 present,
+    2 slow, 3 away or 4 quarantined; the last two are reserved.
     """
 
     kind: ClassVar[str] = "roster"
@@ -171,7 +182,8 @@ class Roster(Record):
     )
     agents: Annotated[list[Name], Field(max_length=100_000)] = Field(description="names by number")
     clocks: Annotated[list[Count], Field(max_length=100_000)] = Field(description="last judged clock of each")
-    flags: Annotated[bytes, Field(max_length=100_000)] = Field(description="live, participant and verdicts of each")
+    flags: Annotated[bytes, Field(max_length=100_000)] = Field(description="participant and verdicts of each")
+    presence: Annotated[bytes, Field(max_length=100_000)] = Field(description="present, slow or lost, of each")
     offsets: Annotated[list[Count], Field(max_length=100_000)] = Field(
         default_factory=list,
         description="added to the clock of each where clocks are compared with the gate; none: all 0",
@@ -179,35 +191,38 @@ class Roster(Record):
 
     @model_validator(mode="after")
     def _same_length(self) -> Roster:
-        if not len(self.agents) == len(self.clocks) == len(self.flags) == len(self.offsets or self.flags):
-            raise ValueError("agents, clocks, flags and offsets differ in length")
+        columns = (self.clocks, self.flags, self.presence, self.offsets or self.flags)
+        if any(len(column) != len(self.agents) for column in columns):
+            raise ValueError("agents, clocks, flags, presence and offsets differ in length")
         for flag in set(self.flags):
-            if flag >> 2 & 7 > max(Verdict):
-                raise ValueError(f"flags hold {flag:#04x}, with a verdict that is none")
+            if flag >> 1 & 7 > max(Verdict) or flag >> 7:
+                raise ValueError(f"flags hold {flag:#04x}, with an unknown verdict or bit")
+        if (most := max(self.presence, default=0)) > max(Presence):
+            raise ValueError(f"presence holds {most}, and the largest state is {max(Presence):d}")
         return self
 
     def number(self, agent: str) -> int | None:
         return self.agents.index(agent) if agent in self.agents else None
 
-    def live(self, number: int) -> bool:
-        return bool(self.flags[number] & 1)
+    def state(self, number: int) -> Presence:
+        return Presence(self.presence[number])
 
     def participant(self, number: int) -> bool:
-        return bool(self.flags[number] & 2)
+        return bool(self.flags[number] & 1)
 
     def verdict(self, number: int) -> Verdict:
-        return Verdict(self.flags[number] >> 2 & 7)
+        return Verdict(self.flags[number] >> 1 & 7)
 
     def merged_before(self, number: int) -> int:
         """Of the clocks before the last judged one, which were merged: bit 0 for the one just before it, and so on."""
-        return self.flags[number] >> 5
+        return self.flags[number] >> 4
 
     def offset(self, number: int) -> int:
         return self.offsets[number] if self.offsets else 0
 
     @staticmethod
-    def flag(live: bool, participant: bool, verdict: Verdict, merged_before: int = 0) -> int:
-        return live | participant << 1 | verdict << 2 | merged_before << 5
+    def flag(participant: bool, verdict: Verdict, merged_before: int = 0) -> int:
+        return participant | verdict << 1 | merged_before << 4
 
 
 REMEMBERED = 3  # clocks before the last judged one, of which a roster says whether they were merged
