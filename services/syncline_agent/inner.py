@@ -1,19 +1,30 @@
-"""The inner optimiser of an agent: with its schedule, and with what is done to the gradients."""
+"""The inner optimisers of an agent: with their schedules, and with what is done to the gradients.
+
+All of it hangs on torch's hooks around `Optimizer.step`, so that a task with a `train` of its own has it too. The hooks see
+every optimiser that steps during a period, also one that the task has not returned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import copy
+import gc
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from syncline.engine.gradients import Control, Gradients
 from syncline.errors import ConfigError
-from syncline.optim import advance, inner_of
+from syncline.optim import inner_of
 from syncline.spec import Local
 from syncline.tasks.base import Task
 from syncline.wire.flat import FlatModel
-from syncline_agent.state import Kept
+from syncline_agent.values import can_be_kept
 
 NEED_STEPS = (
     "clip_norm",
@@ -25,42 +36,66 @@ NEED_STEPS = (
 
 
 class Inner:
-    """`optimizer` is what the task trains with. `center_P`: the center that the period began from, kept up to date outside."""
+    """`given` is what the task trains with. `center_P`: the center that the period began from, kept up to date outside."""
 
     def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:
-        self._made_anew = partial(inner_of, task, flat.model, local)
-        self.optimizer, self._schedule = self._made_anew()
         self._replaced = flat.replaced
-        self._per_step = self._schedule is not None and local.schedule is not None and local.schedule.per == "step"
+        self._task, self._model, self._local = task, flat.model, local
+        self.given, self._optimizers, self._schedules = inner_of(task, flat.model, local)
+        self._known = {id(optimizer) for optimizer in self._optimizers.values()}
         self._needs_steps = [name for name in NEED_STEPS if getattr(local, name)]
         self.gradients = Gradients(
             flat.sites, center_P, prox_mu=local.prox_mu, clip_norm=local.clip_norm, clip_value=local.clip_value
         )
+        self._sites = flat.sites
         if self._needs_steps:
-            self.gradients.attach(self.optimizer)
-        if self._schedule is not None and self._per_step:
-            schedule = self._schedule
-            self.optimizer.register_step_post_hook(lambda *_: advance(schedule))
+            self._refuse_what_settings_would_miss(flat)
+        self._stepping: list[Optimizer] = []  # whose steps are under way, each inside the one before
+        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # with a state, and not known
+        self._has_stepped = False
+        self._skipped = False  # a gradient was not finite: a GradScaler skips such a step
 
+    def _refuse_what_settings_would_miss(self, flat: FlatModel) -> None:
+        optimized = {id(p) for o in self._optimizers.values() for group in o.param_groups for p in group["params"]}
+        names = {id(p): name for name, p in flat.model.named_parameters()}
+        missed = [names.get(key, "a parameter") for key in self._travelling - optimized]
+        if missed:
+            raise ConfigError(
+                f"local.{self._needs_steps[0]}",
+                f"would miss {min(missed)}, which is averaged and which no optimiser of the task has",
+                "Return every optimiser from the task's `optimizers`, or freeze the parameter (`requires_grad_(False)`)",
+            )
+        if self._local.control_variates is not None and len(self._optimizers) > 1:
+            raise ConfigError(
+                "local.control_variates",
+                f"counts the steps of one optimiser, and the task has {len(self._optimizers)}",
+                "Leave it out, or train with one optimiser",
+            )
+
+    # -- a period --------------------------------------------------------------------------------------------------------
     def period_begins(self, control: Control | None = None) -> None:
         self.gradients.steps, self.gradients.control = 0, control
+        if self._local.optimizer_state == "reset":
+            self.forget()
 
     def period_ends(self, steps: int) -> None:
-        """`steps`: as the task has counted them. Raises ConfigError where settings could have no effect."""
-        if steps and self._needs_steps and not self.gradients.steps:
+        """`steps`: as the task has counted them. Raises ConfigError where settings or the disk would miss something."""
+        if steps and self._needs_steps and not self._has_stepped and not self._skipped:
             raise ConfigError(
                 f"local.{self._needs_steps[0]}",
                 "has no effect: the task's `train` makes no step with the optimiser that it is given",
                 "Have it call `optimizer.step()`, or leave the setting out",
             )
-        if self._schedule is not None and not self._per_step and steps:
-            advance(self._schedule)
+        self._refuse_strangers()
+        if steps and self._local.schedule is not None and self._local.schedule.per == "period":
+            for schedule in self._schedules.values():
+                schedule.advance()
         self._insist_on_replaced()
 
     def _insist_on_replaced(self) -> None:
         """Raises ConfigError where the loss reaches a parameter that training has put in the place of another one, and the
         optimiser still steps that other one."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held = set().union(*map(_parameters, self._optimizers.values()))
         for name, (before, now) in self._replaced.items():
             if now.grad is not None and id(before) in held and id(now) not in held:
                 raise ConfigError(
@@ -70,14 +105,141 @@ class Inner:
                     f"Write into it: `with torch.no_grad(): {name}.copy_(…)`",
                 )
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the task trains: settings act on the steps of its optimisers."""
+        self._stepping, self._skipped = [], False
+        hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
+        if self._needs_steps and not self._has_stepped:
+            parameters: Any = [p for p in self._model.parameters() if p.requires_grad]
+            hooks += [p.register_post_accumulate_grad_hook(self._look) for p in parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _look(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if not self._has_stepped and not self._skipped and grad is not None:
+            values = grad.coalesce().values() if grad.is_sparse else grad
+            self._skipped = not bool(torch.isfinite(values).all())
+
+    @property
+    def _travelling(self) -> set[int]:
+        return {id(site.parameter) for site in self._sites}
+
+    @property
+    def _is_inside(self) -> bool:
+        """In the step of an optimiser that the task has returned: a wrapper steps others, a subclass steps twice."""
+        return any(id(optimizer) in self._known for optimizer in self._stepping)
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_known, inside = id(optimizer) in self._known, self._is_inside
+        self._stepping.append(optimizer)
+        if is_known and not inside:
+            self._has_stepped = True
+            self.gradients.before_step(optimizer, args, kwargs)
+        elif not inside and self._needs_steps and self._travelling & _parameters(optimizer):
+            raise ConfigError(
+                f"local.{self._needs_steps[0]}",
+                f"would miss a step of {type(optimizer).__name__}, an optimiser that the task keeps to itself",
+                "Return every optimiser from the task's `optimizers`, or leave the setting out",
+            )
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stepping.pop()
+        if id(optimizer) not in self._known:
+            is_own = any(optimizer.state is known.state for known in self._optimizers.values())
+            if optimizer.state and not is_own:
+                self._strangers.add(optimizer)
+        elif not self._is_inside and self._local.schedule is not None and self._local.schedule.per == "step":
+            next(s for n, s in self._schedules.items() if self._optimizers[n] is optimizer).advance()
+
+    def _refuse_strangers(self) -> None:
+        """An optimiser that the task keeps to itself loses its state at a restart, where the task does not keep it."""
+        if not self._strangers or type(self._task).state_dict is not Task.state_dict:
+            return
+        gc.collect()  # one that was made for this period alone is gone by now
+        of_model = {id(p) for p in self._model.parameters()}
+        lost = [type(optimizer).__name__ for optimizer in self._strangers if of_model & _parameters(optimizer)]
+        if lost:
+            raise ConfigError(
+                "task",
+                f"`train` steps an optimiser that the task keeps to itself ({lost[0]}): a restart would lose its state",
+                "Return every optimiser from `optimizers`, or keep what it holds with `state_dict` and `load_state_dict`",
+            )
+
+    # -- from one period to the next -------------------------------------------------------------------------------------
+    @property
+    def advice(self) -> list[str]:
+        """What is rarely meant where several agents take part."""
+        if self._local.optimizer_state == "reset" or not any(isinstance(o, LBFGS) for o in self._optimizers.values()):
+            return []
+        return [
+            "local.optimizer_state: LBFGS keeps the curvature of the agent's own path, and every center moves it off that "
+            "path, which diverges. Use `local: {optimizer_state: reset}`"
+        ]
+
     def forget(self) -> None:
-        """The optimiser has what a new one has; its schedule goes on."""
-        fresh, _ = self._made_anew()
-        self.optimizer.state.clear()
-        self.optimizer.state.update(fresh.state)
+        """The optimisers have what new ones have; their schedules go on."""
+        task = copy.copy(self._task)  # which may keep what it makes, a scheduler for example
+        _, fresh, _ = inner_of(task, self._model, self._local)
+        for name, optimizer in self._optimizers.items():
+            optimizer.state.clear()
+            optimizer.state.update(fresh[name].state)
 
-    def kept(self, clock: int, own_P: Tensor, pending: Mapping[int, Tensor], drawn: int) -> Kept:
-        return Kept.of(clock, own_P, self.optimizer, pending, self._schedule, drawn)
+    def kept(self) -> dict[str, Any]:
+        """The state of optimisers and schedules, as nested plain values that share memory with them."""
+        return {
+            "optimizers": {name: state_of(optimizer) for name, optimizer in self._optimizers.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self._schedules.items()},
+        }
 
-    def restore(self, kept: Kept) -> None:
-        kept.restore(self.optimizer, self._schedule)
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Gives optimisers and schedules back what they had, to the last bit. Raises ValueError for another's state."""
+        if (names := sorted(kept["optimizers"])) != sorted(self._optimizers):
+            raise ValueError(f"it is of the optimisers {names}")
+        for name, optimizer in self._optimizers.items():
+            restore_state(optimizer, kept["optimizers"][name])
+        for name, schedule in self._schedules.items():
+            schedule.load_state_dict(kept["schedules"][name])
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def state_of(optimizer: Optimizer) -> dict[str, Any]:
+    """A setting of a group that cannot be kept, such as a function, is as the task makes it."""
+    whole = optimizer.state_dict()
+    if "param_groups" in whole:
+        groups = [{k: v for k, v in group.items() if can_be_kept(v)} for group in whole["param_groups"]]
+        whole = {**whole, "param_groups": groups}
+    return {"kind": type(optimizer).__qualname__, **whole}
+
+
+def restore_state(optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
+    whole = dict(kept)
+    if (kind := whole.pop("kind", None)) != type(optimizer).__qualname__:
+        raise ValueError(f"it is of the optimiser {kind}")
+    if "param_groups" in whole:
+        groups = zip(optimizer.state_dict()["param_groups"], whole["param_groups"], strict=True)
+        whole["param_groups"] = [{**own, **group} for own, group in groups]
+    optimizer.load_state_dict(whole)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in whole.get("state", {}).items():
+        if isinstance(index, int) and isinstance(values, dict):
+            own = optimizer.state[parameters[index]]  # torch has cast it to the dtype of the parameter
+            optimizer.state[parameters[index]] = {name: _like(own[name], value) for name, value in values.items()}
+
+
+def _like(loaded: Any, kept: Any) -> Any:
+    """What was kept, to the last bit, on the device where torch has put it."""
+    if isinstance(kept, Tensor):
+        return kept.to(loaded.device, copy=True)
+    if isinstance(kept, list | tuple):
+        return type(kept)(_like(a, b) for a, b in zip(loaded, kept, strict=True))
+    if isinstance(kept, dict):
+        return {key: _like(loaded[key], value) for key, value in kept.items()}
+    return kept

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 DEATHS_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
 REVIVE_S = 1.0  # the pause after the second of them
 GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
+MOST_ADVICE = 16  # texts of one run
 
 
 def _spec_of(record: bytes) -> RunSpec:
@@ -69,6 +70,7 @@ class Session:
         self._fresh = False  # no period that counts has begun with it
         self._given_up = range(0)  # clocks whose verdicts the broker lost
         self._said_not_kept = False
+        self._advised: set[str] = set()  # told already
         self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._deaths = 0  # of the training child, since it last made an update
         self._to_send: asyncio.Queue[Update] = asyncio.Queue(1)
@@ -235,6 +237,14 @@ class Session:
             text = f"{self._me.agent}: what it trains is not kept on its disk, and {then}: {why}"
             await self._telemetry.event("not-kept", text[:2000], level="warning", agent=self._me.agent)
 
+    async def _advise(self, report: dict[str, Any]) -> None:
+        """Tells what the task or its settings rarely mean, each once, also where the child was started again."""
+        for text in report.get("advice", ()):
+            if text not in self._advised and len(self._advised) < MOST_ADVICE:
+                self._advised.add(text)
+                text = f"{self._me.agent}: {text}"
+                await self._telemetry.event("advice", text[:2000], level="warning", agent=self._me.agent)
+
     async def _kept(self, clock: int, report: dict[str, Any]) -> bool:
         """Whether the update may be offered. Where it must be on the disk first, and that takes nothing, this agent is out of
         the run until it does; False where the child died meanwhile, and the update with it."""
@@ -265,6 +275,7 @@ class Session:
         period = Period(stand.version, clock, place.number, place.parts, fresh, box, [*verdicts.items()])
         report = await self._ask(self._training.period(period))
         known = self._news.head
+        await self._advise(report or {})
         if report is None or report["stopped"] or (known is not None and known.line != stand.line):
             stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
             return

@@ -1,5 +1,5 @@
-"""What an agent keeps on disk of a run: W_i, its clock, its optimiser and schedule, and the tensors that never leave it, as one
-file, replaced atomically.
+"""What an agent keeps on disk of a run: W_i, its clock, its optimisers and schedules, the state that the task keeps by itself,
+and the tensors that never leave the agent, as one file, replaced atomically.
 
 A file is of one *submission* of a run, the id of head's manifest: it is another one where a run of the same name is submitted
 again, and the same one wherever a run goes on. What is of another submission or another model, or is not as it was written, is
@@ -20,96 +20,43 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from syncline.errors import SynclineError
 from syncline.files import replacing
 from syncline.wire.manifest import Manifest
+from syncline_agent.values import pack, unpack
 
 log = logging.getLogger(__name__)
 
 DIGEST = "digest"  # in a file's metadata: over all the rest of it
 PAIRS = " as pairs"  # behind a name: a complex tensor, for which the format has not always a type
+INNER = "inner"  # in the metadata, and the beginning of its tensors' names
 MOST_CLOCK = 1 << 48  # no agent gets there
 
 
 @dataclass(frozen=True)
 class Kept:
-    """W_i after the period `clock`, and all that the next period depends on.
-
-    `optimizer`: the optimiser's tensors by `<parameter index>.<name>`. `numbers`: its numbers by the same names under
-    `state`, its settings as they stand (a schedule changes them) under `groups`, the schedule's place under `schedule`, and
-    the batches drawn so far under `drawn`.
-    """
+    """W_i after the period `clock`, and all that the next period depends on."""
 
     clock: int
     own_P: Tensor
-    optimizer: dict[str, Tensor]
+    inner: Mapping[str, Any] = field(default_factory=dict)  # of optimisers, schedules and the task: nested plain values
     pending: dict[int, Tensor] = field(default_factory=dict)  # by clock: offered, and not known to be judged
-    numbers: dict[str, Any] = field(default_factory=dict)
     variates: dict[str, Tensor] = field(default_factory=dict)  # of SCAFFOLD
     local: dict[str, Tensor] = field(default_factory=dict)  # what does not travel, by name
-
-    @classmethod
-    def of(
-        cls,
-        clock: int,
-        own_P: Tensor,
-        optimizer: torch.optim.Optimizer,
-        pending: Mapping[int, Tensor] | None = None,
-        schedule: LRScheduler | None = None,
-        drawn: int = 0,
-    ) -> Kept:
-        whole = optimizer.state_dict()
-        state = {f"{i}.{name}": v for i, kept in whole["state"].items() for name, v in kept.items()}
-        tensors = {k: t.detach() for k, t in state.items() if isinstance(t, Tensor)}
-        numbers = {
-            "kind": type(optimizer).__qualname__,
-            "state": {k: v for k, v in state.items() if isinstance(v, int | float)},
-            "groups": [_numbers({k: v for k, v in group.items() if k != "params"}) for group in whole["param_groups"]],
-            "schedule": {} if schedule is None else _numbers(vars(schedule)),
-            "drawn": drawn,
-        }
-        return cls(clock, own_P.detach(), tensors, dict(pending or {}), numbers)
-
-    def restore(self, optimizer: torch.optim.Optimizer, schedule: LRScheduler | None = None) -> None:
-        """Gives the optimiser and its schedule back what they had, to the last bit. Raises ValueError for another's."""
-        if self.numbers.get("kind") != type(optimizer).__qualname__:
-            raise ValueError(f"it is of the optimiser {self.numbers.get('kind')}")
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in {**self.optimizer, **self.numbers.get("state", {})}.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, kept in state.items():  # torch has cast them to the dtype of the parameter
-            own = optimizer.state[parameters[index]]
-            own |= {n: v.to(own[n].device, copy=True) for n, v in kept.items() if isinstance(v, Tensor)}
-        for group, numbers in zip(optimizer.param_groups, self.numbers.get("groups", ()), strict=False):
-            group |= {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
-        if schedule is not None:
-            vars(schedule).update(self.numbers.get("schedule", {}))
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that are numbers, or lists of them."""
-    return {k: v for k, v in values.items() if isinstance(v, int | float) or _is_list_of_numbers(v)}
-
-
-def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(x, int | float) for x in value)
 
 
 def save_state(path: Path, kept: Kept, layout: Manifest, submission: str) -> None:
     """Replaces the file: after a crash there is the old one or the new one, never half of one.
 
-    Raises OSError and SafetensorError.
+    Raises OSError and SafetensorError, and ConfigError for a value of `inner` that a file cannot hold.
     """
+    packed, inner = pack(dict(kept.inner), INNER)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _apart(
         {
             "own": kept.own_P,
-            **{f"optimizer.{k}": t for k, t in kept.optimizer.items()},
+            **inner,
             **{f"pending.{clock}": t for clock, t in kept.pending.items()},
             **{f"variates.{name}": t for name, t in kept.variates.items()},
             **{f"local.{name}": t for name, t in kept.local.items()},
@@ -119,7 +66,7 @@ def save_state(path: Path, kept: Kept, layout: Manifest, submission: str) -> Non
         "clock": str(kept.clock),
         "layout": layout.layout_digest(),
         "submission": submission,
-        "numbers": json.dumps(kept.numbers),
+        INNER: json.dumps(packed),
     }
     with replacing(path, f"{path.stem}.new") as fresh:
         save_file(tensors, fresh, {**metadata, DIGEST: _digest(tensors, metadata)})
@@ -174,16 +121,20 @@ def _read(path: Path, layout: Manifest, submission: str) -> Kept:
     if metadata.pop(DIGEST, "") != _digest(tensors, metadata):
         raise Unusable("is not as it was written")
     for name in [name for name in tensors if name.endswith(PAIRS)]:
-        tensors[name.removesuffix(PAIRS)] = torch.view_as_complex(tensors.pop(name))
+        pairs = tensors.pop(name).clone()  # a file aligns to 8 bytes, and torch may need 16 for a complex number
+        tensors[name.removesuffix(PAIRS)] = torch.view_as_complex(pairs)
     clock = int(metadata["clock"])
     if not 0 <= clock < MOST_CLOCK:
         raise Unusable(f"has the clock {clock}")
-    optimizer, variates, local = (_under(f"{what}.", tensors) for what in ("optimizer", "variates", "local"))
+    variates, local = (_under(f"{what}.", tensors) for what in ("variates", "local"))
     pending = {int(at): t for at, t in _under("pending.", tensors).items()}
     for vector_P in (tensors["own"], *pending.values(), *variates.values()):
         if vector_P.shape != (layout.elements,):
             raise Unusable(f"holds a vector of {list(vector_P.shape)} elements, not {layout.elements}")
-    return Kept(clock, tensors["own"], optimizer, pending, json.loads(metadata["numbers"]), variates, local)
+    inner = unpack(json.loads(metadata[INNER]), tensors)
+    if not isinstance(inner, dict):
+        raise Unusable("holds no state of an optimiser")
+    return Kept(clock, tensors["own"], inner, pending, variates, local)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ W_i is kept on disk, so that an agent that was killed goes on from its own work.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from syncline_agent.inner import Inner
 from syncline_agent.state import Kept, load_state, save_state
 from syncline_agent.training import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
+from syncline_agent.values import is_finite, pack, unpack
 from syncline_agent.variates import Variates
 
 log = logging.getLogger(__name__)
@@ -96,13 +97,10 @@ class Trainer:
     def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
         """Loads the task, makes the model, and finds what this agent kept of the run. Answers with its clock."""
         settings = self._settings = parse(RunSpec, spec)
-        self._task = self.load_task(settings)
         self._layout = decode(Manifest, manifest)
         self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
         self._view = self._memory.view()
         self._codec = CODECS[self._layout.dtype]
-        self._place: tuple[int, int] | None = None
-        self._test_set: Any = None
         self._state_path, self._submission, self._save_after_s = Path(state_path), submission, 0.0
         self._make()
         kept = load_state(self._state_path, self._layout, submission)
@@ -110,13 +108,19 @@ class Trainer:
         return {"clock": kept.clock if kept is not None and self._has_own else 0}
 
     def _make(self) -> None:
-        """The model, the optimiser, and all else that a period changes, as they are before the first one."""
+        """The task, the model, the optimisers, and all else that a period changes, as they are before the first one."""
         settings = self._settings
+        self._task = self.load_task(settings)
+        self._place: tuple[int, int] | None = None
+        self._test_set: Any = None
         model = make_model(self._task, settings.seed).to(self._claim.device)
         self._flat = FlatModel(model, self._layout, self._task.local, self._task.shared)
         self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
+        self._fresh_state = self._task_state()
+        self._is_first = True  # no period has ended in this process
         self._drawn = 0  # batches, in all periods; where these are given in seconds
+        self._told_fewer = ""  # that the last period drew many more batches than the task has told
         self._updates = updates_of(settings, self._layout.buffers)
         scaffold = settings.local.control_variates
         self._variates: Variates | None = None
@@ -130,8 +134,10 @@ class Trainer:
             self._flat.flat_P.copy_(kept.own_P)
             self._flat.load()
             self._flat.restore_at_home(kept.local)
-            self._inner.restore(kept)
-            self._drawn = int(kept.numbers.get("drawn", 0))
+            self._inner.restore(kept.inner)
+            self._drawn = int(kept.inner["drawn"])
+            if kept.inner["task"]:
+                self._task.load_state_dict(kept.inner["task"])
             if self._variates is not None:
                 self._variates.restore(kept.variates)
             self._updates.pending = {c: d.to(self._flat.flat_P.device) for c, d in kept.pending.items()}
@@ -161,6 +167,7 @@ class Trainer:
             "loss": loss,
             "seconds": max(0.0, seconds),
             "samples_per_s": seen / seconds if seconds > 0 else 0.0,
+            "advice": self._advice(period.parts),
         }
         if self._stopped():
             return {**answer, "stopped": True}
@@ -255,13 +262,17 @@ class Trainer:
     @torch.no_grad()
     def _forget(self, clock: int) -> None:
         """NaN would stay in W_i and in the optimiser for ever: the next period begins with the center, as that of a new agent,
-        and nothing of this one gets to the disk. Tensors that stay at home and hold NaN become those of a new model."""
+        and nothing of this one gets to the disk. Tensors that stay at home and hold NaN become those of a new model, and a
+        task's own state that holds NaN becomes that of a new task."""
         self._has_own = False
         self._updates.pending.clear()  # of a W_i that is gone
         if self._variates is not None:
             self._variates.pending.pop(clock, None)
         self._inner.forget()
-        first, own = make_model(self._task, self._settings.seed), self._flat.model
+        if not is_finite(self._task.state_dict()):
+            packed, tensors = self._fresh_state
+            self._task.load_state_dict(unpack(packed, {name: t.clone() for name, t in tensors.items()}))
+        first, own = make_model(copy.copy(self._task), self._settings.seed), self._flat.model
         for ours, theirs in ((own.named_parameters, first.named_parameters), (own.named_buffers, first.named_buffers)):
             fresh = dict(theirs())
             for name, tensor in ours():
@@ -305,6 +316,7 @@ class Trainer:
 
         if self._variates is not None and self._variates.at_center:
             self._gradient_at_center(self._variates.gradients_P)
+        self._flat.model.zero_grad(set_to_none=True)  # gradients are kept on no disk, so no period begins with any
         drawn = 0
 
         def draw() -> Iterator[Any]:
@@ -314,16 +326,49 @@ class Trainer:
                 drawn += 1
                 yield to_device(next(stream), self._claim.device)
 
-        loss = self._task.train(self._flat.model, self._inner.optimizer, draw(), on_step)
+        with self._inner.watching():
+            loss = self._task.train(self._flat.model, self._inner.given, draw(), on_step)
         self._flat.take_in()
-        if drawn and not lasts.done and not self._stopped():
-            mend = "Call `on_step(rows)` after every step, and stop when it returns False"
+        if not lasts.done and not self._stopped():
+            mend = "Call `on_step(rows)` after every batch, and stop when it returns False"
             raise ConfigError("task", f"`train` drew {drawn} batches and never called `on_step`", mend)
         self._inner.period_ends(lasts.done)
-        self._drawn += lasts.done
+        self._drawn += drawn
+        self._told_fewer = f"{drawn} batches and called `on_step` {lasts.done} times" if drawn >= 2 * lasts.done else ""
         if loss is not None:
             loss = as_number(loss, "`train` returned", "Return the mean loss as a number, or None")
         return loss, lasts.done, seen
+
+    def _task_state(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        """A copy of the task's own state, as JSON and tensors. Raises ConfigError for a state that cannot be kept."""
+        state: Any = self._task.state_dict()
+        if not isinstance(state, dict):
+            mend = "Return a dict of numbers, strings and tensors"
+            raise ConfigError("task", f"`state_dict` returned a {type(state).__name__}", mend)
+        if state and type(self._task).load_state_dict is Task.load_state_dict:
+            raise ConfigError(
+                "task", "has `state_dict` and no `load_state_dict`", "Add it: it is called after a restart"
+            )
+        packed, tensors = pack(state, "state_dict()")
+        return packed, {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def _inner_state(self) -> dict[str, Any]:
+        return {**self._inner.kept(), "task": self._task.state_dict(), "drawn": self._drawn}
+
+    def _advice(self, parts: int) -> list[str]:
+        """After the first period: what the task or its settings rarely mean. Raises ConfigError for what cannot be kept."""
+        if not self._is_first:
+            return []
+        self._is_first = False
+        pack(self._inner_state(), "the state")
+        advice = self._inner.advice if parts > 1 else []
+        if self._told_fewer:
+            advice = [
+                *advice,
+                f"task: `train` drew {self._told_fewer}: `local.steps`, progress and `merge.weights: steps` count these "
+                "calls. Call `on_step(rows)` after every batch, also where several batches make one step",
+            ]
+        return advice
 
     def _stopped(self) -> bool:
         return bool(self._view[STOP_EARLY])
@@ -338,8 +383,8 @@ class Trainer:
         if now_s < self._save_after_s and not at_once:
             return ""
         variates = {} if self._variates is None else self._variates.kept()
-        kept = self._inner.kept(clock, self._flat.flat_P, self._updates.pending, self._drawn)
-        kept = replace(kept, variates=variates, local=self._flat.at_home())
+        own_P, pending = self._flat.flat_P.detach(), self._updates.pending
+        kept = Kept(clock, own_P, self._inner_state(), dict(pending), variates, self._flat.at_home())
         try:
             save_state(self._state_path, kept, self._layout, self._submission)
         except (OSError, SafetensorError) as error:

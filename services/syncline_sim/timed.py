@@ -126,7 +126,7 @@ class TimedTrainer(Trainer):
         try:
             return super().period(**fields)
         finally:
-            self._inner.optimizer.zero_grad(set_to_none=True)  # a fleet holds many models, and few train at a time
+            self._flat.model.zero_grad(set_to_none=True)  # a fleet holds many models, and few train at a time
             self.began_s = None
             if hasattr(self, "_layout"):
                 self._memory.discard(

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from syncline.errors import ConfigError
-from syncline.spec import Local
+from syncline.spec import Local, Schedule
 from syncline.tasks.base import Task
 
 T = TypeVar("T")
 
+COMPILED = "_orig_mod."  # what `torch.compile` puts into names
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): found
     for name, found in vars(torch.optim).items()
@@ -39,11 +41,87 @@ for _needs_code in ("lrscheduler", "lambda", "multiplicative", "chainedscheduler
 SCHEDULES["cosine"] = SCHEDULES["cosineannealing"]
 
 
-def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Optimizer, LRScheduler | None]:
-    """The inner optimiser of an agent, its task's own or the one of the settings, and its schedule. Raises ConfigError."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = task.optimizer(parameters) or _optimizer(local, parameters)
-    return optimizer, _schedule(local, optimizer)
+class Rate:
+    """The learning rate of one optimiser by its schedule, after a warm-up.
+
+    In the warm-up the rates of all groups rise linearly: value k of W is (k + 1) / (W + 1) of the rate that the schedule
+    begins with, as torch's SequentialLR of LinearLR and the schedule has it. The schedule begins after those W.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: LRScheduler, warmup: int) -> None:
+        self._optimizer, self._schedule, self._warmup = optimizer, schedule, warmup
+        self._advanced = 0
+        self._first = [float(group["lr"]) for group in optimizer.param_groups]  # the schedule's first rates
+        if warmup:
+            self._warm_up()
+
+    def advance(self) -> None:
+        """One step or period of the schedule is over. One that has come to its end (OneCycleLR) stays there."""
+        self._advanced += 1
+        if self._advanced <= self._warmup:
+            self._warm_up()
+            return
+        schedule = self._schedule
+        if schedule.last_epoch < getattr(schedule, "total_steps", schedule.last_epoch + 1):
+            with warnings.catch_warnings():  # torch doubts a schedule that steps before its optimiser did
+                warnings.simplefilter("ignore", UserWarning)
+                schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"advanced": self._advanced, "first": self._first, "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._advanced, self._first = state["advanced"], state["first"]
+        self._schedule.load_state_dict(state["schedule"])
+
+    def _warm_up(self) -> None:
+        share = (self._advanced + 1) / (self._warmup + 1)
+        for group, first in zip(self._optimizer.param_groups, self._first, strict=False):  # a group may be added later
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(first * share)
+            else:
+                group["lr"] = first if self._advanced == self._warmup else first * share
+
+
+class Parameters(list[nn.Parameter]):
+    """A model's trainable parameters, which also tell their names."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
+        super().__init__(parameter for _, parameter in self._named)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """As `Module.named_parameters`, of those that are trained."""
+        return list(self._named)
+
+
+Given = Optimizer | dict[str, Optimizer]  # what a task's `train` is given
+
+
+def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer], dict[str, Rate]]:
+    """Return the inner optimisers of an agent: as the task's `train` gets them, by name, and their schedules by name.
+
+    They are those of the task's `optimizers`; else one, named "": of the task's `optimizer`, or of the settings.
+    Raises ConfigError.
+    """
+    made: Any = task.optimizers(model)
+    mend = "Return optimisers by name, as {'generator': …, 'discriminator': …}"
+    if not isinstance(made, dict):
+        raise ConfigError("task", f"`optimizers` returned a {type(made).__name__}", mend)
+    for name, optimizer in made.items():
+        if not isinstance(name, str) or not name or not isinstance(optimizer, Optimizer):
+            raise ConfigError("task", f"`optimizers` returned a {type(optimizer).__name__} for {name!r}", mend)
+    given: Any = made
+    if not made:
+        named = ((name.replace(COMPILED, ""), p) for name, p in model.named_parameters())
+        parameters = Parameters((name, p) for name, p in named if p.requires_grad)
+        given = task.optimizer(parameters)
+        given = _optimizer(local, parameters) if given is None else given
+        if not isinstance(given, Optimizer):
+            problem = f"`optimizer` returned a {type(given).__name__}"
+            raise ConfigError("task", problem, "Return one optimiser; several are returned by `optimizers`, by name")
+    by_name: dict[str, Optimizer] = dict(made) if made else {"": given}
+    return given, by_name, {} if local.schedule is None else {n: _rate(local.schedule, o) for n, o in by_name.items()}
 
 
 def check_inner(task: Task, model: nn.Module, local: Local) -> None:
@@ -52,11 +130,13 @@ def check_inner(task: Task, model: nn.Module, local: Local) -> None:
     The steps are made with stand-ins of one element for each parameter, so that no optimiser's state is allocated.
     A task's own optimiser is looked at where it trains.
     """
-    if type(task).optimizer is Task.optimizer:
+    if type(task).optimizer is Task.optimizer and type(task).optimizers is Task.optimizers:
         parameters = [p for p in model.parameters() if p.requires_grad]
         _optimizer(local, parameters)
         stand_ins = [nn.Parameter(p.new_zeros([min(1, size) for size in p.shape])) for p in parameters]
-        _schedule(local, _optimizer(local, stand_ins, _stepped), _advanced)
+        optimizer = _optimizer(local, stand_ins, _stepped)
+        if local.schedule is not None:
+            _rate(local.schedule, optimizer, _advanced)
 
 
 def _stepped(optimizer: Optimizer) -> Optimizer:
@@ -80,12 +160,6 @@ def _as_made(made: T) -> T:
     return made
 
 
-def advance(schedule: LRScheduler) -> None:
-    """One step or period of the schedule is over. One that has come to its end (OneCycleLR) stays there."""
-    if schedule.last_epoch < getattr(schedule, "total_steps", schedule.last_epoch + 1):
-        schedule.step()
-
-
 def _optimizer(
     local: Local, parameters: Iterable[nn.Parameter], tried: Callable[[Optimizer], Optimizer] = _as_made
 ) -> Optimizer:
@@ -102,15 +176,11 @@ def _optimizer(
     return _made("local.optimizer", made, lambda **kwargs: tried(made(parameters, **kwargs)), setting.arguments)
 
 
-def _schedule(
-    local: Local, optimizer: Optimizer, tried: Callable[[LRScheduler], LRScheduler] = _as_made
-) -> LRScheduler | None:
-    setting = local.schedule
-    if setting is None:
-        return None
+def _rate(setting: Schedule, optimizer: Optimizer, tried: Callable[[LRScheduler], LRScheduler] = _as_made) -> Rate:
     kind = setting.kind.lower().replace("_", "").replace("-", "").removesuffix("lr")
     made = _known(SCHEDULES, "local.schedule.kind", kind, setting.kind)
-    return _made("local.schedule", made, lambda **kwargs: tried(made(optimizer, **kwargs)), setting.arguments)
+    schedule = _made("local.schedule", made, lambda **kwargs: tried(made(optimizer, **kwargs)), setting.arguments)
+    return Rate(optimizer, schedule, setting.warmup)
 
 
 def _known(registry: Mapping[str, type[T]], setting: str, kind: str, written: str) -> type[T]:

@@ -174,7 +174,13 @@ class Schedule(Settings):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     kind: str = Field(min_length=1, max_length=100, description="step, cosine, exponential, linear, onecycle, …")
     per: Literal["period", "step"] = Field(
-        "period", description="What the schedule counts: the agent's own local periods, or its steps."
+        "period", description="What the schedule counts: the agent's own local periods, or its optimiser's steps."
+    )
+    warmup: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="Before the schedule begins, the rate rises linearly over so many of these.",
     )
 
     @property
@@ -221,6 +227,10 @@ class Local(Settings):
         32, description="Rows a step; `all`: the agent's whole part."
     )
     optimizer: Optimizer = Optimizer()
+    optimizer_state: Literal["keep", "reset"] = Field(
+        "keep",
+        description="What an optimiser has gathered (momentum, curvature) is kept from period to period, or not.",
+    )
     schedule: Schedule | None = Field(None, description="Of the learning rate; default: it stays as it is.")
     clip_norm: float | None = Field(None, gt=0, description="The loss's gradient is clipped to this norm.")
     clip_value: float | None = Field(None, gt=0, description="Every element of it is clipped to ± this.")

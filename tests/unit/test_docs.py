@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_model
 
 from syncline.data.partition import Part
+from syncline.optim import inner_of
 from syncline.spec import load_spec
 from syncline.tasks.base import batches, evaluate, load_task
 from syncline_sim.settings import load
@@ -56,7 +57,7 @@ def own_task(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["MyTask", "LitPixels", "Normalised", "Half"])
+@pytest.mark.parametrize("name", ["MyTask", "LitPixels", "Normalised", "Decayed", "Scheduled", "Half"])
 def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
     spec = load_spec(own_task / "mine.yaml")
     assert spec.task == "my_task.py:MyTask"
@@ -66,8 +67,8 @@ def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
         model = task.model()
     parts = [task.dataset(Part(i, 3, spec.partition, 0)) for i in range(3)]
     assert sum(len(part) for part in parts) == 4000  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    task.train(model, optimizer, itertools.islice(batches(parts[0], 32, 0, 0, 0, task), 40), lambda rows: True)
+    given, _, _ = inner_of(task, model, spec.local)
+    task.train(model, given, itertools.islice(batches(parts[0], 32, 0, 0, 0, task), 40), lambda rows: True)
     assert evaluate(task, model, task.dataset(Part.test()), 500, "cpu")["accuracy"] > 0.3
 
 

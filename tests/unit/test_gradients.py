@@ -29,7 +29,7 @@ class Agent:
         self.center_P = self.flat.flat_P.clone()
         self.gradients = Gradients(self.flat.sites, self.center_P, **settings)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=momentum)
-        self.gradients.attach(self.optimizer)
+        self.optimizer.register_step_pre_hook(self.gradients.before_step)
 
     def gradient(self, k: int) -> Tensor:
         """Of the loss, on batch k, where the model stands. Leaves it in `.grad` too."""
@@ -162,7 +162,7 @@ def test_sparse_gradients_are_made_dense() -> None:
     flat = FlatModel(model, manifest_of(model, 4096))
     gradients = Gradients(flat.sites, flat.flat_P.clone(), prox_mu=0.5, clip_norm=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    gradients.attach(optimizer)
+    optimizer.register_step_pre_hook(gradients.before_step)
     before = flat.flat_P.clone()
     model(torch.tensor([1, 1])).sum().backward()
     optimizer.step()
@@ -180,6 +180,6 @@ def test_local_and_frozen_parameters_are_left_alone() -> None:
 def test_an_optimizer_that_computes_gradients_inside_its_step_is_refused() -> None:
     agent = Agent(prox_mu=0.1)
     optimizer = torch.optim.LBFGS(agent.model.parameters())
-    agent.gradients.attach(optimizer)
+    optimizer.register_step_pre_hook(agent.gradients.before_step)
     with pytest.raises(ConfigError, match="LBFGS computes gradients inside its own step"):
         optimizer.step(lambda: torch.zeros(()))

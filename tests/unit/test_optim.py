@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from syncline.errors import ConfigError
-from syncline.optim import OPTIMIZERS, OPTIMIZERS_OF_A_TASK, SCHEDULES, advance, check_inner, inner_of
+from syncline.optim import OPTIMIZERS, OPTIMIZERS_OF_A_TASK, SCHEDULES, Rate, check_inner, inner_of
 from syncline.spec import Local
 from syncline.tasks.quadratic import LinearRegression
 
@@ -33,9 +33,11 @@ class Grid(LinearRegression):
         return nn.Linear(self.features, 1, bias=False, dtype=self.dtype)
 
 
-def made(**local: Any) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+def made(**local: Any) -> tuple[torch.optim.Optimizer, Rate | None]:
     task = Grid()
-    return inner_of(task, task.model(), Local(**local))
+    given, _, rates = inner_of(task, task.model(), Local(**local))
+    assert isinstance(given, torch.optim.Optimizer)
+    return given, rates.get("")
 
 
 def refused(**local: Any) -> str:
@@ -170,7 +172,7 @@ def test_every_schedule_moves_the_rate_and_can_go_on_beyond_its_end(kind: str) -
         rates = []
         for _ in range(12):
             step(optimizer)
-            advance(schedule)
+            schedule.advance()
             rates.append(optimizer.param_groups[0]["lr"])
     assert len(set(rates)) > 1
 
@@ -178,4 +180,41 @@ def test_every_schedule_moves_the_rate_and_can_go_on_beyond_its_end(kind: str) -
 @pytest.mark.parametrize("kind", ["cosine", "CosineAnnealingLR", "cosine_annealing", "cosineannealing"])
 def test_a_schedule_goes_by_several_names(kind: str) -> None:
     _, schedule = made(schedule={"kind": kind, "T_max": 5})
-    assert isinstance(schedule, torch.optim.lr_scheduler.CosineAnnealingLR)
+    assert schedule is not None
+    assert isinstance(schedule._schedule, torch.optim.lr_scheduler.CosineAnnealingLR)
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULES))
+def test_a_warm_up_goes_before_every_schedule(kind: str) -> None:
+    """As torch's SequentialLR has it, of LinearLR and of the schedule."""
+    arguments, lr = NEEDED.get(kind, {}), {"kind": "sgd", "lr": 0.1, "momentum": 0.9}
+    plain, rate = made(optimizer=lr, schedule={"kind": kind, **arguments})
+    warmed, warm_rate = made(optimizer=lr, schedule={"kind": kind, "warmup": 4, **arguments})
+    assert rate is not None and warm_rate is not None
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(14):
+        for optimizer, schedule in ((plain, rate), (warmed, warm_rate)):
+            rates[optimizer is warmed].append(optimizer.param_groups[0]["lr"])
+            step(optimizer)
+            schedule.advance()
+    assert rates[True][:4] == pytest.approx([rates[False][0] * k / 5 for k in (1, 2, 3, 4)])
+    assert rates[True][4:] == rates[False][:10]
+
+
+def test_a_warm_up_is_that_of_torch() -> None:
+    warmed, rate = made(schedule={"kind": "step", "step_size": 3, "warmup": 4})
+    torchs = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    parts = [
+        torch.optim.lr_scheduler.LinearLR(torchs, 1 / 5, total_iters=4),
+        torch.optim.lr_scheduler.StepLR(torchs, 3),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sequence = torch.optim.lr_scheduler.SequentialLR(torchs, parts, [4])
+        for _ in range(12):
+            assert warmed.param_groups[0]["lr"] == pytest.approx(torchs.param_groups[0]["lr"], rel=1e-12)
+            step(warmed)
+            torchs.step()
+            sequence.step()
+            assert rate is not None
+            rate.advance()

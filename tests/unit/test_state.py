@@ -12,7 +12,9 @@ from torch import nn
 
 from syncline.wire.flat import FlatModel, manifest_of
 from syncline.wire.manifest import Manifest
+from syncline_agent.inner import restore_state, state_of
 from syncline_agent.state import Kept, load_state, save_state
+from syncline_agent.values import pack
 
 RUN = "f00d"  # a submission
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -23,6 +25,7 @@ OPTIMIZERS: dict[str, Make] = {
     "amsgrad": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, amsgrad=True),
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, momentum=0.5, centered=True),
     "adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=0.1),
+    "named": lambda m: torch.optim.AdamW(m.named_parameters(), lr=0.01),
 }
 
 
@@ -55,19 +58,20 @@ class Agent:
             self.optimizer.step()
 
     def kept(self, clock: int = 3) -> Kept:
-        return Kept.of(clock, self.flat.flat_P, self.optimizer)
+        return Kept(clock, self.flat.flat_P.detach(), state_of(self.optimizer))
 
     def take(self, kept: Kept) -> None:
         self.flat.flat_P.copy_(kept.own_P)
-        kept.restore(self.optimizer)
+        restore_state(self.optimizer, kept.inner)
 
 
 def same(a: Kept, b: Kept) -> bool:
+    (left, ours), (right, theirs) = (pack(dict(kept.inner), "inner") for kept in (a, b))
     return (
         a.clock == b.clock
         and torch.equal(a.own_P, b.own_P)
-        and a.optimizer.keys() == b.optimizer.keys()
-        and all(torch.equal(t, b.optimizer[k]) and t.dtype == b.optimizer[k].dtype for k, t in a.optimizer.items())
+        and left == right
+        and all(torch.equal(t, theirs[k]) and t.dtype == theirs[k].dtype for k, t in ours.items())
     )
 
 
@@ -91,14 +95,14 @@ def test_an_optimizer_that_has_made_no_step_has_nothing_to_keep(path: Path) -> N
     agent = Agent()
     save_state(path, agent.kept(0), agent.layout, RUN)
     loaded = load_state(path, agent.layout, RUN)
-    assert loaded is not None and (loaded.clock, loaded.optimizer) == (0, {})
+    assert loaded is not None and (loaded.clock, loaded.inner["state"]) == (0, {})
     agent.take(loaded)
 
 
 def test_odd_values_come_back_bit_for_bit(path: Path) -> None:
     agent = Agent()
     odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-45] * 3)
-    save_state(path, Kept(1, odd, {}), agent.layout, RUN)
+    save_state(path, Kept(1, odd), agent.layout, RUN)
     loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and loaded.own_P.numpy().tobytes() == odd.numpy().tobytes()
 

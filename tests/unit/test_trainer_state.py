@@ -142,14 +142,17 @@ CHANGES: dict[str, Callable[[Tensors, Metadata], Any]] = {
     "own of another length": lambda t, m: t.update(own=t["own"][:-1].clone()),
     "own of one element": lambda t, m: t.update(own=t["own"][:1].clone()),
     "no own": lambda t, m: t.pop("own"),
-    "numbers: null": lambda t, m: m.update(numbers="null"),
-    "numbers: a list": lambda t, m: m.update(numbers="[]"),
-    "numbers: nested": lambda t, m: m.update(numbers="[" * 100_000),
-    "numbers: odd groups": lambda t, m: m.update(numbers='{"kind": "Adam", "groups": 3}'),
-    "no numbers": lambda t, m: m.pop("numbers"),
-    "an optimiser's tensor without an index": lambda t, m: t.update({"optimizer.x.exp_avg": torch.zeros(1)}),
-    "an optimiser's tensor of no parameter": lambda t, m: t.update({"optimizer.7.exp_avg": torch.zeros(1)}),
-    "the tensors of another optimiser": lambda t, m: m.update(numbers=m["numbers"].replace("Adam", "SGD")),
+    "inner: null": lambda t, m: m.update(inner="null"),
+    "inner: a list": lambda t, m: m.update(inner="[]"),
+    "inner: nested": lambda t, m: m.update(inner="[" * 100_000),
+    "inner: of no kind": lambda t, m: m.update(inner='{"set": []}'),
+    "inner: a dict of no pairs": lambda t, m: m.update(inner='{"dict": [1]}'),
+    "inner: odd groups": lambda t, m: m.update(inner=m["inner"].replace('"param_groups"', '"groups"')),
+    "inner: odd optimisers": lambda t, m: m.update(inner='{"dict": [["optimizers", 3]]}'),
+    "no inner": lambda t, m: m.pop("inner"),
+    "an optimiser's tensor is missing": lambda t, m: t.pop("inner.optimizers..state.0.exp_avg_sq"),
+    "an optimiser's tensor of no parameter": lambda t, m: m.update(inner=m["inner"].replace("[0, {", "[7, {")),
+    "the tensors of another optimiser": lambda t, m: m.update(inner=m["inner"].replace("Adam", "SGD")),
     "a pending difference of another length": lambda t, m: t.update({"pending.1": torch.zeros(2)}),
     "a pending difference of no clock": lambda t, m: t.update({"pending.x": t["own"].clone()}),
     "clock -5": lambda t, m: m.update(clock="-5"),
@@ -157,8 +160,9 @@ CHANGES: dict[str, Callable[[Tensors, Metadata], Any]] = {
     "no submission": lambda t, m: m.pop("submission"),
 }
 TORN: dict[str, Callable[[Tensors, Metadata], Any]] = {
-    "an optimiser's tensor of another shape": lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(3)}),
-    "an optimiser's tensor is missing": lambda t, m: t.pop("optimizer.0.exp_avg_sq"),
+    "an optimiser's tensor of another shape": lambda t, m: t.update(
+        {"inner.optimizers..state.0.exp_avg": torch.zeros(3)}
+    ),
     "a bit of it": lambda t, m: t["own"].view(torch.uint8)[5].bitwise_xor_(1),
     "a clock that could be": lambda t, m: m.update(clock="2"),
 }

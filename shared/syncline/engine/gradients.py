@@ -1,7 +1,7 @@
 """What is done to the gradients of a local period: clipping, the pull of FedProx, the control variates of SCAFFOLD.
 
-It hangs on the optimiser, between a task's backward pass and the optimiser's step, so that a task with a `train` of its own
-has it too. Knows no run, no agent and no file.
+It acts between a task's backward pass and the optimiser's step, so that a task with a `train` of its own
+has it too; of several optimisers each has its own parameters treated as it steps. Knows no run, no agent and no file.
 """
 
 from __future__ import annotations
@@ -60,23 +60,34 @@ class Gradients:
         self.control: Control | None = None
         self.steps = 0  # that the optimiser was asked for
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.register_step_pre_hook(self._before_step)
-
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Change the gradients of this optimiser's parameters. A pre-hook of `Optimizer.step`, with its arguments.
+
+        Raises:
+            ConfigError: the step is given a closure, which computes the gradients only afterwards.
+        """
+        self.steps += 1
+        settings = {
+            "clip_norm": self._clip_norm, "clip_value": self._clip_value, "prox_mu": self._mu,
+            "control_variates": self.control,
+        }  # fmt: skip
+        used = [name for name, value in settings.items() if value]
+        if not used:
+            return
         if any(callable(x) for x in (*args[1:], *kwargs.values())):  # args[0] is the optimiser
             raise ConfigError(
-                "local",
-                f"{type(optimizer).__name__} computes gradients inside its own step, where clipping, prox_mu and "
-                "control_variates cannot reach them",
-                "Use an optimiser without a closure, or leave those settings out",
+                f"local.{used[0]}",
+                f"{type(optimizer).__name__} computes gradients inside its own step (a closure), where "
+                f"{' and '.join(used)} cannot reach them",
+                "Call `optimizer.step()` without a closure, after the backward pass, or leave those settings out",
             )
-        self.steps += 1
-        self._clip([p for group in optimizer.param_groups for p in group["params"]])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._clip(parameters)
         if self._mu or self.control is not None:
+            own = {id(p) for p in parameters}
             for site in self._sites:
-                if site.parameter.requires_grad:  # the task may freeze it for a while
+                if id(site.parameter) in own and site.parameter.requires_grad:  # the task may freeze it for a while
                     self._correct(site)
 
     def _clip(self, parameters: Sequence[Tensor]) -> None:

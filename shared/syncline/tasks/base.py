@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -72,28 +72,46 @@ class Task(abc.ABC):
         """
         return default_collate(rows)
 
-    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
-        """The agent's optimiser. None: the one of the run's settings."""
+    def optimizer(self, params: Any) -> torch.optim.Optimizer | None:
+        """The agent's optimiser. None: the one of the run's settings.
+
+        `params`: a list of the trainable parameters; `params.named()` are the same with their names.
+        """
         return None
 
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        """Several optimisers by name, where one is not enough. `train` is given this dict then."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the task changes as it trains, beside the model and its optimisers: kept on the agent's disk.
+
+        Numbers, strings, tensors and arrays, in lists, tuples and dicts.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, after a restart; `optimizer` or `optimizers` was called before."""
+        raise NotImplementedError
+
     def train(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batches: Iterator[Any],
-        on_step: Callable[[int], bool],
+        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
     ) -> float | None:
         """One local period: a step for each batch. Override it for full control.
 
-        Call `on_step(rows)` after every step, and stop when it returns False. Returns the mean loss, or None.
+        `optimizer` is the optimiser, or the dict of them where `optimizers` made it. Call `on_step(rows)` after every batch,
+        and stop when it returns False. Returns the mean loss, or None.
         """
         model.train()
         total, steps = torch.zeros(()), 0
+        optimizers = list(optimizer.values()) if isinstance(optimizer, dict) else [optimizer]
         for batch in batches:
-            optimizer.zero_grad(set_to_none=True)
+            for each in optimizers:
+                each.zero_grad(set_to_none=True)
             loss = checked_loss(self.loss(model, batch))
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            for each in optimizers:
+                each.step()
             total, steps = total.to(loss.device) + loss.detach(), steps + 1
             if not on_step(batch_rows(batch)):
                 break
