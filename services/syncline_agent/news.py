@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus, Entry
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob, patiently
+from syncline.bus.blobs import get_record, patiently
 from syncline.chance import jitter
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, REMEMBERED, BlobRef, Head, Notify, Roster, Verdict, decode
@@ -127,7 +127,7 @@ class News:
     async def record(self, ref: BlobRef) -> bytes:
         prefix = partial(subjects.model_prefix, self._run)
         stream = subjects.model_stream(self._run)
-        return await get_small_blob(self._bus, stream, prefix, ref, RECORD_CHUNK_BYTES, MAX_RECORD_BYTES)
+        return await get_record(self._bus, stream, prefix, ref, MAX_RECORD_BYTES)
 
     def _see(self, head: Head, roster: bytes = b"") -> None:
         if head.run != self._run:

@@ -22,6 +22,7 @@ from syncline.spec import Async, RunSpec
 from syncline.submission import submitted_spec
 from syncline.telemetry import Telemetry
 from syncline.wire import subjects
+from syncline.wire.chunks import content_bytes
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Submit, decode
 from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
@@ -45,6 +46,14 @@ def _spec_of(record: bytes) -> RunSpec:
     except ConfigError as error:
         mend = "The coordinator accepts it: upgrade Syncline on this agent, or leave the setting out of the run"
         raise ConfigError(error.setting, error.problem, mend) from None
+
+
+def check_payload(manifest: Manifest, max_payload: int) -> None:
+    """Raise ConfigError where this agent's broker takes no message as large as a chunk of the run's updates."""
+    if manifest.chunk_bytes > content_bytes(max_payload):
+        problem = f"the broker takes messages of {max_payload} bytes, a chunk of this run has {manifest.chunk_bytes}"
+        hint = "Set it alike on every server and leaf node, or lower wire.chunk_bytes in the run's spec"
+        raise ConfigError("max_payload", problem, hint)
 
 
 class CannotTrain(SynclineError):
@@ -173,6 +182,7 @@ class Session:
         self._stand.line = head.line
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
+        check_payload(self._manifest, self._bus.max_payload)
         self._submission = manifest.id
         await self._shelf.tidy(self._run)
         await self._revive()

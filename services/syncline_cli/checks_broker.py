@@ -27,6 +27,7 @@ from syncline.bus.operator import in_order
 from syncline.chance import new_id
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable
 from syncline.wire import subjects
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import Heartbeat, encode
 from syncline_cli.connect import coordinator_key
 from syncline_cli.findings import Finding, broken, in_thread, ok, skipped, warning
@@ -203,11 +204,12 @@ class Broker:
         size = int(self._info.get("max_payload", 0))
         text = f"messages of up to {size >> 10} KiB"
         mend = f"Set max_payload: {MAX_PAYLOAD_BYTES} in the broker's configuration, on every server alike"
-        return (
-            warning("payload", f"{text}: models travel in small pieces", mend)
-            if size < SMALL_PAYLOAD_BYTES
-            else ok("payload", text)
-        )
+        if size < LEAST_PAYLOAD_BYTES:
+            return broken("payload", f"{text}: a run needs {LEAST_PAYLOAD_BYTES >> 10} KiB at least", mend)
+        if size < SMALL_PAYLOAD_BYTES:
+            least = f"{LEAST_PAYLOAD_BYTES >> 10} KiB are the least"
+            return warning("payload", f"{text}: models travel in small pieces ({least})", mend)
+        return ok("payload", text)
 
     async def space(self) -> Finding:
         """Free room in the store: from the broker's figures where they can be seen, else by asking for it."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_small_blob
+from syncline.bus.blobs import BlobGone, get_record
+from syncline.bus.commits import line_of, record_in
 from syncline.errors import ConfigError, NoResponders, PeerError, Unavailable
 from syncline.spec import RunSpec
 from syncline.submission import submitted_spec
@@ -67,7 +68,7 @@ async def spec_of(bus: Bus, run: str) -> RunSpec | None:
 async def record(bus: Bus, run: str, ref: BlobRef) -> bytes:
     """A record that travels as a blob: a roster, a manifest. Raises BlobGone."""
     prefix = partial(subjects.model_prefix, run)
-    return await get_small_blob(bus, subjects.model_stream(run), prefix, ref, RECORD_CHUNK_BYTES, MAX_BLOB_RECORD_BYTES)
+    return await get_record(bus, subjects.model_stream(run), prefix, ref, MAX_BLOB_RECORD_BYTES)
 
 
 async def commit_of(bus: Bus, head: Head, version: int) -> Committed:
@@ -81,13 +82,15 @@ async def commit_of(bus: Bus, head: Head, version: int) -> Committed:
     if version > newest or version < 1:
         why = "is the initial model, which nothing was merged into" if version == 0 else "does not exist"
         raise ConfigError("VERSION", f"version {version} of {run} {why}", f"There are versions 1 to {newest}")
-    stream, every_term = subjects.log_stream(run), f"{subjects.PREFIX}.{run}.log.{version}.*"
-    found = (await bus.state(stream, every_term)).subjects
-    newest_term = max((int(subject.rpartition(".")[2]) for subject in found), default=0)
-    stored = await bus.get(stream, subjects.log_record(run, version, newest_term)) if newest_term else None
-    if stored is not None:
-        return decode(Committed, stored.data)
-    oldest = await bus.read(stream, 1, 1)
+    if (line := await line_of(bus, run, version, head.term)) is not None:
+        try:
+            return await record_in(bus, run, line)
+        except BlobGone as error:
+            problem = f"the record of version {version} of {run} is not whole: {error}"
+            raise ConfigError(
+                "VERSION", problem, "The broker has lost a part of it: other versions may be there"
+            ) from None
+    oldest = await bus.read(subjects.log_stream(run), 1, 1)
     kept = f"It holds versions {oldest[0].subject.split('.')[4]} to {newest}" if oldest else "It is empty"
     raise ConfigError("VERSION", f"version {version} of {run} is no longer in the log", kept)
 

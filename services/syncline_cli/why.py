@@ -60,6 +60,7 @@ def as_object(commit: Committed) -> dict[str, Any]:
         "closed_by": plan.reason,
         "merged": [_entry(e) for e in plan.merged],
         "dropped": [{"agent": d.agent, "clock": d.clock, "reason": d.reason} for d in commit.dropped],
+        "dropped_more": commit.dropped_more,
         "late": list(plan.late),
         "bytes": commit.bytes_up + commit.bytes_down,
         "bytes_up": commit.bytes_up,
@@ -93,6 +94,8 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
         yield f"  {'  '.join(cells)}", "" if i else "dim"
     late = [f"late: {name} was not waited for" for name in sorted(plan.late, key=natural)]
     dropped = [f"dropped: {d.agent}, clock {d.clock:,}: {clean(d.reason)}" for d in commit.dropped]
+    if commit.dropped_more:
+        dropped.append(f"dropped: {commit.dropped_more:,} more, which the log had no room for")
     yield from _hidden(len(merged), rows)
     for lines in (late, dropped):
         yield from ((f"  {line}", "yellow") for line in lines[:rows])

@@ -60,8 +60,8 @@ class Account:
             )
             await self._telemetry.event("advice", text, level="warning")
 
-    def record(self, head: Head, done: MergeDone, dropped: list[Dropped]) -> Committed:
-        """`head`: as it is before the commit."""
+    def record(self, head: Head, done: MergeDone, dropped: list[Dropped], dropped_more: int) -> Committed:
+        """`head`: as it is before the commit; `dropped_more`: updates that were dropped and are not listed."""
         return Committed(
             run=head.run,
             term=head.term,
@@ -70,6 +70,7 @@ class Account:
             model=done.merged.model,
             plan=done.plan,
             dropped=dropped,
+            dropped_more=dropped_more,
             norms=list(done.merged.norms),
             norm=done.merged.norm,
             bytes_up=done.merged.bytes_got,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from syncline.bus.accounts import MAX_PAYLOAD_BYTES
 from syncline.bus.blobs import BlobGone
 from syncline.errors import ConfigError
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import ENDED, Head, Welcome
 
 
@@ -14,6 +16,13 @@ def exists(head: Head) -> ConfigError:
         return ConfigError("name", f"{there}, and it has ended: {head.reason}", mend)
     mend = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
     return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", mend)
+
+
+def payload_too_small(max_payload: int) -> ConfigError:
+    """Say what a broker must let through in one message."""
+    problem = f"the broker takes messages of at most {max_payload} bytes, a run needs {LEAST_PAYLOAD_BYTES}"
+    hint = f"Set max_payload: {MAX_PAYLOAD_BYTES} in the broker's configuration, on every server alike, and reload it"
+    return ConfigError("max_payload", problem, hint)
 
 
 def gone(name: str, error: BlobGone) -> str:

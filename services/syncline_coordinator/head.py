@@ -8,6 +8,7 @@ from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
 from syncline.errors import BusError, Conflict, NoResponders, SynclineError, Unreachable
 from syncline.wire import subjects
+from syncline.wire.chunks import content_bytes
 from syncline.wire.messages import ENDED, MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
 
 Sure = Callable[[], Awaitable[None]]
@@ -102,7 +103,8 @@ class HeadKeeper:
     async def notify(self, roster: Roster | None = None) -> None:
         """A hint; whoever misses it reads head again in a few seconds."""
         said = encode(roster) if roster is not None else b""
-        note = Notify(head=_encoded(self.head), roster=said if len(said) <= NOTIFY_ROSTER_BYTES else b"")
+        room = min(NOTIFY_ROSTER_BYTES, content_bytes(self._bus.max_payload))  # agents get a larger one by its blob
+        note = Notify(head=_encoded(self.head), roster=said if len(said) <= room else b"")
         try:
             await self._bus.publish(subjects.notify(self.head.run), encode(note))
         except BusError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, put_blob
+from syncline.bus.blobs import put_record
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import encode
@@ -20,7 +20,7 @@ async def commit_initial(
     """The model as the task makes it under the run's seed. `set_back`: as in `taken_over`."""
     merged = await reducer.put_center()
     prefix = partial(subjects.model_prefix, keeper.head.run)
-    layout, _ = await put_blob(bus, prefix, memoryview(encode(manifest)), RECORD_CHUNK_BYTES)
+    layout = await put_record(bus, prefix, encode(manifest))
     moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
     head = keeper.head if set_back is None else await taken_over(bus, keeper.head, set_back)
     await keeper.check()  # a broker that was set back gives revisions again

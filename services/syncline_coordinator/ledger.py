@@ -13,8 +13,23 @@ from syncline.engine.events import Chosen
 from syncline.engine.membership import Numbering
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.messages import REMEMBERED, BlobRef, Dropped, Head, Offer, Plan, PlanEntry, Presence, Roster, Verdict
+from syncline.wire.messages import (
+    REMEMBERED,
+    BlobRef,
+    Dropped,
+    Head,
+    Offer,
+    Plan,
+    PlanEntry,
+    Presence,
+    Roster,
+    Verdict,
+    clipped,
+)
 from syncline_coordinator.purge import Purger
+from syncline_coordinator.space import LOG_REASON_BYTES, most_updates
+
+DROPPED_AT_ONCE = 1000  # that a commit record lists beyond what the log reserves for each version, where some is unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,9 @@ class Ledger:
         self._run, self._keep_models, self._purger = spec.name, spec.keep_models, purger
         self._with_outer = spec.states > 0
         self.numbering = Numbering(fixed_parts=spec.partition.parts, max_agents=max_agents)
-        self.dropped: list[Dropped] = []  # since the last commit
+        self._dropped: list[Dropped] = []  # since the last commit, as far as the log has room for them
+        self._dropped_more = 0  # beside those
+        self._dropped_room, self._dropped_a_version = DROPPED_AT_ONCE, most_updates(spec, max_agents)
         self.read_up_to = head.offers_seq
         self.last_read: Stored | None = None  # … the message there, as it was read
         self._judged: dict[str, Judged] = {}
@@ -154,11 +171,14 @@ class Ledger:
         """An offer that is refused rather than judged."""
         self._offered.pop((agent, clock), None)
 
-    def taken_over(self, kept: list[BlobRef], left_behind: list[str]) -> None:
-        """What a dead coordinator has left: models to keep, the oldest first, and prefixes of blobs that can go."""
+    def taken_over(self, kept: list[BlobRef], left_behind: list[str], uncommitted: list[str]) -> None:
+        """What a dead coordinator has left: models to keep, the oldest first, prefixes of blobs that can go, and lines of the
+        log whose commit was interrupted."""
         self._kept = kept
         for prefix in left_behind:
             self._purger.add(subjects.model_stream(self._run), prefix)
+        for line in uncommitted:
+            self._purger.add(subjects.log_stream(self._run), line, itself=True)
 
     def abandoned(self, model: str) -> None:
         """A model that was put in part, by a merge that could not be finished."""
@@ -178,7 +198,18 @@ class Ledger:
 
     def drop(self, agent: str, clock: int, reason: str, verdict: Verdict) -> None:
         self._judge(agent, clock, verdict)
-        self.dropped.append(Dropped(agent=agent, clock=clock, reason=reason[:2000]))
+        if len(self._dropped) < self._dropped_room:
+            self._dropped.append(Dropped(agent=agent, clock=clock, reason=clipped(reason, LOG_REASON_BYTES)))
+        else:
+            self._dropped_more += 1
+
+    def take_dropped(self) -> tuple[list[Dropped], int]:
+        """Return the updates dropped since the last commit, and how many more there were, and forget them."""
+        dropped, more = self._dropped, self._dropped_more
+        self._dropped, self._dropped_more = [], 0
+        left = self._dropped_room - len(dropped)
+        self._dropped_room = min(left, DROPPED_AT_ONCE) + self._dropped_a_version
+        return dropped, more
 
     def _judge(self, agent: str, clock: int, verdict: Verdict) -> None:
         offered = self._offered.pop((agent, clock), None)

@@ -1,7 +1,7 @@
-"""What a coordinator that was killed has left in the model stream: models put in part, records that no head names.
+"""What a coordinator that was killed has left on the bus: models put in part, and records that no head and no line names.
 
-The stream is as large as the models that are kept and one more, and discards its oldest where it is full, which may be what
-head names. So whoever takes over clears up first.
+The model stream is as large as the models that are kept and one more, and the log as large as the records of all versions:
+what is left in them would be missing later. So a coordinator that takes over clears up first.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
+from syncline.bus.commits import line_of
 from syncline.wire import subjects
-from syncline.wire.messages import BlobRef, Committed, Head, decode
+from syncline.wire.messages import BlobRef, Head
 
-RECORDS_A_VERSION = 4  # of versions that several coordinators put, how many are looked through
+LOOKED_BACK = 2  # versions: a coordinator that was replaced may put a record late
 
 
 async def kept_models(bus: Bus, head: Head, keep: int) -> list[BlobRef]:
     """The models of the last `keep` versions, the oldest first, as the log and head tell."""
-    stream = subjects.log_stream(head.run)
-    last = (await patiently(lambda: bus.state(stream))).last_seq
-    first = max(1, last - RECORDS_A_VERSION * keep + 1)
-    stored = await patiently(partial(bus.read, stream, first, RECORDS_A_VERSION * keep))
-    records = [decode(Committed, message.data) for message in stored]
-    records.sort(key=lambda record: record.term)  # of one version the last term's was committed
-    found = {r.version: r.model for r in records if head.version - keep < r.version <= head.version}
     named = {head.version - 1: head.previous, head.version: head.model}
-    found |= {version: model for version, model in named.items() if model is not None}
+    found = {version: model for version, model in named.items() if model is not None}
+    for version in range(max(1, head.version - keep + 1), head.version - 1):
+        if (line := await line_of(bus, head.run, version, head.term)) is not None:
+            found[version] = line.model
     return [found[version] for version in sorted(found)]
 
 
@@ -38,3 +35,17 @@ async def leftovers(bus: Bus, head: Head, kept: list[BlobRef]) -> list[str]:
     state = await patiently(lambda: bus.state(subjects.model_stream(head.run), every))
     blobs = {subject.rpartition(".")[0] for subject in state.subjects}
     return sorted(prefix for prefix in blobs if prefix.rpartition(".")[2] not in ids)
+
+
+async def uncommitted(bus: Bus, head: Head) -> list[str]:
+    """Subjects of lines in the log, and with them of their chunks, whose commit was interrupted under an older term than
+    head's: those of the next version, and those of the newest ones beside the line that counts."""
+    left = []
+    for version in range(max(1, head.version - LOOKED_BACK), head.version + 2):
+        every = subjects.log_record(head.run, version, ">")
+        state = await patiently(partial(bus.state, subjects.log_stream(head.run), every))
+        tokens = [subject.split(".")[5:] for subject in state.subjects]
+        lines = [int(term) for term, *chunk in tokens if not chunk and int(term) <= head.term]
+        counts = max(lines, default=0) if version <= head.version else 0
+        left += [(version, term) for term in {int(term) for term, *_ in tokens} if term < head.term and term != counts]
+    return [subjects.log_record(head.run, version, term) for version, term in sorted(left)]

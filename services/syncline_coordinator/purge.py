@@ -23,9 +23,11 @@ class Purger:
         self._due: deque[tuple[str, str]] = deque(maxlen=100_000)
         self._woken = asyncio.Event()
 
-    def add(self, stream: str, prefix: str) -> None:
-        """The blob whose chunks lie under `prefix`."""
+    def add(self, stream: str, prefix: str, *, itself: bool = False) -> None:
+        """The blob whose chunks lie under `prefix`. `itself`: and what lies at that subject."""
         self._due.append((stream, f"{prefix}.>"))
+        if itself:
+            self._due.append((stream, prefix))
         self._woken.set()
 
     async def run(self, sure: Sure) -> None:

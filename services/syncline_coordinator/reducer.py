@@ -36,7 +36,7 @@ from syncline.engine.buffers import buffer_weights, clear_, mean_of_values, of_c
 from syncline.engine.kernels import Sums, squares
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.chunks import pack_chunk
+from syncline.wire.chunks import content_bytes, pack_chunk
 from syncline.wire.codecs import CODECS, bytes_of
 from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
@@ -93,9 +93,9 @@ class _Made:
     squares_BN: Tensor | None = None  # Σ Δ_i² of each block, unless a first pass has seen them
 
 
-def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int, overhead: int) -> int:
+def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int) -> int:
     """Bytes of tensor in a chunk: what a message holds, less where many agents would not fit into the staging memory."""
-    allowed = max_payload - overhead
+    allowed = content_bytes(max_payload)
     wanted = spec.wire.chunk_bytes or min(allowed, STAGING_BYTES // max(1, agents))
     return max(4096, min(wanted, allowed))
 

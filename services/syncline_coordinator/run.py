@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, patiently, put_blob
+from syncline.bus.blobs import put_record
+from syncline.bus.commits import put_commit
 from syncline.engine.events import (
     AgentJoined,
     AgentLost,
@@ -36,7 +37,7 @@ from syncline.engine.events import (
     UpdateBroken,
     WakeAt,
 )
-from syncline.errors import PeerError
+from syncline.errors import ConfigError, PeerError, StreamFull
 from syncline.spec import RunSpec
 from syncline.telemetry import Telemetry, tell_often
 from syncline.wire import subjects
@@ -60,13 +61,14 @@ from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
-from syncline_coordinator.leftovers import kept_models, leftovers
+from syncline_coordinator.leftovers import kept_models, leftovers, uncommitted
 from syncline_coordinator.lookout import Lookout
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer
+from syncline_coordinator.space import Reservation, is_log_full
 from syncline_coordinator.status import status_of
 from syncline_coordinator.updates import UpdateGone, UpdateUnusable
 
@@ -167,7 +169,7 @@ class Run:
         head, bus = self.keeper.head, self.parts.bus
         if head.term > 1:
             kept = await kept_models(bus, head, self.parts.spec.keep_models)
-            self.ledger.taken_over(kept, await leftovers(bus, head, kept))
+            self.ledger.taken_over(kept, await leftovers(bus, head, kept), await uncommitted(bus, head))
         if head.roster is None:
             return
         roster = decode(Roster, await record_of(bus, head.run, head.roster))
@@ -383,16 +385,22 @@ class Run:
 
     async def _put_record(self, data: bytes) -> BlobRef:
         prefix, losses = partial(subjects.model_prefix, self.parts.spec.name), self.lookout.losses
-        ref, _ = await put_blob(self.parts.bus, prefix, memoryview(data), RECORD_CHUNK_BYTES)
+        ref = await put_record(self.parts.bus, prefix, data)
         self.lookout.was_put(ref, losses)
         return ref
 
     async def _put_commit_record(self, done: MergeDone) -> None:
-        head = self.keeper.head
-        record = encode(self._account.record(head, done, self.ledger.dropped))
-        subject = subjects.log_record(head.run, done.plan.version, head.term)
-        await patiently(lambda: self.parts.bus.put(subject, record))
-        self.ledger.dropped = []
+        parts, (dropped, more) = self.parts, self.ledger.take_dropped()
+        record = self._account.record(self.keeper.head, done, dropped, more)
+        try:
+            await put_commit(parts.bus, record)
+        except StreamFull as error:
+            reserved = Reservation.of(parts.spec, parts.manifest, parts.max_agents).log
+            if not await is_log_full(parts.bus, parts.spec.name, reserved):
+                raise
+            problem = f"the log of commits is full at version {self.keeper.head.version}, {reserved >> 20} MiB: {error}"
+            hint = "Export the newest version, and submit the run under another name: it gets a log of its own"
+            raise ConfigError("stop.versions", problem, hint) from None
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
         """A held-out result is in: perhaps the target is reached."""

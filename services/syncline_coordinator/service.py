@@ -25,7 +25,7 @@ from syncline.spec import RunSpec
 from syncline.submission import submission, submitted_spec
 from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
 from syncline.wire import subjects
-from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
@@ -40,7 +40,7 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
-from syncline_coordinator.answers import exists, gone, superseded
+from syncline_coordinator.answers import exists, gone, payload_too_small, superseded
 from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
@@ -247,6 +247,8 @@ class Coordinator:
 
     async def _accept(self, spec: RunSpec, record: Submit) -> list[str]:
         """Checks all that can be checked before a run starts, and queues it; returns what is doubtful. Raises ConfigError."""
+        if self._bus.max_payload < LEAST_PAYLOAD_BYTES:
+            raise payload_too_small(self._bus.max_payload)
         if (there := await HeadKeeper.read(self._bus, spec.name)) is not None and not await there.is_orphan():
             raise exists(there.head)
         manifest = await self._manifest_of(spec)
@@ -273,7 +275,7 @@ class Coordinator:
     async def _model_of(self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"") -> tuple[Asked, Manifest]:
         """A child process with the task's model. Raises ConfigError for a task that cannot be used."""
         child = await self._start_child(memory)
-        chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload, FRAME_OVERHEAD_BYTES)
+        chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload)
         try:
             answer = await child.ask(
                 "describe", spec=spec.model_dump(mode="json"), chunk_bytes=chunk, manifest=manifest

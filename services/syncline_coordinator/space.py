@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 
 from syncline.bus.base import BucketConfig, Bus, StreamConfig
-from syncline.bus.blobs import BlobGone
+from syncline.bus.blobs import BlobGone, patiently
 from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
-from syncline.spec import RunSpec
+from syncline.spec import Async, RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Submit
@@ -20,8 +20,13 @@ UPDATES_PER_AGENT = 2  # one that is judged, one on its way
 MESSAGE_OVERHEAD_BYTES = 512  # subject, headers, frame and the store's own record
 UPDATES_SLACK_BYTES = 32 << 20  # judged updates that wait to be purged
 RECORDS_BYTES = 16 << 20  # rosters and plans beside the models, and models that wait to be purged
+RECORDS_AGENT_BYTES = 1024  # for each agent: its lines in a plan and a roster, both there twice while head moves
 OFFERS_BYTES = 8 << 20
-LOG_BYTES = 32 << 20
+OFFERS_AGENT_BYTES = 2048  # a few offers
+LOG_BYTES = 4 << 20  # records of commits that were interrupted, or put twice
+LOG_VERSION_BYTES = 1024  # a commit record without its updates, and its line
+LOG_UPDATE_BYTES = 320  # in a commit record, for an update that was merged, or was late and then dropped
+LOG_REASON_BYTES = 120  # of the reason why one was dropped
 RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, Submit.max_bytes)  # specs and heads of all runs
 LEAST_BYTES = RUNS.max_bytes + UPDATES_SLACK_BYTES + RECORDS_BYTES + OFFERS_BYTES + LOG_BYTES  # one run of a tiny model
 
@@ -32,26 +37,34 @@ class Reservation:
 
     updates: int
     models: int
+    offers: int
+    log: int
 
     @classmethod
     def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
         vector = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
         updates = UPDATES_PER_AGENT * agents * manifest.sections * vector + UPDATES_SLACK_BYTES
-        return cls(updates, (spec.keep_models + 1) * (manifest.sections + spec.states) * vector + RECORDS_BYTES)
+        models = (spec.keep_models + 1) * (manifest.sections + spec.states) * vector
+        return cls(
+            updates,
+            models + RECORDS_BYTES + agents * RECORDS_AGENT_BYTES,
+            OFFERS_BYTES + agents * OFFERS_AGENT_BYTES,
+            LOG_BYTES + spec.stop.versions * (LOG_VERSION_BYTES + log_updates(spec, agents) * LOG_UPDATE_BYTES),
+        )
 
     @property
     def total(self) -> int:
-        return self.updates + self.models + OFFERS_BYTES + LOG_BYTES
+        return self.updates + self.models + self.offers + self.log
 
     def streams(self, run: str) -> list[StreamConfig]:
         prefix = f"{subjects.PREFIX}.{run}"
         return [
             StreamConfig(subjects.updates_stream(run), (subjects.every_update(run),), self.updates, write_once=True),
-            StreamConfig(subjects.offers_stream(run), (f"{prefix}.agent.*.offer",), OFFERS_BYTES, max_per_subject=1000),
+            StreamConfig(subjects.offers_stream(run), (f"{prefix}.agent.*.offer",), self.offers, max_per_subject=1000),
             StreamConfig(
                 subjects.model_stream(run), (f"{prefix}.model.>", f"{prefix}.outer.>"), self.models, write_once=True
             ),
-            StreamConfig(subjects.log_stream(run), (f"{prefix}.log.>",), LOG_BYTES),
+            StreamConfig(subjects.log_stream(run), (f"{prefix}.log.>",), self.log, max_per_subject=1, full="refuse"),
         ]
 
 
@@ -59,6 +72,23 @@ def most_agents(spec: RunSpec) -> int:
     """The largest fleet that the run has room for: `agents.max`, or twice what it starts with and eight at least."""
     most = spec.agents.max or max(2 * spec.agents.min, spec.agents.min + 8)
     return most if spec.merge.most is None else min(most, spec.merge.most)
+
+
+def most_updates(spec: RunSpec, agents: int) -> int:
+    """Return how many updates a version is made of at most."""
+    sync = spec.sync
+    if isinstance(sync, Async):
+        return sync.updates(spec.agents.min) or agents
+    if sync.sample is None:
+        return agents
+    quorum = 1 if sync.quorum == "all" else sync.quorum
+    return min(agents, max(spec.merge.least(), quorum, round(sync.sample * agents)))
+
+
+def log_updates(spec: RunSpec, agents: int) -> int:
+    """Return how many updates a version adds to the log. In a round each is merged or dropped, in an asynchronous run as
+    many may be dropped beside those that are merged."""
+    return most_updates(spec, agents) * (2 if isinstance(spec.sync, Async) else 1)
 
 
 async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
@@ -78,15 +108,28 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
             )
             raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", mend) from None
-        why = f"merge.rule is {spec.merge.rule} and outer.kind is {spec.outer.kind}"
-        kept = f" of {manifest.sections + spec.states} vectors, because {why}" if spec.states else ""
-        raise ConfigError(
-            "agents.max",
-            f"the run needs {space.total >> 20} MiB on the bus ({UPDATES_PER_AGENT} updates of {manifest.blob_bytes >> 10} KiB "
-            f"for each of {agents} agents, {spec.keep_models + 1} models{kept}), and the broker says: {error}",
-            "Lower agents.max or keep_models, or give the broker's JetStream more room (max_file_store; with "
-            "`--local`: a larger disk for TMPDIR)",
-        ) from None
+        raise _too_large(spec, manifest, agents, space, error) from None
+
+
+def _too_large(spec: RunSpec, manifest: Manifest, agents: int, space: Reservation, error: BusError) -> ConfigError:
+    """Name the setting that the run's space depends on most, with the figures."""
+    why = f"merge.rule is {spec.merge.rule} and outer.kind is {spec.outer.kind}"
+    kept = f" of {manifest.sections + spec.states} vectors, because {why}" if spec.states else ""
+    parts = {"agents.max": space.updates, "keep_models": space.models, "stop.versions": space.log}
+    return ConfigError(
+        max(parts, key=lambda setting: parts[setting]),
+        f"the run needs {space.total >> 20} MiB on the bus ({space.updates >> 20} MiB for {UPDATES_PER_AGENT} updates of "
+        f"{manifest.blob_bytes >> 10} KiB for each of {agents} agents, {space.models >> 20} MiB for {spec.keep_models + 1} "
+        f"models{kept}, {space.log >> 20} MiB for the log of {spec.stop.versions} versions of up to "
+        f"{log_updates(spec, agents)} updates), and the broker says: {error}",
+        "Lower agents.max, keep_models or stop.versions, or give the broker's JetStream more room (max_file_store; with "
+        "`--local`: a larger disk for TMPDIR)",
+    )
+
+
+async def is_log_full(bus: Bus, run: str, reserved: int) -> bool:
+    """Whether the log of commits holds about as much as was reserved for it. Else the broker's disk is full."""
+    return (await patiently(lambda: bus.state(subjects.log_stream(run)))).bytes > reserved - LOG_BYTES // 2
 
 
 async def restore(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
+
+import msgpack
 
 from syncline.bus.base import Stored
 from syncline.bus.memory_store import Store
-from syncline.wire.messages import Head, Heartbeat
+from syncline.wire import subjects
+from syncline.wire.messages import BlobRef, Committed, Head, Heartbeat, LogLine, decode
 
 
 class Books(Protocol):
@@ -46,3 +50,25 @@ class Books(Protocol):
     def told(self, subject: str, data: bytes) -> None:
         """A metric or an event was published."""
         ...
+
+
+def content(prefix: str, ref: BlobRef, frames: Mapping[str, bytes]) -> bytes:
+    """What the frames of a blob hold, by their subjects. Raises KeyError for one that is missing."""
+    return b"".join(msgpack.unpackb(frames[f"{prefix}.{k}"])["data"] for k in range(ref.chunks))
+
+
+def is_line(subject: str) -> bool:
+    """Whether a subject of the log is a commit's line; else it is a chunk of a record."""
+    return subject.count(".") == subjects.log_record("r", 0, 0).count(".")
+
+
+def record_of(run: str, line: LogLine, frames: Mapping[str, bytes]) -> Committed | None:
+    """The record of a line, or None where a part of it is not there."""
+    try:
+        if isinstance(line.record, bytes):
+            return decode(Committed, line.record)
+        return decode(
+            Committed, content(subjects.log_blob(run, line.version, line.term, line.record.id), line.record, frames)
+        )
+    except KeyError:
+        return None

@@ -10,14 +10,12 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
-import msgpack
-
 from syncline.bus.base import Stored
 from syncline.bus.memory_store import Store
 from syncline.spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.messages import BlobRef, Committed, Head, Offer, Plan, Roster, decode
-from syncline_sim.books import Books
+from syncline.wire.messages import BlobRef, Committed, Head, LogLine, Offer, Plan, Roster, decode
+from syncline_sim.books import Books, content, record_of
 from syncline_sim.oracle import Vector
 
 
@@ -31,7 +29,8 @@ class Chronicle:
     offers: dict[tuple[str, int], list[Offer]] = field(default_factory=dict)
     offer_seqs: dict[int, tuple[str, int]] = field(default_factory=dict)
     merged: dict[tuple[str, int], int] = field(default_factory=dict)  # (agent, clock) → version
-    records: dict[tuple[int, int], Committed] = field(default_factory=dict)  # (version, term)
+    lines: dict[tuple[int, int], LogLine] = field(default_factory=dict)  # (version, term)
+    committed: dict[int, int] = field(default_factory=dict)  # version → the term that committed it
     chunks: dict[str, bytes] = field(default_factory=dict)  # subject → frame, of every chunk ever put
     gone: set[str] = field(default_factory=set)  # subjects that were purged
     lost: set[str] = field(default_factory=set)  # … and that a broker lost which came back with an older store
@@ -67,10 +66,10 @@ class Chronicle:
         """Everything is as head was then, but that chunks and offers are those of the store. What anybody has seen is seen."""
         assert isinstance(then, Chronicle)
         again = then.copy()
-        for name in ("heads", "merged", "writers", "dropped", "levels", "taken", "roster", "plan", "kept"):
+        for name in ("heads", "merged", "committed", "writers", "dropped", "levels", "taken", "roster", "plan", "kept"):
             setattr(self, name, getattr(again, name))
         run, kept = self.spec.name, set[str]()
-        for stream in (subjects.updates_stream(run), subjects.model_stream(run)):
+        for stream in (subjects.updates_stream(run), subjects.model_stream(run), subjects.log_stream(run)):
             kept |= store.streams[stream].by_subject.keys() if stream in store.streams else set()
         self.gone -= kept
         self.lost = self.chunks.keys() - kept - self.gone
@@ -116,8 +115,19 @@ class Chronicle:
         return BlobRef(id=model.id, size=states * model.size // sections, chunks=states * model.chunks // sections)
 
     def _content(self, what: str, ref: BlobRef) -> bytes:
-        prefix = f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}"
-        return b"".join(msgpack.unpackb(self.chunks[f"{prefix}.{k}"])["data"] for k in range(ref.chunks))
+        return content(f"{subjects.PREFIX}.{self.spec.name}.{what}.{ref.id}", ref, self.chunks)
+
+    def _commit_record(self, version: int, term: int) -> Committed | None:
+        """As a reader of the log finds it now: None where its line, or a chunk of it, is not there."""
+        run, line = self.spec.name, self.lines.get((version, term))
+        if line is None:
+            return None
+        names, held = [subjects.log_record(run, version, term)], line.record
+        if isinstance(held, BlobRef):
+            names += [f"{subjects.log_blob(run, version, term, held.id)}.{k}" for k in range(held.chunks)]
+        if any(name not in self.chunks or name in self.gone or name in self.lost for name in names):
+            return None
+        return record_of(run, line, self.chunks)
 
     def _record(self, kind: type[Any], ref: BlobRef) -> Any:
         return decode(kind, self._content("model", ref))

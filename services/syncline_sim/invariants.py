@@ -18,15 +18,16 @@ from syncline.wire.messages import (
     ENDED,
     MAX_HEAD_BYTES,
     REMEMBERED,
-    Committed,
     Head,
     Heartbeat,
+    LogLine,
     Plan,
     PlanEntry,
     Roster,
     Verdict,
     decode,
 )
+from syncline_sim.books import is_line
 from syncline_sim.chronicle import Chronicle
 from syncline_sim.oracle import Vector, next_center
 
@@ -50,9 +51,20 @@ class Invariants(Chronicle):
         elif stream == subjects.offers_stream(run):
             return self._on_offer(message)
         elif stream == subjects.log_stream(run):
-            record = decode(Committed, message.data)
-            self.records[record.version, record.term] = record
+            self._on_log(message)
         return ""
+
+    def _on_log(self, message: Stored) -> None:
+        """A line, or a chunk of a record. A term puts one line for a version, but one that was lost may be put again."""
+        self.lost.discard(message.subject)
+        self.gone.discard(message.subject)
+        self.chunks[message.subject] = message.data
+        if is_line(message.subject):
+            line = decode(LogLine, message.data)
+            self._insist(
+                message.subject == subjects.log_record(self.spec.name, line.version, line.term), "a line elsewhere"
+            )
+            self.lines[line.version, line.term] = line
 
     def purged(self, stream: str, removed: Iterable[str]) -> None:
         """Only what head names no more may go, and of updates only those that it calls judged."""
@@ -66,6 +78,9 @@ class Invariants(Chronicle):
         elif stream == subjects.updates_stream(self.spec.name):
             for subject in names:
                 self._on_purged_update(subjects.agent_of(subject), subject.split(".")[6])
+        elif stream == subjects.log_stream(self.spec.name):
+            for version, term in {tuple(map(int, subject.split(".")[4:6])) for subject in names}:
+                self._insist(self.committed.get(version) != term, f"the record of version {version} was purged")
 
     def heard(self, beat: Heartbeat) -> None:
         """A heartbeat tells what its sender has seen. Nobody gives up, but for a child that dies again and again."""
@@ -189,7 +204,8 @@ class Invariants(Chronicle):
         if plan is None or before.plan is None or plan.version != head.version:
             self._insist(False, f"version {head.version} was committed without a plan")
             return
-        record = self.records.get((head.version, head.term))
+        self.committed[head.version] = head.term
+        record = self._commit_record(head.version, head.term)
         self._insist(record is not None, f"version {head.version} was committed without a record")
         self._insist(record is None or record.plan == plan, f"version {head.version}: its record is not its plan")
         for entry in plan.merged:

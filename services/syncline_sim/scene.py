@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from syncline.bus.accounts import MAX_PAYLOAD_BYTES
 from syncline.spec import RunSpec, parse
 from syncline.wire.messages import Head
 from syncline_sim.inline import TASK
@@ -23,6 +24,7 @@ class Scene:
     shuffled: bool = False  # callbacks that are ready at one instant run in any order
     children: Literal["stub", "real"] = "stub"
     task_dir: Path = Path()
+    max_payload: int = MAX_PAYLOAD_BYTES  # of the broker
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 from syncline.engine.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
 from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
 from syncline.spec import Async, RunSpec, parse
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.subjects import COORDINATOR
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
@@ -52,7 +53,8 @@ class Failure:
             f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.kind} {spec.mix.alpha}, "
             f"agents: {spec.agents}, outer: {spec.outer!r}, merge: {spec.merge!r}, "
             f"periods: {self.scene.period_s} s, starts: {self.scene.starts_s} s, "
-            f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}\n"
+            f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}, "
+            f"max_payload: {self.scene.max_payload}\n"
             f"faults:\n{faults}\n" + "\n".join(self.outcome.timeline)
         )
 
@@ -94,7 +96,10 @@ def scene_of(seed: int) -> Scene:
         spec = spec.model_copy(update={"task_options": {**spec.task_options, "diverges": True}})
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
     starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
-    return Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)
+    scene = Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)
+    if Dice(f"{seed} payload").random() < 0.15:
+        scene = replace(scene, max_payload=LEAST_PAYLOAD_BYTES)
+    return scene
 
 
 def _other_kind(seed: int, spec: RunSpec) -> RunSpec:

@@ -10,8 +10,8 @@ from syncline.bus.memory_store import Store
 from syncline.spec import RunSpec
 from syncline.telemetry import CenterEval, Event
 from syncline.wire import subjects
-from syncline.wire.messages import Committed, Head, Heartbeat, decode
-from syncline_sim.books import Books
+from syncline.wire.messages import Committed, Head, Heartbeat, LogLine, decode
+from syncline_sim.books import Books, is_line, record_of
 
 WARNINGS = 1000  # that are kept; the rest are counted
 
@@ -66,11 +66,11 @@ class Tally:
     incomplete: bool = False
     broken: BaseException | None = None  # what `follow` raised
     _records: dict[int, Committed] = field(default_factory=dict)  # of versions that are not committed yet
+    _frames: dict[str, bytes] = field(default_factory=dict)  # of records that have no line yet
 
     def stored(self, stream: str, message: Stored) -> str:
         if stream == subjects.log_stream(self.spec.name):
-            record = decode(Committed, message.data)
-            self._records[record.version] = record
+            self._on_log(message)
         elif message.subject.endswith(f".{subjects.head_key(self.spec.name)}"):
             self._on_head(decode(Head, message.data))
         return ""
@@ -112,6 +112,15 @@ class Tally:
 
     def wrote(self, who: str, head: Head) -> None:
         pass
+
+    def _on_log(self, message: Stored) -> None:
+        if not is_line(message.subject):
+            self._frames[message.subject] = message.data
+            return
+        record = record_of(self.spec.name, decode(LogLine, message.data), self._frames)
+        if record is not None:
+            self._records[record.version] = record
+        self._frames.clear()
 
     def _on_head(self, head: Head) -> None:
         before, self.head = self.head, head

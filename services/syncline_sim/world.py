@@ -127,7 +127,7 @@ class World:
         class Broker(MemoryBroker):
             stream_type = Watched
 
-        broker = Broker(self.weather)
+        broker = Broker(self.weather, max_payload=self.scene.max_payload)
         broker.before_op(self._on_operation)
         return broker
 

@@ -29,7 +29,7 @@ from syncline.service import loop_factory
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.wire import subjects
-from syncline.wire.chunks import FRAME_OVERHEAD_BYTES, blob_digest, checksum, pack_chunk
+from syncline.wire.chunks import blob_digest, checksum, pack_chunk
 from syncline.wire.manifest import ALIGN_ELEMENTS, Manifest
 from syncline.wire.messages import BlobRef, Plan, PlanEntry, decode, encode
 from syncline_coordinator.app import REDUCERS
@@ -59,7 +59,7 @@ class Case:
         return parse(RunSpec, {**asked, "outer": {"kind": outer or "sgd"}})
 
     def layout(self, max_payload: int) -> Manifest:
-        chunk = chunk_bytes_for(self.spec, most_agents(self.spec), max_payload, FRAME_OVERHEAD_BYTES)
+        chunk = chunk_bytes_for(self.spec, most_agents(self.spec), max_payload)
         elements = max(ALIGN_ELEMENTS, chunk // 4 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
         return Manifest(dtype="fp32", elements=self.params, chunk_elements=elements, tensors=[])
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 import pytest
 
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
+from syncline.wire.messages import BlobRef
 from syncline_sim.dice import Dice
 from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
 from syncline_sim.invariants import Invariants
@@ -70,6 +72,33 @@ def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
         assert keep <= models <= room[0] and blobs <= room[1], (
             f"{models}, {blobs} where there is room for {room}: {at_op}"
         )
+
+
+def test_a_commit_interrupted_between_a_large_record_and_its_line_leaves_nothing_and_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = Scene(small_spec(stop={"versions": 3}), max_payload=LEAST_PAYLOAD_BYTES)
+    books: list[Invariants] = []
+    monkeypatch.setattr("syncline_sim.simulate.Invariants", lambda spec: books.append(Invariants(spec)) or books[-1])
+    calm, interrupted = simulate(scene), 0
+    assert isinstance(books[-1].lines[1, 1].record, BlobRef), "the record is not large here"
+    for at_op in range(60, calm.operations["coordinator"] + 1):
+        assert digest(simulate(scene, Faults().crash("coordinator", at_op=at_op, when="done"))) == digest(calm)
+        log = [tuple(map(int, s.split(".")[4:6])) for s in books[-1].chunks if ".log." in s]
+        there = [tuple(map(int, s.split(".")[4:6])) for s in books[-1].chunks.keys() - books[-1].gone if ".log." in s]
+        assert set(there) == set(books[-1].committed.items()), at_op
+        interrupted += len(set(log) - books[-1].lines.keys())
+    assert interrupted >= 3, "no crash fell between a record and its line"
+
+
+def test_a_run_whose_log_is_full_fails_and_drops_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was reserved is made too small here."""
+    monkeypatch.setattr("syncline_coordinator.space.LOG_BYTES", 4000)
+    monkeypatch.setattr("syncline_coordinator.space.LOG_VERSION_BYTES", 0)
+    monkeypatch.setattr("syncline_coordinator.space.LOG_UPDATE_BYTES", 0)
+    outcome = simulate(Scene(small_spec(stop={"versions": 20})))
+    assert outcome.head is not None and outcome.head.phase == "failed" and 0 < outcome.head.version < 20
+    assert outcome.head.reason.startswith("stop.versions: the log of commits is full at version")
 
 
 def test_an_answer_that_never_comes_changes_no_bit_of_a_synchronous_run() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from syncline.bus import blobs
+from syncline.bus import blobs, commits
 from syncline.bus.base import Bus
 from syncline.engine.events import Drop, OfferReady
 from syncline.engine.rounds import Rounds
@@ -224,6 +224,24 @@ def a_commit_is_recorded_after_it(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Run, "_put_commit_record", record)
 
 
+def the_line_of_a_commit_names_a_record_that_is_put_after_it(patch: pytest.MonkeyPatch) -> None:
+    real = commits.put_record
+
+    async def put_record(bus: Bus, prefix: Any, data: bytes) -> BlobRef:
+        ref = BlobRef(id="f" * 32, size=len(data), chunks=1)
+        asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(real(bus, prefix, data, blob=ref.id)))
+        return ref
+
+    patch.setattr(commits, "put_record", put_record)
+
+
+def a_coordinator_that_takes_over_purges_the_newest_record(patch: pytest.MonkeyPatch) -> None:
+    async def uncommitted(bus: Bus, head: Head) -> list[str]:
+        return [subjects.log_record(head.run, head.version, head.term - 1)]
+
+    patch.setattr("syncline_coordinator.run.uncommitted", uncommitted)
+
+
 def an_offer_goes_out_before_its_chunks_are_held(patch: pytest.MonkeyPatch) -> None:
     async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
         await bus.publish(subject, frame)
@@ -277,6 +295,8 @@ PLANTED: tuple[Plant, ...] = (
     the_outer_state_is_purged_with_the_model_before_the_last,
     the_outer_state_stays_where_it_was,
     a_commit_is_recorded_after_it,
+    the_line_of_a_commit_names_a_record_that_is_put_after_it,
+    a_coordinator_that_takes_over_purges_the_newest_record,
     an_offer_goes_out_before_its_chunks_are_held,
     a_chunk_that_is_there_already_is_an_error,
     nobody_reads_head_again,

@@ -12,6 +12,7 @@ import pytest
 
 from syncline.child import ChildDied
 from syncline.spec import RunSpec
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline_agent.session import DEATHS_IN_A_ROW
 from syncline_sim.faults import Faults
 from syncline_sim.inline import InlineChild
@@ -48,6 +49,20 @@ def test_an_undisturbed_run_merges_everybody_in_every_version() -> None:
     outcome = fine(simulate(Scene(small_spec())))
     assert outcome.merged == (("a1", "a2", "a3", "a4"),) * 6
     assert outcome.head is not None and outcome.head.term == 1 and outcome.seconds < 5
+
+
+def test_a_run_over_a_broker_of_the_least_payload_cuts_its_records_to_fit() -> None:
+    names = tuple(f"a{i:03}-{'x' * 55}" for i in range(150))
+    spec = small_spec(agents={"min": 150, "lost_after_s": 60.0}, stop={"versions": 2}, task_options={"elements": 2500})
+    outcome = fine(simulate(Scene(spec, names, max_payload=LEAST_PAYLOAD_BYTES)))
+    assert outcome.merged == (names,) * 2
+    assert outcome.head is not None and outcome.head.roster is not None
+    assert outcome.head.roster.size > LEAST_PAYLOAD_BYTES / 2 and outcome.head.roster.chunks > 1
+
+
+def test_a_broker_whose_messages_are_too_small_is_named_at_submit() -> None:
+    outcome = simulate(Scene(small_spec(), max_payload=LEAST_PAYLOAD_BYTES - 1))
+    assert "max_payload" in outcome.problems[0] and f"a run needs {LEAST_PAYLOAD_BYTES}" in outcome.problems[0]
 
 
 def test_an_agent_that_is_one_too_many_asks_every_few_seconds_and_not_after_every_version() -> None:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from syncline.bus.base import Delivery
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, get_blob, get_small_blob
+from syncline.bus.blobs import get_blob, get_record
+from syncline.bus.commits import record_in
 from syncline.bus.nats import NatsBus
 from syncline.wire import subjects
 from syncline.wire.flat import DTYPES
 from syncline.wire.manifest import Manifest
-from syncline.wire.messages import ENDED, Committed, Head, Roster, Stop, Submit, Submitted, decode, encode
+from syncline.wire.messages import ENDED, Committed, Head, LogLine, Roster, Stop, Submit, Submitted, decode, encode
 from syncline_cli.local import FleetSettings, LocalFleet
 
 TASKS = Path(__file__).with_name("tasks.py")
@@ -112,7 +113,7 @@ class Fleet:
         """The center, and where the run has one the sum of control variates."""
         assert head.model is not None and head.manifest is not None
         stream, prefix = subjects.model_stream(head.run), partial(subjects.model_prefix, head.run)
-        data = await get_small_blob(self.bus, stream, prefix, head.manifest, RECORD_CHUNK_BYTES, 64 << 20)
+        data = await get_record(self.bus, stream, prefix, head.manifest, 64 << 20)
         layout = decode(Manifest, data)
         flat = bytearray(layout.blob_bytes)
         how: dict[str, Any] = {"codec": layout.dtype, "sections": layout.sections}
@@ -122,15 +123,18 @@ class Fleet:
     async def roster(self, head: Head) -> Roster:
         assert head.roster is not None
         stream, prefix = subjects.model_stream(head.run), partial(subjects.model_prefix, head.run)
-        data = await get_small_blob(self.bus, stream, prefix, head.roster, RECORD_CHUNK_BYTES, 64 << 20)
+        data = await get_record(self.bus, stream, prefix, head.roster, 64 << 20)
         return decode(Roster, data)
 
     async def log(self, run: str) -> list[Committed]:
         """What was committed, in its order: a coordinator that is killed between its record and head has committed nothing, and
         its successor puts another record of that version, under a higher term."""
         committed: dict[int, Committed] = {}
-        for stored in await self.bus.read(subjects.log_stream(run), 1, 1000):
-            record = decode(Committed, stored.data)
+        lines = (await self.bus.state(subjects.log_stream(run), subjects.log_record(run, "*", "*"))).subjects
+        for line in sorted(lines, key=lambda subject: [int(token) for token in subject.split(".")[4:]]):
+            stored = await self.bus.get(subjects.log_stream(run), line)
+            assert stored is not None
+            record = await record_in(self.bus, run, decode(LogLine, stored.data))
             before = committed.get(record.version)
             assert before is None or before.term < record.term, f"version {record.version} was committed twice"
             committed[record.version] = record

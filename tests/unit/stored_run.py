@@ -9,7 +9,8 @@ import numpy.typing as npt
 import xxhash
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import RECORD_CHUNK_BYTES, put_blob
+from syncline.bus.blobs import put_blob, put_record
+from syncline.bus.commits import put_commit
 from syncline.spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.manifest import Entry, Manifest
@@ -67,11 +68,11 @@ class StoredRun:
 
     async def make(self, versions: int) -> StoredRun:
         await submitted(self.bus)
-        manifest = await self._put(encode(LAYOUT), RECORD_CHUNK_BYTES)
+        manifest = await put_record(self.bus, partial(subjects.model_prefix, RUN), encode(LAYOUT))
         roster = Roster(
             parts=2, agents=["a1", "a2"], clocks=[versions] * 2, flags=bytes([3, 3]), presence=bytes([1, 0])
         )
-        listed = await self._put(encode(roster), RECORD_CHUNK_BYTES)
+        listed = await put_record(self.bus, partial(subjects.model_prefix, RUN), encode(roster))
         for version in range(versions + 1):
             self.models.append(await self._put(center(version).tobytes(), LAYOUT.chunk_bytes, LAYOUT.dtype))
             if version:
@@ -97,14 +98,13 @@ class StoredRun:
         await self.bus.kv_update(subjects.RUNS_BUCKET, subjects.head_key(RUN), encode(head), there.revision)
 
     async def log(self, version: int, term: int, digest: str = "") -> None:
-        record = commit(version, term, self.models[version], digest)
-        await self.bus.put(subjects.log_record(RUN, version, term), encode(record))
+        await put_commit(self.bus, commit(version, term, self.models[version], digest))
 
     async def purge(self, version: int) -> None:
         prefix = subjects.model_prefix(RUN, self.models[version].id)
         await self.bus.purge(subjects.model_stream(RUN), f"{prefix}.>")
 
-    async def _put(self, data: bytes, chunk_bytes: int, codec: str = "raw") -> BlobRef:
+    async def _put(self, data: bytes, chunk_bytes: int, codec: str) -> BlobRef:
         prefix = partial(subjects.model_prefix, RUN)
         return (await put_blob(self.bus, prefix, memoryview(data), chunk_bytes, codec=codec))[0]
 

@@ -19,11 +19,12 @@ from syncline.bus.blobs import (
     Stale,
     get_blob,
     get_chunk,
-    get_small_blob,
+    get_record,
     paced,
     patiently,
     put_blob,
     put_chunk,
+    put_record,
     windowed,
 )
 from syncline.errors import (
@@ -36,7 +37,7 @@ from syncline.errors import (
     Unavailable,
     Unreachable,
 )
-from syncline.wire.chunks import blob_digest, checksum
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES, blob_digest, checksum
 from syncline.wire.messages import BlobRef
 
 CHUNK = 100
@@ -177,14 +178,34 @@ async def test_a_reference_that_does_not_fit_asks_the_bus_for_nothing(bus: Any, 
 
 
 async def test_a_record_kept_as_a_blob_is_got_whole(bus: Any) -> None:
-    ref = await put(bus)
-    assert await get_small_blob(bus, STREAM, prefix, ref, CHUNK, limit=1024) == DATA
+    ref = await put_record(bus, prefix, DATA)
+    assert ref.chunks == 1 and await get_record(bus, STREAM, prefix, ref, limit=1024) == DATA
+
+
+@pytest.mark.parametrize("payload", [LEAST_PAYLOAD_BYTES, 64 << 10, 1 << 20, 64 << 20])
+@pytest.mark.parametrize("size", [0, 1, 8191, 8192, 8193, 100_003, 600_000])
+async def test_a_record_is_cut_by_the_payload_of_its_writer_and_got_over_any_other(
+    bus: Any, payload: int, size: int
+) -> None:
+    data = bytes(i % 251 for i in range(size))
+    bus.max_payload = payload
+    ref = await put_record(bus, prefix, data)
+    assert max(map(len, bus.held.values())) < payload - 4096, "no room for subject and headers"
+    bus.max_payload = 32 << 10
+    assert await get_record(bus, STREAM, prefix, ref, limit=size) == data
+
+
+@pytest.mark.parametrize("chunks", [2, 1000])
+async def test_a_record_whose_reference_counts_wrongly_is_a_peers_fault(bus: Any, chunks: int) -> None:
+    ref = (await put_record(bus, prefix, DATA)).model_copy(update={"chunks": chunks})
+    with pytest.raises(PeerError):
+        await get_record(bus, STREAM, prefix, ref, limit=1024)
 
 
 async def test_a_record_larger_than_allowed_is_refused_before_memory_is_taken(bus: Any) -> None:
     huge = BlobRef(id="f" * 32, size=1 << 60, chunks=1)
     with pytest.raises(PeerError, match="are more than the 1000 allowed"):
-        await get_small_blob(bus, STREAM, prefix, huge, CHUNK, limit=1000)
+        await get_record(bus, STREAM, prefix, huge, limit=1000)
     assert bus.calls == []
 
 

@@ -24,6 +24,7 @@ from syncline.wire.messages import (
     Head,
     Heartbeat,
     Hello,
+    LogLine,
     Notify,
     Offer,
     Plan,
@@ -73,6 +74,7 @@ EXAMPLES: dict[type[Record], Record] = {
             norm=3.0,
             phases_s={"merge": 0.5},
         ),
+        LogLine(version=8, term=1, model=BLOB, record=b"record"),
         Manifest(dtype="fp32", elements=6, chunk_elements=1024, tensors=[], at_home=["steps"]),
     )
 }

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from syncline.bus.base import Entry
-from syncline.bus.blobs import put_blob
+from syncline.bus.blobs import put_record
 from syncline.errors import PeerError
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Notify, Phase, Roster, Verdict, encode
-from syncline_agent.news import GONE_S, READ_AGAIN_S, RECORD_CHUNK_BYTES, News, Place
+from syncline_agent.news import GONE_S, READ_AGAIN_S, News, Place
 
 RUN = "run-1"
 KEY = subjects.head_key(RUN)
@@ -135,9 +135,7 @@ async def test_the_roster_comes_with_the_notify_where_it_is_small(bus: Any) -> N
 
 async def test_the_roster_is_read_where_it_does_not_and_then_kept(bus: Any) -> None:
     told = roster(3, 3)
-    at, _ = await put_blob(
-        bus, lambda blob: subjects.model_prefix(RUN, blob), memoryview(encode(told)), RECORD_CHUNK_BYTES
-    )  # fmt: skip
+    at = await put_record(bus, lambda blob: subjects.model_prefix(RUN, blob), encode(told))
     known, _ = news(bus)
     known.hear(note(head(1, roster=at)))
     assert (await known.newest()).roster == told

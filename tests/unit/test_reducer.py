@@ -593,11 +593,11 @@ async def test_a_bus_without_room_is_nobodys_bad_update(place: Place, bus: Any) 
 @pytest.mark.parametrize("agents", [1, 8, 64, 1000])
 def test_chunks_are_so_small_that_those_of_all_agents_fit_into_the_staging_memory(agents: int) -> None:
     spec, payload = spec_of(), 1 << 20
-    chunk = chunk_bytes_for(spec, agents, payload, overhead=16 * 1024)
+    chunk = chunk_bytes_for(spec, agents, payload)
     assert 4096 <= chunk <= payload - 16 * 1024
     assert chunk * agents * LEAST_DEPTH <= 2 * STAGING_BYTES or chunk == 4096
 
 
 def test_a_chunk_size_that_is_set_is_kept_where_a_message_holds_it() -> None:
     for wanted, given in ((4096, 4096), (1 << 19, 1 << 19), (64 << 20, (1 << 20) - 16 * 1024)):
-        assert chunk_bytes_for(spec_of(wire={"chunk_bytes": wanted}), 4, 1 << 20, 16 * 1024) == given
+        assert chunk_bytes_for(spec_of(wire={"chunk_bytes": wanted}), 4, 1 << 20) == given

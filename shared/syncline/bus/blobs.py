@@ -17,7 +17,7 @@ from typing import TypeVar
 from syncline.bus.base import Bus, Stored
 from syncline.chance import new_id
 from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
-from syncline.wire.chunks import blob_digest, checksum, pack_chunk, unpack_chunk
+from syncline.wire.chunks import blob_digest, checksum, content_bytes, pack_chunk, unpack_chunk
 from syncline.wire.messages import BlobRef
 
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
@@ -25,7 +25,7 @@ PATIENCE_S = 60.0
 UNOFFERED_S = 120.0  # a blob of an agent's that got no new chunk for so long, and was not offered, is purged
 FIRST_CHUNKS = 2  # under way at first
 QUICK_S = 1.0  # a chunk that took less makes room for one more under way, and one that took longer for one less
-RECORD_CHUNK_BYTES = 512 * 1024  # of records that are too large for one message: rosters, plans, manifests
+RECORD_CHUNK_BYTES = 512 * 1024  # at most, of records that are too large for one message: rosters, plans, manifests
 STALE_S = 0.7 * UNOFFERED_S  # after so long whoever puts it had better begin again
 T = TypeVar("T")
 Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
@@ -132,13 +132,28 @@ def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
     ]
 
 
-async def get_small_blob(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, chunk_bytes: int, limit: int) -> bytes:
-    """A record kept as a blob. Raises PeerError where it is larger than `limit` bytes."""
+async def put_record(bus: Bus, prefix: Prefix, data: bytes, *, blob: str = "") -> BlobRef:
+    """Puts a record as a blob of equal chunks, each of which fits into a message of this bus.
+
+    Size and number of chunks tell a reader where the record was cut, whatever its own connection allows.
+    """
+    most = min(RECORD_CHUNK_BYTES, content_bytes(bus.max_payload))
+    chunks = max(1, -(-len(data) // most))
+    return (await put_blob(bus, prefix, memoryview(data), _cut(len(data), chunks), blob=blob))[0]
+
+
+async def get_record(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, limit: int) -> bytes:
+    """Gets a record that was put by `put_record`. Raises PeerError where it is larger than `limit` bytes."""
     if ref.size > limit:
         raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes are more than the {limit} allowed")
     into = bytearray(ref.size)
-    await get_blob(bus, stream, prefix, ref, memoryview(into), chunk_bytes)
+    await get_blob(bus, stream, prefix, ref, memoryview(into), _cut(ref.size, ref.chunks))
     return bytes(into)
+
+
+def _cut(size: int, chunks: int) -> int:
+    """Bytes in each of so many equal chunks; the last one may be shorter."""
+    return max(1, -(-size // chunks))
 
 
 async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int, size: int, codec: str) -> bytes:

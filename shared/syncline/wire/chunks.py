@@ -15,7 +15,13 @@ from syncline.errors import PeerError
 from syncline.wire.messages import VERSION, shown
 
 FRAME_OVERHEAD_BYTES = 16 * 1024  # what a message may need beside the tensor bytes: frame, subject, headers, slack
+LEAST_PAYLOAD_BYTES = 16 * 1024  # of a broker: a head, a heartbeat and 1,024 float64 numbers each travel in one message
 DIGEST_BYTES = 16
+
+
+def content_bytes(max_payload: int) -> int:
+    """Return the bytes of content that a chunk may have where a message has at most `max_payload` bytes."""
+    return max_payload - min(FRAME_OVERHEAD_BYTES, max_payload // 2)
 
 
 def pack_chunk(blob: str, k: int, n: int, codec: str, data: bytes | memoryview) -> bytes:

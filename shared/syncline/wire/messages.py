@@ -22,6 +22,7 @@ MAX_RECORD_BYTES = 1 << 20
 MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and so travel as blobs
 MAX_HEAD_BYTES = 4096
 INLINE_BYTES = 1024  # a record up to this size travels inside head; a larger one as a blob that head names
+LINE_INLINE_BYTES = 32 * 1024  # a commit record up to this size travels inside its line of the log
 HEAD_REASON_BYTES = 2000  # of UTF-8: with the largest value in every other field too, head stays below its limit
 
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]+$")]
@@ -31,8 +32,9 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Text = Annotated[str, Field(max_length=2000)]
 
 
-def _clipped(text: str) -> str:
-    return text.encode(errors="replace")[:HEAD_REASON_BYTES].decode(errors="ignore")
+def clipped(text: str, most_bytes: int = HEAD_REASON_BYTES) -> str:
+    """Return as much of the text as fits into so many bytes of UTF-8."""
+    return text.encode(errors="replace")[:most_bytes].decode(errors="ignore")
 
 
 class Record(BaseModel):
@@ -256,7 +258,7 @@ class Head(Record):
         None, description="asynchronous runs: a period may begin while the agent's clock and offset are not above this"
     )
     offers_seq: Count = Field(0, description="offers up to this sequence number were judged by this version")
-    reason: Annotated[str, Field(max_length=HEAD_REASON_BYTES), PlainSerializer(_clipped)] = Field(
+    reason: Annotated[str, Field(max_length=HEAD_REASON_BYTES), PlainSerializer(clipped)] = Field(
         "", description="what closed the last round, or ended the run; cut off where it is longer"
     )
 
@@ -336,6 +338,7 @@ class Committed(Record):
     dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(
         default_factory=list, description="updates judged since the version before and not merged"
     )
+    dropped_more: Count = Field(0, description="… and how many more were, which are not listed")
     norms: Annotated[list[float], Field(max_length=100_000)] = Field(
         default_factory=list, description="the length of each update, in the plan's order"
     )
@@ -343,6 +346,18 @@ class Committed(Record):
     bytes_up: Count = Field(description="update bytes got for this version")
     bytes_down: Count = Field(description="model bytes put for it")
     phases_s: dict[str, float] = Field(description="seconds: collect, merge")
+
+
+class LogLine(Record):
+    """A line of the log of commits. Its subject names version and term as well."""
+
+    kind: ClassVar[str] = "log-line"
+    version: Count
+    term: Count
+    model: BlobRef = Field(description="this version; on the bus as long as it is kept")
+    record: Annotated[bytes, Field(max_length=LINE_INLINE_BYTES)] | BlobRef = Field(
+        description="the Committed record, or the blob that holds it, whose chunks lie under the line's subject"
+    )
 
 
 MESSAGES: tuple[type[Record], ...] = (
@@ -359,6 +374,7 @@ MESSAGES: tuple[type[Record], ...] = (
     Stop,
     Stopped,
     Committed,
+    LogLine,
 )
 
 R = TypeVar("R", bound=Record)

@@ -70,7 +70,13 @@ SUBJECTS = (
     (subjects.offer(RUN, AGENT), "agent", "coordinator", "`offer`; JetStream"),
     (f"{subjects.model_prefix(RUN, BLOB)}.{K}", "coordinator", "everybody", "chunk k of a model or record; JetStream"),
     (f"{subjects.outer_prefix(RUN, BLOB)}.{K}", "coordinator", "coordinator", "chunk k of outer state; JetStream"),
-    (f"{subjects.PREFIX}.{RUN}.log.<version>.<term>", "coordinator", "anybody in `CORE`", "`committed`; JetStream"),
+    (f"{subjects.PREFIX}.{RUN}.log.<version>.<term>", "coordinator", "anybody in `CORE`", "`log-line`; JetStream"),
+    (
+        f"{subjects.PREFIX}.{RUN}.log.<version>.<term>.{BLOB}.{K}",
+        "coordinator",
+        "anybody in `CORE`",
+        "a chunk of a `committed` record that is too large for its line; JetStream",
+    ),
     (subjects.notify(RUN), "coordinator", "agents", "`notify`, a hint that head has moved"),
     (subjects.submit(), "anybody in `CORE`", "coordinator", "`submit`, a request; the reply is a `submitted`"),
     (subjects.stop(), "anybody in `CORE`", "coordinator", "`stop`, a request; the reply is a `stopped`"),
@@ -109,9 +115,9 @@ OBJECTS = (
     ),
     (
         f"stream `{subjects.log_stream(RUN)}`",
-        "commit records",
+        "one line for each commit, and the chunks of records too large for their line",
         "coordinator",
-        "kept after the run; the oldest go first",
+        "kept after the run, all of it; sized for every version of the run, and refuses more",
     ),
 )
 

@@ -91,8 +91,13 @@ def stop() -> str:
     return f"{PREFIX}.{FLEET}.stop"
 
 
-def log_record(run: str, version: int, term: int) -> str:
+def log_record(run: str, version: int | str, term: int | str) -> str:
     return f"{PREFIX}.{run}.log.{version}.{term}"
+
+
+def log_blob(run: str, version: int, term: int, blob: str) -> str:
+    """The chunks of a commit record that is too large for its line in the log."""
+    return f"{log_record(run, version, term)}.{blob}"
 
 
 def notify(run: str) -> str:
