@@ -175,6 +175,7 @@ class Session:
         """Reads spec and manifest, and has the child make the model."""
         entry = await self._news.read(subjects.spec_key(self._run))
         self._spec = _spec_of(entry.value)
+        self._signs.advises = not self._spec.evaluate.center
         self._signs.heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
         while (manifest := (head := (await self._news.newest()).head).manifest) is None:
             self._news.clear()

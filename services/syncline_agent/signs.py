@@ -10,8 +10,9 @@ from typing import Any
 
 from syncline.bus.base import Bus
 from syncline.chance import jitter
+from syncline.engine.advice import MetricsAdviser
 from syncline.errors import BusError, PeerError, SynclineError
-from syncline.telemetry import STATUS_S, AgentEval, Pace, Telemetry, Train, numbers
+from syncline.telemetry import STATUS_S, AgentEval, Once, Pace, Telemetry, Train, numbers
 from syncline.wire import subjects
 from syncline.wire.messages import Heartbeat, Welcome, decode, encode
 from syncline_agent.news import News
@@ -72,7 +73,9 @@ class SignsOfLife:
         self._stand, self._news, self._training = stand, news, training
         self._telemetry = Telemetry(bus, run, agent)
         self._metrics = Pace(0.1)
+        self._adviser, self._failures = MetricsAdviser(), Once()
         self.heartbeat_s = HEARTBEAT_S
+        self.advises = True  # on metrics of the held-out data; else the coordinator does, which has the same ones
 
     async def beat(self, hello: Callable[[], Awaitable[str]]) -> None:
         """Until the coordinator has other plans for this agent. Raises Superseded."""
@@ -152,6 +155,12 @@ class SignsOfLife:
         if "metrics" in report:
             metric = AgentEval(version=version, clock=clock, metrics=numbers(report["metrics"]))
             await self._telemetry.metric(metric)
+            advice = self._adviser.evaluated(report["metrics"], report.get("skipped", {}))
+            for text in advice if self.advises else ():
+                await self._telemetry.event("advice", f"{self._agent}: {text}", level="warning", agent=self._agent)
+        if (why := report.get("not_evaluated")) and self._failures.is_new(why):
+            text = f"{self._agent}: its model is not evaluated, version {version}: {why} (told once)"
+            await self._telemetry.event("evaluation-failed", text, level="warning", agent=self._agent)
         if self._metrics.due(asyncio.get_running_loop().time()):
             await self.show_once()
 

@@ -17,6 +17,7 @@ import logging
 import os
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from syncline.child import Handler, serve
+from syncline.child import Handler, described, serve
 from syncline.data.partition import Part
 from syncline.engine.duration import Duration
 from syncline.engine.kernels import finite
@@ -40,6 +41,7 @@ from syncline.tasks.base import (
     evaluate,
     load_task,
     make_dataset,
+    make_held_out,
     make_model,
     rows_of_part,
     to_device,
@@ -172,7 +174,7 @@ class Trainer:
         if self._stopped():
             return {**answer, "stopped": True}
         if settings.evaluate.agents:
-            answer["metrics"] = self._evaluate(period.version)
+            answer |= self._evaluated(period.version)
         if not self._updates.needs_center:
             answer |= self._leave_update(period, at_once=self._variates is not None)
         return {**answer, "stopped": False}
@@ -394,11 +396,19 @@ class Trainer:
         self._save_after_s = now_s + max(SAVE_EVERY_S if not problem else SAVE_AGAIN_S, took_s / SAVE_SHARE)
         return problem
 
-    def _evaluate(self, version: int) -> dict[str, float]:
-        """W_i on the held-out data. Draws the random numbers that the evaluation of this version's center draws."""
-        device, test_set = self._claim.device, self._held_out()
-        seed_all(seed_of(self._settings.seed, version), device)
-        return evaluate(self._task, self._flat.model, test_set, EVALUATION_ROWS, device, self._on_batch)
+    def _evaluated(self, version: int) -> dict[str, Any]:
+        """Return the metrics of W_i on the held-out data, or why there are none: that costs no update.
+
+        Draws the random numbers that the evaluation of this version's center draws.
+        """
+        device, skipped = self._claim.device, Counter[str]()
+        try:
+            test_set = self._held_out()
+            seed_all(seed_of(self._settings.seed, version), device)
+            metrics = evaluate(self._task, self._flat.model, test_set, EVALUATION_ROWS, device, self._on_batch, skipped)
+        except Exception as error:  # whatever the user's code raises
+            return {"not_evaluated": described(error)}
+        return {"metrics": metrics, "skipped": dict(skipped)}
 
     def _gradient_at_center(self, out_P: torch.Tensor) -> None:
         """Of the loss over this agent's whole part, where the model stands."""
@@ -416,7 +426,7 @@ class Trainer:
 
     def _held_out(self) -> Any:
         if self._test_set is None:
-            self._test_set = make_dataset(self._task, Part.test(self._settings.seed))
+            self._test_set = make_held_out(self._task, self._settings.seed)
         return self._test_set
 
     def _box(self, which: int, section: int = 0) -> memoryview:

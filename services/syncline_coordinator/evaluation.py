@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from syncline.child import Asked, ChildDied
+from syncline.engine.advice import MetricsAdviser
 from syncline.errors import SynclineError
-from syncline.telemetry import CenterEval, Telemetry, numbers
+from syncline.telemetry import CenterEval, Once, Telemetry, numbers
 
 Restart = Callable[[], Awaitable[Asked]]
 Report = Callable[[int, dict[str, float]], None]
@@ -26,6 +27,7 @@ class Evaluation:
         self._running: asyncio.Task[None] | None = None
         self.evaluated = -1
         self._longest_s, self._too_slow = longest_s, False
+        self._adviser, self._failures = MetricsAdviser(), Once()
 
     def offer(self, version: int) -> None:
         """The center is now that of `version`: evaluate it if nothing else is being evaluated."""
@@ -45,6 +47,7 @@ class Evaluation:
             self.offer(version)
             if self._running is not None:
                 await self._running
+        await self._advise(self._adviser.ended())
 
     async def close(self) -> None:
         if self._running is not None:
@@ -53,7 +56,7 @@ class Evaluation:
         await self._child.close()
 
     async def _evaluate(self, version: int) -> None:
-        """Whatever goes wrong with it is told, and ends no run."""
+        """Evaluate the center. A failure is told and ends no run; one of the task's own code is told once, not every time."""
         try:
             async with asyncio.timeout(self._longest_s):
                 await self._child.ask("copy")
@@ -63,8 +66,9 @@ class Evaluation:
         except Exception as error:
             self._copied.set()
             self._too_slow = isinstance(error, TimeoutError)
-            await self._failed(version, error)
-            if isinstance(error, ChildDied | TimeoutError):
+            child_is_gone = isinstance(error, ChildDied | TimeoutError)
+            await self._failed(version, error, once=not child_is_gone)
+            if child_is_gone:
                 await self._start_again(version)
             return
         finally:
@@ -72,6 +76,11 @@ class Evaluation:
         self.evaluated = version
         await self._telemetry.metric(metric)
         self._report(version, answer["metrics"])
+        await self._advise(self._adviser.evaluated(answer["metrics"], answer.get("skipped", {})))
+
+    async def _advise(self, advice: list[str]) -> None:
+        for text in advice:
+            await self._telemetry.event("advice", text, level="warning")
 
     async def _start_again(self, version: int) -> None:
         """A new child; where there can be none now, the next evaluation finds the dead one, and comes here again."""
@@ -81,11 +90,14 @@ class Evaluation:
         except Exception as error:
             await self._failed(version, error)
 
-    async def _failed(self, version: int, error: Exception) -> None:
+    async def _failed(self, version: int, error: Exception, *, once: bool = False) -> None:
         why = str(error) if isinstance(error, SynclineError) else f"{type(error).__name__}: {error}"
         if isinstance(error, TimeoutError):
             why = (
                 f"no result within {self._longest_s or 0:g} s, and this run's center is evaluated no more. "
                 "Mend the task's metrics(), or hold out fewer rows"
             )
-        await self._telemetry.event("evaluation-failed", f"version {version}: {why}", level="warning")
+        if once and not self._failures.is_new(why):
+            return
+        text = f"version {version}: {why}{' (told once)' if once else ''}"
+        await self._telemetry.event("evaluation-failed", text, level="warning")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 
 from syncline.child import Handler, serve
-from syncline.data.partition import Part
 from syncline.optim import check_inner
 from syncline.seeding import seed_all, seed_of
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
-from syncline.tasks.base import Task, evaluate, load_task, make_dataset, make_model
+from syncline.tasks.base import Task, evaluate, load_task, make_held_out, make_model
 from syncline.wire import subjects
 from syncline.wire.flat import DTYPES, FlatModel, manifest_of
 from syncline.wire.manifest import Manifest
@@ -59,7 +59,9 @@ class Evaluator:
         if not manifest:
             check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
-        self._settings, self._dataset = settings, make_dataset(task, Part.test(settings.seed))
+        self._settings = settings
+        if settings.evaluate.center:
+            self._dataset = make_held_out(task, settings.seed)
         return {"manifest": encode(layout)}
 
     def initial(self) -> dict[str, Any]:
@@ -80,8 +82,9 @@ class Evaluator:
         assert self._flat is not None and self._task is not None
         began, cpu = self._clock(), torch.device("cpu")
         seed_all(seed_of(self._settings.seed, version), cpu)
-        metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, cpu)
-        return {"metrics": metrics, "seconds": self._clock() - began}
+        skipped = Counter[str]()
+        metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, cpu, skipped=skipped)
+        return {"metrics": metrics, "skipped": dict(skipped), "seconds": self._clock() - began}
 
     def questions(self) -> dict[str, Handler]:
         return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}

@@ -80,7 +80,8 @@ class SharedTask:
                 seed=settings.seed,
                 enter=os.chdir,
             )
-            self.dataset(Part.test(settings.seed))  # what that caches in the task, the copies have too
+            if settings.evaluate.center:
+                self.dataset(Part.test(settings.seed))  # what that caches in the task, the copies have too
         own = copy.copy(self._task)
         setattr(own, "dataset", self.dataset)  # noqa: B010 (in the place of a method)
         return own

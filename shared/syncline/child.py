@@ -161,7 +161,15 @@ def answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[st
         return {"error": _told(error)}
     except Exception as error:
         traceback.print_exc()
-        return {"error": _clean(f"{type(error).__name__}: {_told(error)} ({_where(error)})")}
+        return {"error": described(error)}
+
+
+def described(error: Exception) -> str:
+    """Return what the user's code raised as people read it: the error, the line that raised it, and notes with a hint."""
+    if isinstance(error, ConfigError):
+        return _clean(str(error))
+    notes = "".join(f". {note}" for note in dict.fromkeys(getattr(error, "__notes__", ())))
+    return _clean(f"{type(error).__name__}: {_told(error)} ({_where(error)}){notes}")
 
 
 def _where(error: Exception) -> str:

@@ -23,6 +23,7 @@ LONG_LAG = 4.0  # versions
 def refuse_nonsense(spec: RunSpec) -> None:
     """Raises ConfigError."""
     _check_counts(spec)
+    _check_target(spec)
     _check_rule(spec)
     if spec.sync.kind == "async":
         _check_async(spec)
@@ -52,6 +53,16 @@ def _check_counts(spec: RunSpec) -> None:
             "partition.parts",
             f"{spec.partition.parts} parts are too few for agents.min = {least}",
             "Every agent needs a part of its own: raise it or leave it out",
+        )
+
+
+def _check_target(spec: RunSpec) -> None:
+    target = spec.stop.target
+    if target is not None and not spec.evaluate.center:
+        raise ConfigError(
+            "stop.target",
+            f"{target.metric!r} is a metric of the center, which is not evaluated with evaluate.center = false",
+            "Leave evaluate.center at true, or leave stop.target out",
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +24,8 @@ STATUS_S = 2.0  # what stands still is told again so often, for whoever begins t
 LOST_NAMED = 100
 QUEUED_NAMED = 20
 REASON_CHARS = 500
+MOST_KNOWN = 100  # texts that are told once
+_FIGURES = re.compile(r"[0-9][0-9.e+-]*")
 
 
 class Published(BaseModel):
@@ -180,6 +183,21 @@ class Pace:
         if now_s < self._next_s:
             return False
         self._next_s = now_s + self._every_s
+        return True
+
+
+class Once:
+    """Lets a text through that is new. Those that differ in figures alone count as one; keeps a bounded number of them."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def is_new(self, text: str) -> bool:
+        """Tell whether the text is to be told, and remember it."""
+        key = _FIGURES.sub("#", text[:REASON_CHARS])
+        if key in self._known or len(self._known) >= MOST_KNOWN:
+            return False
+        self._known.add(key)
         return True
 
 

@@ -16,6 +16,7 @@ from syncline.nursery import NurseryDied
 from syncline.telemetry import Telemetry
 from syncline_coordinator.evaluation import Evaluation
 
+LISTED = ConfigError("task", "`metrics` returned for 'recall' a list", "Return numbers by name")
 GOOD = {"metrics": {"loss": 0.5}, "seconds": 0.1}
 Answer = dict[str, Any] | Exception
 
@@ -61,10 +62,40 @@ def evaluated(bus: FakeBus, simulated: Callable[..., Any], first: Script, *later
     return reported
 
 
-def said(bus: FakeBus) -> list[str]:
+def said(bus: FakeBus, kind: str = "evaluation-failed") -> list[str]:
     told = [json.loads(data) for subject, data in bus.published if ".events." in subject]
-    assert all(event["event"] == "evaluation-failed" for event in told)
+    assert all(event["event"] == kind for event in told)
     return [event["text"] for event in told]
+
+
+@pytest.mark.parametrize("odd", [LISTED, {"metrics": {"loss": {"mse": 1.0}}, "seconds": 0.1}])
+def test_a_failure_of_the_tasks_own_code_is_told_once_and_not_at_every_version(
+    odd: Answer, bus: FakeBus, simulated: Callable[..., Any]
+) -> None:
+    assert evaluated(bus, simulated, Script(odd, odd, GOOD)) == [3]
+    assert len(said(bus)) == 1 and said(bus)[0].startswith("version 1: ") and said(bus)[0].endswith(" (told once)")
+
+
+def test_another_failure_is_told_too(bus: FakeBus, simulated: Callable[..., Any]) -> None:
+    assert (
+        evaluated(bus, simulated, Script(LISTED, ChildFailed("IndexError: row 7"), ChildFailed("IndexError: row 8")))
+        == []
+    )
+    assert [text.partition(":")[0] for text in said(bus)] == ["version 1", "version 2"]
+
+
+def test_a_metric_that_never_has_a_value_is_advised_on_at_the_end_of_a_short_run(
+    bus: FakeBus, simulated: Callable[..., Any]
+) -> None:
+    nothing = {"metrics": {"loss": 0.5, "auc": float("nan")}, "skipped": {"auc": 2}, "seconds": 0.1}
+    assert evaluated(bus, simulated, Script(nothing)) == [1, 2, 3]
+    assert len(said(bus, "advice")) == 1 and "'auc' has no value" in said(bus, "advice")[0]
+
+
+def test_batches_left_out_of_a_mean_are_advised_on_once(bus: FakeBus, simulated: Callable[..., Any]) -> None:
+    holed = {"metrics": {"auc": 0.5}, "skipped": {"auc": 2}, "seconds": 0.1}
+    assert evaluated(bus, simulated, Script(holed)) == [1, 2, 3]
+    assert len(said(bus, "advice")) == 1 and "'auc' was NaN in 2 of the batches" in said(bus, "advice")[0]
 
 
 @pytest.mark.parametrize(

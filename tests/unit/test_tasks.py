@@ -398,6 +398,7 @@ def test_evaluation_leaves_the_model_as_it_was_also_when_it_fails() -> None:
     assert model.training and not frozen.training and torch.is_grad_enabled()
 
 
-def test_evaluation_without_rows_says_nothing() -> None:
+def test_evaluation_without_rows_is_refused() -> None:
     task = Averages()
-    assert evaluate(task, task.model(), numbered(0), 4, "cpu") == {}
+    with pytest.raises(ConfigError, match="no held-out row"):
+        evaluate(task, task.model(), numbered(0), 4, "cpu")

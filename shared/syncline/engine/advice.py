@@ -6,6 +6,7 @@ Pure. Each advice is given once for an agent; it says what is seen, with figures
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ STILL = 0.25  # of the largest mean |update|²: below it the agents are arriving
 OUTLIER = 10.0  # times the median norm
 MANY_ROWS = 100.0  # times the median of rows, where rows are weights
 PERIODS = 9  # of an agent, for the median
+NEVER_FINITE = 3  # evaluations, after which a metric that was finite in none of them is worth a word
+METRICS_WATCHED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +200,48 @@ class Adviser:
 
     def _agent(self, name: str) -> _Agent:
         return self._agents.setdefault(name, _Agent())
+
+
+@dataclass(slots=True)
+class MetricsAdviser:
+    """Finds held-out metrics that are of little use: `evaluated` for every evaluation, `ended` after the last one."""
+
+    _evaluations: int = 0
+    _known: dict[str, float | None] = field(default_factory=dict)  # the last value by name; None: it was finite once
+    _given: set[tuple[str, str]] = field(default_factory=set)
+
+    def evaluated(self, metrics: Mapping[str, float], skipped: Mapping[str, int]) -> list[str]:
+        """Return what there is to say.
+
+        Args:
+            metrics: by name; NaN or infinite where a metric has no value.
+            skipped: batches that were left out of a metric's mean because it was NaN in them.
+        """
+        self._evaluations += 1
+        for name, value in metrics.items():
+            if name not in self._known and len(self._known) >= METRICS_WATCHED:
+                break
+            if self._known.get(name, value) is not None:
+                self._known[name] = None if math.isfinite(value) else value
+        found = [
+            f"metric {name!r} was NaN in {count} of the batches of an evaluation, which are left out of its mean. "
+            "Figures that are no means over batches, as AUC, belong in the task's `evaluate(model, dataset)`"
+            for name, count in skipped.items()
+            if self._known.get(name, 0.0) is None and self._is_new(name, "skipped")
+        ]
+        return found + (self.ended() if self._evaluations >= NEVER_FINITE else [])
+
+    def ended(self) -> list[str]:
+        """Return what there is to say of metrics that were never finite."""
+        return [
+            f"metric {name!r} has no value: it was finite in none of {self._evaluations} evaluations, the last time {value}. "
+            "Return a finite number, or leave the metric out"
+            for name, value in self._known.items()
+            if value is not None and self._is_new(name, "never finite")
+        ]
+
+    def _is_new(self, name: str, what: str) -> bool:
+        if (name, what) in self._given:
+            return False
+        self._given.add((name, what))
+        return True

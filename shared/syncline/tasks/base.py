@@ -12,9 +12,12 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -33,6 +36,7 @@ from syncline.errors import ConfigError
 from syncline.seeding import seed_all
 
 _READY_MADE = "syncline.tasks"
+_NO_HELD_OUT = "Return rows where `part.held_out`, or evaluate nothing: `evaluate: {center: false, agents: false}`"
 _NOT_TASKS = ("base", "classification")  # modules there that hold none
 
 
@@ -64,6 +68,13 @@ class Task(abc.ABC):
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Means over the rows of the batch. Called without gradients, the model in evaluation mode."""
         return {"loss": float(self.loss(model, batch))}
+
+    def evaluate(self, model: nn.Module, dataset: Any) -> dict[str, float] | None:
+        """Metrics over the whole held-out set, in the place of `metrics`: those that are no means over batches, as AUC.
+
+        `dataset`: what `dataset` returned for the held-out part. Called as `metrics` is. None: the means of `metrics`.
+        """
+        return None
 
     def collate(self, rows: list[Any]) -> Any:
         """Make one batch of rows. Override it for rows that torch's `default_collate` cannot stack: sequences, graphs, objects.
@@ -296,7 +307,21 @@ def make_dataset(task: Task, part: Part) -> Dataset[Any]:
     So a split that a task makes at random is the same one for its agents and for the held-out set.
     """
     seed_all(part.seed)
-    return task.dataset(part)
+    try:
+        return task.dataset(part)
+    except Exception as error:  # whatever the user's code raises
+        if part.held_out:
+            error.add_note(f"It was asked for the held-out set. {_NO_HELD_OUT}")
+        raise
+
+
+def make_held_out(task: Task, seed: int) -> Dataset[Any]:
+    """Return the common held-out set. Raises ConfigError where there is none, or no row in it."""
+    dataset = make_dataset(task, Part.test(seed))
+    if dataset is None or _rows(dataset) == 0:
+        what = "None" if dataset is None else f"{type(dataset).__name__} without a row"
+        raise ConfigError("task", f"dataset() returned {what} for the held-out set", _NO_HELD_OUT)
+    return dataset
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -365,27 +390,82 @@ def evaluate(
     batch_size: int,
     device: torch.device | str,
     on_batch: Callable[[], None] = lambda: None,
+    skipped: Counter[str] | None = None,
 ) -> dict[str, float]:
-    """The task's metrics over all rows: means of the batches, weighted by their rows. Leaves the model as it was.
+    """Return the task's metrics over all rows, from its `evaluate` if it has one. Leaves the model as it was.
 
-    `on_batch` is called after each batch: a sign of progress.
+    Args:
+        on_batch: called after each batch, or each call of the model by the task's own `evaluate`: a sign of progress.
+        skipped: counts the batches that were left out of a metric's mean, by the metric's name.
     """
-    rows = _rows(dataset)
-    sums: dict[str, float] = {}
+    with _in_evaluation(model):
+        if _is_own(task, "evaluate"):
+            progress = model.register_forward_hook(lambda *_: on_batch())
+            try:
+                with _gradients_explained("evaluate"):
+                    metrics = task.evaluate(model, dataset)
+            finally:
+                progress.remove()
+            if metrics is not None:
+                return _checked(metrics, "evaluate")
+        return _means(task, model, dataset, batch_size, device, on_batch, Counter() if skipped is None else skipped)
+
+
+def _means(
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    batch_size: int,
+    device: torch.device | str,
+    on_batch: Callable[[], None],
+    skipped: Counter[str],
+) -> dict[str, float]:
+    """Return the means of the batches' metrics, weighted by their rows, over the batches in which a metric is no NaN.
+
+    A metric that is NaN in all of them, or infinite in one, stays so.
+    """
+    rows, sums, counted = _rows(dataset), dict[str, float](), Counter[str]()
+    if not rows:
+        raise ConfigError("task", "there is no held-out row to evaluate", "Return some where `part.held_out`")
+    for start in range(0, rows, batch_size):
+        chosen = np.arange(start, min(start + batch_size, rows))
+        batch = to_device(_collate(dataset, chosen, task), device)
+        with _gradients_explained("metrics"):
+            metrics = task.metrics(model, batch)
+        for name, value in _checked(metrics, "metrics").items():
+            before = sums.setdefault(name, 0.0)
+            if math.isnan(value):
+                skipped[name] += 1
+            else:
+                sums[name], counted[name] = before + value * len(chosen), counted[name] + len(chosen)
+        on_batch()
+    return {name: total / counted[name] if counted[name] else math.nan for name, total in sums.items()}
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, without gradients, and every module back into its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            for start in range(0, rows, batch_size):
-                chosen = np.arange(start, min(start + batch_size, rows))
-                batch = to_device(_collate(dataset, chosen, task), device)
-                for name, value in _checked(task.metrics(model, batch)).items():
-                    sums[name] = sums.get(name, 0.0) + value * len(chosen)
-                on_batch()
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
-    return {name: total / rows for name, total in sums.items()}
+
+
+@contextmanager
+def _gradients_explained(hook: str) -> Iterator[None]:
+    """Turn torch's complaint that there is no gradient into one that says why. Raises ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        problem = f"`{hook}` needs gradients, and is called without them: {error}"
+        hint = f"Put `with torch.enable_grad():` around the lines that need them, in `{hook}` or in `loss`"
+        raise ConfigError("task", problem, hint) from error
 
 
 def as_number(value: Any, what: str, mend: str) -> float:
@@ -409,15 +489,15 @@ def checked_loss(loss: Any) -> Tensor:
     )
 
 
-def _checked(metrics: Any) -> dict[str, float]:
-    """What `metrics` returned. Raises ConfigError."""
+def _checked(metrics: Any, hook: str) -> dict[str, float]:
+    """Return what `metrics` or `evaluate` has returned, as numbers by name. Raises ConfigError."""
     mend = "Return numbers by name, as {'loss': loss.item()}"
     if not isinstance(metrics, Mapping):
-        raise ConfigError("task", f"`metrics` returned a {type(metrics).__name__}", mend)
+        raise ConfigError("task", f"`{hook}` returned a {type(metrics).__name__}", mend)
     for name in metrics:
         if not isinstance(name, str) or not name.isprintable():
-            raise ConfigError("task", f"`metrics` returned a metric by the name of {name!r}", mend)
-    return {name: as_number(value, f"`metrics` returned for {name!r}", mend) for name, value in metrics.items()}
+            raise ConfigError("task", f"`{hook}` returned a metric by the name of {name!r}", mend)
+    return {name: as_number(value, f"`{hook}` returned for {name!r}", mend) for name, value in metrics.items()}
 
 
 def whole_gradient(
@@ -468,12 +548,17 @@ def _rows(dataset: Dataset[Any]) -> int:
     return len(dataset)
 
 
+def _is_own(task: Task, hook: str) -> bool:
+    """Tell whether the task has this hook, or its default only."""
+    return getattr(getattr(task, hook), "__func__", None) is not getattr(Task, hook)
+
+
 def _collate(dataset: Dataset[Any], numbers: NDArray[np.int64], task: Task | None) -> Any:
     """Return the rows of these numbers as one batch. Raises ConfigError for rows that need the task's own `collate`.
 
     A TensorDataset, or a Subset of one, is indexed at once: far faster than row by row.
     """
-    own = task is not None and getattr(task.collate, "__func__", None) is not Task.collate
+    own = task is not None and _is_own(task, "collate")
     source = dataset
     while type(source) is Subset:  # a class derived from it may do more than choose rows
         chosen = source
