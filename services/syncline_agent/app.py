@@ -10,6 +10,7 @@ from typing import Any
 from syncline.allow_list import check_patterns
 from syncline.bus.accounts import read_seed
 from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.tls import Tls
 from syncline.child import Child
 from syncline.errors import BusError, ConfigError, Denied
 from syncline.nursery import Nursery
@@ -61,7 +62,8 @@ def run(options: AgentOptions) -> int:
 
 async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: list[Agent]) -> int:
     try:
-        bus = await NatsBus.connect(Connection(options.connect, options.name, seed, options.patience_s))
+        tls = Tls(options.tls_ca, options.tls_cert, options.tls_key)
+        bus = await NatsBus.connect(Connection(options.connect, options.name, seed, options.patience_s, tls))
     except BusError as error:
         raise mended(error, options.connect) from None
     try:

@@ -11,6 +11,9 @@ class AgentOptions:
 
     name: str  # "auto": that of a free key in the directory `key`
     connect: str
+    tls_ca: str = ""  # files with certificates, as in `syncline.bus.tls`
+    tls_cert: str = ""
+    tls_key: str = ""
     key: str = ""  # path of the key file, or of a directory of them; empty: no authentication
     state_dir: str = "."
     device: str = "auto"

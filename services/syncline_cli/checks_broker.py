@@ -13,19 +13,20 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from syncline.bus.accounts import MAX_PAYLOAD_BYTES, SUFFIX, WATCH, public_key_of, read_seed
+from syncline.bus.address import Server, address_of, masked
 from syncline.bus.base import StreamConfig
 from syncline.bus.nats import Connection, NatsBus
-from syncline.bus.nats_client import TLS_MEND, WITHOUT_TLS
+from syncline.bus.nats_client import check_version
 from syncline.bus.operator import in_order
+from syncline.bus.tls import Tls, check_info, unfit
 from syncline.chance import new_id
-from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable
+from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable, Unfit
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import Heartbeat, encode
@@ -50,17 +51,7 @@ class Target:
     key: str = ""  # a file, or a directory of them
     name: str = ""
     monitor: str = ""  # the URL of the broker's HTTP pages
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Raises ConfigError for a URL that is none."""
-        try:
-            parts = urlsplit(self.url if "://" in self.url else f"nats://{self.url}")
-            if parts.hostname:
-                return parts.hostname, parts.port or 4222
-        except ValueError:
-            pass
-        raise ConfigError("--connect", f"{self.url!r} is no address of a broker", "Write it as nats://host:4222")
+    tls: Tls = field(default_factory=Tls)
 
     def identity(self) -> tuple[str, str, Path | None]:
         """Name, seed and key file. Raises ConfigError for a key that is none."""
@@ -87,6 +78,7 @@ class Broker:
         self._key_file: Path | None = None
         self.role: Role = "anybody"
         self.bus: NatsBus | None = None
+        self._host = ""  # of the server that has answered
         self._info: dict[str, Any] = {}
         self._varz: dict[str, Any] | None = None
         self._clock: tuple[float, float] | None = None  # the broker's time less ours, and how far that may be wrong
@@ -97,35 +89,60 @@ class Broker:
 
     # -- getting in ----------------------------------------------------------------------------------------------------
     async def reachable(self) -> Finding:
-        """What answers at the address, in the few bytes that a NATS server says to everybody."""
+        """What answers at the address, in the few bytes that a NATS server says to everybody. Of several servers, each."""
         try:
-            host, port = self.target.address
-            began = time.perf_counter()
-            async with asyncio.timeout(ANSWER_S):
-                reader, writer = await asyncio.open_connection(host, port)
-                line = await reader.readline()
-                writer.close()
-            took_ms = 1000 * (time.perf_counter() - began)
+            servers = address_of(self.target.url).servers
         except ConfigError as error:
             return broken("broker", error.problem, error.mend)
+        found = await asyncio.gather(*(self._look_at(server) for server in servers))
+        if len(found) == 1:
+            return found[0]
+        good = [finding.text for finding in found if finding.verdict == "ok"]
+        bad = [finding for finding in found if finding.verdict == "broken"]
+        text = "; ".join([*good, *(finding.text for finding in bad)])
+        if not bad:
+            return ok("broker", text)
+        return warning("broker", text, bad[0].mend) if good else broken("broker", text, bad[0].mend)
+
+    async def _look_at(self, server: Server) -> Finding:
+        """One server of the broker."""
+        tls, writer = self.target.tls, None
+        try:
+            began = time.perf_counter()
+            async with asyncio.timeout(ANSWER_S):
+                reader, writer = await asyncio.open_connection(server.host, server.port)
+                line = await reader.readline()
+                took_ms = 1000 * (time.perf_counter() - began)
+                if not line.startswith(b"INFO {"):
+                    mend = "Name the broker's client port, 4222"
+                    return broken("broker", f"what answers at {server.url} is no NATS server", mend)
+                info = json.loads(line.removeprefix(b"INFO "))
+                check_version(info)
+                check_info(info, server.scheme == "tls" or tls.given, tls)
+                if info.get("tls_required"):
+                    await writer.start_tls(tls.context(), server_hostname=server.host)
+        except Unfit as error:
+            return broken("broker", f"{server.url}: {error.problem}", error.mend)
+        except ConfigError as error:
+            return broken("broker", f"{error.setting}: {error.problem}", error.mend)
         except (OSError, TimeoutError, ValueError) as error:
-            why = f"no answer within {ANSWER_S:g} s" if isinstance(error, TimeoutError) else str(error)
+            if (why := unfit(error, tls)) is not None:
+                return broken("broker", f"{server.url}: {why.problem}", why.mend)
+            said = f"no answer within {ANSWER_S:g} s" if isinstance(error, TimeoutError) else str(error)
             mend = "Start the broker, open the way to it, or name another with --connect or SYNCLINE_NATS_URL"
-            return broken("broker", f"nobody answers at {self.target.url}: {why}", mend)
-        if not line.startswith(b"INFO {"):
-            return broken(
-                "broker", f"what answers at {self.target.url} is no NATS server", "Name the broker's client port, 4222"
-            )
-        self._info = json.loads(line.removeprefix(b"INFO "))
-        if urlsplit(self.target.url).scheme == "tls" and not self._info.get("tls_required"):
-            return broken("broker", WITHOUT_TLS, TLS_MEND)
-        return ok("broker", f"{self.target.url} is nats-server {self._info.get('version')}, {took_ms:.1f} ms away")
+            return broken("broker", f"no server answers at {server.url}: {said}", mend)
+        finally:
+            if writer is not None:
+                writer.close()
+        if not self._info:
+            self._info, self._host = info, server.host
+        return ok("broker", f"{server.url} is nats-server {info.get('version')}, {took_ms:.1f} ms away")
 
     async def log_in(self) -> Finding:
         try:
             self.name, self._seed, path = self.target.identity()
             self._key_file = path
-            to = Connection(self.target.url, self.name, self._seed, patience_s=1.0)
+            to = Connection(self.target.url, self.name, self._seed, 1.0, self.target.tls)
             async with asyncio.timeout(3 * ANSWER_S):
                 self.bus = await NatsBus.connect(to)
         except ConfigError as error:
@@ -137,6 +154,8 @@ class Broker:
                 )
             mend = "Reload the broker's configuration if the key is new; else use a key of this broker's set"
             return broken("key", f"{self.name}: {error}", mend)
+        except Unfit as error:
+            return broken("key", f"no login: {error.problem}", error.mend)
         except (BusError, TimeoutError) as error:
             return broken("key", f"no login: {str(error) or 'no answer'}", "Look into the broker's log")
         if not self._seed:
@@ -257,7 +276,7 @@ class Broker:
             await self.bus.request(subject, question, ANSWER_S)
         except NoResponders:
             key = coordinator_key(str(self._key_file or ""))
-            mend = f"Start one: syncline coordinator --connect {self.target.url}" + (
+            mend = f"Start one: syncline coordinator --connect {masked(self.target.url)}" + (
                 f" --key {key}" if self._seed else ""
             )
             return broken("coordinator", "none is on this broker", mend)
@@ -280,7 +299,7 @@ class Broker:
 
     async def _monitor(self, page: str) -> dict[str, Any] | None:
         """One of the server's pages, or None where they cannot be seen from here."""
-        base = self.target.monitor or f"http://{_bracketed(self.target.address[0])}:{MONITOR_PORT}"
+        base = self.target.monitor or f"http://{_bracketed(self._host)}:{MONITOR_PORT}"
         before = time.time()
         try:
             found = await in_thread(lambda: _read_json(f"{base.rstrip('/')}/{page}"), 2.0)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import stat
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from syncline.bus.accounts import SUFFIX, WATCH, read_seed
+from syncline.bus.address import masked
 from syncline.bus.embedded import TEMPORARY
 from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.tls import Tls
 from syncline.errors import BusError, ConfigError, Denied
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.local import URL
@@ -30,20 +33,28 @@ T = TypeVar("T")
 class Place:
     """A broker, and the key file to use there; '' for a broker without accounts."""
 
-    url: str
+    url: str = field(repr=False)  # as it was given; `shown` is for people
     key: str
-    found: bool = False  # a local fleet that nobody named: it goes when its run has ended
+    found: bool = False  # a local fleet that was not named: it goes when its run has ended
     named: bool = True
+    tls: Tls = field(default_factory=Tls)
+
+    @property
+    def shown(self) -> str:
+        return masked(self.url)
+
+    def connection(self, name: str, seed: str) -> Connection:
+        return Connection(self.url, name, seed, tls=self.tls)
 
 
-def place(connect: str, key: str, role: str = COORDINATOR) -> Place:
+def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = None) -> Place:
     """The broker to ask. `role`: whose key to take of a local fleet. Raises ConfigError where several are up."""
-    fleets = local_fleets()
+    fleets, tls = local_fleets(), tls or Tls()
     if connect:
         own = next((str(_key(d, role)) for d, url in fleets if url == connect), "")
-        return Place(connect, key or own)
+        return Place(connect, key or own, tls=tls)
     if not fleets or key:
-        return Place(DEFAULT_URL, key, named=bool(key))
+        return Place(DEFAULT_URL, key, named=bool(key), tls=tls)
     if len(fleets) > 1:
         urls = ", ".join(sorted(url for _, url in fleets))
         raise ConfigError("--connect", f"several local fleets are up: {urls}", "Name one of them")
@@ -91,7 +102,7 @@ def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:
 
     async def all_of_it() -> int:
         try:
-            bus = await NatsBus.connect(Connection(at.url, "cli", seed))
+            bus = await NatsBus.connect(at.connection("cli", seed))
         except BusError as error:
             raise unreachable(error, at) from None
         try:
@@ -120,7 +131,7 @@ def come_back(command: str, connect: str, key: str) -> str:
     """What to type in another terminal, or later, to reach this broker: what the environment says need not be said."""
     said = [command]
     if connect not in (DEFAULT_URL, os.environ.get("SYNCLINE_NATS_URL")):
-        said.append(f"--connect {connect}")
+        said.append(f"--connect {shlex.quote(masked(connect))}")
     if key and key != os.environ.get("SYNCLINE_KEY"):
         said.append(f"--key {key}")
     return " ".join(said)

@@ -16,6 +16,9 @@ from syncline_cli.options import (
     Patience,
     TaskDir,
     Threads,
+    TlsCa,
+    TlsCert,
+    TlsKey,
     new_app,
 )
 
@@ -30,6 +33,9 @@ app = new_app()
 def coordinator(
     connect: Connect = DEFAULT_URL,
     key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     threads: Threads = 0,
     allow_task: AllowTask = None,
     task_dir: TaskDir = ".",
@@ -51,6 +57,9 @@ def coordinator(
     options = CoordinatorOptions(
         connect=connect,
         key=key,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         threads=threads,
         allow_task=(*DEFAULT_ALLOWED, *(allow_task or ())),
         task_dir=task_dir,

@@ -7,11 +7,13 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
+from syncline.bus.address import masked
 from syncline.errors import ConfigError
-from syncline_cli.options import HELP_NAMES, Device, FindConnect, Json, StateDir, new_app
+from syncline_cli.options import HELP_NAMES, Device, FindConnect, Json, StateDir, TlsCa, TlsCert, TlsKey, new_app
 
 if TYPE_CHECKING:
     from syncline_cli.checks_broker import Target
@@ -33,6 +35,9 @@ def doctor(
     key: Annotated[
         str, typer.Option(envvar="SYNCLINE_KEY", metavar="PATH", help="Key file, or a directory of them.")
     ] = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     name: Annotated[
         str, typer.Option(envvar="SYNCLINE_NAME", metavar="NAME", help="Whose key it is; default: the file's name.")
     ] = "",
@@ -55,14 +60,16 @@ def doctor(
             mend = f"Did you mean {close[0]!r}?" if close else f"Use {', '.join(CHECKS)}"
             raise ConfigError("--only", f"{wanted!r} is no check", mend)
 
+    from syncline.bus.tls import Tls
     from syncline.service import state_dir as default_state_dir
     from syncline_cli import findings
     from syncline_cli.checks_broker import Target
     from syncline_cli.connect import place
     from syncline_cli.process import run_interruptible
 
-    at = place(connect, key)
-    target = Target(at.url, at.key, name, monitor)
+    _check_monitor(monitor)
+    at = place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
+    target = Target(at.url, at.key, name, monitor, at.tls)
     directories = {"disk": default_state_dir(state_dir), **({"store": Path(store)} if store else {})}
     found: list[Finding] = []
 
@@ -73,6 +80,17 @@ def doctor(
     code = run_interruptible(work)
     print(json.dumps(findings.as_json(found)) if as_json else "\n".join(findings.as_lines(found)))
     raise typer.Exit(code)
+
+
+def _check_monitor(url: str) -> None:
+    """Raises ConfigError for what is no address of the broker's HTTP pages."""
+    try:
+        parts = urlsplit(url)
+        if not url or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0):
+            return
+    except ValueError:  # a port or an IPv6 address that is none
+        pass
+    raise ConfigError("--monitor", f"{masked(url)!r} is no address of HTTP pages", "Write it as http://host:8222")
 
 
 async def examine(target: Target, device: str, directories: dict[str, Path], wanted: set[str]) -> list[Finding]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from syncline.errors import ConfigError
-from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, new_app
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, TlsCa, TlsCert, TlsKey, new_app
 
 app = new_app()
 
@@ -30,6 +30,9 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     connect: FindConnect = "",
     key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     as_json: Json = False,
 ) -> None:
     """Write a run's shared model to a file, with the names that its state_dict has. Works while the run goes on, and after.
@@ -38,12 +41,13 @@ def export(
     """
     check_file(file, force)
 
+    from syncline.bus.tls import Tls
     from syncline_cli.connect import ask, place
     from syncline_cli.display import counted, megabytes
     from syncline_cli.exporting import fetch, save
     from syncline_cli.results import print_json
 
-    model = ask(place(connect, key), lambda bus: fetch(bus, run, version))
+    model = ask(place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), lambda bus: fetch(bus, run, version))
     save(model, file)
     if as_json:
         print_json({**model.about, "file": str(file)})

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
+from syncline.bus.address import masked
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.nats import mended
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerError, RunFailed, Unavailable
@@ -50,6 +51,7 @@ async def submit_remote(bus: Bus, spec: RunSpec, url: str, key: str = "") -> Sub
         return await submit(bus, spec, patience_s=5.0)
     except NoResponders:
         await _check_jetstream(bus, url)
+        url = masked(url)
         start = f"syncline coordinator --connect {url}" + (f" --key {key}" if key else "")
         mend = f"Start one with `{start}`, or name another broker with --connect"
         raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None

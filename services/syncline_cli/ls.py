@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, new_app
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, TlsCa, TlsCert, TlsKey, new_app
 
 if TYPE_CHECKING:
     from syncline.bus.base import Bus
@@ -44,17 +44,25 @@ class Row:
     short_help="List the runs on a broker.",
     epilog="Example: syncline ls --connect nats://hub:4222 --key coordinator.nk",
 )
-def ls(connect: FindConnect = "", key: Key = "", as_json: Json = False) -> None:
+def ls(
+    connect: FindConnect = "",
+    key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    as_json: Json = False,
+) -> None:
     """List the runs on a broker, the newest first: phase, version, agents, and what ended or last moved each."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from syncline.bus.tls import Tls
     from syncline_cli.connect import ask, come_back, place
     from syncline_cli.display import clean
     from syncline_cli.results import print_json
 
-    at = place(connect, key)
+    at = place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
     rows, driven = ask(at, look)
     if as_json:
         runs = [{k: v for k, v in asdict(row).items() if k != "revision"} for row in rows]
@@ -62,7 +70,7 @@ def ls(connect: FindConnect = "", key: Key = "", as_json: Json = False) -> None:
         return
     console = Console(highlight=False)
     if not rows:
-        console.print(f"no runs on {at.url}: submit one with `syncline run SPEC.yaml`", markup=False, soft_wrap=True)
+        console.print(f"no runs on {at.shown}: submit one with `syncline run SPEC.yaml`", markup=False, soft_wrap=True)
         return
     table = Table.grid(padding=(0, 2, 0, 0))
     for name, justify in (("run", "left"), ("phase", "left"), ("version", "right"), ("agents", "right")):

@@ -12,19 +12,51 @@ from syncline.errors import ConfigError
 HELP_NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 DEFAULT_URL = "nats://127.0.0.1:4222"
 
-Connect = Annotated[str, typer.Option(envvar="SYNCLINE_NATS_URL", metavar="URL", help="The broker.")]
+
+def _checked_address(ctx: typer.Context, param: typer.CallbackParam, text: str) -> str:
+    """Refuse what is no address before anything is done, by the name of the option or variable that holds it."""
+    from syncline.bus.address import address_of
+
+    source = ctx.get_parameter_source(str(param.name))
+    if text:
+        address_of(text, "SYNCLINE_NATS_URL" if source is not None and source.name == "ENVIRONMENT" else "--connect")
+    return text
+
+
+Connect = Annotated[
+    str,
+    typer.Option(
+        envvar="SYNCLINE_NATS_URL",
+        metavar="URL",
+        callback=_checked_address,
+        help="The broker, or servers of it: a:4222,b:4222.",
+    ),
+]
 FindConnect = Annotated[
     str,
     typer.Option(
         "--connect",
         envvar="SYNCLINE_NATS_URL",
         metavar="URL",
+        callback=_checked_address,
         show_default=False,
         help=f"The broker; default: the demo's or `run --local`'s on this machine, else {DEFAULT_URL}.",
     ),
 ]
 Key = Annotated[
     str, typer.Option(envvar="SYNCLINE_KEY", metavar="FILE", help="Key file; none: a broker without accounts.")
+]
+TlsCa = Annotated[
+    str,
+    typer.Option(envvar="SYNCLINE_TLS_CA", metavar="FILE", help="Authorities that TLS trusts."),
+]
+TlsCert = Annotated[
+    str,
+    typer.Option(envvar="SYNCLINE_TLS_CERT", metavar="FILE", help="Own certificate, if asked for."),
+]
+TlsKey = Annotated[
+    str,
+    typer.Option(envvar="SYNCLINE_TLS_KEY", metavar="FILE", help="Its private key."),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Its name, as `syncline ls` shows it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]

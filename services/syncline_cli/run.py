@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from syncline.errors import ConfigError
-from syncline_cli.options import DEFAULT_URL, HELP_NAMES, Connect, Json, Key, new_app
+from syncline_cli.options import DEFAULT_URL, HELP_NAMES, Connect, Json, Key, TlsCa, TlsCert, TlsKey, new_app
 
 if TYPE_CHECKING:
     from syncline.spec import RunSpec
@@ -29,6 +29,9 @@ def run(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings; only `task` has no default.")],
     connect: Connect = DEFAULT_URL,
     key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     local: Annotated[
         int | None, typer.Option(metavar="N", help="Do it all on this machine: own broker, coordinator, N agents.")
     ] = None,
@@ -57,7 +60,7 @@ def run(
         raise ConfigError("--local", f"{local} is out of range", f"Use 1 to {MAX_AGENTS}")
     settings = read_spec(spec, name, local)
     raise typer.Exit(
-        _remote(settings, connect, key, as_json, detach)
+        _remote(settings, connect, key, (tls_ca, tls_cert, tls_key), as_json, detach)
         if local is None
         else _local(settings, local, spec, as_json, stay)
     )
@@ -88,13 +91,16 @@ def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
     return spec
 
 
-def _remote(spec: RunSpec, connect: str, key: str, as_json: bool, detach: bool) -> int:
+def _remote(
+    spec: RunSpec, connect: str, key: str, certificates: tuple[str, str, str], as_json: bool, detach: bool
+) -> int:
     from syncline.bus.accounts import read_seed
+    from syncline.bus.tls import Tls
     from syncline_cli.connect import come_back, watch_key
     from syncline_cli.process import Interrupted, run_interruptible
     from syncline_cli.run_follow import RunWatch, follow_remote, submit_alone
 
-    watch = RunWatch(spec, as_json, key=key)
+    watch = RunWatch(spec, as_json, key=key, tls=Tls(*certificates))
     seeds = [read_seed(Path(file)) if file else "" for file in (key, watch_key(key))]
     try:
         if detach:

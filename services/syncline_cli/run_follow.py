@@ -11,6 +11,7 @@ from rich.text import Text
 
 from syncline.bus.base import Bus
 from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.tls import Tls
 from syncline.errors import BusError, RunFailed
 from syncline.service import DONE, FAILED
 from syncline.spec import RunSpec
@@ -26,8 +27,8 @@ from syncline_cli.supervise import Services
 class RunWatch:
     """The screen and the state of one run; then `report`."""
 
-    def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "") -> None:
-        self.spec, self.as_json, self.key = spec, as_json, key
+    def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "", tls: Tls | None = None) -> None:
+        self.spec, self.as_json, self.key, self.tls = spec, as_json, key, tls or Tls()
         self.console = Console(stderr=as_json, highlight=False)
         steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
         self.state = RunState(spec.name, spec.stop.versions, steps)
@@ -123,7 +124,7 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
 async def submit_alone(watch: RunWatch, url: str, seed: str) -> int:
     """Submits, and says the run's name."""
     logging.getLogger().addHandler(logging.NullHandler())
-    bus = await _connect(url, seed)
+    bus = await _connect(watch, url, seed)
     try:
         watch.asked = True
         warnings = (await submit_remote(bus, watch.spec, url, watch.key)).warnings
@@ -144,11 +145,11 @@ async def follow_remote(watch: RunWatch, url: str, seed: str, watch_seed: str) -
     Raises RunFailed for a run that failed.
     """
     logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
-    bus = await _connect(url, seed)
+    bus = await _connect(watch, url, seed)
     feed_bus = bus
     try:
         if watch_seed != seed:
-            feed_bus = await _connect(url, watch_seed)
+            feed_bus = await _connect(watch, url, watch_seed)
         async with watch.screen:
             await _follow_remote(watch, bus, feed_bus, url)
     finally:
@@ -157,9 +158,9 @@ async def follow_remote(watch: RunWatch, url: str, seed: str, watch_seed: str) -
     return DONE
 
 
-async def _connect(url: str, seed: str) -> NatsBus:
+async def _connect(watch: RunWatch, url: str, seed: str) -> NatsBus:
     try:
-        return await NatsBus.connect(Connection(url, "cli", seed))
+        return await NatsBus.connect(Connection(url, "cli", seed, tls=watch.tls))
     except BusError as error:
         raise mended(error, url) from None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, new_app
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, TlsCa, TlsCert, TlsKey, new_app
 
 if TYPE_CHECKING:
     from syncline.bus.base import Bus
@@ -32,6 +32,9 @@ def stop(
     run: RunName,
     connect: FindConnect = "",
     key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     by: Annotated[str, typer.Option(metavar="WHO", help="For the run's reason; default: user@host.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -39,10 +42,11 @@ def stop(
 
     A run that is still queued never begins. Stopping a run that has ended changes nothing.
     """
+    from syncline.bus.tls import Tls
     from syncline_cli.connect import ask, place
     from syncline_cli.results import print_json
 
-    at = place(connect, key)
+    at = place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
     outcome, head = ask(at, lambda bus: stop_run(bus, run, by or who(), at))
     if as_json:
         print_json({"run": run, "outcome": outcome, "version": head.version, "reason": head.reason})
@@ -102,7 +106,7 @@ async def _ask(bus: Bus, run: str, by: str, at: Place, before: str) -> str:
         if before:
             return before
         mend = f"Start one with `{come_back('syncline coordinator', at.url, at.key)}`"
-        raise ConfigError("--connect", f"no coordinator answers on {at.url}", mend) from None
+        raise ConfigError("--connect", f"no coordinator answers on {at.shown}", mend) from None
     except BusError:  # asked again soon
         return before
     return before or answer.outcome

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +22,8 @@ from rich.text import Text
 
 from syncline.bus.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.base import Delivery
-from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.nats import NatsBus
+from syncline.bus.tls import Tls
 from syncline.errors import BusError, ConfigError, RunFailed
 from syncline.service import DONE
 from syncline.wire.messages import ENDED, Head
@@ -67,13 +68,13 @@ class Watching:
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
 
     @classmethod
-    def of(cls, run: str, connect: str, key: str, *, plain: bool, as_json: bool) -> Watching:
+    def of(cls, run: str, connect: str, key: str, *, plain: bool, as_json: bool, tls: Tls | None = None) -> Watching:
         """Raises ConfigError."""
         if run and not NAME.fullmatch(run):
             raise ConfigError("RUN", f"{run!r} is no run's name", "Use 1 to 63 of a-z, 0-9 and '-'")
-        at, asking = place(connect, key, WATCH), place(connect, key)
+        at, asking = place(connect, key, WATCH, tls), place(connect, key, tls=tls)
         may_ask = not asking.key or Path(asking.key).name == f"{COORDINATOR}{SUFFIX}"
-        at = Place(at.url, watch_key(at.key), at.found, at.named)
+        at = replace(at, key=watch_key(at.key))
         if key and at.key != key:
             print(f"watching with the key {at.key}, which lies beside {key}", file=sys.stderr)
         return cls(at, Watched(run), plain, as_json, asking.key if may_ask else None)
@@ -126,7 +127,7 @@ def watch_run(watching: Watching) -> int:
 async def _watch(watching: Watching, seed: str) -> int:
     at = watching.at
     try:
-        bus = await NatsBus.connect(Connection(at.url, WATCH, seed))
+        bus = await NatsBus.connect(at.connection(WATCH, seed))
     except BusError as error:
         raise unreachable(error, at) from None
     try:
@@ -151,7 +152,7 @@ async def _how_it_ended(watching: Watching) -> Head | None:
         return None
     seed = read_seed(Path(watching.asks)) if watching.asks else ""
     try:
-        bus = await NatsBus.connect(Connection(watching.at.url, "cli", seed))
+        bus = await NatsBus.connect(watching.at.connection("cli", seed))
     except BusError:
         return None
     try:
@@ -175,7 +176,7 @@ async def _on_terminal(watching: Watching) -> None:
                 watching.news.clear()
                 last_s = now_s
                 size = console.size
-                text = picture(watching.watched, size.width, size.height, now_s, time.time(), watching.at.url)
+                text = picture(watching.watched, size.width, size.height, now_s, time.time(), watching.at.shown)
                 live.update(text, refresh=True)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FRAME_S):

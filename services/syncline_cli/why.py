@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, new_app
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, TlsCa, TlsCert, TlsKey, new_app
 
 if TYPE_CHECKING:
     from syncline.wire.messages import Committed, Head, PlanEntry
@@ -27,6 +27,9 @@ def why(
     version: Annotated[int | None, typer.Argument(metavar="VERSION", help="Default: the newest.")] = None,
     connect: FindConnect = "",
     key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     every: Annotated[bool, typer.Option("--all", help=f"All updates of the merge, not {ROWS}.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -34,6 +37,7 @@ def why(
     from rich.console import Console
     from rich.text import Text
 
+    from syncline.bus.tls import Tls
     from syncline_cli import runs
     from syncline_cli.connect import ask, place
     from syncline_cli.results import print_json
@@ -42,7 +46,7 @@ def why(
         head = await runs.head_of(bus, run)
         return head, await runs.commit_of(bus, head, head.version if version is None else version)
 
-    head, commit = ask(place(connect, key), read)
+    head, commit = ask(place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), read)
     if as_json:
         print_json(as_object(commit))
         return

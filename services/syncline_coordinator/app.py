@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from syncline.bus.accounts import Keyring, read_seed
+from syncline.bus.address import masked
 from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.tls import Tls
 from syncline.child import Child
 from syncline.errors import BusError, ConfigError
 from syncline.nursery import Nursery
@@ -54,7 +56,8 @@ def run(options: CoordinatorOptions) -> int:
 
 async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> int:
     try:
-        bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s))
+        tls = Tls(options.tls_ca, options.tls_cert, options.tls_key)
+        bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s, tls))
     except BusError as error:
         raise mended(error, options.connect) from None
     await _be_the_only_one(bus, options.connect)
@@ -95,7 +98,7 @@ async def _be_the_only_one(bus: NatsBus, url: str) -> None:
         if time.monotonic() > deadline:
             mend = "Leave it at that: one serves all runs. To replace it, stop it first"
             await bus.close()
-            raise ConfigError("--connect", f"a coordinator is up on {url} already", mend)
+            raise ConfigError("--connect", f"a coordinator is up on {masked(url)} already", mend)
         await asyncio.sleep(0.2)
 
 

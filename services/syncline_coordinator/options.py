@@ -10,6 +10,9 @@ class CoordinatorOptions:
     """The flags of `syncline coordinator`, as plain values."""
 
     connect: str
+    tls_ca: str = ""  # files with certificates, as in `syncline.bus.tls`
+    tls_cert: str = ""
+    tls_key: str = ""
     key: str = ""  # path of the key file; empty: no authentication
     threads: int = 0
     allow_task: tuple[str, ...] = ()

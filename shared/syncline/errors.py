@@ -56,3 +56,11 @@ class Denied(BusError):
 
 class Unavailable(BusError):
     """The broker cannot offer it: no JetStream, no such stream, or a stream with another configuration."""
+
+
+class Unfit(Unavailable):
+    """The broker is not one to talk to: too old, without TLS, with an unknown certificate. Trying again does not help."""
+
+    def __init__(self, problem: str, mend: str) -> None:
+        self.problem, self.mend = problem, mend
+        super().__init__(f"{problem}. {mend}")

@@ -50,7 +50,7 @@ def spec_file(place: Path, text: str) -> str:
         (DIGITS + "agents: {min: 2}\nsync: {quorum: 3}\n", "sync.quorum", "Use at most 2"),
         (DIGITS + "v: 2\n", "v", "Upgrade Syncline"),
         ("name: no-task\n", "task", "Add it"),
-        ("task: [unclosed\n", "spec", "Mend the line"),
+        ("task: [unclosed\n", "spec", "Correct the line"),
         ("just words\n", "spec", "Start with a line like `task:"),
         (DIGITS + "name: Not A Name\n", "name", "Use 1 to 63"),
     ],
@@ -107,9 +107,10 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["run", "coordinator", "agent"])
 def test_a_broker_that_nobody_reaches(tmp_path: Path, command: str) -> None:
     args = [spec_file(tmp_path, DIGITS)] if command == "run" else ["--patience", "1"]
-    said = refused(tmp_path, command, *args, "--connect", NOWHERE)
-    assert said.splitlines()[-1].startswith(f"error: --connect: no broker answers at {NOWHERE}")
-    assert "SYNCLINE_NATS_URL" in said
+    said = refused(tmp_path, command, *args, "--connect", NOWHERE.replace("//", "//alice:s3cr3t@"))
+    hidden = NOWHERE.replace("//", "//***@")
+    assert said.splitlines()[-1].startswith(f"error: --connect: no broker answers at {hidden}")
+    assert "SYNCLINE_NATS_URL" in said and "s3cr3t" not in said and "alice" not in said
 
 
 @pytest.mark.parametrize("command", ["coordinator", "agent"])

@@ -208,9 +208,8 @@ def test_a_broker_that_is_stopped_in_the_middle_does_not_hang_it(tmp_path: Path)
     assert found["broker"]["verdict"] == "broken"
 
 
-@pytest.mark.parametrize("url", ["nats://", "nats://127.0.0.1:99999", "nats://no-such-host.invalid:4222"])
-def test_an_address_that_is_none(tmp_path: Path, url: str) -> None:
-    found = doctor(tmp_path, "--connect", url, checks=("broker",))
+def test_a_host_that_does_not_exist(tmp_path: Path) -> None:
+    found = doctor(tmp_path, "--connect", "nats://no-such-host.invalid:4222", checks=("broker",))
     assert found["broker"]["verdict"] == "broken" and found["broker"]["mend"]
 
 

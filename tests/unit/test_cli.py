@@ -23,7 +23,7 @@ from syncline_cli.run import read_spec
 from syncline_cli.supervise import how_it_ended
 
 TASK = "task: syncline.tasks.digits:Digits\n"
-HELP_LINES = 30
+HELP_LINES = 36
 
 
 def spec(place: Path, text: str = "") -> Path:

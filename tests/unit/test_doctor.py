@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from syncline_cli import main as cli
-from syncline_cli.checks_broker import Target, clock_finding, space_finding
+from syncline_cli.checks_broker import clock_finding, space_finding
 from syncline_cli.checks_here import disk, disk_finding, python_finding, torch, torch_finding
 from syncline_cli.findings import Finding, as_json, as_lines, in_thread, sound
 
@@ -173,19 +173,6 @@ def test_a_clock_that_is_off(skew_s: float, error_s: float, verdict: str, text: 
     assert text in found.text
 
 
-@pytest.mark.parametrize(
-    ("url", "address"),
-    [
-        ("nats://hub:4333", ("hub", 4333)),
-        ("nats://hub", ("hub", 4222)),
-        ("hub:4333", ("hub", 4333)),
-        ("nats://[::1]:4222", ("::1", 4222)),
-    ],
-)
-def test_the_address_of_a_broker(url: str, address: tuple[str, int]) -> None:
-    assert Target(url).address == address
-
-
 # -- the whole ---------------------------------------------------------------------------------------------------------
 def test_findings_are_lines_for_people_and_an_object_for_programs() -> None:
     found = [Finding("python", "ok", "3.11.7"), Finding("key", "broken", "no", "Make one")]
@@ -216,3 +203,10 @@ def test_the_exit_code_says_whether_anything_is_broken(tmp_path: Path, capsys: p
 def test_a_check_that_does_not_exist_is_wrong_input(check: str, mend: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--only", check]) == 2
     assert mend in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["hub:8222", "http://", "http://hub:82x2", "ftp://hub", "http://[::1", "nats://hub"])
+def test_an_address_of_pages_that_is_none_is_wrong_input(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--monitor", url, "--only", "disk"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --monitor: {url!r} is no address") and "http://host:8222" in said

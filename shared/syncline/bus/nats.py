@@ -14,6 +14,7 @@ from typing import Any
 
 from nats.aio.msg import Msg
 
+from syncline.bus.address import masked
 from syncline.bus.base import READ_BYTES, BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState
 from syncline.bus.nats_lane import Connection, Lane, size_of, status_of
 from syncline.bus.silence import ANSWER_S
@@ -26,6 +27,7 @@ from syncline.errors import (
     NoResponders,
     StreamFull,
     Unavailable,
+    Unfit,
     Unreachable,
 )
 
@@ -278,6 +280,9 @@ def _stored(message: Msg) -> Stored:
 
 def mended(error: BusError, url: str) -> ConfigError:
     """What a person who typed `--connect` should read."""
+    url = masked(url)
+    if isinstance(error, Unfit):
+        return ConfigError("--connect", f"{url}: {error.problem}", error.mend)
     if isinstance(error, Denied):
         return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
     if isinstance(error, StreamFull):

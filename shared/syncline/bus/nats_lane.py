@@ -21,10 +21,12 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
+from syncline.bus.address import address_of, masked
 from syncline.bus.base import WAITING_BYTES, Delivery, Handler, checked_subject
-from syncline.bus.nats_client import Client, WithoutTls
+from syncline.bus.nats_client import Client, Refused, next_server
 from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
-from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unreachable
+from syncline.bus.tls import Tls
+from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unfit, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,11 @@ _VIOLATION = re.compile(r'permissions violation for (publish|subscription) (?:to
 class Connection:
     """Where and as whom to connect."""
 
-    url: str
+    url: str = field(repr=False)  # one server, or several of a cluster with commas between them
     name: str  # the client's name, and its inbox prefix `_INBOX.<name>`
     seed: str = field(default="", repr=False)  # nkey seed; empty: no authentication
     patience_s: float = 5.0  # how long to try for the first connection
+    tls: Tls = field(default_factory=Tls)
 
 
 @dataclass(slots=True)
@@ -62,6 +65,10 @@ class Lane:
     """One connection that heals itself, with a request multiplexer of its own."""
 
     def __init__(self, to: Connection, lane: Literal["control", "bulk"]) -> None:
+        """Raises ConfigError for an address, or files with certificates, that are none."""
+        self._address = address_of(to.url)
+        if to.tls.given:
+            to.tls.context()
         self._to, self._lane = to, lane
         self._queue = Queue()  # of bulk
         self._client = Client()
@@ -80,8 +87,8 @@ class Lane:
 
     # -- connecting ------------------------------------------------------------------------------------------------
     async def open(self) -> None:
-        """Connects, trying for `patience_s`. Raises Denied for a key the broker does not know, Unavailable for one without
-        the TLS that the address asks for, else Unreachable."""
+        """Connects, trying for `patience_s`. Raises Denied for a key the broker does not know, Unfit for one that is too old
+        or whose TLS does not fit, else Unreachable."""
         deadline = asyncio.get_running_loop().time() + self._to.patience_s
         pause = 0.05
         while True:
@@ -97,18 +104,18 @@ class Lane:
             pause = min(1.0, 2 * pause)
 
     async def _connect_once(self) -> None:
-        client, url = Client(), self._to.url
+        client, url = Client(self._to.tls), masked(self._to.url)
         self._last_error = ""
-        options: dict[str, Any] = {"nkeys_seed_str": self._to.seed} if self._to.seed else {}
         try:
             await client.connect(
-                servers=[url],
+                servers=[server.url for server in self._address.servers],
                 name=f"syncline {self._to.name} {self._lane}",
                 inbox_prefix=f"_INBOX.{self._to.name}".encode(),
                 allow_reconnect=False,  # the first connection fails loudly; from then on it heals
                 connect_timeout=max(1, round(min(self._to.patience_s, ANSWER_S))),
+                max_reconnect_attempts=1,  # of one call: `open` tries again
                 reconnect_time_wait=0,
-                reconnect_to_server_handler=_jittered,
+                reconnect_to_server_handler=next_server,
                 ping_interval=PING_S,
                 max_outstanding_pings=PINGS[self._lane],
                 pending_size=PENDING_BYTES,
@@ -116,21 +123,35 @@ class Lane:
                 disconnected_cb=self._on_disconnect,
                 reconnected_cb=self._on_reconnect,
                 closed_cb=self._on_closed,
-                **options,
+                **self._login(),
             )
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
             await _give_up(client)
-            if isinstance(error, WithoutTls):
-                raise Unavailable(str(error)) from None
+            if isinstance(error, Refused):
+                raise Unfit(error.why.problem, error.why.mend) from None
             why = self._last_error or str(error) or type(error).__name__
             if "authorization" in f"{why} {error}".lower():
-                known = "does not know this key" if self._to.seed else "asks for a key, and none was given"
-                raise Denied(f"the broker at {url} {known}") from None
+                raise Denied(f"the broker at {url} {self._why_denied()}") from None
             raise Unreachable(f"no broker answers at {url}: {why}") from None
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
         self._listening, self._ear = False, None
         self._live = {i: await self._start(client, i) for i in list(self._handlers)}
         self._client, self._silent = client, 0
+
+    def _why_denied(self) -> str:
+        if self._to.seed:
+            return "does not know this key"
+        if self._address.user or self._address.token:
+            return "does not know the user or token of its address"
+        return "asks for a key, and none was given"
+
+    def _login(self) -> dict[str, Any]:
+        """nats-py's options; it would not decode what stands in a URL, nor use it at other servers of the cluster."""
+        if self._to.seed:
+            return {"nkeys_seed_str": self._to.seed}
+        if self._address.token:
+            return {"token": self._address.token}
+        return {"user": self._address.user, "password": self._address.password} if self._address.user else {}
 
     async def _start(self, client: Client, i: int) -> NatsSubscription:
         subject, handler, limit = self._handlers[i]
@@ -372,7 +393,3 @@ def status_of(message: Msg) -> str:
 def size_of(headers: dict[str, str] | None) -> int:
     """Bytes on the wire, and in a stream."""
     return sum(len(name) + len(value) + 4 for name, value in headers.items()) + 12 if headers else 0
-
-
-def _jittered(_servers: Any, _info: Any) -> tuple[None, float]:
-    return None, random.uniform(0.05, 0.5)
