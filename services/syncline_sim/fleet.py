@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from syncline.errors import RunFailed
+from syncline.seeding import generators_restored
 from syncline.spec import RunSpec
 from syncline.wire.messages import ENDED
 from syncline_sim.dice import Dice
@@ -129,6 +130,7 @@ class Fleet:
             chdir("."),  # back to it afterwards: the task is in its own directory meanwhile
             guarded(threads=True),
             quiet(),
+            generators_restored(),
             _threads(self.settings.threads),
         ):
             self._children = FleetChildren(self._scene, Path(disk), self._loop.time, self.settings)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -31,3 +33,15 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
         torch.manual_seed(seed)
     random.setstate(random.Random(seed).getstate())  # a simulation refuses `random.seed`: it may come without a seed
     np.random.seed(seed if seed < 1 << 32 else [seed & 0xFFFFFFFF, seed >> 32])
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Give a program its process-wide generators back as they were before tasks ran in its own process."""
+    of_random, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(of_random)
+        np.random.set_state(of_numpy)

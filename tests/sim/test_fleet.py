@@ -6,15 +6,17 @@ import errno
 import gc
 import json
 import math
+import random
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from syncline.errors import ConfigError, RunFailed
-from syncline.seeding import seed_all
+from syncline.seeding import generators_restored, seed_all
 from syncline.spec import RunSpec, parse
 from syncline_agent.shelf import Shelf
 from syncline_agent.state import save_state
@@ -76,12 +78,19 @@ def test_the_same_spec_and_settings_give_the_same_result_bit_for_bit() -> None:
 
 def test_a_task_that_draws_from_any_generator_gives_the_same_result_bit_for_bit(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(DRAWING)
-    spec, digests = spec_of(task="own.py:Drawing"), set()
-    for seed in (1, 2):
-        seed_all(seed)  # this process has drawn other numbers
-        result = fleet_of(spec, tmp_path)
-        digests.add((result.digest, result.metrics["drawn"]))
-    assert len(digests) == 1
+    spec, results, drawn = spec_of(task="own.py:Drawing"), set(), []
+    with generators_restored():
+        for seed in (1, 2):
+            seed_all(seed)  # this process has drawn other numbers
+            result = fleet_of(spec, tmp_path)
+            results.add((result.digest, result.metrics["drawn"]))
+            drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        seed_all(1)
+        untouched = (random.random(), np.random.rand(), torch.rand(()).item())
+    assert len(results) == 1
+    assert drawn[0] == untouched != drawn[1], (
+        "a simulation leaves the random numbers of the program that calls it alone"
+    )
 
 
 def test_speeds_change_no_bit_of_a_synchronous_run_and_decide_how_long_it_takes() -> None:

@@ -13,7 +13,7 @@ import torch
 from trainers import Child
 
 from syncline.data.partition import Part
-from syncline.seeding import seed_all, seed_of
+from syncline.seeding import generators_restored, seed_all, seed_of
 from syncline.shm import SharedMemory
 from syncline.spec import Iid, RunSpec, parse
 from syncline.tasks.base import load_task, make_dataset, make_model
@@ -66,11 +66,8 @@ class Splitting(LinearRegression):
 
 @pytest.fixture(autouse=True)
 def own_random_numbers() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with generators_restored():
         yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
 
 
 @pytest.fixture
