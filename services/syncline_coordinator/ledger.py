@@ -5,7 +5,7 @@ Everything here can be read again from the bus: the roster blob and the offers a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from syncline.bus.base import Stored
@@ -73,7 +73,7 @@ class Ledger:
         self.last_read: Stored | None = None  # … the message there, as it was read
         self._judged: dict[str, Judged] = {}
         self._read: dict[str, int] = {}  # highest clock of each agent's offers that were found in the stream
-        self._offered: dict[tuple[str, int], Offered] = {}
+        self._offered: dict[str, dict[int, Offered]] = {}  # agent → clock → what it offered
         self._planned: set[tuple[str, int]] = set()  # of those, what the plan in head merges
         self._purge_later: list[tuple[str, BlobRef]] = []
         self._kept = [model for model in (head.previous, head.model) if model is not None]
@@ -115,12 +115,11 @@ class Ledger:
 
     def room_for(self, agent: str, present: set[str]) -> str:
         """'' where the agent can take part, else why not."""
-        numbering = self.numbering
-        if agent in numbering.names:
+        names = self.numbering.names
+        if agent in names:
             return ""
-        trial = Numbering([*numbering.names], numbering.fixed_parts, numbering.max_agents)
-        trial.admit([a for a in present if a not in trial.names])
-        return next((why for _, why in trial.admit([agent])), "")
+        others = len(present) - (agent in present)  # … that have no number yet get theirs before it
+        return self.numbering.room_beside(len(names) + others - (len(present.intersection(names)) if names else 0))
 
     # -- offers and verdicts -------------------------------------------------------------------------------------------
     def judged(self, agent: str) -> Judged:
@@ -128,7 +127,7 @@ class Ledger:
 
     def judged_up_to(self) -> int:
         """The sequence number up to which every offer was judged: where a restarted coordinator begins to read."""
-        return min((o.seq - 1 for o in self._offered.values()), default=self.read_up_to)
+        return min((offered.seq - 1 for offered in self._every_offered()), default=self.read_up_to)
 
     def passed(self, stored: Stored) -> None:
         """A message of the stream of offers was read, whatever it is."""
@@ -156,20 +155,21 @@ class Ledger:
             steps=offer.steps,
             seconds=offer.seconds,
         )
-        self._offered.setdefault((agent, offer.clock), Offered(entry, seq))
+        self._offered.setdefault(agent, {}).setdefault(offer.clock, Offered(entry, seq))
         return True
 
     def planned(self, plan: Plan, seq: int) -> None:
         """A plan that was found in head: its updates are offered, from `seq` on."""
-        self._offered |= {(e.agent, e.clock): Offered(e, seq) for e in plan.merged}
+        for entry in plan.merged:
+            self._offered.setdefault(entry.agent, {})[entry.clock] = Offered(entry, seq)
         self._planned = {(e.agent, e.clock) for e in plan.merged}
 
     def offered_blobs(self) -> set[str]:
-        return {o.entry.blob.id for o in self._offered.values()} | {blob.id for _, blob in self._purge_later}
+        return {offered.entry.blob.id for offered in self._every_offered()} | {blob.id for _, blob in self._purge_later}
 
     def forget(self, agent: str, clock: int) -> None:
         """An offer that is refused rather than judged."""
-        self._offered.pop((agent, clock), None)
+        self._offered.get(agent, {}).pop(clock, None)
 
     def taken_over(self, kept: list[BlobRef], left_behind: list[str], uncommitted: list[str]) -> None:
         """What a dead coordinator has left: models to keep, the oldest first, prefixes of blobs that can go, and lines of the
@@ -187,7 +187,7 @@ class Ledger:
     def entries(self, chosen: Sequence[Chosen]) -> list[PlanEntry]:
         """What a plan says of the updates it merges. They stay until they are judged, whatever is dropped meanwhile."""
         self._planned = {(c.agent, c.clock) for c in chosen}
-        offered = [self._offered[c.agent, c.clock].entry for c in chosen]
+        offered = [self._offered[c.agent][c.clock].entry for c in chosen]
         weighed = [{"lag": c.lag, "weight": c.weight} for c in chosen]
         return [entry.model_copy(update=w) for entry, w in zip(offered, weighed, strict=True)]
 
@@ -212,12 +212,16 @@ class Ledger:
         return dropped, more
 
     def _judge(self, agent: str, clock: int, verdict: Verdict) -> None:
-        offered = self._offered.pop((agent, clock), None)
+        mine = self._offered.get(agent, {})
+        offered = mine.pop(clock, None)
         if offered is not None:
             self._purge_later.append((agent, offered.entry.blob))
         judged = self._judged[agent] = self.judged(agent).then(clock, verdict)
-        for key in [k for k in self._offered if k[0] == agent and k[1] < judged.clock and k not in self._planned]:
-            self._purge_later.append((agent, self._offered.pop(key).entry.blob))
+        for older in [c for c in mine if c < judged.clock and (agent, c) not in self._planned]:
+            self._purge_later.append((agent, mine.pop(older).entry.blob))
+
+    def _every_offered(self) -> Iterator[Offered]:
+        return (offered for mine in self._offered.values() for offered in mine.values())
 
     # -- what can go ---------------------------------------------------------------------------------------------------
     def settled(self, before: Head, after: Head) -> None:

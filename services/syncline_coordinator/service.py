@@ -52,12 +52,22 @@ from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
 from syncline_coordinator.run import Parts, Run
-from syncline_coordinator.space import RUNS, insist_on_models, most_agents, release, reserve, restore
+from syncline_coordinator.space import (
+    RUNS,
+    Reservation,
+    check_space,
+    insist_on_models,
+    most_agents,
+    release,
+    reserve,
+    restore,
+)
 from syncline_coordinator.stopping import end_undriven, give_up, why
-from syncline_coordinator.waiting import first_head, waiting_runs
+from syncline_coordinator.waiting import WaitingRuns, first_head
 
 log = logging.getLogger(__name__)
 
+STOOD_STILL_S = 0.5  # a timer that comes later by this: the process was stopped, or its machine asleep
 JUST_AFTER_S = 0.001  # an agent is lost after its time, not at it
 IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
 QUEUE_AGAIN_S = 5.0
@@ -84,6 +94,8 @@ class Coordinator:
         self._opening = ""  # the run that is being opened: not active yet, and no longer just in the queue
         self._stop_asked: dict[str, Stop] = {}  # what was asked of it meanwhile
         self._queue: list[str] = []  # as last read, the oldest first
+        self._waiting = WaitingRuns(bus)
+        self._held_bytes = 0  # on the bus, by the run that is open
         self._queue_changed = asyncio.Event()
         self._losses = Losses()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
@@ -198,6 +210,11 @@ class Coordinator:
                     await self._active_changed.wait()
             except TimeoutError:
                 pass
+            if _now() - until_s > STOOD_STILL_S:
+                log.warning("this process stood still until just now; agents get time to be heard again")
+                self._fleet.stood_still(_now())
+                if self._active is not None:  # another coordinator may be in charge of it by now
+                    self._active.lookout.look()
 
     async def _bad(self, delivery: Delivery, error: Exception) -> None:
         tokens = delivery.subject.split(".")
@@ -252,12 +269,16 @@ class Coordinator:
         if (there := await HeadKeeper.read(self._bus, spec.name)) is not None and not await there.is_orphan():
             raise exists(there.head)
         manifest = await self._manifest_of(spec)
-        await reserve(self._bus, spec, manifest)
+        if self._active is None and not self._opening and not self._queue:
+            await reserve(self._bus, spec, manifest)  # it is opened next
+        else:
+            await check_space(self._bus, spec, manifest, self._held_bytes)
         try:
             await self._bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(spec.name), encode(record))
         except Conflict:
             raise exists(Head(run=spec.name, term=1, version=0, phase="waiting")) from None
         await first_head(self._bus, spec.name)
+        self._waiting.accepted(spec.name)
         self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
@@ -292,7 +313,7 @@ class Coordinator:
         while True:
             self._queue_changed.clear()
             try:
-                self._queue = await waiting_runs(self._bus)
+                self._queue = await self._waiting.look()
                 if self._queue:
                     await self._drive(self._queue[0])
                     continue
@@ -342,7 +363,7 @@ class Coordinator:
         else:
             await release(self._bus, name, ended=True)
         finally:
-            self._active, self._opening = None, ""
+            self._active, self._opening, self._held_bytes = None, "", 0
             self._active_changed.set()
             self._stop_asked.clear()
             if run is not None and run.parts.evaluation is not None:
@@ -373,7 +394,8 @@ class Coordinator:
         known = b"" if layout is None else await record_of(self._bus, keeper.head.run, layout)
         child, manifest = await self._model_of(spec, memory, known)
         try:
-            await restore(self._bus, spec, manifest)
+            await (reserve if anew else restore)(self._bus, spec, manifest)
+            self._held_bytes = Reservation.of(spec, manifest, most_agents(spec)).total
             center = Center(manifest, memory, spec.states)
             reducer = Reducer(self._bus, spec, manifest, center, self._reducers)
             if anew or keeper.head.model is None:

@@ -127,6 +127,21 @@ def _too_large(spec: RunSpec, manifest: Manifest, agents: int, space: Reservatio
     )
 
 
+async def check_space(bus: Bus, spec: RunSpec, manifest: Manifest, held_bytes: int) -> None:
+    """Raise ConfigError where the run would not fit even if the run before it gave back all the `held_bytes` that it holds.
+
+    Keeps nothing: a run reserves its space when it is opened.
+    """
+    agents = most_agents(spec)
+    space = Reservation.of(spec, manifest, agents)
+    probe = StreamConfig(f"SYNCLINE_PROBE_{spec.name}", (subjects.probe(spec.name),), max(1, space.total - held_bytes))
+    try:
+        await bus.ensure_stream(probe)
+    except StreamFull as error:
+        raise _too_large(spec, manifest, agents, space, error) from None
+    await bus.delete_stream(probe.name)
+
+
 async def is_log_full(bus: Bus, run: str, reserved: int) -> bool:
     """Whether the log of commits holds about as much as was reserved for it. Else the broker's disk is full."""
     return (await patiently(lambda: bus.state(subjects.log_stream(run)))).bytes > reserved - LOG_BYTES // 2

@@ -82,6 +82,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now_s
 
+    def hang(self, seconds: float) -> None:
+        """Let time pass while nothing runs, as when the machine sleeps."""
+        self._now_s += seconds
+
     def create_future(self) -> asyncio.Future[Any]:
         return SimFuture(self)
 

@@ -95,7 +95,7 @@ def updates_are_purged_before_head_says_they_are_judged(patch: pytest.MonkeyPatc
     real = Ledger._judge
 
     def judge(self: Ledger, agent: str, clock: int, verdict: Verdict) -> None:
-        offered = self._offered.get((agent, clock))
+        offered = self._offered.get(agent, {}).get(clock)
         if offered is not None:
             prefix = subjects.update_prefix(self._run, agent, offered.entry.blob.id)
             self._purger.add(subjects.updates_stream(self._run), prefix)

@@ -10,7 +10,7 @@ from syncline.wire.messages import Head, Submit, encode
 from syncline_coordinator.head import HeadKeeper, RolledBack
 from syncline_coordinator.losses import WORDS, Losses
 from syncline_coordinator.space import RUNS
-from syncline_coordinator.waiting import waiting_runs
+from syncline_coordinator.waiting import WaitingRuns
 
 
 def test_an_agent_is_believed_so_many_times_for_each_run_until_the_connection_was_gone() -> None:
@@ -40,6 +40,6 @@ def test_a_run_whose_head_cannot_be_read_stands_in_nobodys_way() -> None:
             await bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(run), spec)
         await bus.kv_create(subjects.RUNS_BUCKET, subjects.head_key("broken"), b"\xc1 no head")
         await HeadKeeper.create(bus, Head(run="first", term=1, version=0, phase="waiting"))
-        return await waiting_runs(bus)
+        return await WaitingRuns(bus).look()
 
     assert asyncio.run(play()) == ["first", "second"], "and the second got its first head"

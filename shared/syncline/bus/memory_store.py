@@ -176,6 +176,8 @@ class Stream:
     def matching(self, pattern: str) -> list[tuple[str, dict[int, int]]]:
         if "*" not in pattern and ">" not in pattern:
             return [(pattern, self.by_subject[pattern])] if pattern in self.by_subject else []
+        if "*" not in pattern and pattern.endswith(".>"):  # as every purge asks
+            return [(s, seqs) for s, seqs in self.by_subject.items() if s.startswith(pattern[:-1])]
         return [(s, seqs) for s, seqs in self.by_subject.items() if matches(pattern, s)]
 
     @property

@@ -77,6 +77,11 @@ class Membership:
         life = self.lives.get(agent)
         return life is not None and life.slow
 
+    def stood_still(self, now_s: float) -> None:
+        """Count every agent as heard and moved now: this process did not run for a while, and could hear nothing."""
+        for life in self.lives.values():
+            life.heard_at_s = life.moved_at_s = now_s
+
     def expired(self, now_s: float) -> list[tuple[str, str]]:
         """Return the agents that are lost, with the reason, and forget them."""
         lost = [
@@ -141,10 +146,16 @@ class Numbering:
         """Numbers new agents in the order of their names; returns those there is no place for, with the reason."""
         refused = []
         for agent in sorted(set(agents) - set(self.names)):
-            if self.max_agents is not None and len(self.names) >= self.max_agents:
-                refused.append((agent, f"the run has its agents.max = {self.max_agents} agents"))
-            elif self.fixed_parts is not None and len(self.names) >= self.fixed_parts:
-                refused.append((agent, f"all partition.parts = {self.fixed_parts} parts have an agent"))
+            if why_not := self.room_beside(len(self.names)):
+                refused.append((agent, why_not))
             else:
                 self.names.append(agent)
         return refused
+
+    def room_beside(self, agents: int) -> str:
+        """Return '' where there is a place for one more beside so many agents, else why there is none."""
+        if self.max_agents is not None and agents >= self.max_agents:
+            return f"the run has its agents.max = {self.max_agents} agents"
+        if self.fixed_parts is not None and agents >= self.fixed_parts:
+            return f"all partition.parts = {self.fixed_parts} parts have an agent"
+        return ""

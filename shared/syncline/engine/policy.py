@@ -179,7 +179,8 @@ class Policy(ABC):
 
     def _too_few(self, updates: Collection[OfferReady], broken: set[str]) -> bool:
         """Whether the rule needs more. Agents whose update was unusable count: those were bad ones, and are out."""
-        return len(updates) + len(broken - {o.agent for o in updates}) < self.least
+        unusable = len(broken - {o.agent for o in updates}) if broken else 0
+        return len(updates) + unusable < self.least
 
     def _tell_too_few(self, updates: int) -> list[Command]:
         """Nobody is left to wait for: the run stands still until more agents are here. Told once for a version."""

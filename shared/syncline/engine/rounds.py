@@ -77,7 +77,7 @@ class Rounds(Policy):
             return self._go_on(now_s)
         if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
             return []  # told twice
-        self._insist_on_order(offer, self.offers.values())
+        self._insist_on_order(offer, filter(None, [self.offers.get(offer.agent)]))
         if offer.base < self.version or self.state == "merging":
             return [self._drop(offer, f"late: the round of version {offer.base} is closed")]
         if agent not in self.participants:
@@ -154,9 +154,9 @@ class Rounds(Policy):
             return [WakeAt(self.closes_at_s)]
         return [self._merge(f"quorum {self._count()} + {self.grace():.1f} s")]
 
-    def _awaited(self) -> list[str]:
-        """Participants whose update is still to come."""
-        return [p for p in self.participants if p in self.live and p not in self.offers and p not in self.spent]
+    def _awaited(self) -> bool:
+        """Whether the update of a participant is still to come. Stops at the first, as this is asked with every offer."""
+        return any(p in self.live and p not in self.offers and p not in self.spent for p in self.participants)
 
     def _others(self) -> set[str]:
         """Who else could train for this round: live agents that are not asked yet."""

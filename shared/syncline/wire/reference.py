@@ -70,6 +70,12 @@ SUBJECTS = (
     (subjects.offer(RUN, AGENT), "agent", "coordinator", "`offer`; JetStream"),
     (f"{subjects.model_prefix(RUN, BLOB)}.{K}", "coordinator", "everybody", "chunk k of a model or record; JetStream"),
     (f"{subjects.outer_prefix(RUN, BLOB)}.{K}", "coordinator", "coordinator", "chunk k of outer state; JetStream"),
+    (
+        f"{subjects.PREFIX}.{RUN}.probe",
+        "coordinator",
+        "",
+        "nothing: a stream is made for it and deleted at once, to learn whether a queued run would find space",
+    ),
     (f"{subjects.PREFIX}.{RUN}.log.<version>.<term>", "coordinator", "anybody in `CORE`", "`log-line`; JetStream"),
     (
         f"{subjects.PREFIX}.{RUN}.log.<version>.<term>.{BLOB}.{K}",

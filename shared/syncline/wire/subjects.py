@@ -100,6 +100,11 @@ def log_blob(run: str, version: int, term: int, blob: str) -> str:
     return f"{log_record(run, version, term)}.{blob}"
 
 
+def probe(run: str) -> str:
+    """Of a stream that is there for a moment, to learn whether a run would find space."""
+    return f"{PREFIX}.{run}.probe"
+
+
 def notify(run: str) -> str:
     return f"{PREFIX}.{run}.notify"
 
