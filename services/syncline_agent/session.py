@@ -200,6 +200,7 @@ class Session:
             except ChildDied as error:
                 await self._child_died(error)
                 continue
+            await self._advise(answer)
             self._stand.clock, self._held = max(self._stand.clock, answer["clock"]), None
             return
 

@@ -51,6 +51,7 @@ from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
+from syncline_agent.checks import Checks
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner
 from syncline_agent.state import Kept, load_state, save_state
@@ -107,7 +108,8 @@ class Trainer:
         self._make()
         kept = load_state(self._state_path, self._layout, submission)
         self._has_own = kept is not None and self._restored(kept)
-        return {"clock": kept.clock if kept is not None and self._has_own else 0}
+        clock = kept.clock if kept is not None and self._has_own else 0
+        return {"clock": clock, "advice": self._checks.take_advice()}
 
     def _make(self) -> None:
         """The task, the model, the optimisers, and all else that a period changes, as they are before the first one."""
@@ -115,8 +117,9 @@ class Trainer:
         self._task = self.load_task(settings)
         self._place: tuple[int, int] | None = None
         self._test_set: Any = None
-        model = make_model(self._task, settings.seed).to(self._claim.device)
-        self._flat = FlatModel(model, self._layout, self._task.local, self._task.shared)
+        model = make_model(self._task, settings.seed)
+        self._checks = Checks(self._task, model, self._layout)
+        self._flat = FlatModel(model.to(self._claim.device), self._layout, self._task.local, self._task.shared)
         self._center_P = self.vector()  # what a period is measured from
         self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
         self._fresh_state = self._task_state()
@@ -169,7 +172,7 @@ class Trainer:
             "loss": loss,
             "seconds": max(0.0, seconds),
             "samples_per_s": seen / seconds if seconds > 0 else 0.0,
-            "advice": self._advice(period.parts),
+            "advice": [*self._checks.take_advice(), *self._advice(period.parts)],
         }
         if self._stopped():
             return {**answer, "stopped": True}
@@ -330,11 +333,12 @@ class Trainer:
 
         with self._inner.watching():
             loss = self._task.train(self._flat.model, self._inner.given, draw(), on_step)
-        self._flat.take_in()
+        self._flat.store()
         if not lasts.done and not self._stopped():
             mend = "Call `on_step(rows)` after every batch, and stop when it returns False"
             raise ConfigError("task", f"`train` drew {drawn} batches and never called `on_step`", mend)
         self._inner.period_ends(lasts.done)
+        self._checks.trained(self._flat, self._center_P, lasts.done)
         self._drawn += drawn
         self._told_fewer = f"{drawn} batches and called `on_step` {lasts.done} times" if drawn >= 2 * lasts.done else ""
         if loss is not None:

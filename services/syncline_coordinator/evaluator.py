@@ -21,8 +21,10 @@ from syncline.seeding import seed_all, seed_of
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, load_task, make_held_out, make_model
+from syncline.tasks.sources import digests_of_code
 from syncline.wire import subjects
 from syncline.wire.flat import DTYPES, FlatModel, manifest_of
+from syncline.wire.frozen import insist_on_frozen
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode, encode
 
@@ -51,12 +53,12 @@ class Evaluator:
         settings = parse(RunSpec, spec)
         task = self.load_task(settings)
         model = make_model(task, settings.seed)
-        layout = (
-            decode(Manifest, manifest)
-            if manifest
-            else manifest_of(model, chunk_bytes, task.local, settings.local.sections, task.shared)
-        )
-        if not manifest:
+        if manifest:
+            layout = decode(Manifest, manifest)
+            insist_on_frozen(model, layout, task.local, task.shared)
+        else:
+            sections, code = settings.local.sections, digests_of_code(task)
+            layout = manifest_of(model, chunk_bytes, task.local, sections, task.shared, code)
             check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
         self._settings = settings

@@ -282,7 +282,7 @@ class Coordinator:
         self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
-        return [*spec.warnings, *doubts_of_model(t.name for t in manifest.tensors)]
+        return [*spec.warnings, *doubts_of_model((t.name for t in manifest.tensors), manifest.at_home)]
 
     async def _manifest_of(self, spec: RunSpec) -> Manifest:
         memory = SharedMemory()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 FEW_LABELS = 0.3  # the α of a Dirichlet split below which most agents have a few labels only
+BATCH_NORM = ("running_mean", "running_var")  # how the names of its statistics end
 LONG_LAG = 4.0  # versions
 
 
@@ -212,9 +213,15 @@ def doubts(spec: RunSpec) -> list[str]:
     return found
 
 
-def doubts_of_model(averaged: Iterable[str]) -> list[str]:
-    """`averaged`: the names of the tensors that travel."""
-    statistics = [name for name in averaged if name.endswith(("running_mean", "running_var"))]
+def doubts_of_model(averaged: Iterable[str], at_home: Iterable[str] = ()) -> list[str]:
+    """Return what is doubtful about a model, by the names of the tensors that travel and of those that do not."""
+    if kept := [name for name in at_home if name.endswith(BATCH_NORM)]:
+        return [
+            f"task: BatchNorm's statistics stay with the agents ({kept[0]} and {len(kept) - 1} more), so the center is "
+            "evaluated and exported with those that model() gave it, and its metrics mean little. Use GroupNorm, or look at "
+            "the agents' own metrics: `evaluate: {center: false, agents: true}`"
+        ]
+    statistics = [name for name in averaged if name.endswith(BATCH_NORM)]
     if not statistics:
         return []
     return [

@@ -102,5 +102,13 @@ STRUCTURES: dict[str, Structure] = {
     "model.to(memory_format=…)": Structure("replaced.py:ChannelsLast"),
     "tied weights": Structure("replaced.py:Tied"),
     "tied weights that training unties": Structure("replaced.py:Untied", refused="2.weight became trainable"),
+    "mean teacher (`shared`)": Structure("frozen.py:MeanTeacher"),
+    "mean teacher, by .data (`shared`)": Structure("frozen.py:TeacherByData"),
+    "mean teacher that no pattern names": Structure(
+        "frozen.py:UnnamedTeacher", refused="the model's teacher.0.weight is frozen, and the task has changed it"
+    ),
+    "mean teacher of each agent (`local`)": Structure("frozen.py:LocalTeacher"),
+    "layers that are unfrozen": Structure("frozen.py:Unfrozen", refused="the model's 0.weight became trainable"),
+    "layers that are frozen first": Structure("frozen.py:FrozenFirst", remembers=True),
     "truncated backpropagation through time": Structure("replaced.py:TruncatedBptt", remembers=True),
 }

@@ -57,7 +57,9 @@ def own_task(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["MyTask", "LitPixels", "WorstDigit", "Normalised", "Decayed", "Scheduled", "Half"])
+@pytest.mark.parametrize(
+    "name", ["MyTask", "LitPixels", "WorstDigit", "Normalised", "MeanTeacher", "Decayed", "Scheduled", "Half"]
+)
 def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
     spec = load_spec(own_task / "mine.yaml")
     assert spec.task == "my_task.py:MyTask"

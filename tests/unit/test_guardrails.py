@@ -235,7 +235,12 @@ def test_a_long_lag_is_told_with_how_much_smaller_a_stable_learning_rate_is() ->
 def test_averaged_statistics_of_batchnorm_are_doubted() -> None:
     (found,) = doubts_of_model(["0.weight", "1.running_mean", "1.running_var"])
     assert "1.running_mean and 1 more" in found and "GroupNorm" in found
-    assert doubts_of_model(["0.weight", "0.bias"]) == []
+    assert doubts_of_model(["0.weight", "0.bias"], ["1.num_batches_tracked"]) == []
+
+
+def test_statistics_of_batchnorm_that_stay_at_home_make_the_centers_metrics_doubtful() -> None:
+    (found,) = doubts_of_model(["0.weight"], ["1.running_mean", "1.running_var", "1.num_batches_tracked"])
+    assert "1.running_mean and 1 more" in found and "its metrics mean little" in found
 
 
 def test_one_agent_alone_is_not_doubted() -> None:

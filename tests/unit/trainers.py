@@ -12,6 +12,7 @@ from torch import Tensor
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec, parse
 from syncline.tasks.base import Task, load_task
+from syncline.tasks.sources import digests_of_code
 from syncline.wire.flat import DTYPES, FlatModel, manifest_of
 from syncline.wire.messages import encode
 from syncline_agent.trainer import Trainer
@@ -50,7 +51,8 @@ class Child:
         self.task: Task = load_task(settings.task, settings.task_options, ["*"], Path("/"))
         torch.manual_seed(settings.seed)
         model = self.task.model()
-        self.layout = manifest_of(model, 4096, self.task.local, settings.local.sections, self.task.shared)
+        code = digests_of_code(self.task)
+        self.layout = manifest_of(model, 4096, self.task.local, settings.local.sections, self.task.shared, code)
         self.initial_P = FlatModel(model, self.layout, self.task.local, self.task.shared).flat_P.clone()
         self.memory = SharedMemory()
         self.memory.grow(PROGRESS_BYTES)

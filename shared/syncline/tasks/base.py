@@ -37,7 +37,7 @@ from syncline.seeding import seed_all
 
 _READY_MADE = "syncline.tasks"
 _NO_HELD_OUT = "Return rows where `part.held_out`, or evaluate nothing: `evaluate: {center: false, agents: false}`"
-_NOT_TASKS = ("base", "classification")  # modules there that hold none
+_NOT_TASKS = ("base", "classification", "sources")  # modules there that hold none
 
 
 class Task(abc.ABC):

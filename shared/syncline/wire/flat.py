@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from syncline.engine.gradients import Site
 from syncline.errors import ConfigError, PeerError
-from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
+from syncline.wire.frozen import digests_of
+from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest, NamedDigest
+from syncline.wire.tensors import (
+    Slot,
+    averaged_of,
+    changing_of,
+    is_trained,
+    matches,
+    overlapping,
+    slots_of,
+    tensors_of,
+    unit_vectors,
+)
 
-COMPILED = "_orig_mod"  # the attribute under which `torch.compile` holds the module that it wraps
 UNIT_TOLERANCE = 1e-5  # above float32's rounding of a vector's length
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def manifest_of(
-    model: nn.Module, chunk_bytes: int, local: Sequence[str] = (), sections: int = 1, shared: Sequence[str] = ()
+    model: nn.Module,
+    chunk_bytes: int,
+    local: Sequence[str] = (),
+    sections: int = 1,
+    shared: Sequence[str] = (),
+    code: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Return the layout of a model's averaged tensors, in the model's own order.
 
     Args:
         local: name patterns of tensors that stay with the agent.
         shared: name patterns of frozen tensors that are averaged, because the task updates them itself.
+        code: digests of the files of the task's code, by name.
 
     Raises:
         ConfigError: the model has nothing to average, or tensors that a flat vector would change.
     """
     _check(model, local, shared)
-    travelling = list(_averaged(model, local, shared))
-    if not any(_is_trained(t) for _, t in travelling):
+    travelling = list(averaged_of(model, local, shared))
+    if not any(is_trained(t) for _, t in travelling):
         raise ConfigError(
             "task", "the model has no trainable floating-point parameter to average", "Return a model with parameters"
         )
     dtype = "fp64" if any(t.dtype == torch.float64 for _, t in travelling) else "fp32"
     itemsize = DTYPES[dtype].itemsize
-    units = set(_unit_vectors(model))
+    units = set(unit_vectors(model))
     tensors, offset = [], 0
     for name, tensor in travelling:
         entry = Entry(
@@ -51,7 +63,7 @@ def manifest_of(
             shape=list(tensor.shape),
             offset=offset,
             elements=tensor.numel(),
-            buffer=not _is_trained(tensor),
+            buffer=not is_trained(tensor),
             unit=name in units,
         )
         tensors.append(entry)
@@ -63,7 +75,9 @@ def manifest_of(
         chunk_elements=max(ALIGN_ELEMENTS, chunk_bytes // itemsize // ALIGN_ELEMENTS * ALIGN_ELEMENTS),
         tensors=tensors,
         sections=sections,
-        at_home=[name for name, _ in _tensors(model) if name not in names],
+        at_home=[name for name, _ in tensors_of(model) if name not in names],
+        frozen=digests_of(model, local, shared),
+        code=[NamedDigest(name=name, digest=digest) for name, digest in (code or {}).items()],
     )
 
 
@@ -121,8 +135,8 @@ class FlatModel:
         self, model: nn.Module, manifest: Manifest, local: Sequence[str] = (), shared: Sequence[str] = ()
     ) -> None:
         self.model = model
-        tensors = dict(_averaged(model, local, shared))
-        found = [(n, list(t.shape), _kind(not _is_trained(t))) for n, t in tensors.items()]
+        tensors = dict(averaged_of(model, local, shared))
+        found = [(n, list(t.shape), _kind(not is_trained(t))) for n, t in tensors.items()]
         expected = [(t.name, t.shape, _kind(t.buffer)) for t in manifest.tensors]
         if found != expected:
             odd = next(
@@ -131,7 +145,7 @@ class FlatModel:
             raise PeerError(f"the task's model differs from the run's: {odd}. Is the task's code the same everywhere?")
         self._travelling = frozenset(tensors)
         ids = {id(tensor) for tensor in tensors.values()}
-        self._trainable = {n for n, slot in _slots(model) if _is_trained(slot.tensor) and id(slot.tensor) not in ids}
+        self._trainable = {n for n, slot in slots_of(model) if is_trained(slot.tensor) and id(slot.tensor) not in ids}
         self._local = tuple(local)
         device = next(iter(tensors.values())).device
         self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
@@ -144,7 +158,7 @@ class FlatModel:
         view = self.flat_P[entry.offset : entry.offset + entry.elements].view(entry.shape)
         view.copy_(tensor.detach())
         copied = None if tensor.dtype == self.flat_P.dtype else tensor.detach().clone()
-        place = _Place(entry, tensor, view, tensor.dtype, _is_trained(tensor), copied)
+        place = _Place(entry, tensor, view, tensor.dtype, is_trained(tensor), copied)
         place.bind(tensor)
         return place
 
@@ -181,14 +195,14 @@ class FlatModel:
         Raises:
             ConfigError: such a tensor does not fit, or another one became trainable. Names it.
         """
-        slots = dict(_slots(self.model))
+        slots = dict(slots_of(self.model))
         self._refuse_newly_trainable(slots)
         moved = [(place, self._slot_of(place, slots)) for place in self._places]
         moved = [(place, slot) for place, slot in moved if not place.holds(slot.tensor)]
         if not moved:
             return
         now = [(p.entry.name, slots[p.entry.name].tensor) for p in self._places if p.entry.elements]
-        for first, second in _overlapping(now):
+        for first, second in overlapping(now):
             problem = f"the model's {first} and {second} lie in the same memory since training, and are two tensors"
             raise ConfigError("task", problem, "Tie them in model() (`b.weight = a.weight`), or copy one of them")
         values = [slot.tensor.detach().clone() for _, slot in moved]  # they may lie in each other's places
@@ -207,7 +221,7 @@ class FlatModel:
                 place.bind(place.tensor)
         self._note_sites()
 
-    def _slot_of(self, place: _Place, slots: Mapping[str, _Slot]) -> _Slot:
+    def _slot_of(self, place: _Place, slots: Mapping[str, Slot]) -> Slot:
         """Return where the model holds the tensor now. Raises ConfigError where it holds none that fits."""
         name, slot = place.entry.name, slots.get(place.entry.name)
         mend = "Make the model in its final form in model(), after one batch if its tensors grow with the first one"
@@ -220,10 +234,10 @@ class FlatModel:
             raise ConfigError("task", f"the model's {name} was {kinds[0]}, and training has made it {kinds[1]}", mend)
         return slot
 
-    def _refuse_newly_trainable(self, slots: Mapping[str, _Slot]) -> None:
+    def _refuse_newly_trainable(self, slots: Mapping[str, Slot]) -> None:
         known = {id(slot.tensor) for name, slot in slots.items() if name in self._travelling}
         for name, slot in slots.items():
-            if not _is_trained(slot.tensor) or name in self._travelling or name in self._trainable:
+            if not is_trained(slot.tensor) or name in self._travelling or name in self._trainable:
                 continue
             if id(slot.tensor) not in known:  # else it is tied to one that travels
                 raise ConfigError(
@@ -239,8 +253,8 @@ class FlatModel:
         Tensors are looked up each time, because a model may put another tensor in a buffer's place. Sparse ones are left
         out: they are built, and not trained.
         """
-        own = [(n, t) for n, t in _tensors(self.model) if isinstance(t, nn.Parameter) and _stays(n, self._local)]
-        changing = {**dict(_changing(self.model)), **dict(own)}
+        own = [(n, t) for n, t in tensors_of(self.model) if isinstance(t, nn.Parameter) and matches(n, self._local)]
+        changing = {**dict(changing_of(self.model)), **dict(own)}
         return {n: t for n, t in changing.items() if t.layout is torch.strided and n not in self._travelling}
 
     def restore_at_home(self, kept: Mapping[str, Tensor]) -> None:
@@ -271,107 +285,19 @@ def to_unit_(vector: Tensor) -> None:
         vector.div_(length)
 
 
-# -- the tensors of a model -------------------------------------------------------------------------------------------
-
-
-class _Slot(NamedTuple):
-    """Where a model holds a tensor."""
-
-    owner: nn.Module
-    attribute: str
-    tensor: Tensor
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
-    """Yield parameters, then buffers, by the names that the model has without `torch.compile`; tied ones under each name."""
-    modules = [(_plain(prefix), module) for prefix, module in model.named_modules(remove_duplicate=False)]
-    for holder in ("_parameters", "_buffers"):
-        for prefix, module in modules:
-            for attribute, tensor in getattr(module, holder).items():
-                if tensor is not None:
-                    yield f"{prefix}.{attribute}" if prefix else attribute, _Slot(module, attribute, tensor)
-
-
-def _plain(name: str) -> str:
-    """A module's name as it is without `torch.compile`, which wraps a module in another one."""
-    return ".".join(part for part in name.split(".") if part != COMPILED)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters, then buffers, by name; each shared tensor once."""
-    seen: set[int] = set()
-    for name, slot in _slots(model):
-        if id(slot.tensor) not in seen:
-            seen.add(id(slot.tensor))
-            yield name, slot.tensor
-
-
-def _saved(model: nn.Module) -> set[str]:
-    """Return the names of the buffers that the model saves. Its state dict does not tell: hooks may rename what is in it."""
-    return {n for n, slot in _slots(model) if slot.attribute not in slot.owner._non_persistent_buffers_set}
-
-
-def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield trainable parameters, then buffers that are saved; each shared tensor once."""
-    saved = _saved(model)
-    for name, tensor in _tensors(model):
-        if tensor.requires_grad if isinstance(tensor, nn.Parameter) else name in saved:
-            yield name, tensor
-
-
-def _averaged(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield those of the changing tensors that are floating-point numbers and not `local`, and the `shared` ones.
-
-    A buffer that holds an infinity, as an attention mask does, is no statistic: its mean with others has no meaning. An empty
-    one may grow as the model trains, and needs memory of its own for that.
-    """
-    changing = {id(tensor) for _, tensor in _changing(model)}
-    for name, tensor in _tensors(model):
-        wanted = id(tensor) in changing or _stays(name, shared)
-        if not wanted or not tensor.is_floating_point() or _stays(name, local):
-            continue
-        if isinstance(tensor, nn.Parameter) or (tensor.numel() and bool(torch.isfinite(tensor).all())):
-            yield name, tensor
-
-
-def _is_trained(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
-
-
-def _stays(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _unit_vectors(model: nn.Module) -> Iterator[str]:
-    """Yield names of the vectors that spectral norm keeps at length 1, for its power iteration (arXiv:1802.05957)."""
-    for name, slot in _slots(model):
-        hooks = slot.owner._forward_pre_hooks.values()
-        hooked = {f"{h.name}_{end}" for h in hooks if isinstance(h, SpectralNorm) for end in "uv"}
-        if slot.attribute in hooked or (isinstance(slot.owner, _SpectralNorm) and slot.attribute in ("_u", "_v")):
-            yield name
-
-
-def _overlapping(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
-    """Yield the names of neighbours that lie in the same memory."""
-    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors if t.is_contiguous() and t.nbytes]
-    for (_, end, first), (begin, _, second) in pairwise(sorted(ranges)):
-        if begin < end:
-            yield first, second
-
-
 def _check(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> None:
     """Raise ConfigError for what cannot live in a flat vector, or would become another model there."""
-    tensors = list(_tensors(model))
+    tensors = list(tensors_of(model))
     for name, tensor in tensors:
         if is_lazy(tensor):
             problem = f"the model's {name} has no shape before the first batch"
             raise ConfigError("task", problem, "Send one batch through the model in model(), and return it then")
-        if tensor.is_complex() and _is_trained(tensor) and not _stays(name, local):
+        if tensor.is_complex() and is_trained(tensor) and not matches(name, local):
             mend = "Hold its real and imaginary parts as two parameters, or name it in the task's `local`"
             raise ConfigError("task", f"the model's {name} is {tensor.dtype}, and cannot be averaged", mend)
     _check_patterns(tensors, local, shared)
-    travelling = {name for name, _ in _averaged(model, local, shared)}
-    for first, second in _overlapping(tensors):
+    travelling = {name for name, _ in averaged_of(model, local, shared)}
+    for first, second in overlapping(tensors):
         if travelling & {first, second}:
             problem = (
                 f"the model's {first} and {second} lie in the same memory and are two tensors, which would part here"
@@ -384,9 +310,9 @@ def _check_patterns(tensors: Sequence[tuple[str, Tensor]], local: Sequence[str],
         if isinstance(patterns, str):
             raise ConfigError("task", f"`{setting}` is the text {patterns!r}", f"Write a tuple: `({patterns!r},)`")
     for pattern in shared:
-        names = [name for name, t in tensors if t.is_floating_point() and _stays(name, [pattern])]
+        names = [name for name, t in tensors if t.is_floating_point() and matches(name, [pattern])]
         if not names:
             problem = f"`shared` names {pattern!r}, which no floating-point tensor of the model matches"
             raise ConfigError("task", problem, "Write the names as `model().named_parameters()` gives them")
-        if (both := next((name for name in names if _stays(name, local)), None)) is not None:
+        if (both := next((name for name in names if matches(name, local)), None)) is not None:
             raise ConfigError("task", f"`local` and `shared` both name {both}", "Leave it out of one of them")

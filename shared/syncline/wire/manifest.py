@@ -15,6 +15,7 @@ from pydantic import Field
 from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, Count, Record
 
 ALIGN_ELEMENTS = 1024  # chunks hold a multiple of this, so that a codec's blocks never cross them
+MAX_CODE_FILES = 1000
 _ITEMSIZE = {"fp32": 4, "fp64": 8}
 
 
@@ -30,6 +31,13 @@ class Entry(Record):
         description="no trained parameter but a statistic: an update holds its value, and the center takes the mean",
     )
     unit: bool = Field(False, description="a vector of length 1, as spectral norm keeps them; its mean is scaled back")
+
+
+class NamedDigest(Record):
+    """The digest of a tensor, or of a file."""
+
+    name: Annotated[str, Field(max_length=500)]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] = Field(description="xxh3-64 of its content")
 
 
 class Manifest(Record):
@@ -49,6 +57,14 @@ class Manifest(Record):
     )
     at_home: Annotated[list[str], Field(max_length=100_000)] = Field(
         default_factory=list, description="tensors that do not travel"
+    )
+
+    frozen: Annotated[list[NamedDigest], Field(max_length=100_000)] = Field(
+        default_factory=list,
+        description="of those, the tensors that must be equal on every machine, as the coordinator has them at version 0",
+    )
+    code: Annotated[list[NamedDigest], Field(max_length=MAX_CODE_FILES)] = Field(
+        default_factory=list, description="files of the task's code, as the coordinator has them"
     )
 
     @property

@@ -16,7 +16,7 @@ from syncline.bus.accounts import MAX_PAYLOAD_BYTES, Identity, accounts_config
 from syncline.telemetry import METRICS, AgentEval, CenterEval, Event, FleetStatus, Published, Round, RunStatus, Train
 from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
-from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
+from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest, NamedDigest
 from syncline.wire.messages import (
     INLINE_BYTES,
     MESSAGES,
@@ -208,7 +208,7 @@ def _records() -> Iterable[str]:
         yield f"{_doc(record)} At most {_size(record.max_bytes)}.\n"
         yield _fields(record)
     yield "### Parts of records\n"
-    for part in (BlobRef, PlanEntry, Dropped, Entry):
+    for part in (BlobRef, PlanEntry, Dropped, Entry, NamedDigest):
         yield f"**{_words(part.__name__)}**: {_doc(part)}\n"
         yield _fields(part)
     yield f"**verdict**: {_doc(Verdict)}\n"
@@ -337,7 +337,12 @@ _PATTERNS = {
 
 def _words(name: str) -> str:
     """`BlobRef` → `blob reference`."""
-    return {"BlobRef": "blob reference", "PlanEntry": "plan entry", "Entry": "tensor"}.get(name, name.lower())
+    return {
+        "BlobRef": "blob reference",
+        "PlanEntry": "plan entry",
+        "Entry": "tensor",
+        "NamedDigest": "named digest",
+    }.get(name, name.lower())
 
 
 def _doc(model: type) -> str:

@@ -1,0 +1,70 @@
+"""The files of a task's code, and their digests: they show whether two machines have the same code."""
+
+from __future__ import annotations
+
+import abc
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import xxhash
+
+from syncline.tasks.base import Task
+from syncline.wire.manifest import MAX_CODE_FILES
+
+MAX_FILE_BYTES = 1 << 22
+
+
+def digests_of_code(task: Task) -> dict[str, str]:
+    """Return the xxh3-64 of each file of the task's code, by its name.
+
+    These are the files of the task's class and of those it is derived from, and what has been imported from the directory of
+    a task file. Names are the same on every machine; line endings make no difference.
+    """
+    found: dict[str, str] = {}
+    for name, file in sorted(_files(task)):
+        if len(found) < MAX_CODE_FILES and (digest := _digest(file)):
+            found[name] = digest
+    return found
+
+
+def differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    """Return the names of the files that both machines have, and that differ."""
+    return [name for name in here if there.get(name, here[name]) != here[name]]
+
+
+def _files(task: Task) -> set[tuple[str, Path]]:
+    own = type(task)
+    modules = [sys.modules.get(c.__module__) for c in own.__mro__ if c not in (Task, abc.ABC, object)]
+    files = {Path(file) for m in modules if (file := getattr(m, "__file__", None))}
+    main = getattr(sys.modules.get(own.__module__), "__file__", None)
+    if main is None:
+        return {(file.name, file) for file in files}
+    directory = Path(main).parent
+    beside = set(_beside(directory)) if not (directory / "__init__.py").exists() else set()
+    return {(_name(file, directory), file) for file in files | beside}
+
+
+def _beside(directory: Path) -> Iterator[Path]:
+    """Yield the files of imported modules in the directory and below it; packages that are installed there are no task's."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if not file or not Path(file).is_relative_to(directory):
+            continue
+        parts = Path(file).relative_to(directory).parts
+        if not any(part.startswith(".") or part in ("site-packages", "dist-packages") for part in parts):
+            yield Path(file)
+
+
+def _name(file: Path, directory: Path) -> str:
+    return file.relative_to(directory).as_posix() if file.is_relative_to(directory) else file.name
+
+
+def _digest(file: Path) -> str:
+    """Return '' for a file that is no source, or cannot be read."""
+    try:
+        if file.suffix == ".py" and file.stat().st_size <= MAX_FILE_BYTES:
+            return str(xxhash.xxh3_64_hexdigest(file.read_bytes().replace(b"\r\n", b"\n")))
+    except OSError:
+        pass
+    return ""
