@@ -1,7 +1,7 @@
 """Seeds of the random numbers that a task draws: of torch, of `random` and of `numpy.random`.
 
 A task's code runs at five places: when it is loaded, in `model`, in `dataset`, in a local period, and in an evaluation. Each is
-seeded from the run right before it, so what it draws depends neither on what was drawn before nor on who asks.
+seeded from the run right before it, so what it draws depends neither on what was drawn before nor on the service that asks.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_a_metric_that_never_has_a_value_is_advised_on_once(
     tmp_path: Path, evaluate: dict[str, bool], names: list[str]
 ) -> None:
     ran = Ran(tmp_path, "Never", evaluate)
-    assert all("was finite in none of 3 evaluations" in text for text in ran.warned)
+    assert all("was never finite in 3 evaluations" in text for text in ran.warned)
     assert sorted(event["agent"] for event in ran.events if event["event"] == "advice") == names
 
 

@@ -175,7 +175,7 @@ def test_of_a_metric_with_holes_and_of_one_that_was_never_finite_there_is_advice
     said = [adviser.evaluated(metrics, {"auc": 3, "none": 8}) for _ in range(5)]
     assert [len(advice) for advice in said] == [1, 0, 2, 0, 0]
     assert "'auc' was NaN in 3 of the batches" in said[0][0] and "`evaluate(model, dataset)`" in said[0][0]
-    assert "'none' has no value: it was finite in none of 3 evaluations, the last time nan" in said[2][0]
+    assert "'none' has no value: it was never finite in 3 evaluations, the last time nan" in said[2][0]
     assert "'ppl'" in said[2][1] and adviser.ended() == []
 
 

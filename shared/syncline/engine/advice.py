@@ -24,7 +24,7 @@ STILL = 0.25  # of the largest mean |update|²: below it the agents are arriving
 OUTLIER = 10.0  # times the median norm
 MANY_ROWS = 100.0  # times the median of rows, where rows are weights
 PERIODS = 9  # of an agent, for the median
-NEVER_FINITE = 3  # evaluations, after which a metric that was finite in none of them is worth a word
+NEVER_FINITE = 3  # evaluations, after which a metric that was never finite is worth a word
 METRICS_WATCHED = 100
 
 
@@ -234,7 +234,7 @@ class MetricsAdviser:
     def ended(self) -> list[str]:
         """Return what there is to say of metrics that were never finite."""
         return [
-            f"metric {name!r} has no value: it was finite in none of {self._evaluations} evaluations, the last time {value}. "
+            f"metric {name!r} has no value: it was never finite in {self._evaluations} evaluations, the last time {value}. "
             "Return a finite number, or leave the metric out"
             for name, value in self._known.items()
             if value is not None and self._is_new(name, "never finite")
