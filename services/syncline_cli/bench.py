@@ -15,8 +15,10 @@ import typer
 from syncline.bus.base import Delivery
 from syncline.errors import RunFailed
 from syncline.service import loop_factory
+from syncline.spec import RunSpec, parse
 from syncline.wire import subjects
-from syncline.wire.messages import Head, Notify, Submit, Submitted, decode, encode
+from syncline.wire.messages import Head, Notify, decode
+from syncline_cli.follow import submit
 from syncline_cli.local import FleetSettings, LocalFleet, agent_names
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -88,9 +90,7 @@ async def _measure(fleet: LocalFleet, params: int, rounds: int) -> dict[str, Any
         try:
             watched = Watched([], asyncio.Event())
             await bus.subscribe(subjects.notify("bench"), watched.on_notify)
-            answer = decode(Submitted, await fleet.ask_coordinator(bus, subjects.submit(), encode(Submit(spec=spec))))
-            if not answer.run:
-                raise RunFailed(f"{answer.setting}: {answer.problem}")
+            await submit(bus, parse(RunSpec, spec))
             await watched.ended.wait()
         finally:
             await bus.close()

@@ -81,7 +81,7 @@ class Demo:
     ) -> tuple[Head, Follower]:
         feed = Feed(watch, state)
         await feed.open()
-        await services.while_up(submit(bus, spec))
+        await services.while_up(submit(bus, spec, say=self.screen.say))
         follower = Follower(bus, spec.name)
         head = await services.until_ended(follower, state, spec.agents.min, stalled_s=STALLED_S)
         await feed.last(

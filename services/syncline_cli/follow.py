@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from syncline.bus.address import masked
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.nats import mended
-from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerError, RunFailed, Unavailable
+from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerError, RunFailed, Unavailable, Unreachable
 from syncline.spec import RunSpec
 from syncline.submission import submission
 from syncline.wire import subjects
@@ -20,35 +21,88 @@ from syncline_cli.standstill import Standstill
 from syncline_cli.state import RunState
 
 READ_AGAIN_S = 2.0
-SUBMIT_S = 120.0  # the coordinator loads the task and makes the model before it answers
+ANSWER_S = 20.0  # a coordinator that is alive answers a submitted run within a quarter of that
+SILENT_S = 120.0  # without an answer of one that was there, after which it is waited for no more
+QUIET_S = 10.0  # before it is said what is waited for
 LAST_METRICS_S = 2.0
 LOOK_S = 0.5  # how often it is looked whether the run moves
 
+Say = Callable[[str, str], None]  # level, text
 T = TypeVar("T")
 
 
-async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0) -> Submitted:
-    """Hands the run to the coordinator, asking again while it comes up. Raises ConfigError with what it refuses, and
-    NoResponders where there is no coordinator."""
+def _say_nothing(level: str, text: str) -> None: ...
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0, say: Say = _say_nothing) -> Submitted:
+    """Hand the run to the coordinator, and wait for its verdict as long as it answers: it loads the task first.
+
+    Args:
+        patience_s: for a coordinator that is not up.
+        say: takes a level and what the coordinator does meanwhile, sooner at first and then more seldom.
+
+    Raises:
+        ConfigError: the run is refused.
+        NoResponders: there is no coordinator.
+        BusError: it has not answered for long.
+    """
     question = encode(submission(spec))
-    deadline = time.monotonic() + patience_s
+    wait = _Wait(say)
+    deadline = _now_s() + patience_s
     while True:
         try:
-            answer = decode(Submitted, await bus.request(subjects.submit(), question, SUBMIT_S))
-            break
+            answer = decode(Submitted, await bus.request(subjects.submit(), question, ANSWER_S))
         except NoResponders:
-            if time.monotonic() > deadline:
+            if _now_s() > deadline:
                 raise
-        await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)
+        except Unreachable:
+            if wait.silent_s() > SILENT_S:
+                raise
+            await asyncio.sleep(LOOK_S)
+        else:
+            if not answer.doing:
+                break
+            wait.hears(answer.doing)
+            deadline = _now_s() + max(patience_s, SILENT_S)  # it was up: it may be started again
     if not answer.run:
         raise ConfigError(answer.setting, answer.problem, answer.mend)
     return answer
 
 
-async def submit_remote(bus: Bus, spec: RunSpec, url: str, key: str = "") -> Submitted:
+@dataclass(slots=True)
+class _Wait:
+    """Says what a coordinator is doing: after some seconds, when that changes, and after twice the time."""
+
+    _say: Say
+    _began_s: float = field(default_factory=_now_s)
+    _heard_s: float = field(default_factory=_now_s)
+    _doing: str = ""
+    _since_s: float = 0.0  # the coordinator does that
+    _next_s: float = QUIET_S  # from the beginning
+
+    def hears(self, doing: str) -> None:
+        now_s, before_s = _now_s(), self._heard_s
+        self._heard_s = now_s
+        if doing != self._doing:
+            self._doing, self._since_s = doing, before_s
+            self._next_s = min(self._next_s, max(QUIET_S, now_s - self._began_s))
+        if now_s - self._began_s >= self._next_s:
+            self._say("hint", f"waiting for the coordinator: it {doing}, for {now_s - self._since_s:.0f} s")
+            self._next_s = 2 * (now_s - self._began_s)
+
+    def silent_s(self) -> float:
+        return _now_s() - self._heard_s
+
+
+async def submit_remote(bus: Bus, spec: RunSpec, url: str, key: str = "", say: Say = _say_nothing) -> Submitted:
     """The same with a broker that somebody else runs: whatever is wrong with it is said as a ConfigError."""
     try:
-        return await submit(bus, spec, patience_s=5.0)
+        return await submit(bus, spec, patience_s=5.0, say=say)
     except NoResponders:
         await _check_jetstream(bus, url)
         url = masked(url)

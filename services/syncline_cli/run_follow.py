@@ -82,7 +82,7 @@ async def _follow_local(watch: RunWatch, services: Services) -> int:
     try:
         feed = Feed(feed_bus, watch.state)
         await feed.open()
-        watch.follows((await services.while_up(submit(bus, watch.spec))).warnings)
+        watch.follows((await services.while_up(submit(bus, watch.spec, say=watch.screen.say))).warnings)
         watch.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
         follower = Follower(bus, watch.spec.name)
         try:
@@ -124,14 +124,15 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
 async def submit_alone(watch: RunWatch, url: str, seed: str) -> int:
     """Submits, and says the run's name."""
     logging.getLogger().addHandler(logging.NullHandler())
+    errors = Screen(Console(stderr=True, highlight=False), Message(""))
     bus = await _connect(watch, url, seed)
     try:
         watch.asked = True
-        warnings = (await submit_remote(bus, watch.spec, url, watch.key)).warnings
+        warnings = (await submit_remote(bus, watch.spec, url, watch.key, errors.say)).warnings
     finally:
         await bus.close()
     for warning in warnings:
-        Console(stderr=True, highlight=False).print(Text(warning, "yellow"), soft_wrap=True)
+        errors.say("warning", warning)
     if watch.as_json:
         print_json({"run": watch.spec.name, "warnings": warnings})
     else:
@@ -169,7 +170,7 @@ async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> 
     feed = Feed(feed_bus, watch.state)
     await feed.open()
     watch.asked = True
-    watch.follows((await submit_remote(bus, watch.spec, url, watch.key)).warnings)
+    watch.follows((await submit_remote(bus, watch.spec, url, watch.key, watch.screen.say)).warnings)
     follower = Follower(bus, watch.spec.name, watch.screen.say)
     head = await first(follower.until_ended(), tell_standstill(follower, watch.state, watch.screen.say))
     await _last_metrics(watch, feed, follower)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +52,17 @@ class Standstill:
         if status is None:
             active = fleet.run if fleet is not None else ""
             if active == state.run:
-                return f"the coordinator loads the task and makes the model, for {still_s:.0f} s", QUIET_S
+                doing = fleet.doing if fleet is not None and fleet.doing else "loads the task and makes the model"
+                return f"the coordinator {doing}, for {still_s:.0f} s", QUIET_S
             return f"queued: {f'run {active} goes on first' if active else 'the coordinator has not begun it'}", QUIET_S
         version = max(state.version, head.version if head is not None else 0)
         if version >= state.versions:
             return f"all {version:,} versions are made; their last evaluation has taken {still_s:.0f} s so far", WORK_S
         if status.phase == "waiting":
-            return f"waiting for agents: {status.agents} of {status.needed} are here", QUIET_S
+            return (
+                f"waiting for agents: {status.agents} of {status.needed} are here{_starting(state, still_s)}",
+                QUIET_S,
+            )
         if status.phase == "merging":
             return f"merging version {version + 1:,} for {still_s:.0f} s", WORK_S
         return _training(state, status.lost, still_s), WORK_S
@@ -72,11 +77,25 @@ def _training(state: RunState, lost: list[str], still_s: float) -> str:
     }
     if not at_work:
         return f"waiting for the agents: no version for {still_s:.0f} s"
-    names = sorted(at_work, key=natural)
-    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     first = all(train.clock == train.step == 0 for train in at_work.values())
-    patience = f"; one that makes none within {FIRST_STEP_S:.0f} s of its start counts as lost" if first else ""
-    return f"waiting for {named}: no step for {still_s:.0f} s{patience}"
+    patience = (
+        f"; their data are loaded before the first one: dataset() of the task. One that makes none within "
+        f"{FIRST_STEP_S:.0f} s of its start counts as lost"
+        if first
+        else ""
+    )
+    return f"waiting for {_named(at_work)}: no step for {still_s:.0f} s{patience}"
+
+
+def _starting(state: RunState, still_s: float) -> str:
+    """Say which agents are on their way into the run."""
+    names = [name for name, agent in state.agents.items() if agent.train and agent.train.state == "starting"]
+    return f"; {_named(names)}: loading the task and making its model for {still_s:.0f} s" if names else ""
+
+
+def _named(agents: Collection[str]) -> str:
+    names = sorted(agents, key=natural)
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _moves(state: RunState, head: Head | None) -> tuple[Any, ...]:

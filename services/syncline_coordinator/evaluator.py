@@ -10,12 +10,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from syncline.child import Handler, serve
+from syncline.child import Handler, serve, tell
 from syncline.optim import check_inner
 from syncline.seeding import seed_all, seed_of
 from syncline.shm import SharedMemory
@@ -41,9 +42,10 @@ class Evaluator:
         task_dir: Path,
         clock: Callable[[], float] = time.monotonic,
         enter: Callable[[Path], object] = lambda directory: None,
+        tell: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        """`enter`: as `load_task` has it."""
-        self._clock, self._enter = clock, enter
+        """`enter`: as `load_task` has it. `tell`: takes what the task's code is called for, each time before it is."""
+        self._clock, self._enter, self._tell = clock, enter, tell
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._task: Task | None = None
         self._flat: FlatModel | None = None
@@ -51,7 +53,9 @@ class Evaluator:
     def describe(self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"") -> dict[str, Any]:
         """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one."""
         settings = parse(RunSpec, spec)
+        self._tell(f"loads the task {settings.task}")
         task = self.load_task(settings)
+        self._tell(f"makes the model: model() of {settings.task}")
         model = make_model(task, settings.seed)
         if manifest:
             layout = decode(Manifest, manifest)
@@ -63,6 +67,7 @@ class Evaluator:
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
         self._settings = settings
         if settings.evaluate.center:
+            self._tell(f"loads the held-out data: dataset() of {settings.task}")
             self._dataset = make_held_out(task, settings.seed)
         return {"manifest": encode(layout)}
 
@@ -109,5 +114,5 @@ class Evaluator:
 def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:
     if threads:
         torch.set_num_threads(threads)
-    evaluator = Evaluator(SharedMemory(memory_fd), allowed, Path(task_dir), enter=os.chdir)
+    evaluator = Evaluator(SharedMemory(memory_fd), allowed, Path(task_dir), enter=os.chdir, tell=partial(tell, end_fd))
     return serve(end_fd, evaluator.questions())

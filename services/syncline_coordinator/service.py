@@ -16,13 +16,13 @@ from pathlib import Path
 from syncline.allow_list import is_allowed
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
-from syncline.child import Asked, ChildDied, ChildFailed, Start
+from syncline.child import Asked, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
 from syncline.guardrails import doubts_of_model
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
-from syncline.submission import submission, submitted_spec
+from syncline.submission import submitted_spec
 from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
@@ -63,6 +63,7 @@ from syncline_coordinator.space import (
     restore,
 )
 from syncline_coordinator.stopping import end_undriven, give_up, why
+from syncline_coordinator.submissions import Submissions
 from syncline_coordinator.waiting import WaitingRuns, first_head
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class Coordinator:
         self._losses = Losses()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._reducers = settings.executor
+        self._loading: dict[str, Asked] = {}  # by run: the child that loads its task and makes its model
+        self._submissions = Submissions(self._accept, self._doing, self._answer)
 
     async def serve(self) -> None:
         """Until cancelled. Raises Deposed where another coordinator has taken over: one serves all runs."""
@@ -108,7 +111,7 @@ class Coordinator:
         agents = f"{subjects.PREFIX}.*.agent.*"
         await self._bus.subscribe(f"{agents}.hello", self._on_hello)
         await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
-        await self._bus.subscribe(subjects.submit(), self._on_submit)
+        await self._bus.subscribe(subjects.submit(), self._submissions.on_submit)
         await self._bus.subscribe(subjects.stop(), self._on_stop)
         await self._fleet_events.event("coordinator-started", "the coordinator is up")
         try:
@@ -121,6 +124,8 @@ class Coordinator:
                 tasks.create_task(tell_often(self._fleet_events, self._status))
         except* Deposed as group:
             raise group.exceptions[0] from None
+        finally:
+            await self._submissions.close()
 
     def _on_reconnect(self) -> None:
         self._losses.connection_was_gone()
@@ -130,7 +135,13 @@ class Coordinator:
     def _status(self) -> FleetStatus:
         run = self._active.parts.spec.name if self._active is not None else self._opening
         queued = [name for name in self._queue if name != run]
-        return FleetStatus(agents=len(self._fleet.lives), run=run, queued=queued[:QUEUED_NAMED])
+        doing = self._doing(self._opening)
+        return FleetStatus(agents=len(self._fleet.lives), run=run, doing=doing, queued=queued[:QUEUED_NAMED])
+
+    def _doing(self, run: str) -> str:
+        """What the child of a run that is checked or opened is at; '' where there is none, or it has not said so."""
+        child = self._loading.get(run)
+        return child.doing if child is not None else ""
 
     # -- the fleet -----------------------------------------------------------------------------------------------------
     async def _on_hello(self, delivery: Delivery) -> None:
@@ -229,19 +240,6 @@ class Coordinator:
                 log.debug("%s: %s", delivery.reply, error)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
-    async def _on_submit(self, delivery: Delivery) -> None:
-        try:
-            submit = decode(Submit, delivery.data)
-            spec = submitted_spec(submit)
-            warnings = await self._accept(spec, submission(spec, submit))
-        except ConfigError as error:
-            refused = Submitted(setting=error.setting[:2000], problem=error.problem[:2000], mend=error.mend[:2000])
-            await self._answer(delivery, refused)
-        except (PeerError, BusError, ChildDied) as error:
-            await self._answer(delivery, Submitted(setting="spec", problem=str(error)[:2000]))
-        else:
-            await self._answer(delivery, Submitted(run=spec.name, warnings=warnings))
-
     async def _on_stop(self, delivery: Delivery) -> None:
         try:
             stop = decode(Stop, delivery.data)
@@ -297,6 +295,7 @@ class Coordinator:
         """A child process with the task's model. Raises ConfigError for a task that cannot be used."""
         child = await self._start_child(memory)
         chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload)
+        self._loading[spec.name] = child
         try:
             answer = await child.ask(
                 "describe", spec=spec.model_dump(mode="json"), chunk_bytes=chunk, manifest=manifest
@@ -308,6 +307,8 @@ class Coordinator:
         except BaseException:
             await child.close()
             raise
+        finally:
+            del self._loading[spec.name]
 
     async def _take_runs(self) -> None:
         while True:

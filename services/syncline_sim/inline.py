@@ -34,6 +34,7 @@ class InlineChild:
         self._handlers, self._memory, self._seconds = handlers, memory, seconds
         self._lock = asyncio.Lock()
         self._died = asyncio.Event()
+        self.doing = ""
 
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         asked: dict[str, Any] = msgpack.unpackb(msgpack.packb({"ask": question, **fields}), strict_map_key=False)

@@ -142,6 +142,8 @@ class World:
                 answer = Submitted(problem="nobody answers")
             if answer.run or "already" in answer.problem:
                 return
+            if answer.doing:
+                continue
             if answer.setting not in ("", "spec"):  # the user's input is wrong, and asking again mends nothing
                 self.refused = ConfigError(answer.setting, answer.problem, answer.mend)
                 self._ended.set()

@@ -7,6 +7,7 @@ stops neither heartbeats nor Ctrl-C.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import struct
@@ -24,6 +25,7 @@ from syncline.shm import SharedMemory
 
 MAX_MESSAGE_BYTES = 64 << 20  # a manifest of a very large model, with room
 _LENGTH = struct.Struct("<I")
+_DOING = "doing"  # the one key of what is no answer yet
 
 Handler = Callable[..., dict[str, Any]]
 
@@ -47,6 +49,8 @@ class ChildFailed(SynclineError):
 class Asked(Protocol):
     """What a service needs of a child: a process, or in a simulation the same code inline."""
 
+    doing: str  # as it has said while it answers, for people; '' where it has not
+
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
         ...
@@ -64,6 +68,7 @@ class Child:
         self.worker = worker
         self._end = end
         self._lock = asyncio.Lock()
+        self.doing = ""
 
     @classmethod
     async def start(cls, nursery: Nursery, target: str, memory: SharedMemory, *args: Any) -> Child:
@@ -83,6 +88,7 @@ class Child:
         """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
         data = msgpack.packb({"ask": question, **fields})
         async with self._lock:
+            self.doing = ""
             exchange = asyncio.ensure_future(self._exchange(_LENGTH.pack(len(data)) + data))
             try:  # its end says so first: a process that it forked may live on, and hold the socket open
                 await asyncio.wait((exchange, self.worker.exited), return_when=asyncio.FIRST_COMPLETED)
@@ -107,9 +113,12 @@ class Child:
 
     async def _exchange(self, question: bytes) -> dict[str, Any]:
         await asyncio.get_running_loop().sock_sendall(self._end, question)
-        (size,) = _LENGTH.unpack(await self._receive(_LENGTH.size))
-        answer: dict[str, Any] = msgpack.unpackb(await self._receive(size), strict_map_key=False)
-        return answer
+        while True:
+            (size,) = _LENGTH.unpack(await self._receive(_LENGTH.size))
+            answer: dict[str, Any] = msgpack.unpackb(await self._receive(size), strict_map_key=False)
+            if answer.keys() != {_DOING}:
+                return answer
+            self.doing = answer[_DOING]
 
     async def _receive(self, size: int) -> bytes:
         loop, parts, missing = asyncio.get_running_loop(), [], size
@@ -141,6 +150,15 @@ def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
             except OSError:
                 return 0
     return 0
+
+
+def tell(end_fd: int, doing: str) -> None:
+    """Tell the service what the child is doing, before it answers. `end_fd`: the same as for `serve`."""
+    data = msgpack.packb({_DOING: _clean(doing[:200])})
+    try:
+        os.write(end_fd, _LENGTH.pack(len(data)) + data)  # whole: the socket blocks
+    except OSError:
+        pass  # the service has hung up
 
 
 def packed_answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> bytes:

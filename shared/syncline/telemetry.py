@@ -118,6 +118,7 @@ class FleetStatus(Published):
     what: ClassVar[str] = "fleet"
     agents: int = Field(description="agents that are here, with or without a run")
     run: str = Field(description="the run that goes on, or empty")
+    doing: str = Field("", max_length=200, description="what the coordinator does before that run can begin")
     queued: list[str] = Field(max_length=QUEUED_NAMED, description="runs that wait for it to end, so many at most")
 
 

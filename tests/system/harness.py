@@ -68,7 +68,10 @@ class Fleet:
         self._runs += 1
         whole = {"name": f"run-{self._runs}", **spec}
         question = encode(Submit(spec=whole))
-        return decode(Submitted, await self.local.ask_coordinator(self.bus, subjects.submit(), question))
+        while True:
+            answer = decode(Submitted, await self.local.ask_coordinator(self.bus, subjects.submit(), question))
+            if not answer.doing:
+                return answer
 
     async def start(self, **spec: Any) -> str:
         answer = await self.submit(**spec)

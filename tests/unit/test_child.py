@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from typing import Any
+import socket
+import threading
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgpack
 import pytest
 import torch
 
-from syncline.child import Handler, packed_answer
+from syncline.child import Child, Handler, packed_answer, serve, tell
 from syncline.errors import ConfigError
 from syncline.tasks.quadratic import LinearRegression
 
@@ -66,3 +70,30 @@ def test_an_error_in_a_ready_made_task_names_its_line() -> None:
         return {}
 
     assert "(quadratic.py:" in asked(handler)["error"]
+
+
+async def test_a_child_tells_what_it_is_doing_before_it_answers() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    child = Child(cast(Any, SimpleNamespace(exited=asyncio.get_running_loop().create_future())), ours)
+    end_fd, seen = theirs.detach(), []
+    go_on = threading.Event()
+
+    def describe() -> dict[str, Any]:
+        for doing in ("loads caf\udce9.py", "makes the model"):
+            tell(end_fd, doing)
+            assert go_on.wait(10)
+            go_on.clear()
+        return {"doing": "nothing", "elements": 3}
+
+    answering = asyncio.create_task(asyncio.to_thread(serve, end_fd, {"describe": describe}))
+    asking = asyncio.create_task(child.ask("describe"))
+    while not asking.done():
+        await asyncio.sleep(0)
+        if child.doing not in ("", *seen):
+            seen.append(child.doing)
+            go_on.set()
+    ours.close()
+    await answering
+    assert seen == ["loads caf?.py", "makes the model"]
+    assert await asking == {"doing": "nothing", "elements": 3}

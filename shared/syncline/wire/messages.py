@@ -285,10 +285,13 @@ class Submit(Record):
 
 
 class Submitted(Record):
-    """The answer: accepted, or what to mend."""
+    """The answer: accepted, refused with a hint, or not known yet."""
 
     kind: ClassVar[str] = "submitted"
-    run: Annotated[str, Field(max_length=63)] = Field("", description="the run's name; empty where it was refused")
+    run: Annotated[str, Field(max_length=63)] = Field("", description="the run's name; empty where it was not accepted")
+    doing: Annotated[str, Field(max_length=300)] = Field(
+        "", description="not empty: what the coordinator does before it knows; ask again with the same record"
+    )
     setting: Text = Field("", description="what is wrong")
     problem: Text = Field("", description="why, with the value")
     mend: Text = Field("", description="what to do")
