@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from syncline.allow_list import is_file
 from syncline.bus.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.address import masked
 from syncline.bus.embedded import TEMPORARY
@@ -22,7 +23,7 @@ from syncline.bus.nats import Connection, NatsBus, mended
 from syncline.bus.tls import Tls
 from syncline.errors import BusError, ConfigError, Denied
 from syncline.wire.subjects import COORDINATOR
-from syncline_cli.local import URL
+from syncline_cli.local import TASK_DIR, URL
 from syncline_cli.options import DEFAULT_URL
 from syncline_cli.process import run_interruptible
 
@@ -92,6 +93,22 @@ def local_fleets() -> list[tuple[Path, str]]:
         except OSError:
             pass  # it is not up yet, or just gone
     return found
+
+
+def check_task_dir(at: Place, task: str, spec: Path) -> None:
+    """Refuse to submit the task file of other settings to a local fleet that would load a file of the same name elsewhere.
+
+    Raises:
+        ConfigError: the broker is that of a local fleet, and its task directory is not the one of the settings file.
+    """
+    module = task.rpartition(":")[0]
+    wanted = spec.resolve().parent
+    for directory, url in local_fleets():
+        if url == at.url and is_file(module) and not Path(module).is_absolute():
+            there = Path((directory / TASK_DIR).read_text())
+            if there != wanted:
+                problem = f"{task!r} lies in {wanted}, and the local fleet looks for task files in {there}"
+                raise ConfigError("task", problem, f"Start another fleet for it: syncline run {spec} --local 4")
 
 
 def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:

@@ -34,6 +34,7 @@ PRELOAD = (
     "syncline_coordinator.evaluator",
 )
 STOP_S = 3.0
+TASK_DIR = "task.dir"  # a file beside the next one: where the fleet looks for task files
 URL = "broker.url"  # a file in the fleet's directory with the broker's address, so that others on this machine find it
 
 
@@ -73,6 +74,7 @@ class LocalFleet:
         try:
             check_room(self.settings)
             await self.broker.start()
+            (self.broker.directory / TASK_DIR).write_text(str(self.settings.task_dir.resolve()))
             (self.broker.directory / URL).write_text(f"{self.broker.url}\n")
             for sub in ("logs", "state"):
                 (self.broker.directory / sub).mkdir(exist_ok=True)

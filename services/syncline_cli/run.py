@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from syncline.errors import ConfigError
-from syncline_cli.options import DEFAULT_URL, HELP_NAMES, Connect, Json, Key, TlsCa, TlsCert, TlsKey, new_app
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, TlsCa, TlsCert, TlsKey, new_app
 
 if TYPE_CHECKING:
     from syncline.spec import RunSpec
@@ -27,7 +27,7 @@ MAX_AGENTS = 64
 def run(
     ctx: typer.Context,
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings; only `task` has no default.")],
-    connect: Connect = DEFAULT_URL,
+    connect: FindConnect = "",
     key: Key = "",
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
@@ -60,7 +60,7 @@ def run(
         raise ConfigError("--local", f"{local} is out of range", f"Use 1 to {MAX_AGENTS}")
     settings = read_spec(spec, name, local)
     raise typer.Exit(
-        _remote(settings, connect, key, (tls_ca, tls_cert, tls_key), as_json, detach)
+        _remote(settings, spec, connect, key, (tls_ca, tls_cert, tls_key), as_json, detach)
         if local is None
         else _local(settings, local, spec, as_json, stay)
     )
@@ -92,28 +92,46 @@ def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
 
 
 def _remote(
-    spec: RunSpec, connect: str, key: str, certificates: tuple[str, str, str], as_json: bool, detach: bool
+    spec: RunSpec,
+    path: Path,
+    connect: str,
+    key: str,
+    certificates: tuple[str, str, str],
+    as_json: bool,
+    detach: bool,
 ) -> int:
     from syncline.bus.accounts import read_seed
     from syncline.bus.tls import Tls
-    from syncline_cli.connect import come_back, watch_key
+    from syncline_cli.connect import check_task_dir, come_back, place, watch_key
     from syncline_cli.process import Interrupted, run_interruptible
     from syncline_cli.run_follow import RunWatch, follow_remote, submit_alone
 
-    watch = RunWatch(spec, as_json, key=key, tls=Tls(*certificates))
-    seeds = [read_seed(Path(file)) if file else "" for file in (key, watch_key(key))]
+    at = place(connect, key, tls=Tls(*certificates))
+    check_task_dir(at, spec.task, path)
+    watch = RunWatch(spec, as_json, key=at.key)
+    seeds = [read_seed(Path(file)) if file else "" for file in (at.key, watch_key(at.key))]
     try:
         if detach:
-            return run_interruptible(lambda: submit_alone(watch, connect, seeds[0]))
-        return run_interruptible(lambda: follow_remote(watch, connect, *seeds)) or watch.summary()
+            return run_interruptible(lambda: submit_alone(watch, at, seeds[0]))
+        return run_interruptible(lambda: follow_remote(watch, at, *seeds)) or watch.summary()
     except Interrupted:
-        again = come_back(f"syncline watch {spec.name}", connect, watch_key(key))
+        again, ls = f"syncline watch {spec.name}", "syncline ls"
+        if not at.found:
+            again, ls = come_back(again, at.url, watch_key(at.key)), come_back(ls, at.url, at.key)
         if watch.submitted:
             raise Interrupted(f"; run {spec.name} goes on without this terminal. Come back with: {again}") from None
-        perhaps = f"; run {spec.name} may have been submitted. See: {come_back('syncline ls', connect, key)}"
-        raise Interrupted(perhaps if watch.asked else "") from None
+        raise Interrupted(f"; run {spec.name} may have been submitted. See: {ls}" if watch.asked else "") from None
     finally:
         watch.report()
+
+
+def allowed_tasks(task: str, *, stay: bool) -> tuple[str, ...]:
+    """Return the allow-list of a local fleet: its run's task; for further runs also the other classes of its file or
+    module, and every task file in the directory of the settings and below."""
+    from syncline.tasks import DEFAULT_ALLOWED
+
+    more = (task.rpartition(":")[0], "*.py:*") if stay else ()
+    return (*DEFAULT_ALLOWED, task, *more)
 
 
 def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) -> int:
@@ -123,7 +141,6 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) ->
     own = [module] if _is_ready_made(module) else []
     nursery = start_nursery("torch._dynamo", *own)
 
-    from syncline.tasks import DEFAULT_ALLOWED
     from syncline_cli.display import counted
     from syncline_cli.local import FleetSettings, agent_names
     from syncline_cli.process import Interrupted
@@ -133,7 +150,7 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) ->
     watch = RunWatch(spec, as_json, f"starting a broker, a coordinator and {counted(agents, 'agent')}")
     fleet = FleetSettings(
         tuple(agent_names(agents)),
-        allow_task=(*DEFAULT_ALLOWED, spec.task),
+        allow_task=allowed_tasks(spec.task, stay=stay),
         task_dir=path.resolve().parent,
         threads=max(1, (os.cpu_count() or 1) // agents),
     )

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from syncline.bus.base import Bus
-from syncline.bus.nats import Connection, NatsBus, mended
-from syncline.bus.tls import Tls
+from syncline.bus.nats import NatsBus
 from syncline.errors import BusError, RunFailed
 from syncline.service import DONE, FAILED
 from syncline.spec import RunSpec
 from syncline.wire.subjects import COORDINATOR
+from syncline_cli.connect import Place, unreachable
 from syncline_cli.display import Message, RunView, Screen, megabytes, number
 from syncline_cli.follow import Feed, Follower, first, submit, submit_remote, tell_standstill
 from syncline_cli.local import LocalFleet
@@ -27,8 +27,8 @@ from syncline_cli.supervise import Services
 class RunWatch:
     """The screen and the state of one run; then `report`."""
 
-    def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "", tls: Tls | None = None) -> None:
-        self.spec, self.as_json, self.key, self.tls = spec, as_json, key, tls or Tls()
+    def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "") -> None:
+        self.spec, self.as_json, self.key = spec, as_json, key
         self.console = Console(stderr=as_json, highlight=False)
         steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
         self.state = RunState(spec.name, spec.stop.versions, steps)
@@ -111,7 +111,8 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
         code = FAILED
     watch.report()
     name = watch.spec.name
-    watch.screen.say("hint", f"the fleet stays up: syncline why {name}, syncline export {name} {name}.safetensors")
+    others = f"syncline why {name}, syncline export {name} {name}.safetensors, syncline run SPEC.yaml"
+    watch.screen.say("hint", f"the fleet stays up: {others}")
     watch.stayed = code
     try:
         await services.keep_up()
@@ -121,14 +122,14 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
     return code
 
 
-async def submit_alone(watch: RunWatch, url: str, seed: str) -> int:
+async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
     """Submits, and says the run's name."""
     logging.getLogger().addHandler(logging.NullHandler())
     errors = Screen(Console(stderr=True, highlight=False), Message(""))
-    bus = await _connect(watch, url, seed)
+    bus = await _connect(at, seed)
     try:
         watch.asked = True
-        warnings = (await submit_remote(bus, watch.spec, url, watch.key, errors.say)).warnings
+        warnings = (await submit_remote(bus, watch.spec, at.url, watch.key, errors.say)).warnings
     finally:
         await bus.close()
     for warning in warnings:
@@ -140,30 +141,30 @@ async def submit_alone(watch: RunWatch, url: str, seed: str) -> int:
     return DONE
 
 
-async def follow_remote(watch: RunWatch, url: str, seed: str, watch_seed: str) -> int:
+async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) -> int:
     """On a broker that somebody else runs. `watch_seed`: the key that hears the agents; the coordinator's does not.
 
     Raises RunFailed for a run that failed.
     """
     logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
-    bus = await _connect(watch, url, seed)
+    bus = await _connect(at, seed)
     feed_bus = bus
     try:
         if watch_seed != seed:
-            feed_bus = await _connect(watch, url, watch_seed)
+            feed_bus = await _connect(at, watch_seed)
         async with watch.screen:
-            await _follow_remote(watch, bus, feed_bus, url)
+            await _follow_remote(watch, bus, feed_bus, at.url)
     finally:
         await feed_bus.close()
         await bus.close()
     return DONE
 
 
-async def _connect(watch: RunWatch, url: str, seed: str) -> NatsBus:
+async def _connect(at: Place, seed: str) -> NatsBus:
     try:
-        return await NatsBus.connect(Connection(url, "cli", seed, tls=watch.tls))
+        return await NatsBus.connect(at.connection("cli", seed))
     except BusError as error:
-        raise mended(error, url) from None
+        raise unreachable(error, at) from None
 
 
 async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> None:

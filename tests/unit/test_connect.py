@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from syncline.allow_list import is_allowed
 from syncline.errors import ConfigError, Denied, Unreachable
-from syncline_cli.connect import Place, come_back, local_fleets, place, unreachable, watch_key
+from syncline_cli.connect import Place, check_task_dir, come_back, local_fleets, place, unreachable, watch_key
 from syncline_cli.options import DEFAULT_URL
+from syncline_cli.run import allowed_tasks
 
 A, B = "nats://127.0.0.1:5001", "nats://127.0.0.1:5002"
 
@@ -91,3 +93,34 @@ def test_nothing_to_connect_to_is_said_with_the_mend(tmp: Path) -> None:
     assert "syncline demo" in str(unreachable(gone, Place(DEFAULT_URL, "", named=False)))
     assert "Start the broker" in str(unreachable(gone, Place(A, "")))
     assert unreachable(Denied("no"), Place(DEFAULT_URL, "", named=False)).setting == "--key"
+
+
+def test_a_task_file_is_submitted_only_to_a_local_fleet_that_looks_for_it_there(tmp: Path) -> None:
+    (fleet(tmp, "1", A) / "task.dir").write_text(str(tmp / "tasks"))
+    check_task_dir(place("", ""), "mine.py:Mine", tmp / "tasks" / "spec.yaml")
+    check_task_dir(place(B, ""), "mine.py:Mine", tmp / "other" / "spec.yaml")
+    for task in ("package.module:Mine", "/tasks/mine.py:Mine"):
+        check_task_dir(place("", ""), task, tmp / "other" / "spec.yaml")
+    with pytest.raises(ConfigError, match=r"task: 'mine.py:Mine' lies in .*/other, and the local fleet .* in .*/tasks"):
+        check_task_dir(place("", ""), "mine.py:Mine", tmp / "other" / "spec.yaml")
+
+
+@pytest.mark.parametrize(
+    ("first", "stay", "further", "allowed"),
+    [
+        ("mine.py:Mine", False, "other.py:Other", False),
+        ("mine.py:Mine", True, "other.py:Other", True),
+        ("mine.py:Mine", True, "below/other.py:Other", True),
+        ("mine.py:Mine", True, "../other.py:Other", False),
+        ("mine.py:Mine", True, "/elsewhere/other.py:Other", False),
+        ("mine.py:Mine", True, "package.module:Other", False),
+        ("package.module:Mine", True, "package.module:Other", True),
+        ("package.module:Mine", True, "syncline.tasks.digits:Digits", True),
+    ],
+)
+def test_a_fleet_that_stays_allows_what_further_runs_of_its_directory_need(
+    first: str, stay: bool, further: str, allowed: bool
+) -> None:
+    patterns = allowed_tasks(first, stay=stay)
+    assert is_allowed(first, patterns)
+    assert is_allowed(further, patterns) == allowed
