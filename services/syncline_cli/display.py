@@ -115,6 +115,8 @@ def _agent(state: RunState, agent: AgentState, figures: int) -> list[RenderableT
     train, (done, steps) = agent.train, state.steps_of(agent)
     if agent.lost or agent.failed:
         return [Text("cannot train" if agent.failed else "lost", "yellow")]
+    if agent.slow:
+        return [Text("slow: no progress, and not waited for", "yellow")]
     if train is None or not steps:
         return [Text("starting", "dim")]
     bar = ProgressBar(total=steps, completed=done, complete_style="cyan", finished_style="cyan")

@@ -58,6 +58,8 @@ class Standstill:
         version = max(state.version, head.version if head is not None else 0)
         if version >= state.versions:
             return f"all {version:,} versions are made; their last evaluation has taken {still_s:.0f} s so far", WORK_S
+        if status.phase == "waiting" and status.slow:
+            return f"waiting for {_named(status.slow)}: slow, no progress", QUIET_S
         if status.phase == "waiting":
             return (
                 f"waiting for agents: {status.agents} of {status.needed} are here{_starting(state, still_s)}",
@@ -80,7 +82,7 @@ def _training(state: RunState, lost: list[str], still_s: float) -> str:
     first = all(train.clock == train.step == 0 for train in at_work.values())
     patience = (
         f"; their data are loaded before the first one: dataset() of the task. One that makes none within "
-        f"{FIRST_STEP_S:.0f} s of its start counts as lost"
+        f"{FIRST_STEP_S:.0f} s of its start counts as slow"
         if first
         else ""
     )

@@ -16,6 +16,7 @@ POINTS = 1024  # of a curve; a longer one is thinned out
 BLOCKS = "▁▂▃▄▅▆▇█"
 MAX_AGENTS = 10_000  # names that are remembered; a broker without accounts lets anybody make them up
 MAX_EVENTS = 1000
+PRESENCE_EVENTS = ("agent-joined", "agent-present", "agent-slow", "agent-lost", "agent-failed")
 MOST_TEXT = 1000  # of an event: it goes to the terminal
 TRAINING_LOSS = "training loss"  # the curve of the agents' mean
 
@@ -27,6 +28,7 @@ class AgentState:
     train: Train | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)  # of its own W_i
     lost: str = ""  # why, in the words of the coordinator
+    slow: str = ""  # the same
     failed: str = ""
     seen_s: float = 0.0  # when its newest metric came, by the watcher's clock
     late_at_s: float = -math.inf  # when it was last named as late
@@ -137,8 +139,9 @@ class RunState:
         if event.event == "advice" and who == COORDINATOR:
             self.advice = event
         about = event.agent if who == COORDINATOR else who
-        if event.event in ("agent-joined", "agent-lost", "agent-failed") and (agent := self._agent(about)) is not None:
+        if event.event in PRESENCE_EVENTS and (agent := self._agent(about)) is not None:
             agent.lost = event.text if event.event == "agent-lost" else ""
+            agent.slow = event.text if event.event == "agent-slow" else ""
             if event.event == "agent-failed":
                 agent.failed = event.text
         if run == self.run and who == COORDINATOR and event.event.removeprefix("run-") in ENDED:
@@ -180,13 +183,18 @@ class RunState:
         """The truth, for whoever missed what led to it."""
         self.status, self.phase, self.versions = status, status.phase, status.versions
         self.statuses += 1
-        gone = {*status.lost}
+        gone, slow = {*status.lost}, {*status.slow}
         for name in gone:
             if (agent := self._agent(name)) is not None:
                 agent.lost = agent.lost or f"{name} lost"
+        for name in slow:
+            if (agent := self._agent(name)) is not None:
+                agent.slow = agent.slow or f"{name} slow"
         for name, agent in self.agents.items():
             if name not in gone and len(gone) < LOST_NAMED:
                 agent.lost = ""
+            if name not in slow and len(slow) < LOST_NAMED:
+                agent.slow = ""
         if status.phase in ENDED:
             self.ended = self.ended or f"run {self.run}: {status.reason}"
 

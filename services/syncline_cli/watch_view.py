@@ -45,14 +45,16 @@ class Standing:
         if agent.lost:
             return cls(1, "lost", "red")
         if ended:
-            return cls(4, "", "dim")
+            return cls(5, "", "dim")
+        if agent.slow:
+            return cls(2, "slow", "yellow")
         if agent.train is None:
-            return cls(4, "starting", "dim")
+            return cls(5, "starting", "dim")
         if now_s - agent.seen_s > SILENT_S:
-            return cls(2, "silent", "yellow")
+            return cls(3, "silent", "yellow")
         if now_s - agent.late_at_s < LATE_S:
-            return cls(3, "late", "yellow")
-        return cls(4, agent.train.state, "dim" if agent.train.state in ("waiting", "starting") else "")
+            return cls(4, "late", "yellow")
+        return cls(5, agent.train.state, "dim" if agent.train.state in ("waiting", "starting") else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,9 @@ def _head(state: RunState, others: list[str], width: int, now_s: float, wall_s: 
     left.append(f"{GAP}also: {', '.join(others)}" if others else "", "dim")
     yield _pair(left, Text(clock(wall_s), "dim"), width)
     standings = Counter(Standing.of(agent, now_s).word for agent in state.agents.values())
-    bad = [f"{standings[word]} {word}" for word in ("cannot train", "lost", "silent", "late") if standings[word]]
+    bad = [
+        f"{standings[word]} {word}" for word in ("cannot train", "lost", "slow", "silent", "late") if standings[word]
+    ]
     parts = [counted(len(state.agents), "agent"), *bad]
     if state.phase in ENDED:
         parts = [_one_line(state.ended.removeprefix(f"run {state.run}: "))]
@@ -228,8 +232,9 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
         agent, how = state.agents[name], standing[name]
         cells = "".join(f"{GAP}{column.cell(state, agent, now_s):>{column.width}}" for column in columns)
         word = _word(state, agent, how)
-        said = _one_line(agent.failed or agent.lost).removeprefix(f"{name} ").removeprefix("lost: ")
-        why = f"{GAP}{said}" if how.rank < 2 and width >= WIDE else ""
+        said = _one_line(agent.failed or agent.lost or agent.slow).removeprefix(f"{name} ")
+        said = said.removeprefix("lost: ").removeprefix("slow: ")
+        why = f"{GAP}{said}" if how.rank < 3 and width >= WIDE else ""
         lines.append(
             Text.assemble(f"{_cut(name, wide):<{wide}}{GAP}", (f"{word:<{STATE}}", how.style), cells, (why, "dim"))
         )

@@ -51,6 +51,10 @@ class Books(Protocol):
         """A metric or an event was published."""
         ...
 
+    def answered(self, agent: str, heard_s: float) -> None:
+        """The coordinator in charge has taken a heartbeat, at this time of the wall clock or later."""
+        ...
+
 
 def content(prefix: str, ref: BlobRef, frames: Mapping[str, bytes]) -> bytes:
     """What the frames of a blob hold, by their subjects. Raises KeyError for one that is missing."""

@@ -39,6 +39,7 @@ class Chronicle:
         default_factory=dict
     )  # session → line, highest term and version
     was_set_back: bool = False  # the broker has lost what it had acknowledged
+    answered_s: dict[str, float] = field(default_factory=dict)  # agent → when the coordinator heard it last, or before
     reborn: bool = False  # the run was lost as a whole, and submitted again
     writers: dict[int, str] = field(default_factory=dict)  # term → who writes head under it
     dropped: set[tuple[str, int]] = field(default_factory=set)

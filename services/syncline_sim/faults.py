@@ -93,6 +93,15 @@ class Delay:
 
 
 @dataclass(frozen=True, slots=True)
+class LongStep:
+    """A step of the agent's training takes so much longer; its heartbeats go on."""
+
+    service: str
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class KillTrainer:
     """The training child of an agent is killed, and the agent is not."""
 
@@ -119,7 +128,7 @@ class Zombie:
 
 
 AtOperation = Crash | Unanswered
-Fault = AtOperation | Down | Cut | BrokerDown | RollBack | Lose | Delay | KillTrainer | Twin | Zombie
+Fault = AtOperation | Down | Cut | BrokerDown | RollBack | Lose | Delay | LongStep | KillTrainer | Twin | Zombie
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +168,9 @@ class Faults:
 
     def delay(self, service: str, seconds: float, *, after_s: float, for_s: float) -> Faults:
         return self._and(Delay(service, seconds, after_s, for_s))
+
+    def long_step(self, agent: str, *, after_s: float, for_s: float) -> Faults:
+        return self._and(LongStep(agent, after_s, for_s))
 
     def kill_trainer(self, agent: str, *, after_s: float) -> Faults:
         return self._and(KillTrainer(agent, after_s))
@@ -203,7 +215,19 @@ def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
     service, agent, at_s = rng.choice(services), rng.choice(agents), round(rng.uniform(0.0, within_s), 3)
     for_s = round(0.02 * 1000 ** rng.random(), 3)  # 20 ms to 20 s, every order of magnitude as often
     kind = rng.choice(
-        (*["crash"] * 3, *["unanswered"] * 3, "cut", "cut", "broker", "lose", "delay", "trainer", "twin", "zombie")
+        (
+            *["crash"] * 3,
+            *["unanswered"] * 3,
+            "cut",
+            "cut",
+            "broker",
+            "lose",
+            "delay",
+            "step",
+            "trainer",
+            "twin",
+            "zombie",
+        )
     )
     match kind:
         case "crash":
@@ -221,6 +245,8 @@ def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
             return Lose(round(rng.uniform(0.05, 0.9), 2), at_s, for_s)
         case "delay":
             return Delay(service, round(rng.uniform(0.001, 1.0), 3), at_s, for_s)
+        case "step":
+            return LongStep(agent, at_s, for_s)
         case "trainer":
             return KillTrainer(agent, at_s)
         case "zombie":

@@ -35,6 +35,7 @@ class InlineChild:
         self._lock = asyncio.Lock()
         self._died = asyncio.Event()
         self.doing = ""
+        self._held_s = 0.0  # that the next step takes longer
 
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         asked: dict[str, Any] = msgpack.unpackb(msgpack.packb({"ask": question, **fields}), strict_map_key=False)
@@ -53,6 +54,10 @@ class InlineChild:
         """As if the kernel had killed it."""
         self._died.set()
 
+    def hold(self, seconds: float) -> None:
+        """Let the step that is under way, or else the next one, take so much longer."""
+        self._held_s += seconds
+
     def show(self) -> None:
         """Progress is asked for: it lies in the shared memory."""
 
@@ -69,6 +74,9 @@ class InlineChild:
         view[8:16] = bytes(8)
         for _ in range(SLICES):
             await self._pause(seconds / SLICES)
+            while self._held_s:
+                held_s, self._held_s = self._held_s, 0.0
+                await self._pause(held_s)
             ever, steps = struct.unpack_from("<QQ", view)
             struct.pack_into("<QQ", view, 0, ever + 1, steps + 1)
             if view[16]:
@@ -98,6 +106,10 @@ class InlineTraining(ChildTraining):
     def die(self) -> None:
         if isinstance(self._child, InlineChild):
             self._child.die()
+
+    def hold(self, seconds: float) -> None:
+        if isinstance(self._child, InlineChild):
+            self._child.hold(seconds)
 
     def progress(self) -> Progress:
         if isinstance(self._child, InlineChild):

@@ -12,6 +12,7 @@ import xxhash
 
 from syncline.bus.base import Stored
 from syncline.engine.staleness import Hinge, Polynomial
+from syncline.telemetry import Event
 from syncline.wire import subjects
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
@@ -23,6 +24,7 @@ from syncline.wire.messages import (
     LogLine,
     Plan,
     PlanEntry,
+    Presence,
     Roster,
     Verdict,
     decode,
@@ -96,8 +98,20 @@ class Invariants(Chronicle):
             self._insist(now >= before, f"session {beat.session[:6]} saw {before} and then {now}")
             self.seen[beat.session] = line, max(before, now)
 
+    def answered(self, agent: str, heard_s: float) -> None:
+        self.answered_s[agent] = max(heard_s, self.answered_s.get(agent, heard_s))
+
     def told(self, subject: str, data: bytes) -> None:
-        """Metrics and events decide nothing."""
+        """An agent that is heard of is not lost, however slow it is."""
+        if subject != subjects.events(self.spec.name, subjects.COORDINATOR):
+            return
+        event = Event.model_validate_json(data)
+        if event.event != "agent-lost" or event.agent not in self.answered_s:
+            return
+        silent_s = event.time_s - self.answered_s[event.agent]
+        self._insist("no progress" not in event.text, f"a slow agent counts as lost: {event.text}")
+        heard = "not heard of" in event.text and silent_s < self.spec.agents.lost_after_s
+        self._insist(not heard, f"{event.text}, and it was answered {silent_s:.1f} s before")
 
     def wrote(self, who: str, head: Head) -> None:
         """Head was changed. A term belongs to one coordinator, once the run has begun."""
@@ -208,6 +222,10 @@ class Invariants(Chronicle):
         record = self._commit_record(head.version, head.term)
         self._insist(record is not None, f"version {head.version} was committed without a record")
         self._insist(record is None or record.plan == plan, f"version {head.version}: its record is not its plan")
+        for i, agent in enumerate(roster.agents if roster is not None else ()):
+            waited_for = roster is not None and roster.participant(i)
+            here = roster is not None and roster.state(i) == Presence.PRESENT
+            self._insist(here or not waited_for, f"{_short(head)}: {agent} is not present, and to take part")
         for entry in plan.merged:
             known = self.merged.setdefault((entry.agent, entry.clock), head.version)
             self._insist(known == head.version, f"{entry.agent}'s clock {entry.clock} is merged a second time")

@@ -23,6 +23,7 @@ from syncline_sim.faults import (
     Fault,
     Faults,
     KillTrainer,
+    LongStep,
     Lose,
     RollBack,
     Twin,
@@ -116,6 +117,15 @@ class SetBack(_Lasting):
         return RollBack(self.after_s, self.for_s, self.lost_s, self.torn)
 
 
+class StepHeld(_Whose):
+    """A step of the agent's training takes so much longer; its heartbeats go on."""
+
+    kind: Literal["step"]
+
+    def fault(self) -> Fault:
+        return LongStep(self.service, self.after_s, self.for_s)
+
+
 class TrainerKilled(_Fault):
     """The training child of an agent is killed, and the agent is not."""
 
@@ -137,7 +147,8 @@ class TwinStarted(_Fault):
 
 
 FaultSetting = Annotated[
-    Crashed | CutOff | Slow | Lost | BrokerStopped | SetBack | TrainerKilled | TwinStarted, Field(discriminator="kind")
+    Crashed | CutOff | Slow | Lost | BrokerStopped | SetBack | StepHeld | TrainerKilled | TwinStarted,
+    Field(discriminator="kind"),
 ]
 
 
@@ -169,7 +180,7 @@ class SimSettings(Settings):
             raise ConfigError("sim.agents", problem, "Raise it, or lower agents.min")
         for i, fault in enumerate(self.faults):
             whose = getattr(fault, "service", names[0])
-            known = names if isinstance(fault, TrainerKilled | TwinStarted) else (*names, COORDINATOR)
+            known = names if isinstance(fault, StepHeld | TrainerKilled | TwinStarted) else (*names, COORDINATOR)
             if whose not in known:
                 also = " or coordinator" if COORDINATOR in known else ""
                 mend = f"Use {names[0]} to {names[-1]}{also}"

@@ -75,6 +75,9 @@ class Tally:
             self._on_head(decode(Head, message.data))
         return ""
 
+    def answered(self, agent: str, heard_s: float) -> None:
+        """Heartbeats are not counted."""
+
     def told(self, subject: str, data: bytes) -> None:
         kind = subject.split(".")[3:4]
         if kind not in (["metrics"], ["events"]):

@@ -165,6 +165,7 @@ class TimedChild(InlineChild):
         self._trainer, self._speed, self._clock = trainer, speed, clock
         self._woken = asyncio.Event()
         self._begun: tuple[float, float] | None = None  # when, and seconds a step
+        self._holds: list[tuple[float, float]] = []  # in this period: since when, and seconds in which no step is made
         self._stopping = False
 
     async def _spend(self, asked: dict[str, Any]) -> bool:
@@ -178,20 +179,24 @@ class TimedChild(InlineChild):
         self.show()
         made = steps
         try:
-            await self._wait(steps * step_s)
+            await self._until_made(steps)
             if self._stopping:  # the step it is in is finished
-                made = min(steps, int((self._clock() - began_s) / step_s) + 1)
-                await self._pause(max(0.0, began_s + made * step_s - self._clock()))
+                made = min(steps, int(self._worked_s() / step_s) + 1)
+                await self._pause(max(0.0, self._end_s(made) - self._clock()))
         finally:
             self._begun = None
+            self._holds.clear()
             self._speed.did(made, made * step_s)
         trainer.began_s, trainer.step_s, trainer.limit = began_s, step_s, made if made < steps else None
         return True
 
     def show(self) -> None:
         if self._begun is not None:
-            began_s, step_s = self._begun
-            self._trainer.show(int((self._clock() - began_s) / step_s))
+            self._trainer.show(int(self._worked_s() / self._begun[1]))
+
+    def hold(self, seconds: float) -> None:
+        self._holds.append((self._clock(), seconds))
+        self._woken.set()
 
     def stop(self) -> None:
         if self._begun is not None:
@@ -205,6 +210,25 @@ class TimedChild(InlineChild):
     async def close(self) -> None:
         await super().close()
         self._woken.set()
+
+    def _worked_s(self) -> float:
+        """Return the seconds since the period began in which steps were made."""
+        assert self._begun is not None
+        now_s = self._clock()
+        return now_s - self._begun[0] - sum(min(now_s - since_s, held_s) for since_s, held_s in self._holds)
+
+    def _end_s(self, steps: int) -> float:
+        """Return when so many steps of the period are made, as far as is known now."""
+        assert self._begun is not None
+        began_s, step_s = self._begun
+        return began_s + steps * step_s + sum(held_s for _, held_s in self._holds)
+
+    async def _until_made(self, steps: int) -> None:
+        """Wait for the steps, or for the wish to stop."""
+        while not self._stopping and (left_s := self._end_s(steps) - self._clock()) > 0:
+            await self._wait(left_s)
+            self._woken.clear()
+            self._insist_on_life()
 
     async def _wait(self, seconds: float) -> None:
         """Until the time has passed, or somebody wants it to end."""

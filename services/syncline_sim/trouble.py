@@ -20,6 +20,7 @@ from syncline_sim.faults import (
     Down,
     Fault,
     KillTrainer,
+    LongStep,
     Lose,
     RollBack,
     Twin,
@@ -64,6 +65,8 @@ class Trouble:
                 return partial(self._lose, share), partial(self._lose, 0.0)
             case Delay(service, seconds):
                 return partial(self._slow, service, seconds), partial(self._slow, service, 0.0)
+            case LongStep(service, _, for_s):
+                return partial(self._hold, service, for_s), _nothing
             case KillTrainer(service):
                 return partial(self._kill_trainer, service), _nothing
             case Twin(service):
@@ -153,6 +156,12 @@ class Trouble:
     def _slow(self, service: str, seconds: float) -> None:
         self._world.say(f"{service}'s messages take {seconds:g} s more")
         self._world.weather.slow_s[service] = seconds
+
+    def _hold(self, service: str, seconds: float) -> None:
+        life = self._world.current(service)
+        if life is not None and life.training is not None:
+            self._world.say(f"{life.connection}: a step takes {seconds:g} s more")
+            life.training.hold(seconds)
 
     def _kill_trainer(self, service: str) -> None:
         life = self._world.current(service)

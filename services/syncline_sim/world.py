@@ -32,7 +32,7 @@ from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.books import Books
 from syncline_sim.children import Children
 from syncline_sim.dice import Dice
-from syncline_sim.faults import AtOperation, Faults, Unanswered, Weather
+from syncline_sim.faults import AtOperation, Delay, Faults, Unanswered, Weather
 from syncline_sim.inline import InlineChild, InlineTraining
 from syncline_sim.life import Crashed, Life, whose_task
 from syncline_sim.loop import SimTask, Stuck, VirtualLoop
@@ -70,7 +70,10 @@ class World:
         self._struck_when_done: dict[int, AtOperation] = {}
         self._ended = asyncio.Event()
         self._head_seq = self._submissions = 0
+        self._beats: dict[str, float] = {}  # connection → when its last heartbeat, which was answered, was heard
         self._trouble = Trouble(self)
+        worst_s = max((f.seconds for f in faults.items if isinstance(f, Delay)), default=0.0)
+        self._answer_s = 4 * (scene.longest_delay_s + worst_s)  # from hearing a heartbeat to its answer, at most
         loop.on_task = self._on_task
         loop.set_exception_handler(self._on_loop_error)
 
@@ -248,6 +251,8 @@ class World:
     # -- what is seen --------------------------------------------------------------------------------------------------
     def _on_operation(self, now: Operation) -> None:
         life = self.lives.get(now.who)
+        if life is not None and now.phase == "after":
+            self._on_answer(now, life)
         if life is None or now.phase == "after":
             return
         if now.phase == "done":
@@ -260,10 +265,14 @@ class World:
             raise Crashed
         count = self._operations[life.service] = self._operations.get(life.service, 0) + 1
         self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {subject_of(now)}\n".encode())
+        if now.name == "request":  # an agent that was not known, or has made way for another, sends no heartbeat next
+            answered_s = self._beats.pop(life.connection, None)
+            if answered_s is not None and ".heartbeat" in str(now.arguments[0]):
+                self.books.answered(life.service, answered_s)
         if now.name == "request" and ".heartbeat" in str(now.arguments[0]):
             beat = decode(Heartbeat, now.arguments[1] if isinstance(now.arguments[1], bytes) else b"")
             self.books.heard(beat)
-        if now.name == "publish" and isinstance(now.arguments[1], bytes):
+        if now.name == "publish" and isinstance(now.arguments[1], bytes) and not life.replaced:
             self.books.told(str(now.arguments[0]), now.arguments[1])
             if self.books.problems:
                 self._problem()
@@ -275,6 +284,13 @@ class World:
             return
         self._trouble.strike(fault, life, now)
         raise Crashed
+
+    def _on_answer(self, now: Operation, life: Life) -> None:
+        """A heartbeat was answered, where only one coordinator can have done so."""
+        if now.error is not None or now.name != "request" or ".heartbeat" not in str(now.arguments[0]):
+            return
+        if not any(other.replaced and not other.dead for other in self.lives.values()):
+            self._beats[life.connection] = self.broker.now() - self._answer_s
 
     def _on_done(self, now: Operation, life: Life) -> None:
         """The broker has answered: who wrote head, if it took it?"""

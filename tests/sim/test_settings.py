@@ -88,7 +88,8 @@ def test_the_document_tells_of_every_setting() -> None:
         ),
         (
             {"faults": [{"kind": "crsh", "after_s": 1}]},
-            "sim.faults.0.kind: 'crsh' is not accepted. Use one of crash, cut, delay, lose, broker, rollback, trainer, twin",
+            "sim.faults.0.kind: 'crsh' is not accepted. Use one of crash, cut, delay, lose, broker, rollback, step, trainer, "
+            "twin",
         ),
         (
             {"faults": [{"kind": "cut", "service": "a1", "after_s": 1, "for": 3, "for_s": 1}]},

@@ -70,7 +70,7 @@ class StoredRun:
         await submitted(self.bus)
         manifest = await put_record(self.bus, partial(subjects.model_prefix, RUN), encode(LAYOUT))
         roster = Roster(
-            parts=2, agents=["a1", "a2"], clocks=[versions] * 2, flags=bytes([3, 3]), presence=bytes([1, 0])
+            parts=2, agents=["a1", "a2"], clocks=[versions] * 2, flags=bytes([3, 3]), presence=bytes([2, 0])
         )
         listed = await put_record(self.bus, partial(subjects.model_prefix, RUN), encode(roster))
         for version in range(versions + 1):

@@ -107,6 +107,15 @@ def test_an_agent_that_comes_back_is_not_lost() -> None:
     assert not state.agents["a1"].lost
 
 
+def test_an_agent_is_slow_until_it_moves_or_is_lost() -> None:
+    state = RunState("r", versions=40)
+    for then in ("agent-present", "agent-lost", "agent-joined"):
+        event(state, "agent-slow", "warning", "a1")
+        assert state.agents["a1"].slow and not state.agents["a1"].lost
+        event(state, then, agent="a1")
+        assert not state.agents["a1"].slow
+
+
 def test_agents_that_cannot_train_are_named() -> None:
     state = RunState("r", versions=40)
     event(state, "agent-failed", "error", "a2")

@@ -122,7 +122,7 @@ async def test_runs_are_listed_the_newest_first_with_who_takes_part(bus: MemoryB
     later, first = await ls.read(bus)
     assert (later.run, later.phase, later.version, later.agents) == ("later", "queued", 0, 0)
     assert (first.run, first.phase, first.version, first.versions) == (RUN, "training", 3, 100)
-    assert (first.agents, first.roster, first.reason) == (1, 2, "2 of 2")
+    assert (first.agents, first.slow, first.roster, first.reason) == (1, 1, 2, "2 of 2")
 
 
 async def test_a_run_whose_roster_was_purged_just_now_is_listed_all_the_same(bus: MemoryBus) -> None:

@@ -62,10 +62,16 @@ def test_agents_that_make_no_step_are_named() -> None:
         watcher.hears(agent, train(at_work))
     ((at, text),) = watcher.looks(WORK_S + 5)
     assert (at, text.partition(";")[0]) == (WORK_S, "waiting for a2, a10: no step for 30 s")
-    assert "none within 600 s of its start counts as lost" in text
+    assert "none within 600 s of its start counts as slow" in text
     watcher.hears("a10", train("training", step=1))
     watcher.hears("a2", train("waiting", clock=1))
     assert watcher.looks(WORK_S) == [(WORK_S, "waiting for a10: no step for 30 s")]
+
+
+def test_slow_agents_are_named_where_no_other_is_there() -> None:
+    watcher = Watcher()
+    watcher.hears(COORDINATOR, status("waiting").model_copy(update={"slow": ["a10", "a2"]}))
+    assert watcher.looks(QUIET_S) == [(QUIET_S, "waiting for a2, a10: slow, no progress")]
 
 
 def test_steps_are_progress_and_nothing_is_said() -> None:

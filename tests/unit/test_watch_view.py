@@ -153,6 +153,7 @@ def test_who_needs_somebody_to_look_comes_first() -> None:
     cases = [
         (AgentState(failed="no data"), "cannot train"),
         (AgentState(train=train(), lost="gone", seen_s=NOW_S), "lost"),
+        (AgentState(train=train(), slow="no progress", seen_s=NOW_S), "slow"),
         (AgentState(train=train(), seen_s=NOW_S - SILENT_S - 1), "silent"),
         (AgentState(train=train(), seen_s=NOW_S, late_at_s=NOW_S - LATE_S + 1), "late"),
         (now, "training"),
@@ -170,6 +171,15 @@ def test_an_agent_that_was_lost_says_why_where_there_is_room() -> None:
     hear(watched, COORDINATOR, Event(event="agent-lost", level="warning", text=text, agent="a2"))
     row = next(line for line in drawn(watched, 160) if line.startswith("a2"))
     assert row.rstrip().endswith("  not heard of for 10.2 s")
+
+
+def test_an_agent_that_is_slow_says_why_where_there_is_room() -> None:
+    watched = going(2)
+    text = "a2 slow: no progress for 12.3 s"
+    hear(watched, COORDINATOR, Event(event="agent-slow", level="warning", text=text, agent="a2"))
+    rows = drawn(watched, 160)
+    assert next(line for line in rows if line.startswith("a2")).rstrip().endswith("  no progress for 12.3 s")
+    assert any("2 agents  1 slow" in line for line in rows)
 
 
 def test_ages_in_words() -> None:
