@@ -33,8 +33,10 @@ from syncline_agent.training import SAVE_AGAIN_S, Period, Training, outboxes
 
 log = logging.getLogger(__name__)
 
-DEATHS_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
-REVIVE_S = 1.0  # the pause after the second of them
+CRASHES_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
+REVIVE_S = 1.0  # the pause after the second death in a row; it doubles with each further one
+LONGEST_PAUSE_S = 300.0
+OUT_FROM_S = 5.0  # a pause from which on this agent is out of the run meanwhile
 GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
 MOST_ADVICE = 16  # texts of one run
 
@@ -81,7 +83,7 @@ class Session:
         self._said_not_kept = False
         self._advised: set[str] = set()  # told already
         self._made = 0  # updates, by this process: they go to the outboxes in turns
-        self._deaths = 0  # of the training child, since it last made an update
+        self._deaths = self._crashes = 0  # of the training child, since it last made an update
         self._to_send: asyncio.Queue[Update] = asyncio.Queue(1)
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -202,6 +204,8 @@ class Session:
                 continue
             await self._advise(answer)
             self._stand.clock, self._held = max(self._stand.clock, answer["clock"]), None
+            if self._stand.state == "leaving":
+                self._stand.is_ready()
             return
 
     def _due(self, seen: Seen) -> Place | None:
@@ -304,7 +308,7 @@ class Session:
         if not await self._kept(clock, report):
             return
         stand.last, stand.clock = report, clock
-        self._made, self._deaths = self._made + 1, 0
+        self._made, self._deaths, self._crashes = self._made + 1, 0, 0
         if report.get("broken"):
             self._held = None  # the next one begins with the center, be it the same
         update = Update(clock, stand.version, self._held_term, stand.line, period.box, report)
@@ -352,15 +356,24 @@ class Session:
             return None
 
     async def _child_died(self, error: ChildDied) -> None:
-        """Says so. One death may be chance, and another child is started at once; after the second there is a pause, and the
-        third raises CannotTrain: it would die in every period."""
+        """Tell of it, and wait before another child is started.
+
+        The first one is replaced at once. A third crash in a row raises CannotTrain: the task would crash in every period. A
+        kill from outside says nothing about the task: the pauses grow, and the agent stays in the run.
+        """
         self._deaths += 1
-        if self._deaths >= DEATHS_IN_A_ROW:
-            raise CannotTrain(f"the training process died {self._deaths} times in a row, the last time: {error}")
-        text = f"{self._me.agent}: the training process died: {error}; starting another"
-        await self._telemetry.event("trainer-died", text, level="warning", agent=self._me.agent)
+        self._crashes += not error.from_outside
+        if self._crashes >= CRASHES_IN_A_ROW:
+            raise CannotTrain(f"the training process crashed {self._crashes} times in a row, the last time: {error}")
+        pause_s = 0.0
         if self._deaths > 1:
-            await asyncio.sleep(jitter(REVIVE_S * 2 ** (self._deaths - 2)))
+            pause_s = jitter(min(LONGEST_PAUSE_S, REVIVE_S * 2 ** min(self._deaths - 2, 16)))
+        text = f"{self._me.agent}: the training process died: {error}; starting another"
+        text += f" in {pause_s:.0f} s" if pause_s else ""
+        await self._telemetry.event("trainer-died", text, level="warning", agent=self._me.agent)
+        if pause_s >= OUT_FROM_S:
+            self._stand.is_out(f"{self._deaths} training processes in a row died; it starts another in {pause_s:.0f} s")
+        await asyncio.sleep(pause_s)
 
     async def _cannot(self, why: str) -> None:
         """Says so, and stays until the run is over: this agent is of no use in it."""

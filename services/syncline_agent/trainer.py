@@ -19,6 +19,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ from syncline_agent.checks import Checks
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner
 from syncline_agent.state import Kept, load_state, save_state
+from syncline_agent.ticking import Ticking, ticking
 from syncline_agent.training import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.updates import updates_of
 from syncline_agent.values import is_finite, pack, unpack
@@ -65,6 +67,7 @@ log = logging.getLogger(__name__)
 EVALUATION_ROWS = 512
 CONTROL = 1  # the section of a blob that holds control variates
 SAVE_EVERY_S = 1.0
+SAVED_VECTORS = 4  # as large as the model: W_i, two of the optimiser's, and one that is pending
 SAVE_SHARE = 0.05  # of an agent's time that saving may take
 
 
@@ -80,10 +83,11 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         fitting: Callable[[float], int] | None = None,
         enter: Callable[[Path], object] = lambda directory: None,
+        ticking: Ticking = lambda tick, nbytes: nullcontext(),
     ) -> None:
         """`fitting`: how many steps fit into so many seconds, where a simulation says so; else that is measured. `enter`: as
-        `load_task` has it."""
-        self._enter = enter
+        `load_task` has it. `ticking`: lets long work report progress; nothing does in a simulation."""
+        self._enter, self._ticking = enter, ticking
         self._clock, self._fitting = clock, fitting
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._wanted = device
@@ -160,7 +164,8 @@ class Trainer:
         period = Period(**asked)
         number, clock = period.number, period.clock
         self._take_part(number, period.parts)
-        self._begin(period)
+        with self._reporting():
+            self._begin(period)
         settings, rows = self._settings, len(self._dataset)
         seed_all(seed_of(settings.seed, number, clock), self._claim.device)
         began = self._clock()
@@ -179,7 +184,8 @@ class Trainer:
         if settings.evaluate.agents:
             answer |= self._evaluated(period.version)
         if not self._updates.needs_center:
-            answer |= self._leave_update(period, at_once=self._variates is not None)
+            with self._reporting():
+                answer |= self._leave_update(period, at_once=self._variates is not None)
         return {**answer, "stopped": False}
 
     def meet(self, **asked: Any) -> dict[str, Any]:
@@ -188,9 +194,10 @@ class Trainer:
         What is given up for it is on the disk before anybody can merge it.
         """
         period = Period(**asked)
-        if period.fresh:
-            self._center_P.copy_(self._inbox())
-        return self._leave_update(period, at_once=True)
+        with self._reporting():
+            if period.fresh:
+                self._center_P.copy_(self._inbox())
+            return self._leave_update(period, at_once=True)
 
     def keep(self, clock: int) -> dict[str, Any]:
         """Tries again to get onto the disk what was held back for want of it."""
@@ -423,6 +430,10 @@ class Trainer:
                 site.of(out_P).copy_(site.parameter.grad)
         self._flat.model.zero_grad(set_to_none=True)
 
+    def _reporting(self) -> AbstractContextManager[None]:
+        """Report progress while the vectors and the optimiser's state are mixed, encoded, checked or saved."""
+        return self._ticking(self._on_batch, SAVED_VECTORS * self._layout.nbytes)
+
     def _on_batch(self) -> None:
         """A sign of progress beside the steps."""
         self._steps_ever += 1
@@ -451,5 +462,5 @@ def _rows_told(rows: Any) -> int:
 def main(device: str, threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:
     if threads:
         torch.set_num_threads(threads)
-    trainer = Trainer(SharedMemory(memory_fd), device, allowed, Path(task_dir), enter=os.chdir)
+    trainer = Trainer(SharedMemory(memory_fd), device, allowed, Path(task_dir), enter=os.chdir, ticking=ticking)
     return serve(end_fd, trainer.questions())

@@ -93,7 +93,7 @@ class InlineChild:
 
     def _insist_on_life(self) -> None:
         if self._died.is_set():
-            raise ChildDied("process was killed by SIGKILL")
+            raise ChildDied("process was killed by SIGKILL", from_outside=True)
 
 
 class InlineTraining(ChildTraining):

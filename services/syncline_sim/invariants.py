@@ -85,8 +85,8 @@ class Invariants(Chronicle):
                 self._insist(self.committed.get(version) != term, f"the record of version {version} was purged")
 
     def heard(self, beat: Heartbeat) -> None:
-        """A heartbeat tells what its sender has seen. Nobody gives up, but for a child that dies again and again."""
-        gave_up = beat.state == "failed" and "died" not in beat.reason
+        """Check what the sender of a heartbeat has seen. An agent gives up only where its child crashes again and again."""
+        gave_up = beat.state == "failed" and "crashed" not in beat.reason
         self._insist(not gave_up, f"session {beat.session[:6]} gave up: {beat.reason}")
         line, now = beat.seen_line, (beat.seen_term, beat.seen_version)
         known, before = self.seen.get(beat.session, (line, (0, 0)))

@@ -23,6 +23,10 @@ from syncline.errors import ConfigError, PeerError, SynclineError
 from syncline.nursery import Nursery, NurseryDied, Worker
 from syncline.shm import SharedMemory
 
+FROM_OUTSIDE = frozenset(
+    {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+)  # no fault of the code raises these
+OUT_OF_MEMORY = "the kernel does so when memory runs out, see `dmesg`: lower local.batch_size or add memory"
 MAX_MESSAGE_BYTES = 64 << 20  # a manifest of a very large model, with room
 _LENGTH = struct.Struct("<I")
 _DOING = "doing"  # the one key of what is no answer yet
@@ -31,7 +35,11 @@ Handler = Callable[..., dict[str, Any]]
 
 
 class ChildDied(SynclineError):
-    """The process is gone, with the reason; what it held is lost."""
+    """The process is gone, with the reason; what it held is lost. `from_outside`: another process or the kernel ended it."""
+
+    def __init__(self, why: str, *, from_outside: bool = False) -> None:
+        self.from_outside = from_outside
+        super().__init__(why)
 
 
 class ChildFailed(SynclineError):
@@ -96,7 +104,7 @@ class Child:
                 exchange.cancel()
                 await asyncio.gather(exchange, return_exceptions=True)
             if exchange.cancelled() or isinstance(exchange.exception(), OSError | EOFError):
-                raise ChildDied(await self._obituary())
+                raise self._obituary(await self.worker.exited)
             answer = exchange.result()
         if "error" in answer:
             raise ChildFailed(answer["error"], setting=answer.get("setting", ""), mend=answer.get("mend", ""))
@@ -130,13 +138,13 @@ class Child:
             missing -= len(part)
         return b"".join(parts)
 
-    async def _obituary(self) -> str:
-        code = await self.worker.exited
+    def _obituary(self, code: int) -> ChildDied:
         if code >= 0:
-            return f"process {self.worker.pid} exited with code {code}"
+            return ChildDied(f"process {self.worker.pid} exited with code {code}")
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        hint = " (perhaps the kernel ran out of memory)" if -code == signal.SIGKILL else ""
-        return f"process {self.worker.pid} was killed by {name}{hint}"
+        hint = f" ({OUT_OF_MEMORY})" if -code == signal.SIGKILL else ""
+        text = f"process {self.worker.pid} was killed by {name}{hint}"
+        return ChildDied(text, from_outside=-code in FROM_OUTSIDE)
 
 
 def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from syncline.child import ChildDied
 from syncline.spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline_agent.session import DEATHS_IN_A_ROW
+from syncline_agent.session import CRASHES_IN_A_ROW
 from syncline_sim.faults import Faults
 from syncline_sim.inline import InlineChild
 from syncline_sim.scene import Outcome, Scene, small_spec
@@ -122,18 +124,35 @@ def test_a_float32_model_and_alpha_below_one_run_too() -> None:
     assert fine(simulate(Scene(spec, children="real"))).merged == (("a1", "a2", "a3", "a4"),) * 6
 
 
-def test_a_child_that_dies_in_every_period_is_given_up_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_crashes_in_every_period_is_given_up_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     real, died = InlineChild._spend, []
 
     async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
         if asked["ask"] == "period" and asked["number"] == 3:
             died.append(asked["clock"])
-            raise ChildDied("process was killed by SIGKILL")
+            raise ChildDied("process was killed by SIGSEGV")
         return await real(self, asked)
 
     monkeypatch.setattr(InlineChild, "_spend", spend)
     outcome = fine(simulate(Scene(small_spec(agents={"min": 3, "lost_after_s": 2.0}))))
-    assert {len(agents) for agents in outcome.merged} == {3} and len(died) == DEATHS_IN_A_ROW
+    assert {len(agents) for agents in outcome.merged} == {3} and len(died) == CRASHES_IN_A_ROW
+
+
+def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, killed = InlineChild._spend, []
+
+    async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
+        if asked["ask"] == "period" and asked["number"] == 3 and len(killed) < 6:
+            killed.append(asyncio.get_running_loop().time())
+            raise ChildDied("process was killed by SIGKILL", from_outside=True)
+        return await real(self, asked)
+
+    monkeypatch.setattr(InlineChild, "_spend", spend)
+    outcome = fine(simulate(Scene(small_spec(agents={"min": 3, "lost_after_s": 2.0}, stop={"versions": 300}))))
+    pauses = [b - a for a, b in itertools.pairwise(killed)]
+    assert len(killed) == 6 and pauses[0] < 0.5 and pauses[-1] > 5.0 > 2 * pauses[1], "they grow"
+    sizes = [len(agents) for agents in outcome.merged]
+    assert 3 in sizes and sizes[-1] == 4, "the others go on meanwhile, and it takes part again"
 
 
 def test_a_run_that_cannot_start_is_told_as_such() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,27 @@ def test_an_agent_that_starts_again_goes_on_to_the_last_bit(path: Path, own: str
         expected, found = steady.period(steady.initial_P), restarted.period(steady.initial_P)
         assert torch.equal(found["update"], expected["update"])
         assert (found["steps"], found["loss"]) == (expected["steps"], expected["loss"])
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+def test_progress_is_reported_while_an_update_is_encoded_and_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reporting: list[Callable[[], None]] = []
+    moved: list[int] = []
+
+    @contextmanager
+    def ticking(tick: Callable[[], None], nbytes: int) -> Iterator[None]:
+        assert nbytes >= child.layout.nbytes
+        reporting.append(tick)
+        yield
+        reporting.pop()
+
+    def save(*_: Any) -> None:
+        before = child.progress.steps_ever
+        reporting[-1]()
+        moved.append(child.progress.steps_ever - before)
+
+    child = Child(path, {"local": {"steps": 3}})
+    child.trainer._ticking = ticking
+    monkeypatch.setattr("syncline_agent.trainer.save_state", save)
+    child.period(child.initial_P)
+    assert moved == [1] and not reporting
