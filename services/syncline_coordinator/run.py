@@ -68,6 +68,7 @@ from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.purge import Purger
 from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer
+from syncline_coordinator.room import Room
 from syncline_coordinator.space import Reservation, is_log_full
 from syncline_coordinator.status import status_of
 from syncline_coordinator.updates import UpdateGone, UpdateUnusable
@@ -91,6 +92,7 @@ class Parts:
     offers: OfferReader
     evaluation: Evaluation | None
     max_agents: int
+    room: Room
 
 
 class Run:
@@ -329,6 +331,7 @@ class Run:
         if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
             parts.evaluation.offer(plan.version)
         await self._account.committed(done, _now(), last=start is None)
+        await parts.room.committed()
         for command in commands:
             if command is not start and not isinstance(command, Drop):
                 await self._execute(command)

@@ -18,7 +18,7 @@ from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
 from syncline.child import Asked, ChildFailed, Start
 from syncline.engine.membership import Membership
-from syncline.errors import BusError, ConfigError, Conflict, PeerError, Unavailable
+from syncline.errors import BusError, ConfigError, Conflict, PeerError, StreamFull, Unavailable
 from syncline.guardrails import doubts_of_model
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
@@ -51,6 +51,7 @@ from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.records import record_of
 from syncline_coordinator.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.refusals import tell_refusals
+from syncline_coordinator.room import Room
 from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.space import (
     RUNS,
@@ -100,6 +101,7 @@ class Coordinator:
         self._queue_changed = asyncio.Event()
         self._losses = Losses()
         self._fleet_events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
+        self._room = Room(self._fleet_events)
         self._reducers = settings.executor
         self._loading: dict[str, Asked] = {}  # by run: the child that loads its task and makes its model
         self._submissions = Submissions(self._accept, self._doing, self._answer)
@@ -318,8 +320,11 @@ class Coordinator:
                 if self._queue:
                     await self._drive(self._queue[0])
                     continue
+            except StreamFull as error:
+                await self._room.refused(self._queue[0] if self._queue else "?", error)
             except BusError as error:  # out of reach for long: head says where to go on
-                log.warning("the bus is out of reach: %s", error)
+                run = f"run {self._queue[0]}: " if self._queue else ""
+                log.warning("%sthe bus is out of reach: %s", run, error)
             try:
                 async with asyncio.timeout(QUEUE_AGAIN_S):
                     await self._queue_changed.wait()
@@ -409,7 +414,9 @@ class Coordinator:
                 await keeper.write(head)
             self._losses.mended(spec.name)
             offers = OfferReader(self._bus, spec.name, manifest, self._public_key)
-            parts = Parts(self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec))
+            parts = Parts(
+                self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec), self._room
+            )
             believes = partial(self._losses.believes, spec.name)
             run = Run(parts, keeper, believes=believes, set_back=lost_term is not None)
             if spec.evaluate.center:

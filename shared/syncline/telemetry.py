@@ -155,7 +155,8 @@ class Telemetry:
     async def event(
         self, event: str, text: str, *, level: Literal["info", "warning", "error"] = "info", agent: str = ""
     ) -> None:
-        log.log(_LEVELS[level], "%s: %s", event, text)
+        run = "" if self._run == subjects.FLEET else f"run {self._run}: "
+        log.log(_LEVELS[level], "%s%s: %s", run, event, text)
         await self._say(
             subjects.events(self._run, self._who), Event(event=event, level=level, text=_clean(text), agent=agent)
         )

@@ -94,7 +94,7 @@ async def test_an_event_is_published_and_logged(bus: Any, caplog: pytest.LogCapt
     assert subject == "syncline.v1.r.events.coordinator"
     del fields["time_s"]
     assert fields == {"event": "agent-lost", "level": "warning", "text": "a1 lost", "agent": "a1"}
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", "agent-lost: a1 lost")]
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", "run r: agent-lost: a1 lost")]
 
 
 async def test_a_long_text_is_cut_off(bus: Any) -> None:

@@ -17,6 +17,7 @@ from nats.aio.msg import Msg
 from syncline.bus.address import masked
 from syncline.bus.base import READ_BYTES, BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState
 from syncline.bus.nats_lane import Connection, Lane, size_of, status_of
+from syncline.bus.outage import Outage
 from syncline.bus.silence import ANSWER_S
 from syncline.errors import (
     AlreadyPut,
@@ -46,7 +47,8 @@ class NatsBus:
     """The bus port on a nats-server with JetStream. Make one with `NatsBus.connect`."""
 
     def __init__(self, to: Connection) -> None:
-        self._control, self._bulk = Lane(to, "control"), Lane(to, "bulk")
+        outage = Outage(masked(to.url))
+        self._control, self._bulk = Lane(to, "control", outage), Lane(to, "bulk", outage)
 
     @classmethod
     async def connect(cls, to: Connection) -> NatsBus:

@@ -9,7 +9,6 @@ says nothing): each one stayed open until the garbage collector came by.
 
 from __future__ import annotations
 
-import logging
 import random
 import re
 import ssl
@@ -20,8 +19,6 @@ import nats.errors
 
 from syncline.bus.tls import Tls, check_info, unfit
 from syncline.errors import ConfigError, Unfit
-
-log = logging.getLogger(__name__)
 
 LEAST_VERSION = (2, 15, 0)  # of nats-server: the oldest one that passes the contract of the bus
 _VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
@@ -61,7 +58,6 @@ class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not ty
             why = unfit(error, self._certificates)
             if why is None:
                 raise
-            log.warning("%s", why)
             raise Refused(why) from None
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
@@ -71,7 +67,6 @@ class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not ty
                 check_version(info)
                 check_info(info, server.uri.scheme == "tls" or self._certificates.given, self._certificates)
             except Unfit as why:
-                log.warning("%s", why)
                 raise Refused(why) from None
         await super()._process_info(info, initial_connection)
 

@@ -24,6 +24,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 from syncline.bus.address import address_of, masked
 from syncline.bus.base import WAITING_BYTES, Delivery, Handler, checked_subject
 from syncline.bus.nats_client import Client, Refused, next_server
+from syncline.bus.outage import Outage
 from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
 from syncline.bus.tls import Tls
 from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unfit, Unreachable
@@ -64,12 +65,15 @@ class _Waiting:
 class Lane:
     """One connection that heals itself, with a request multiplexer of its own."""
 
-    def __init__(self, to: Connection, lane: Literal["control", "bulk"]) -> None:
-        """Raises ConfigError for an address, or files with certificates, that are none."""
+    def __init__(self, to: Connection, lane: Literal["control", "bulk"], outage: Outage) -> None:
+        """`outage`: what all lanes of a bus tell of lost connections.
+
+        Raises ConfigError for an address, or files with certificates, that are none.
+        """
         self._address = address_of(to.url)
         if to.tls.given:
             to.tls.context()
-        self._to, self._lane = to, lane
+        self._to, self._lane, self._outage = to, lane, outage
         self._queue = Queue()  # of bulk
         self._client = Client()
         self._inbox = f"_INBOX.{to.name}.{secrets.token_hex(8)}"
@@ -170,20 +174,28 @@ class Lane:
         return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit, pending_bytes_limit=WAITING_BYTES)
 
     async def _on_disconnect(self) -> None:
-        self.losses += not self._closing
+        self._lost()
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     async def _on_reconnect(self) -> None:
-        log.info("%s connection: back", self._lane)
+        self._outage.back(self._lane, asyncio.get_running_loop().time())
         for call in self.reconnected:
             call()
 
     async def _on_closed(self) -> None:
         """nats-py closes for good on most protocol errors; a service must outlive them."""
-        self.losses += not self._closing
+        self._lost()
         self._fail_all(Unreachable("the broker closed the connection"))
         if not self._closing and (self._rebuild is None or self._rebuild.done()):
             self._rebuild = asyncio.create_task(self._build_again())
+
+    def _lost(self) -> None:
+        if not self._closing:
+            self.losses += 1
+            now_s = asyncio.get_running_loop().time()
+            if self._client.last_error is not None:  # what the broker said last, such as that it refuses the key
+                self._outage.error(self._lane, str(self._client.last_error), now_s)
+            self._outage.lost(self._lane, now_s)
 
     async def _build_again(self) -> None:
         pause = 0.1
@@ -193,7 +205,7 @@ class Lane:
                 await self._on_reconnect()
                 return
             except BusError as error:
-                log.warning("%s connection: %s", self._lane, error)
+                self._outage.error(self._lane, str(error), asyncio.get_running_loop().time())
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(5.0, 2 * pause)
 
@@ -202,6 +214,7 @@ class Lane:
         found = _VIOLATION.search(text)
         if found is None:
             log.debug("%s connection: %s", self._lane, text)
+            self._outage.error(self._lane, text, asyncio.get_running_loop().time())
             return
         log.warning("%s connection: %s", self._lane, text)
         denied = Denied(f"the broker's permissions forbid {found[1]} on {found[2]!r}")

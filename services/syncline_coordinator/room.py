@@ -1,0 +1,29 @@
+"""Tells once that the broker's disk is full, and once that it takes models again."""
+
+from __future__ import annotations
+
+from syncline.errors import StreamFull
+from syncline.telemetry import Telemetry
+
+MORE_ROOM = (
+    "Free some of the disk that holds its JetStream store, or raise max_file_store; the run goes on by itself then"
+)
+
+
+class Room:
+    def __init__(self, events: Telemetry) -> None:
+        self._events = events
+        self._is_full = False
+
+    async def refused(self, run: str, error: StreamFull) -> None:
+        """A write of this run found no room."""
+        if not self._is_full:
+            self._is_full = True
+            text = f"the broker has no room, and run {run} waits: {error}. {MORE_ROOM}"
+            await self._events.event("broker-full", text, level="error")
+
+    async def committed(self) -> None:
+        """A version was written as a whole, so that there is room."""
+        if self._is_full:
+            self._is_full = False
+            await self._events.event("broker-has-room", "the broker takes new versions again", level="warning")

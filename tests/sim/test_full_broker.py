@@ -1,0 +1,42 @@
+"""A broker whose disk is full holds a run up: it is told once, the run goes on when there is room, and that is told as well."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from syncline.bus.memory import MemoryBus
+from syncline.errors import StreamFull
+from syncline.telemetry import Event
+from syncline_sim.invariants import Invariants
+from syncline_sim.scene import Scene, small_spec
+from syncline_sim.simulate import simulate
+
+
+@pytest.mark.parametrize("subject", [".model.", ".log."])
+def test_a_full_disk_is_told_once_and_its_end_too(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Event] = []
+    refused: list[float] = []
+    put, told_before = MemoryBus.put, Invariants.told
+
+    async def full(self: MemoryBus, at: str, data: bytes, *, bulk: bool = False) -> int:
+        now_s = asyncio.get_running_loop().time()
+        if subject in at and 0.9 < now_s < 30.0:
+            refused.append(now_s)
+            raise StreamFull(f"{at}: no space left on device")
+        return await put(self, at, data, bulk=bulk)
+
+    def hear(self: Invariants, at: str, data: bytes) -> None:
+        told_before(self, at, data)
+        if at.startswith("syncline.v1.fleet.events."):
+            told.append(Event.model_validate_json(data))
+
+    monkeypatch.setattr(MemoryBus, "put", full)
+    monkeypatch.setattr(Invariants, "told", hear)
+    outcome = simulate(Scene(small_spec()))
+    assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
+    assert len(refused) > 3, "it tries again and again"
+    about = [event for event in told if event.event.startswith("broker-")]
+    assert [event.event for event in about] == ["broker-full", "broker-has-room"]
+    assert "no space left on device" in about[0].text and "max_file_store" in about[0].text and "run r" in about[0].text
