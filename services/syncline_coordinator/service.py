@@ -18,7 +18,7 @@ from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
 from syncline.child import Asked, ChildFailed, Start
 from syncline.engine.membership import Membership
-from syncline.errors import BusError, ConfigError, Conflict, PeerError, StreamFull, Unavailable
+from syncline.errors import BusError, ConfigError, Conflict, PeerError, StoreDown, StreamFull, Unavailable
 from syncline.guardrails import doubts_of_model
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
@@ -320,7 +320,7 @@ class Coordinator:
                 if self._queue:
                     await self._drive(self._queue[0])
                     continue
-            except StreamFull as error:
+            except (StreamFull, StoreDown) as error:
                 await self._room.refused(self._queue[0] if self._queue else "?", error)
             except BusError as error:  # out of reach for long: head says where to go on
                 run = f"run {self._queue[0]}: " if self._queue else ""
@@ -360,6 +360,8 @@ class Coordinator:
                 await telemetry.event("not-believed", text, level="warning", agent=liar)
         except BlobGone as error:
             await give_up(keeper, gone(name, error), telemetry)
+        except StoreDown:  # the run goes on when the broker stores again
+            raise
         except (ConfigError, Unavailable, PeerError) as error:
             await give_up(keeper, str(error), telemetry)
         except Deposed as error:

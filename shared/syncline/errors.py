@@ -58,6 +58,10 @@ class Unavailable(BusError):
     """The broker cannot offer it: no JetStream, no such stream, or a stream with another configuration."""
 
 
+class StoreDown(Unavailable):
+    """The broker stores nothing at present: its JetStream is off, as nats-server switches it when its disk is full."""
+
+
 class Unfit(Unavailable):
     """The broker is not one to talk to: too old, without TLS, with an unknown certificate. Trying again does not help."""
 

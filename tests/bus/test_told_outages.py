@@ -11,7 +11,7 @@ import pytest
 from syncline.bus.accounts import Identity
 from syncline.bus.embedded import EmbeddedBroker
 from syncline.bus.nats import Connection, NatsBus
-from syncline.bus.outage import NOBODY_LISTENS, REFUSED_KEY
+from syncline.bus.outage import NO_SERVER, REFUSED_KEY
 
 Eventually = Callable[..., Awaitable[None]]
 
@@ -36,7 +36,7 @@ async def test_a_broker_that_goes_and_comes_back_is_told_in_three_warnings(
     finally:
         await bus.close()
     lost, away, back = warnings()
-    assert lost.startswith(f"the connection to the broker at {broker.url} is lost: ") and away.endswith(NOBODY_LISTENS)
+    assert lost.startswith(f"the connection to the broker at {broker.url} is lost: ") and away.endswith(NO_SERVER)
     assert back.startswith(f"connected to the broker at {broker.url} again, after ")
 
 

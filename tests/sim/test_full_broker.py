@@ -7,15 +7,20 @@ import asyncio
 import pytest
 
 from syncline.bus.memory import MemoryBus
-from syncline.errors import StreamFull
+from syncline.errors import BusError, StoreDown, StreamFull
 from syncline.telemetry import Event
 from syncline_sim.invariants import Invariants
 from syncline_sim.scene import Scene, small_spec
 from syncline_sim.simulate import simulate
 
+ERRORS = [StreamFull("no space left on device"), StoreDown("no space left on device: the broker has no JetStream")]
 
+
+@pytest.mark.parametrize("error", ERRORS, ids=["full", "off"])
 @pytest.mark.parametrize("subject", [".model.", ".log."])
-def test_a_full_disk_is_told_once_and_its_end_too(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_once_and_its_end_too(
+    subject: str, error: BusError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[Event] = []
     refused: list[float] = []
     put, told_before = MemoryBus.put, Invariants.told
@@ -24,7 +29,7 @@ def test_a_full_disk_is_told_once_and_its_end_too(subject: str, monkeypatch: pyt
         now_s = asyncio.get_running_loop().time()
         if subject in at and 0.9 < now_s < 30.0:
             refused.append(now_s)
-            raise StreamFull(f"{at}: no space left on device")
+            raise error
         return await put(self, at, data, bulk=bulk)
 
     def hear(self: Invariants, at: str, data: bytes) -> None:

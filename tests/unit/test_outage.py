@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from syncline.bus.outage import MOST_CAUSES, NO_CAUSE, NOBODY_LISTENS, REFUSED_KEY, TOO_LATE, Outage, explained
+from syncline.bus.outage import MOST_CAUSES, NO_CAUSE, NO_SERVER, REFUSED_KEY, TOO_LATE, Outage, explained
 
 LOST = "the connection to the broker at nats://hub:4222 is lost"
 AWAY = "the broker at nats://hub:4222 is out of reach"
@@ -33,7 +33,7 @@ def test_an_outage_of_both_connections_is_told_once_with_its_causes(
     outage.back("control", 80.5)
     assert told(caplog) == [
         f"{LOST}: unexpected EOF; connecting again",
-        f"{AWAY}: {NOBODY_LISTENS}",
+        f"{AWAY}: {NO_SERVER}",
         "connected to the broker at nats://hub:4222 again, after 70.5 s",
     ]
 
@@ -67,5 +67,5 @@ def test_the_next_outage_is_told_again_and_the_causes_of_one_are_bounded(
 
 def test_causes_are_in_the_operators_terms() -> None:
     assert explained("nats: 'Authorization Violation'") == explained("User Authentication Revoked") == REFUSED_KEY
-    assert explained("[Errno 111] Connect call failed ('127.0.0.1', 4222)") == NOBODY_LISTENS
+    assert explained("[Errno 111] Connect call failed ('127.0.0.1', 4222)") == NO_SERVER
     assert explained("nats: timeout") == explained("Operation timed out") == TOO_LATE

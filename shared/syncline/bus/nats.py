@@ -26,6 +26,7 @@ from syncline.errors import (
     Conflict,
     Denied,
     NoResponders,
+    StoreDown,
     StreamFull,
     Unavailable,
     Unfit,
@@ -219,7 +220,7 @@ class NatsBus:
         try:
             answers = await self._control.request(f"$JS.API.{what}", data, ANSWER_S)
         except NoResponders:
-            raise Unavailable(_NO_JETSTREAM) from None
+            raise StoreDown(_NO_JETSTREAM) from None
         answer: dict[str, Any] = json.loads(answers[0].data)
         if "error" in answer:
             raise _error(what, answer["error"])
@@ -256,7 +257,7 @@ def _error(what: str, error: dict[str, Any]) -> BusError:
     if code in _NO_SPACE or "exceeded" in text or "no space" in text:
         return StreamFull(f"{what}: {text}")
     if code in _JETSTREAM_OFF:
-        return Unavailable(_NO_JETSTREAM)
+        return StoreDown(_NO_JETSTREAM)
     return _Refused(f"{what}: {text}", code)
 
 

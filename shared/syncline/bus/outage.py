@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 JUST_NOW_S = 1.0  # an error so long before a connection is lost is its cause
 MOST_CAUSES = 8  # that are told in one outage
 REFUSED_KEY = "it refuses this key, which is unknown to it or was revoked. Ask the operator of the broker for a new one"
-NOBODY_LISTENS = "no server listens there. Is nats-server running?"
+NO_SERVER = "no server listens there. Is nats-server running?"
 TOO_LATE = "it does not answer in time"
 NO_CAUSE = "it answers nothing"
 
@@ -64,7 +64,7 @@ def explained(text: str) -> str:
     if "authorization" in lower or "authentication" in lower or "does not know" in lower:
         return REFUSED_KEY
     if "refused" in lower or "connect call failed" in lower:
-        return NOBODY_LISTENS
+        return NO_SERVER
     if "timeout" in lower or "timed out" in lower:
         return TOO_LATE
     return text.removeprefix("nats: ")[:500]
