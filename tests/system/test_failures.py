@@ -69,17 +69,21 @@ async def test_an_agent_stopped_for_a_while_is_lost_and_rejoins(fleet: Fleet) ->
     assert "a1" in {e.agent for e in (await fleet.log(run))[-1].plan.merged}
 
 
-async def test_a_training_child_that_hangs_makes_its_agent_lost_while_it_answers_heartbeats(fleet: Fleet) -> None:
+async def test_a_training_child_that_hangs_makes_its_agent_slow_and_not_lost_while_it_answers_heartbeats(
+    fleet: Fleet,
+) -> None:
     run = await fleet.start(**SLOW, agents=QUICK_LOSS, stop={"versions": 10})
     await fleet.version(run, 1)
     pid = fleet.trainer_pid("a4")
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert "no training step" in (await fleet.event(run, "agent-lost", "a4"))["text"]
+        assert "no progress" in (await fleet.event(run, "agent-slow", "a4"))["text"]
         await goes_on(fleet, run, 2)
     finally:
         os.kill(pid, signal.SIGCONT)
+    await fleet.event(run, "agent-present", "a4")
     assert (await fleet.ended(run)).phase == "done"
+    assert not fleet.events(run, "agent-lost")
 
 
 async def test_an_agent_asked_to_stop_says_goodbye_and_nobody_waits_for_it(fleet: Fleet) -> None:
