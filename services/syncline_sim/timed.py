@@ -1,27 +1,29 @@
 """The task's own training at an agent's own speed: tensors are real, and a step takes the virtual time that the settings say.
 
-One process holds the whole fleet, so its agents share what they only read: the task's data. What an agent is asked costs
-real time where it trains, and next to none where it waits.
+One process holds the whole fleet: a task, a model and an optimiser for each agent, and equal data sets once. What an agent is
+asked costs real time where it trains, and next to none where it waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import math
 import os
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from torch.utils.data import TensorDataset
 
-from syncline.data.partition import Part
+from syncline.seeding import seed_all
 from syncline.shm import SharedMemory
 from syncline.spec import RunSpec
-from syncline.tasks.base import Task, load_task, make_dataset
+from syncline.tasks.base import Task, load_task
 from syncline_agent.trainer import Trainer
 from syncline_agent.training import PROGRESS_BYTES
 from syncline_coordinator.evaluator import Evaluator
@@ -60,59 +62,82 @@ class Speed:
         self.periods, self.steps, self.busy_s = self.periods + 1, self.steps + steps, self.busy_s + seconds
 
 
-class SharedTask:
-    """One task for all children of a fleet: every one has a copy of its own, and the data are loaded once."""
+class Tasks:
+    """The tasks of a fleet: one for each child, as in processes of their own. The class is loaded once.
+
+    The data sets that `dataset` returned share their memory where they are equal.
+    """
 
     def __init__(self, allowed: list[str], task_dir: Path) -> None:
         self._allowed, self._task_dir = allowed, task_dir
-        self._task: Task | None = None
+        self._class: type[Task] | None = None
         self._vector: torch.Tensor | None = None
-        self._datasets: dict[tuple[bool, int, int], Any] = {}
+        self._tensors: weakref.WeakValueDictionary[tuple[object, ...], torch.Tensor] = weakref.WeakValueDictionary()
 
     def load(self, settings: RunSpec) -> Task:
-        """Raises ConfigError."""
-        if self._task is None:
-            self._task = load_task(
-                settings.task,
-                settings.task_options,
-                self._allowed,
-                self._task_dir,
-                seed=settings.seed,
-                enter=os.chdir,
-            )
-            if settings.evaluate.center:
-                self.dataset(Part.test(settings.seed))  # what that caches in the task, the copies have too
-        own = copy.copy(self._task)
-        setattr(own, "dataset", self.dataset)  # noqa: B010 (in the place of a method)
-        return own
+        """Return a new task. Raises ConfigError."""
+        if self._class is not None:
+            seed_all(settings.seed)
+            return self._class(**settings.task_options)
+        task = load_task(
+            settings.task, settings.task_options, self._allowed, self._task_dir, seed=settings.seed, enter=os.chdir
+        )
+        self._class = type(task)
+        return task
+
+    def shared(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Return the data set of a task that `make` returns.
+
+        Equal tensors of a TensorDataset are one in memory, unless the task keeps them: then it may write to them.
+        """
+        dataset = make(*args)
+        if type(dataset) is not TensorDataset or not all(map(_owns_memory, dataset.tensors)):
+            return dataset
+        shared = [self._shared(tensor) for tensor in dataset.tensors]
+        whole, *parts = [weakref.ref(dataset), *map(weakref.ref, dataset.tensors)]
+        del dataset
+        if (kept := whole()) is not None:
+            return kept
+        own = [ref() for ref in parts]
+        return TensorDataset(*[ours if theirs is None else theirs for ours, theirs in zip(shared, own, strict=True)])
+
+    def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that no task has, one for all equal tensors."""
+        content = xxhash.xxh3_128_digest(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        key = (tensor.dtype, tensor.shape, content)
+        found = self._tensors.get(key)
+        if found is None:
+            found = self._tensors[key] = tensor.clone()
+        return found
 
     def vector(self, like_P: torch.Tensor) -> torch.Tensor:
         if self._vector is None:
             self._vector = torch.empty_like(like_P)
         return self._vector
 
-    def dataset(self, part: Part) -> Any:
-        assert self._task is not None
-        place = (part.held_out, part.index, part.parts)
-        if place not in self._datasets:
-            for old in [p for p in self._datasets if p[0] == part.held_out and p[2] != part.parts]:
-                del self._datasets[old]
-            self._datasets[place] = make_dataset(self._task, part)
-        return self._datasets[place]
+
+def _owns_memory(tensor: torch.Tensor) -> bool:
+    """Whether no other object could write to it: it is no view, and not made of an array."""
+    storage = tensor.untyped_storage()
+    whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.resizable()
+    return whole and not tensor.requires_grad and not tensor.is_complex()
 
 
 class TimedTrainer(Trainer):
     """A trainer whose steps take `step_s`. `began_s`, `limit`: when the period asked for began, and its steps at most."""
 
-    def __init__(self, memory: SharedMemory, task: SharedTask, clock: Clock, *, keeps: bool) -> None:
+    def __init__(self, memory: SharedMemory, tasks: Tasks, clock: Clock, *, keeps: bool) -> None:
         super().__init__(memory, "cpu", [], Path(), self._now_s, lambda seconds: int(seconds / self.step_s))
-        self._shared, self._loop_time, self._keeps = task, clock, keeps
+        self._tasks, self._loop_time, self._keeps = tasks, clock, keeps
         self.began_s: float | None = None
         self.step_s = 0.0
         self.limit: int | None = None
 
     def load_task(self, settings: RunSpec) -> Task:
-        return self._shared.load(settings)
+        return self._tasks.load(settings)
+
+    def made(self, make: Callable[..., Any], *args: Any) -> Any:
+        return self._tasks.shared(make, *args)
 
     def planned_steps(self, number: int, parts: int, step_s: float) -> int:
         """Of the next period; 0 where the task says nothing about it, and will fail."""
@@ -137,7 +162,7 @@ class TimedTrainer(Trainer):
     def vector(self) -> torch.Tensor:
         """One for all who need it only while they train: nobody else does then."""
         lasting = self._settings.mix.kind == "elastic"
-        return super().vector() if lasting else self._shared.vector(self._flat.flat_P)
+        return super().vector() if lasting else self._tasks.vector(self._flat.flat_P)
 
     def show(self, steps: int) -> None:
         """Progress while the period passes: nothing is computed before its end."""
@@ -248,13 +273,13 @@ class FleetChildren(TaskChildren):
         seed = scene.spec.seed if settings.seed is None else settings.seed
         self.speeds = {agent: Speed.of(i, settings, seed) for i, agent in enumerate(scene.agents)}
         self._keeps = bool(settings.faults)
-        self._task = SharedTask(["*"], scene.task_dir)
+        self._tasks = Tasks(["*"], scene.task_dir)
 
     def evaluator(self, memory: SharedMemory) -> InlineChild:
         evaluator = Evaluator(memory, [], Path(), self.clock)
-        setattr(evaluator, "load_task", self._task.load)  # noqa: B010 (in the place of a method)
+        setattr(evaluator, "load_task", self._tasks.load)  # noqa: B010 (in the place of a method)
         return InlineChild(evaluator.questions(), memory, lambda _: QUICK_S)
 
     def trainer(self, agent: str, memory: SharedMemory) -> InlineChild:
-        trainer = TimedTrainer(memory, self._task, self.clock, keeps=self._keeps)
+        trainer = TimedTrainer(memory, self._tasks, self.clock, keeps=self._keeps)
         return TimedChild(trainer, memory, self.speeds[agent], self.clock)

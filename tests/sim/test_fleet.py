@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import random
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 from syncline.errors import ConfigError, RunFailed
 from syncline.seeding import generators_restored, seed_all
 from syncline.spec import RunSpec, parse
+from syncline.tasks import mnist5k
 from syncline_agent.shelf import Shelf
 from syncline_agent.state import save_state
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
+from syncline_sim.timed import TimedTrainer
 
 REGRESSION = "syncline.tasks.quadratic:LinearRegression"
 NEVER = {"kind": "crash", "service": "a1", "after_s": 1e6, "for_s": 1}  # with a fault in sight, agents keep a disk
@@ -265,26 +268,122 @@ def test_who_is_not_drawn_for_a_round_does_nothing() -> None:
     assert sum(a.bytes_up > 3000 for a in result.agents) <= 6
 
 
-def test_the_task_is_made_once_and_its_data_are_shared(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(COUNTING)
-    spec = spec_of(6, task="mine.py:Counting", evaluate={"center": True, "agents": True})
-    assert fleet_of(spec, tmp_path).phase == "done"
-    import sys
+OWN_PART = """
+from syncline.tasks.quadratic import LinearRegression
 
-    mine = next(m for n, m in sys.modules.items() if n.startswith("_syncline_task.") and hasattr(m, "Counting"))
-    assert len(mine.made) == 1
-    assert sorted(mine.loaded) == [(False, i, 6) for i in range(6)] + [(True, 0, 1)]
+made = []
+
+class OwnPart(LinearRegression):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen, self.parts = [], []
+        made.append(self)
+
+    def dataset(self, part):
+        self.rows, data = len(self.parts), super().dataset(part)
+        self.parts.append((part.held_out, part.index, part.parts))
+        return data
+
+    def train(self, model, optimizer, batches, on_step):
+        assert not self.parts[-1][0], "trains on the held-out rows"
+        self.seen.append(self.parts[-1][1])
+        return super().train(model, optimizer, batches, on_step)
+"""
 
 
-def test_relative_paths_of_a_task_are_relative_to_its_own_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def module_of(file: Path) -> Any:
+    return next(m for m in [*sys.modules.values()] if vars(m).get("__file__") == str(file))
+
+
+def test_every_agent_has_a_task_of_its_own(tmp_path: Path) -> None:
+    """What a task keeps on itself is its own, as in a process of its own: the part that it was given, and lists."""
+    (tmp_path / "own.py").write_text(OWN_PART)
+    assert fleet_of(spec_of(6, task="own.py:OwnPart"), tmp_path).phase == "done"
+    made = module_of(tmp_path / "own.py").made
+    assert all(task.parts == [(True, 0, 1)] for task in made if not task.seen), "the coordinator's"
+    seen = [task.seen for task in made if task.seen]
+    assert sorted(seen) == [[i] * 5 for i in range(6)]
+
+
+def test_a_child_that_starts_again_has_a_new_task(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_PART)
+    fault = {"kind": "trainer", "service": "a1", "after_s": 3}
+    assert fleet_of(spec_of(2, task="own.py:OwnPart"), tmp_path, step_s=0.2, faults=[fault]).phase == "done"
+    assert sorted(task.seen[0] for task in module_of(tmp_path / "own.py").made if task.seen) == [0, 0, 1]
+
+
+MAKES_TENSORS = """
+import torch
+from torch.utils.data import TensorDataset
+from syncline.tasks.quadratic import LinearRegression
+
+class Makes(LinearRegression):
+    def dataset(self, part):
+        data = super().dataset(part)
+        if part.held_out:
+            data = TensorDataset(*(t.clone() for t in data.tensors))
+            if self.keeps:
+                self.kept = data
+        return data
+
+class Shares(Makes):
+    keeps = False
+
+class Keeps(Makes):
+    keeps = True
+
+class KeepsInputs(Makes):
+    keeps = False
+    def dataset(self, part):
+        data = super().dataset(part)
+        if part.held_out:
+            self.inputs = data.tensors[0]
+        return data
+"""
+
+
+@pytest.mark.parametrize(("task", "sets"), [("Shares", 1), ("Keeps", 20), ("KeepsInputs", 20)])
+def test_equal_held_out_sets_are_one_in_memory_unless_the_task_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, sets: int
 ) -> None:
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "mine.py").write_text(COUNTING + "open('read_when_imported').close()\n")
-    (tmp_path / "tasks" / "read_when_imported").touch()
-    monkeypatch.chdir(tmp_path)
-    assert fleet_of(spec_of(2, task="tasks/mine.py:Counting", stop={"versions": 1})).phase == "done"
-    assert Path.cwd() == tmp_path, "the working directory of the caller stays"
+    (tmp_path / "own.py").write_text(MAKES_TENSORS)
+    places, held_out = set(), TimedTrainer._held_out
+
+    def seen(trainer: TimedTrainer) -> Any:
+        data = held_out(trainer)
+        places.add(data.tensors[0].data_ptr())
+        return data
+
+    monkeypatch.setattr(TimedTrainer, "_held_out", seen)
+    spec = spec_of(20, task=f"own.py:{task}", evaluate={"center": True, "agents": True}, stop={"versions": 2})
+    assert fleet_of(spec, tmp_path).phase == "done"
+    assert len(places) == sets
+
+
+def test_a_hundred_agents_of_a_real_task_hold_its_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is large is read once, and every agent's copy of it is written to by nobody."""
+    reads: list[Path] = []
+    read = mnist5k._read
+
+    def once(file: Path) -> Any:
+        reads.append(file)
+        return read(file)
+
+    monkeypatch.setattr(mnist5k, "_read", once)
+    mnist5k._read_split.cache_clear()  # type: ignore[attr-defined]
+    local = {"steps": 1, "batch_size": 2}
+    spec = spec_of(100, task="syncline.tasks.mnist5k:Mnist5k", local=local, stop={"versions": 1})
+    before, most = private_bytes(), [0]
+    fleet = Fleet(spec, parse(SimSettings, {}, "sim"), follow=lambda subject, data: most.append(private_bytes()))
+    fleet.play()
+    assert fleet.result().phase == "done" and len(reads) == 1
+    assert max(most) - before < 150e6  # 100 copies of the rows would be 400 million bytes
+
+
+def private_bytes() -> int:
+    """Of this process alone: mapped memory that is not written to does not count."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
 
 
 def test_a_fleet_holds_no_more_the_longer_it_runs() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from syncline.data.once import read_once
 from syncline.data.partition import Part
 from syncline.tasks.classification import Classification
 
@@ -58,16 +59,18 @@ class Digits(Classification):
         return _tensors(images_train[rows], labels_train[rows])
 
     @cached_property
-    def _data(self) -> list[NDArray[Any]]:
-        """Images and labels: train, test, train, test."""
-        from sklearn.datasets import load_digits  # a second to import, and only agents and evaluation need it
-        from sklearn.model_selection import train_test_split
+    def _data(self) -> tuple[NDArray[Any], ...]:
+        return _read()
 
-        images, labels = load_digits(return_X_y=True)
-        parts: list[NDArray[Any]] = train_test_split(
-            images, labels, test_size=0.2, stratify=labels, random_state=_SPLIT_SEED
-        )
-        return parts
+
+@read_once
+def _read() -> tuple[NDArray[Any], ...]:
+    """Images and labels: train, test, train, test."""
+    from sklearn.datasets import load_digits  # a second to import, and only agents and evaluation need it
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    return tuple(train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=_SPLIT_SEED))
 
 
 def _tensors(images: NDArray[Any], labels: NDArray[Any]) -> TensorDataset:

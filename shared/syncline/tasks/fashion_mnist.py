@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from syncline.data.idx import read_idx
+from syncline.data.once import read_once
 from syncline.errors import ConfigError
 from syncline.tasks.classification import SIDE, GreyImages, Labelled
 
@@ -46,21 +49,28 @@ class FashionMnist(GreyImages):
     def _read(self, which: str) -> Labelled:
         """Images and labels that fit together. Raises ConfigError."""
         images_file, labels_file = self._find(f"{which}-images-idx3-ubyte"), self._find(f"{which}-labels-idx1-ubyte")
-        images = _checked(images_file, 3, MOST_ROWS * SIDE**2)
-        labels = _checked(labels_file, 1, MOST_ROWS)
-        if images.shape[1:] != (SIDE, SIDE):
-            raise _unusable(images_file, f"its images are {images.shape[1]} × {images.shape[2]}, not {SIDE} × {SIDE}")
-        if len(labels) != len(images) or len(labels) == 0:
-            raise _unusable(labels_file, f"it has {len(labels):,} labels for {len(images):,} images")
-        if labels.max() > 9:
-            raise _unusable(labels_file, f"it has a label {labels.max()}, and the classes are 0 to 9")
-        return Labelled(images, labels.astype(np.int64))
+        images, labels = _read_pair(images_file, labels_file)
+        return Labelled(images, labels)
 
     def _find(self, name: str) -> Path:
         for file in (self.directory / f"{name}.gz", self.directory / name):
             if file.is_file():
                 return file
         raise ConfigError("task_options.directory", f"there is no file {name}.gz in {self.directory}", _MEND)
+
+
+@read_once
+def _read_pair(images_file: Path, labels_file: Path) -> tuple[NDArray[Any], ...]:
+    """Images and labels that fit together. Raises ConfigError."""
+    images = _checked(images_file, 3, MOST_ROWS * SIDE**2)
+    labels = _checked(labels_file, 1, MOST_ROWS)
+    if images.shape[1:] != (SIDE, SIDE):
+        raise _unusable(images_file, f"its images are {images.shape[1]} × {images.shape[2]}, not {SIDE} × {SIDE}")
+    if len(labels) != len(images) or len(labels) == 0:
+        raise _unusable(labels_file, f"it has {len(labels):,} labels for {len(images):,} images")
+    if labels.max() > 9:
+        raise _unusable(labels_file, f"it has a label {labels.max()}, and the classes are 0 to 9")
+    return images, labels.astype(np.int64)
 
 
 def _checked(file: Path, dimensions: int, most_bytes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -11,9 +11,12 @@ import importlib.util
 import zlib
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from syncline.data.once import read_once
 from syncline.errors import ConfigError
 from syncline.tasks.classification import SIDE, GreyImages, Labelled
 
@@ -38,14 +41,21 @@ class Mnist5k(GreyImages):
     @cached_property
     def _split(self) -> tuple[Labelled, Labelled]:
         """4,000 rows to train on, 1,000 held out: as many of each digit."""
-        everything = _read(_find())
-        rng = np.random.default_rng(_SPLIT_SEED)
-        held_out = np.zeros(len(everything.labels), bool)
-        for digit in range(10):
-            rows = np.flatnonzero(everything.labels == digit)
-            held_out[rng.permutation(rows)[: round(_HELD_OUT * len(rows))]] = True
-        images, labels = everything.images, everything.labels
-        return Labelled(images[~held_out], labels[~held_out]), Labelled(images[held_out], labels[held_out])
+        train_images, train_labels, test_images, test_labels = _read_split(_find())
+        return Labelled(train_images, train_labels), Labelled(test_images, test_labels)
+
+
+@read_once
+def _read_split(file: Path) -> tuple[NDArray[Any], ...]:
+    """Images and labels to train on, then those that are held out."""
+    everything = _read(file)
+    rng = np.random.default_rng(_SPLIT_SEED)
+    held_out = np.zeros(len(everything.labels), bool)
+    for digit in range(10):
+        rows = np.flatnonzero(everything.labels == digit)
+        held_out[rng.permutation(rows)[: round(_HELD_OUT * len(rows))]] = True
+    images, labels = everything.images, everything.labels
+    return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
 
 
 def _find() -> Path:

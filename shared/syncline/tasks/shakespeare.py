@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from syncline.data.once import read_once
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.tasks.classification import Classification
@@ -100,15 +101,22 @@ class Shakespeare(Classification):
 
     @cached_property
     def _windows(self) -> tuple[Windows, Windows]:
-        """Of the roles that say enough for a window to train on and one to test with."""
-        said = read_plays(self.directory)
-        most = sorted(said, key=lambda role: (-len(said[role]), role))
-        splits = [[_cut(codes, self.length) for codes in _split(said[role])] for role in most]
-        kept = [split for split in splits if all(len(codes) for codes in split)][: self.roles]
-        if not kept:
-            problem = f"no role in {self.directory} says enough for two windows of {self.length} characters"
-            raise ConfigError("task_options.length", problem, "Use a smaller one, or more plays")
-        return _together([train for train, _ in kept]), _together([test for _, test in kept])
+        train_codes, train_role, test_codes, test_role = _read(self.directory, self.length, self.roles)
+        return Windows(train_codes, train_role), Windows(test_codes, test_role)
+
+
+@read_once
+def _read(directory: Path, length: int, roles: int | None) -> tuple[NDArray[Any], ...]:
+    """Windows to train on and to test with, of the roles that say enough for one of each. Raises ConfigError."""
+    said = read_plays(directory)
+    most = sorted(said, key=lambda role: (-len(said[role]), role))
+    splits = [[_cut(codes, length) for codes in _split(said[role])] for role in most]
+    kept = [split for split in splits if all(len(codes) for codes in split)][:roles]
+    if not kept:
+        problem = f"no role in {directory} says enough for two windows of {length} characters"
+        raise ConfigError("task_options.length", problem, "Use a smaller one, or more plays")
+    train, test = _together([train for train, _ in kept]), _together([test for _, test in kept])
+    return train.codes, train.role, test.codes, test.role
 
 
 def read_plays(directory: Path) -> dict[tuple[str, str], NDArray[np.uint8]]:
