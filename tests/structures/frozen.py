@@ -103,6 +103,12 @@ class Unfrozen(Points):
             model[0].requires_grad_(self.steps > 8)
         return super().loss(model, batch)
 
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
 
 class FrozenFirst(Unfrozen):
     """The same, with a backbone that model() returns trainable."""

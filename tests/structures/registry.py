@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from syncline.data.partition import Iid, Part
+from syncline.optim import Parameters
 from syncline.seeding import seed_all, seed_of
 from syncline.tasks.base import Task, batches, load_task, make_model
 
@@ -35,14 +36,12 @@ class Structure:
         task: `file.py:Class`, of a file in this directory.
         settings: of `local`, beside the steps and the batch size.
         refused: a part of the message, where the product says by name that it cannot do this.
-        remembers: whether the task keeps something on itself that a killed process loses.
     """
 
     task: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 6  # of a period
     refused: str = ""
-    remembers: bool = False
 
     @property
     def path(self) -> str:
@@ -60,7 +59,7 @@ class Structure:
 
 
 def plain_loop(structure: Structure, periods: int) -> tuple[Task, nn.Module]:
-    """Train as a script without Syncline does: one model, one optimiser of all its parameters, one loop.
+    """Train as a script without Syncline does: one model, its optimisers, one loop that nothing interrupts.
 
     The random numbers and the order of the rows are those of the first agent.
     """
@@ -68,21 +67,24 @@ def plain_loop(structure: Structure, periods: int) -> tuple[Task, nn.Module]:
     model = make_model(task, SEED)
     optimizer = _optimizer(structure, task, model)
     data = task.dataset(Part(0, 1, Iid(), SEED))
+    batch_size = structure.spec["local"]["batch_size"]
     for period in range(periods):
         seed_all(seed_of(SEED, 0, period + 1))
-        stream = batches(data, BATCH_SIZE, SEED, 0, period * structure.steps)
-        task.train(model, optimizer, _limited(stream, structure.steps), lambda rows: True)
+        stream = batches(data, batch_size, SEED, 0, period * structure.steps)
+        told = count(1)
+        task.train(
+            model, optimizer, _limited(stream, structure.steps), lambda rows, told=told: next(told) < structure.steps
+        )
     return task, model
 
 
-def _optimizer(structure: Structure, task: Task, model: nn.Module) -> torch.optim.Optimizer:
-    own = task.optimizer(model.parameters())
-    if own is not None:
+def _optimizer(structure: Structure, task: Task, model: nn.Module) -> Any:
+    own = task.optimizers(model) or task.optimizer(Parameters(model.named_parameters()))
+    if own:
         return own
     kind, *arguments = structure.spec["local"]["optimizer"].items()
     makers = {name.lower(): made for name, made in vars(torch.optim).items() if inspect.isclass(made)}
-    made: torch.optim.Optimizer = makers[kind[1]](model.parameters(), **dict(arguments))
-    return made
+    return makers[kind[1]](model.parameters(), **dict(arguments))
 
 
 def _limited(stream: Iterator[Any], steps: int) -> Iterator[Any]:
@@ -109,6 +111,40 @@ STRUCTURES: dict[str, Structure] = {
     ),
     "mean teacher of each agent (`local`)": Structure("frozen.py:LocalTeacher"),
     "layers that are unfrozen": Structure("frozen.py:Unfrozen", refused="the model's 0.weight became trainable"),
-    "layers that are frozen first": Structure("frozen.py:FrozenFirst", remembers=True),
-    "truncated backpropagation through time": Structure("replaced.py:TruncatedBptt", remembers=True),
+    "layers that are frozen first": Structure("frozen.py:FrozenFirst"),
+    "truncated backpropagation through time": Structure("replaced.py:TruncatedBptt"),
+    "GAN, two optimisers from `optimizers`": Structure("optimizers.py:Gan"),
+    "GAN, the second optimiser on `self`": Structure("optimizers.py:GanOnSelf", refused="keeps to itself (Adam)"),
+    "GAN, the second optimiser on `self` and in `state_dict`": Structure("optimizers.py:GanOnSelfKept"),
+    "the same with `clip_norm`": Structure(
+        "optimizers.py:GanOnSelfKept", {"clip_norm": 1.0}, refused="local.clip_norm: would miss discriminator"
+    ),
+    "one loss, matrices and other weights by two optimisers": Structure("optimizers.py:Muons"),
+    "weight decay by parameter names": Structure("optimizers.py:DecayedByName"),
+    "VAE": Structure("optimizers.py:Vae"),
+    "LBFGS, a closure": Structure("optimizers.py:Lbfgs"),
+    "LBFGS with `clip_norm`": Structure(
+        "optimizers.py:Lbfgs",
+        {"clip_norm": 1.0},
+        refused="local.clip_norm: LBFGS computes gradients inside its own step",
+    ),
+    "Adam with a closure": Structure("optimizers.py:AdamWithClosure"),
+    "SAM, an optimiser around another one": Structure("optimizers.py:SamAround", refused="keeps to itself (SGD)"),
+    "SAM, both optimisers from `optimizers`": Structure("optimizers.py:SamAndBase"),
+    "REINFORCE, its own episodes": Structure("optimizers.py:Reinforce", {"optimizer": {"kind": "sgd", "lr": 0.5}}),
+    "GCN, the whole graph each step (`batch_size: all`)": Structure("optimizers.py:Gcn", {"batch_size": "all"}),
+    "GradScaler, the first period skipped": Structure(
+        "optimizers.py:Scaled", {"optimizer": {"kind": "sgd", "lr": 1e-4}}
+    ),
+    "gradient accumulation": Structure("optimizers.py:Accumulated"),
+    "own sampler": Structure("optimizers.py:OwnSampler"),
+    "own scheduler": Structure("optimizers.py:OwnScheduler"),
 }
+
+
+def table() -> str:
+    """Return the table in docs/local-training.md."""
+    results = {
+        name: f"refused: “… {s.refused} …”" if s.refused else "as the plain loop" for name, s in STRUCTURES.items()
+    }
+    return "\n".join(["| training structure | result |", "|---|---|", *(f"| {n} | {r} |" for n, r in results.items())])

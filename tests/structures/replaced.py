@@ -186,3 +186,9 @@ class TruncatedBptt(Task):
         if model.training:
             self.state = tuple(s.detach() for s in state)
         return nn.functional.mse_loss(out, batch[1])
+
+    def state_dict(self):
+        return {"state": self.state}
+
+    def load_state_dict(self, state):
+        self.state = state["state"]

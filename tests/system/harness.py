@@ -194,7 +194,7 @@ async def eventually(look: Callable[[], Any], what: str, patience_s: float = PAT
 
 def settings(agents: int, **changes: Any) -> FleetSettings:
     names = tuple(f"a{i}" for i in range(1, agents + 1))
-    allow = ("syncline.tasks.*", f"{TASKS}:*")
+    allow = ("syncline.tasks.*", f"{TASKS}:*", f"{TASKS.parents[1]}/structures/*")
     return FleetSettings(names, allow_task=allow, task_dir=TASKS.parent, device="cpu", **changes)
 
 

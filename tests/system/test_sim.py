@@ -13,6 +13,8 @@ import yaml
 from command import Command
 from harness import Fleet
 
+from structures.registry import STRUCTURES
+
 pytestmark = pytest.mark.timeout(240)
 
 DIGITS: dict[str, Any] = {"task": "syncline.tasks.digits:Digits", "agents": {"min": 4}, "stop": {"versions": 6}}
@@ -25,6 +27,11 @@ SKEWED: dict[str, Any] = {
     "outer": {"kind": "nesterov", "lr": 0.7, "momentum": 0.9},
     "seed": 11,
 }
+GAN: dict[str, Any] = {
+    **STRUCTURES["GAN, two optimisers from `optimizers`"].spec,
+    "agents": {"min": 4},
+    "stop": {"versions": 6},
+}
 SLOW_AND_FAR = {"step_s": [0.01, 0.2], "jitter": 0.3, "link": [{}, {"delay_s": 0.2, "up_mbit": 1}]}
 
 
@@ -34,7 +41,7 @@ def simulated(place: Path, spec: dict[str, Any], *args: str) -> Command:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("spec", [DIGITS, SKEWED], ids=["plain", "skewed"])
+@pytest.mark.parametrize("spec", [DIGITS, SKEWED, GAN], ids=["plain", "skewed", "gan"])
 async def test_a_synchronous_run_has_the_digest_of_real_processes(
     fleet: Fleet, tmp_path: Path, spec: dict[str, Any]
 ) -> None:

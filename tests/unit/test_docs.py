@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
+from structures.registry import table
 from syncline.data.partition import Part
 from syncline.optim import inner_of
 from syncline.spec import load_spec
@@ -36,6 +37,10 @@ def test_every_link_leads_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
     missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
     assert missing == []
+
+
+def test_the_table_of_training_structures_is_that_of_the_tests() -> None:
+    assert table() in (ROOT / "docs" / "local-training.md").read_text(), f"put this there:\n{table()}"
 
 
 def test_every_spec_in_the_documents_is_accepted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_it_learns_what_a_plain_loop_learns(name: str, tmp_path: Path) -> None:
     compare(structure, train(structure, tmp_path / "a1.safetensors"))
 
 
-@pytest.mark.parametrize("name", [n for n, s in STRUCTURES.items() if not s.refused and not s.remembers])
+@pytest.mark.parametrize("name", [n for n, s in STRUCTURES.items() if not s.refused])
 def test_killed_once_it_learns_the_same(name: str, tmp_path: Path) -> None:
     structure = STRUCTURES[name]
     compare(structure, train(structure, tmp_path / "a1.safetensors", killed_after=1))
@@ -74,5 +75,5 @@ def test_killed_once_it_learns_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n, s in STRUCTURES.items() if s.refused])
 def test_it_is_refused_by_name(name: str, tmp_path: Path) -> None:
     structure = STRUCTURES[name]
-    with pytest.raises(ConfigError, match=structure.refused):
+    with pytest.raises(ConfigError, match=re.escape(structure.refused)):
         train(structure, tmp_path / "a1.safetensors")

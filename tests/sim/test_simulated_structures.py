@@ -1,0 +1,53 @@
+"""Every training structure learns in a simulation what a plain PyTorch loop learns, also when its process is killed once."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from structures.registry import SEED, STRUCTURES, Structure, plain_loop
+from syncline.data.partition import Part
+from syncline.spec import RunSpec, parse
+from syncline.tasks.base import evaluate
+from syncline_sim.fleet import FleetResult, run_fleet
+from syncline_sim.settings import SimSettings
+
+PERIODS = 3
+KILLED_S = 8.0  # in the second period: a step takes a second
+TRAINED = [name for name, structure in STRUCTURES.items() if not structure.refused]
+REFUSED = [name for name, structure in STRUCTURES.items() if structure.refused]
+
+
+def simulate(structure: Structure, *, killed: bool = False) -> tuple[FleetResult, list[str]]:
+    """Return what came of a run of one agent, and its events."""
+    faults = [{"kind": "trainer", "service": "a1", "after_s": KILLED_S}]
+    settings = parse(SimSettings, {"step_s": 1.0, "faults": faults if killed else []}, "sim")
+    spec = parse(RunSpec, {**structure.spec, "stop": {"versions": PERIODS}})
+    events: list[str] = []
+
+    def follow(subject: str, data: bytes) -> None:
+        if ".events." in subject:
+            events.append(json.loads(data)["text"])
+
+    return run_fleet(spec, settings, follow=follow), events
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_learns_what_a_plain_loop_learns_also_when_it_is_killed(name: str) -> None:
+    structure = STRUCTURES[name]
+    task, model = plain_loop(structure, PERIODS)
+    expected = evaluate(task, model, task.dataset(Part.test(SEED)), 512, "cpu")["loss"]
+    (steady, _), (killed, events) = simulate(structure), simulate(structure, killed=True)
+    assert steady.metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    assert killed.digest == steady.digest
+    assert any("the training process died" in text for text in events)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_name(name: str) -> None:
+    structure = STRUCTURES[name]
+    result, events = simulate(structure)
+    assert result.phase == "failed" or not result.versions
+    assert any(re.search(re.escape(structure.refused), text) for text in events)
