@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from syncline.engine.gradients import Control, Gradients
 from syncline.errors import ConfigError
-from syncline.optim import inner_of
+from syncline.optim import inner_of, optimizers_of
 from syncline.spec import Local
 from syncline.tasks.base import Task
 from syncline.wire.flat import FlatModel
@@ -184,7 +184,7 @@ class Inner:
     def forget(self) -> None:
         """The optimisers have what new ones have; their schedules go on."""
         task = copy.copy(self._task)  # which may keep what it makes, a scheduler for example
-        _, fresh, _ = inner_of(task, self._model, self._local)
+        _, fresh = optimizers_of(task, self._model, self._local)
         for name, optimizer in self._optimizers.items():
             optimizer.state.clear()
             optimizer.state.update(fresh[name].state)

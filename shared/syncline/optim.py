@@ -99,7 +99,14 @@ Given = Optimizer | dict[str, Optimizer]  # what a task's `train` is given
 
 
 def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer], dict[str, Rate]]:
-    """Return the inner optimisers of an agent: as the task's `train` gets them, by name, and their schedules by name.
+    """Return `optimizers_of`, and the schedules by the same names. Raises ConfigError."""
+    given, by_name = optimizers_of(task, model, local)
+    setting = local.schedule
+    return given, by_name, {} if setting is None else {name: _rate(setting, made) for name, made in by_name.items()}
+
+
+def optimizers_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer]]:
+    """Return the inner optimisers of an agent: as the task's `train` gets them, and by name.
 
     They are those of the task's `optimizers`; else one, named "": of the task's `optimizer`, or of the settings.
     Raises ConfigError.
@@ -120,8 +127,7 @@ def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[st
         if not isinstance(given, Optimizer):
             problem = f"`optimizer` returned a {type(given).__name__}"
             raise ConfigError("task", problem, "Return one optimiser; several are returned by `optimizers`, by name")
-    by_name: dict[str, Optimizer] = dict(made) if made else {"": given}
-    return given, by_name, {} if local.schedule is None else {n: _rate(local.schedule, o) for n, o in by_name.items()}
+    return given, dict(made) if made else {"": given}
 
 
 def check_inner(task: Task, model: nn.Module, local: Local) -> None:

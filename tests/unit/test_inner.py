@@ -142,6 +142,12 @@ class Scheduled(LinearRegression):
     def load_state_dict(self, state):
         self.schedule.load_state_dict(state["schedule"])
 
+class Reused(LinearRegression):
+    made = None
+    def optimizer(self, params):
+        self.made = self.made or torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        return self.made
+
 class HalfKept(LinearRegression):
     def state_dict(self):
         return {"x": 1}
@@ -409,3 +415,11 @@ def test_an_own_schedule_acts_on_the_optimizer_also_after_a_broken_period(child:
     agent.trainer._inner.forget()
     run(agent, 3)
     assert math.isclose(agent.trainer._inner.given.param_groups[0]["lr"], 0.1)
+
+
+def test_a_schedule_goes_on_where_a_task_returns_one_optimizer_again_and_again(child: Make) -> None:
+    agent = child(
+        "Reused", optimizer_state="reset", schedule={"kind": "linear", "start_factor": 0.5, "total_iters": 10}
+    )
+    run(agent, 3)
+    assert math.isclose(agent.trainer._inner.given.param_groups[0]["lr"], 0.1 * (0.5 + 0.5 * 3 / 10))
