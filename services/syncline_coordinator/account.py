@@ -29,7 +29,8 @@ class Account:
     """Times are the event loop's."""
 
     def __init__(self, spec: RunSpec, telemetry: Telemetry) -> None:
-        self._telemetry, self._is_mean = telemetry, spec.merge.rule == "mean"
+        self._telemetry, self._elastic = telemetry, spec.mix.kind == "elastic"
+        self._is_mean = spec.merge.rule == "mean" and not self._elastic
         self._adviser, self._target = adviser_of(spec), spec.stop.target
         self._pace = Pace(ROUNDS_S)
         self._opened_s = self._collect_s = 0.0
@@ -103,5 +104,6 @@ class Account:
         for entry in plan.merged:
             self._adviser.judged(entry.agent, entry.lag, merged=True)
         lengths = {e.agent: norm for e, norm in zip(plan.merged, merged.norms, strict=False)}
-        for advice in self._adviser.committed(Norms(lengths, drift)):
+        norms = None if self._elastic else Norms(lengths, drift)  # an elastic difference tells where an agent is
+        for advice in self._adviser.committed(norms):
             await self._telemetry.event("advice", advice.text, level="warning", agent=advice.agent)

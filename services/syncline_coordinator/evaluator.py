@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from syncline.child import Handler, serve, tell
+from syncline.engine.kernels import finite
+from syncline.errors import ConfigError
 from syncline.optim import check_inner
 from syncline.seeding import seed_all, seed_of
 from syncline.shm import SharedMemory
@@ -65,6 +67,8 @@ class Evaluator:
             layout = manifest_of(model, chunk_bytes, task.local, sections, task.shared, code)
             check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
+        if not manifest:
+            _insist_on_numbers(self._flat, layout)
         self._settings = settings
         if settings.evaluate.center:
             self._tell(f"loads the held-out data: dataset() of {settings.task}")
@@ -109,6 +113,16 @@ class Evaluator:
 
     def _center(self) -> torch.Tensor:
         return torch.frombuffer(self._memory.view(), dtype=DTYPES[self._layout.dtype], count=self._layout.elements)
+
+
+def _insist_on_numbers(flat: FlatModel, layout: Manifest) -> None:
+    """Raises ConfigError for a model that holds NaN before any training: no update could ever be merged into it."""
+    for entry in layout.tensors:
+        if not finite(flat.flat_P[entry.offset : entry.offset + entry.elements]):
+            problem = f"the model's {entry.name} holds NaN or infinite values before any training"
+            raise ConfigError(
+                "task", problem, "Give it values in `model()`: `torch.empty` leaves what was in the memory"
+            )
 
 
 def main(threads: int, allowed: list[str], task_dir: str, end_fd: int, memory_fd: int) -> int:

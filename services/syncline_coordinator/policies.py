@@ -53,7 +53,7 @@ def adviser_of(spec: RunSpec) -> Adviser:
         max_lag=sync.lag_bound(spec.agents.min) if isinstance(sync, Async) else None,
         max_ahead=sync.max_ahead if isinstance(sync, Async) else None,
         by_rows=spec.merge.weights == "samples",
-        alpha=spec.mix.alpha,
+        alpha=1.0 if spec.mix.kind == "elastic" else spec.mix.alpha,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from syncline.engine.events import (
     WakeAt,
 )
 from syncline.errors import ConfigError, PeerError, StreamFull
+from syncline.guardrails import too_many_agents
 from syncline.spec import RunSpec
 from syncline.telemetry import Telemetry, tell_often
 from syncline.wire import subjects
@@ -116,12 +118,14 @@ class Run:
         self.lookout = Lookout(
             parts.bus, keeper, self.ledger, believes=believes, set_back=set_back, outer_ref=outer_ref
         )
+        self._diverged_at: int | None = None  # the newest version whose held-out loss was not finite
         self._work: set[asyncio.Task[None]] = set()
 
     # -- facts from outside --------------------------------------------------------------------------------------------
     def room_for(self, agent: str) -> str:
         """'' where the agent can take part, else why not."""
-        return self.ledger.room_for(agent, self.present)
+        why_not = self.ledger.room_for(agent, self.present)
+        return why_not or too_many_agents(self.parts.spec, len(self.present | {agent}))
 
     async def joined(self, agent: str) -> str:
         """Takes the agent in; returns why there is no room for it, or ''."""
@@ -344,6 +348,8 @@ class Run:
         head = self.keeper.head
         if self.parts.evaluation is not None and phase == "done":
             await self.parts.evaluation.last(head.version)
+        if self._diverged_at == head.version:
+            phase, reason = "failed", f"{_diverged(head.version)}. Before that: {reason}"
         await self.lookout.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
         await self.parts.telemetry.metric(status_of(self))
         level = "info" if phase == "done" else "error"
@@ -406,7 +412,12 @@ class Run:
             raise ConfigError("stop.versions", problem, hint) from None
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
-        """A held-out result is in: perhaps the target is reached."""
+        """A held-out result is in: perhaps the target is reached, or the center is of no use any more."""
+        loss = metrics.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            if self._diverged_at is None:
+                self._begin(self.parts.telemetry.event("center-diverged", _diverged(version), level="error"))
+            self._diverged_at = version
         target = self.parts.spec.stop.target
         value = metrics.get(target.metric) if target is not None else None
         if target is not None and target.metric not in metrics:
@@ -414,6 +425,13 @@ class Run:
         if target is not None and value is not None and target.reached(value) and not self._inbox.full():
             why = f"target reached: {target.metric} = {value:.4g} at version {version}"
             self._inbox.put_nowait(TargetReached(why))
+
+
+def _diverged(version: int) -> str:
+    return (
+        f"the held-out loss of version {version} is not a finite number: the training diverged. "
+        "Lower local.optimizer.lr or outer.lr, or look for a division by zero in the task's loss"
+    )
 
 
 def _phase(start: StartRound | LetRun | None) -> Phase:

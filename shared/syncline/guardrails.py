@@ -127,13 +127,41 @@ def _check_async(spec: RunSpec) -> None:
         raise ConfigError(
             "outer.kind",
             "'nesterov' in an asynchronous run applies the momentum once for every small merge, which diverges",
-            f"Use `outer: {{kind: delayed_nesterov, every: {spec.agents.min}}}` (arXiv:2401.09135), or sgd",
+            f"Use `outer: {{kind: delayed_nesterov, every: {_merges_of_a_round(spec)}}}` (arXiv:2401.09135), or sgd",
         )
 
 
+def _merges_of_a_round(spec: RunSpec) -> int:
+    """Return N / K, the merges of an asynchronous run in which every agent has one update on average; 1 at least."""
+    assert spec.sync.kind == "async"
+    size = spec.sync.updates(spec.agents.min)
+    return 1 if size is None else max(1, round(spec.agents.min / size))
+
+
+def most_elastic_agents(alpha: float) -> int:
+    """Return the largest N for which elastic averaging is stable: α < 2 / (N + 1).
+
+    That is the bound for agents that all meet the same center. In an asynchronous run they do so where they are equally fast.
+    """
+    n = int(2 / alpha) + 1
+    while n > 0 and alpha >= 2 / (n + 1):
+        n -= 1
+    return n
+
+
+def too_many_agents(spec: RunSpec, agents: int) -> str:
+    """Return why a run cannot have so many agents at once, or ''."""
+    if spec.mix.kind != "elastic" or agents <= (most := most_elastic_agents(spec.mix.alpha)):
+        return ""
+    return (
+        f"mix.alpha = {spec.mix.alpha:g} is stable for {most} agent{'s' * (most > 1)} at most (alpha < 2 / (N + 1)), and so "
+        f"many are here. For {agents} agents use an alpha of 0.9 / N = {0.9 / agents:.3g}"
+    )
+
+
 def _check_elastic(spec: RunSpec) -> None:
-    n, alpha, sync = spec.agents.min, spec.mix.alpha, spec.sync
-    most = 1.0 if sync.kind == "async" else 2 / (n + 1)
+    n, alpha, sync = max(spec.agents.min, spec.agents.max or 0), spec.mix.alpha, spec.sync
+    most = 2 / (n + 1)
     usual = f"0.9 / N = {0.9 / n:.3g}, the fastest 2 / (N + 2) = {2 / (n + 2):.3g}"
     if alpha == 0:
         raise ConfigError(
@@ -196,11 +224,14 @@ def doubts(spec: RunSpec) -> list[str]:
             f"mix.alpha: {mix.alpha} makes the center jump past the mean of {n} agents (N alpha = {n * mix.alpha:.3g}). "
             f"The usual value is 0.9 / N = {0.9 / n:.3g}"
         )
-    if spec.local.seconds is not None and spec.merge.weights == "uniform" and spec.merge.normalize is None:
+    several = max(n, spec.agents.max or 0) > 1
+    uniform = spec.merge.weights == "uniform" and spec.merge.normalize is None
+    if spec.local.seconds is not None and uniform and several:
         found.append(
             "merge.weights: uniform with local.seconds lets agents that make more steps pull the center to their own data. "
             "Use merge.normalize: fednova to count all data alike, or merge.weights: steps to count the work done"
         )
+    found += _doubts_of_fednova(spec)
     if sync.kind == "async":
         found += _doubts_async(spec)
     part, rule = spec.partition, spec.merge.rule
@@ -225,8 +256,31 @@ def doubts_of_model(averaged: Iterable[str], at_home: Iterable[str] = ()) -> lis
     if not statistics:
         return []
     return [
-        f"task: the model averages BatchNorm's statistics ({statistics[0]} and {len(statistics) - 1} more), which tell of one "
-        'agent\'s data each. Use GroupNorm, or let them stay with the agents: `local = ("*.running_*",)` in the task'
+        f"task: the model has BatchNorm's statistics ({statistics[0]} and {len(statistics) - 1} more). In training each agent "
+        "normalises by its own batches, and the center is evaluated with the mean of all agents' statistics: where data "
+        "differ, the two do not fit together. Use GroupNorm, which has none"
+    ]
+
+
+def _doubts_of_fednova(spec: RunSpec) -> list[str]:
+    """Return a doubt about factors that are exact for plain SGD alone (arXiv:2007.07481)."""
+    local = spec.local
+    if spec.merge.normalize is None:
+        return []
+    momentum = local.optimizer.arguments.get("momentum", 0)
+    odd = {
+        f"local.optimizer.kind: {local.optimizer.kind}": local.optimizer.kind.lower() != "sgd",
+        f"local.optimizer.momentum: {momentum}": bool(momentum),
+        f"local.prox_mu: {local.prox_mu:g}": bool(local.prox_mu),
+        "local.schedule": local.schedule is not None,
+    }
+    named = [setting for setting, given in odd.items() if given]
+    if not named:
+        return []
+    return [
+        "merge.normalize: fednova divides an update by its number of steps, which is the paper's factor for plain SGD alone. "
+        f"With {' and '.join(named)} it is an approximation: agents with many steps count a little too much or too little. "
+        "Use plain SGD inside and momentum outside (outer.kind: momentum), or merge.weights: steps"
     ]
 
 
@@ -252,6 +306,21 @@ def _doubts_async(spec: RunSpec) -> list[str]:
             f"sync.buffer: the mean lag of {n} equal agents is (N − 1) / K = {mean_lag:.1f} versions. A learning rate that is "
             f"just stable in rounds may be {2 * (2 * mean_lag + 1) / math.pi:.0f} times too large then. Lower it, or raise the "
             "buffer"
+        )
+    for setting, given in (
+        ("merge.weights", spec.merge.weights != "uniform" and spec.merge.weights),
+        ("merge.normalize", spec.merge.normalize),
+    ):
+        if size == 1 and given:
+            found.append(
+                f"{setting}: {given} has no effect with sync.buffer: 1, because a merge of one update has no other to weigh it "
+                f"against. Raise sync.buffer, or leave {setting} out"
+            )
+    every, right = getattr(spec.outer, "every", None), _merges_of_a_round(spec)
+    if every is not None and not right / 2 < every < 2 * right:
+        found.append(
+            f"outer.every: {every} merges between two steps of the momentum, each of which moves the center by 1 / {every} of "
+            f"an update. With {n} agents and a buffer of {size or n} that should be N / K = {right}"
         )
     if str(spec.outer.kind) == "momentum":
         found.append(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from syncline.errors import ConfigError
-from syncline.guardrails import doubts_of_model
+from syncline.guardrails import doubts_of_model, most_elastic_agents
 from syncline.spec import RunSpec, parse
 
 ELASTIC = {"kind": "elastic", "alpha": 0.1}
@@ -60,7 +60,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"sync": free(), "outer": {"kind": "nesterov"}},
         "outer.kind: 'nesterov' in an asynchronous run applies the momentum once for every small merge, which diverges. Use "
-        "`outer: {kind: delayed_nesterov, every: 4}` (arXiv:2401.09135), or sgd",
+        "`outer: {kind: delayed_nesterov, every: 2}` (arXiv:2401.09135), or sgd",
+    ),
+    (
+        {"sync": free(buffer=4), "agents": {"min": 8}, "outer": {"kind": "nesterov"}},
+        "outer.kind: 'nesterov' in an asynchronous run applies the momentum once for every small merge, which diverges. Use "
+        "`outer: {kind: delayed_nesterov, every: 2}` (arXiv:2401.09135), or sgd",
+    ),
+    (
+        {"sync": free(buffer="all"), "agents": {"min": 8}, "outer": {"kind": "nesterov"}},
+        "outer.kind: 'nesterov' in an asynchronous run applies the momentum once for every small merge, which diverges. Use "
+        "`outer: {kind: delayed_nesterov, every: 1}` (arXiv:2401.09135), or sgd",
+    ),
+    (
+        {"mix": {"kind": "elastic", "alpha": 0.3}, "agents": {"min": 2, "max": 10}},
+        "mix.alpha: elastic averaging of 10 agents is not stable at 0.3: it has to stay below 0.182. The usual value is 0.9 / "
+        "N = 0.09, the fastest 2 / (N + 2) = 0.167",
+    ),
+    (
+        {"mix": {"kind": "elastic", "alpha": 0.45}, "sync": free(buffer=1)},
+        "mix.alpha: elastic averaging of 4 agents is not stable at 0.45: it has to stay below 0.4. The usual value is 0.9 / N "
+        "= 0.225, the fastest 2 / (N + 2) = 0.333",
     ),
     (
         {"mix": {"kind": "elastic", "alpha": 0.4}},
@@ -74,7 +94,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"mix": {"kind": "elastic"}, "sync": free()},
-        "mix.alpha: elastic averaging of 4 agents is not stable at 1.0: it has to stay below 1. The usual value is 0.9 / N = "
+        "mix.alpha: elastic averaging of 4 agents is not stable at 1.0: it has to stay below 0.4. The usual value is 0.9 / N = "
         "0.225, the fastest 2 / (N + 2) = 0.333",
     ),
     (
@@ -149,7 +169,8 @@ def test_what_is_refused_names_the_setting_the_value_and_the_mend(settings: dict
         {"sync": free(max_ahead=0, buffer="all")},
         {"sync": free(max_ahead=0, quorum=4)},
         {"sync": free(buffer=2, quorum=2)},
-        {"sync": free(), "outer": {"kind": "delayed_nesterov", "every": 4}},
+        {"sync": free(), "outer": {"kind": "delayed_nesterov", "every": 2}},
+        {"merge": {"normalize": "fednova"}, "local": {"optimizer": {"kind": "SGD", "lr": 0.1, "momentum": 0}}},
         {"sync": free(), "mix": {"kind": "elastic", "alpha": 0.2}},
         {"sync": free(staleness={"kind": "constant"}), "mix": ELASTIC},
         {"mix": ELASTIC},
@@ -198,6 +219,45 @@ DOUBTED: list[tuple[dict[str, Any], str]] = [
         "outer.kind: momentum is applied once for every small merge, so it acts K times as strongly as in rounds. "
         "`delayed_nesterov` was made for asynchronous runs",
     ),
+    (
+        {"sync": free(buffer=4), "agents": {"min": 8}, "outer": {"kind": "delayed_nesterov", "every": 8}},
+        "outer.every: 8 merges between two steps of the momentum, each of which moves the center by 1 / 8 of an update. With 8 "
+        "agents and a buffer of 4 that should be N / K = 2",
+    ),
+    (
+        {"sync": free(buffer=2), "agents": {"min": 8}, "outer": {"kind": "delayed_nesterov", "every": 1}},
+        "outer.every: 1 merges between two steps of the momentum, each of which moves the center by 1 / 1 of an update. With 8 "
+        "agents and a buffer of 2 that should be N / K = 4",
+    ),
+    (
+        {"sync": free(buffer=1), "merge": {"weights": "samples"}},
+        "merge.weights: samples has no effect with sync.buffer: 1, because a merge of one update has no other to weigh it "
+        "against. Raise sync.buffer, or leave merge.weights out",
+    ),
+    (
+        {"sync": free(buffer=1), "merge": {"normalize": "fednova"}},
+        "merge.normalize: fednova has no effect with sync.buffer: 1, because a merge of one update has no other to weigh it "
+        "against. Raise sync.buffer, or leave merge.normalize out",
+    ),
+    (
+        {
+            "merge": {"normalize": "fednova"},
+            "local": {"optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.9}, "prox_mu": 0.1},
+        },
+        "merge.normalize: fednova divides an update by its number of steps, which is the paper's factor for plain SGD alone. "
+        "With local.optimizer.momentum: 0.9 and local.prox_mu: 0.1 it is an approximation: agents with many steps count a "
+        "little too much or too little. Use plain SGD inside and momentum outside (outer.kind: momentum), or merge.weights: "
+        "steps",
+    ),
+    (
+        {
+            "merge": {"normalize": "fednova"},
+            "local": {"optimizer": {"kind": "adam"}, "schedule": {"kind": "cosine", "T_max": 9}},
+        },
+        "merge.normalize: fednova divides an update by its number of steps, which is the paper's factor for plain SGD alone. "
+        "With local.optimizer.kind: adam and local.schedule it is an approximation: agents with many steps count a little too "
+        "much or too little. Use plain SGD inside and momentum outside (outer.kind: momentum), or merge.weights: steps",
+    ),
 ]
 
 
@@ -234,7 +294,8 @@ def test_a_long_lag_is_told_with_how_much_smaller_a_stable_learning_rate_is() ->
 
 def test_averaged_statistics_of_batchnorm_are_doubted() -> None:
     (found,) = doubts_of_model(["0.weight", "1.running_mean", "1.running_var"])
-    assert "1.running_mean and 1 more" in found and "GroupNorm" in found
+    assert "1.running_mean and 1 more" in found and "Use GroupNorm" in found
+    assert "local" not in found, "statistics that stay with the agents would make the center's metrics meaningless"
     assert doubts_of_model(["0.weight", "0.bias"], ["1.num_batches_tracked"]) == []
 
 
@@ -248,6 +309,14 @@ def test_one_agent_alone_is_not_doubted() -> None:
     assert spec(**alone, mix={"alpha": 0}).warnings == []
     assert spec(**alone, mix={"kind": "elastic", "alpha": 0.9}).warnings == []
     assert spec(**alone, sync=free(max_lag=0, buffer=1)).warnings == []
+    assert spec(**alone, local={"seconds": 3}).warnings == []
+    assert len(spec(agents={"min": 1, "max": 2}, local={"seconds": 3}).warnings) == 1
+
+
+@pytest.mark.parametrize(("alpha", "most"), [(0.9, 1), (0.45, 3), (0.4, 3), (0.39, 4), (2 / 11, 9), (0.09, 21)])
+def test_an_elastic_alpha_is_stable_for_so_many_agents(alpha: float, most: int) -> None:
+    assert most_elastic_agents(alpha) == most
+    assert alpha < 2 / (most + 1) and alpha >= 2 / (most + 2)
 
 
 def test_several_doubts_are_all_told() -> None:

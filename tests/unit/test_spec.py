@@ -330,7 +330,7 @@ def test_settings_that_are_rarely_meant_are_warned_of() -> None:
 
 
 def test_seconds_with_uniform_weights_are_warned_of() -> None:
-    (warning,) = spec(local={"seconds": 3}).warnings
+    (warning,) = spec(agents={"min": 2}, local={"seconds": 3}).warnings
     assert warning.startswith("merge.weights: uniform with local.seconds") and "merge.normalize: fednova" in warning
     for merge in ({"weights": "steps"}, {"weights": "samples"}, {"normalize": "fednova"}):
-        assert spec(local={"seconds": 3}, merge=merge).warnings == []
+        assert spec(agents={"min": 2}, local={"seconds": 3}, merge=merge).warnings == []

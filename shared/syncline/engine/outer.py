@@ -85,7 +85,9 @@ class DelayedNesterov(Outer):
     lr: float = Field(0.7, gt=0, le=100)
     momentum: float = Field(0.9, gt=0, lt=1, description="β, the share of m that is kept.")
     every: int = Field(
-        ge=1, le=1_000_000, description="N, merges between two steps of the momentum: the number of agents."
+        ge=1,
+        le=1_000_000,
+        description="N, merges between two steps of the momentum: the agents divided by sync.buffer.",
     )
     states: ClassVar[int] = 2  # m, b
 
