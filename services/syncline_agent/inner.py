@@ -36,7 +36,7 @@ NEED_STEPS = (
 
 
 class Inner:
-    """`given` is what the task trains with. `center_P`: the center that the period began from, kept up to date outside."""
+    """`given` is what the task trains with. `center_P`: the center that was received last, kept up to date outside."""
 
     def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:
         self._replaced = flat.replaced

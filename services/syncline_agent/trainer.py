@@ -58,7 +58,7 @@ from syncline_agent.inner import Inner
 from syncline_agent.state import Kept, load_state, save_state
 from syncline_agent.ticking import Ticking, ticking
 from syncline_agent.training import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
-from syncline_agent.updates import updates_of
+from syncline_agent.updates import Progress, updates_of
 from syncline_agent.values import is_finite, pack, unpack
 from syncline_agent.variates import Variates
 
@@ -125,12 +125,15 @@ class Trainer:
         self._checks = Checks(self._task, model, self._layout)
         self._flat = FlatModel(model.to(self._claim.device), self._layout, self._task.local, self._task.shared)
         self._center_P = self.vector()  # what a period is measured from
-        self._inner = Inner(self._task, self._flat, self._center_P, settings.local)
+        self._updates = updates_of(settings, self._layout.buffers)
+        self._anchor_P = self._center_P  # the center received last, to which FedProx pulls
+        if settings.local.prox_mu and isinstance(self._updates, Progress):
+            self._anchor_P = self._flat.flat_P.clone()  # a period without a newer center is measured from W_i
+        self._inner = Inner(self._task, self._flat, self._anchor_P, settings.local)
         self._fresh_state = self._task_state()
         self._is_first = True  # no period has ended in this process
         self._drawn = 0  # batches, in all periods; where these are given in seconds
         self._told_fewer = ""  # that the last period drew many more batches than the task has told
-        self._updates = updates_of(settings, self._layout.buffers)
         scaffold = settings.local.control_variates
         self._variates: Variates | None = None
         if scaffold is not None:
@@ -246,6 +249,8 @@ class Trainer:
         self._flat.store()
         self._updates.resolve(dict(period.verdicts), self._flat.flat_P)
         center_P = self._inbox() if period.fresh else None
+        if center_P is not None and self._anchor_P is not self._center_P:
+            self._anchor_P.copy_(center_P)
         self._updates.begin(self._flat.flat_P, self._center_P, center_P, first=not self._has_own)
         self._flat.load()
         self._has_own, control = True, None

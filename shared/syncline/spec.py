@@ -234,7 +234,7 @@ class Local(Settings):
     schedule: Schedule | None = Field(None, description="Of the learning rate; default: it stays as it is.")
     clip_norm: float | None = Field(None, gt=0, description="The loss's gradient is clipped to this norm.")
     clip_value: float | None = Field(None, gt=0, description="Every element of it is clipped to ± this.")
-    prox_mu: float = Field(0.0, ge=0, description="FedProx: pulls W_i to the center that the period began from.")
+    prox_mu: float = Field(0.0, ge=0, description="FedProx: pulls W_i to the center that was received last.")
     control_variates: Annotated[Scaffold | None, BeforeValidator(_by_name)] = Field(
         None, description="`scaffold`, against the drift of agents whose data differ."
     )

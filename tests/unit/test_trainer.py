@@ -115,6 +115,19 @@ def test_fedprox_over_two_periods_from_moving_centers(path: Path) -> None:
         assert torch.allclose(child.period(center)["update"], w - center, **EXACT)
 
 
+def test_asynchronous_fedprox_pulls_to_the_center_received_last_also_where_there_is_no_newer_one(path: Path) -> None:
+    """The second and third period go on from where the one before ended; x stays the first period's center."""
+    mu, local = 0.4, {"steps": 3, "optimizer": SGD, "prox_mu": 0.4}
+    child = Child(path, {"local": local, "sync": {"kind": "async"}})
+    w = center = child.initial_P + 0.25
+    for period in range(3):
+        before = w
+        for batch in drawn(3 * period, 3):
+            w = w - LR * (gradient(w, batch) + mu * (w - center))
+        update = child.period(center, fresh=not period)["update"]
+        assert torch.allclose(update, w - before, **EXACT), f"period {period}"
+
+
 def test_fedprox_without_a_pull_is_fedavg_bit_for_bit(path: Path) -> None:
     plain, prox = (
         Child(path.with_name(name), {"local": {"steps": 5, "optimizer": SGD, **local}})

@@ -63,15 +63,24 @@ class Child:
         ]
 
     def period(
-        self, center_P: Tensor, sum_P: Tensor | None = None, verdicts: dict[int, bool] | None = None
+        self,
+        center_P: Tensor,
+        sum_P: Tensor | None = None,
+        verdicts: dict[int, bool] | None = None,
+        *,
+        fresh: bool = True,
     ) -> dict[str, Any]:
-        """One local period from this center; the answer, with the update as `update`, and `control` beside `sum_P`."""
+        """One local period from this center; the answer, with the update as `update`, and `control` beside `sum_P`.
+
+        `fresh`: the center is newer than that of the period before.
+        """
         self._box(0).copy_(center_P)
         if sum_P is not None:
             self._box(0, 1).copy_(sum_P)
         self.clock += 1
         self._clock.now_s += 60.0  # it is time to save again
-        asked = Period(self.version, self.clock, self.number, self.parts, verdicts=[*(verdicts or {}).items()])
+        judged = [*(verdicts or {}).items()]
+        asked = Period(self.version, self.clock, self.number, self.parts, fresh, verdicts=judged)
         answer = self.trainer.period(**asked._asdict())
         self.version += 1
         answer["update"] = self._box(1).clone()

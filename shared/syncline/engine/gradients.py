@@ -40,7 +40,7 @@ class Gradients:
     """Between backward pass and step, in this order, with g the loss's gradient:
 
     1. every element of g is clipped to ± `clip_value`; then g as a whole to the norm `clip_norm`;
-    2. g += μ (w − x) with x the center that the period began from (FedProx, arXiv:1812.06127);
+    2. g += μ (w − x) with x the center that was received last (FedProx, arXiv:1812.06127);
     3. g += c − c_i (SCAFFOLD, arXiv:1910.06378).
 
     What is not set costs nothing and changes no bit. `center_P` is read at each step: whoever owns it keeps it up to date.
