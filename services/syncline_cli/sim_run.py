@@ -35,6 +35,7 @@ class SimRun:
         self.console = Console(stderr=as_json, highlight=False)
         self.state = RunState(spec.name, spec.stop.versions)
         self.screen = Screen(self.console, Message("making the model"))
+        self.fleet.on_doubt = lambda text: self.screen.say("warning", text)
         self._view = RunView(f"simulated run {spec.name}", self.state)
         self._drawn_s = 0.0
         self._began_s = time.monotonic()

@@ -122,6 +122,7 @@ class Fleet:
         self._links = Links(Dice(f"{self._seed} network"), 0.0, links=links)
         self.tally = Tally(spec, self._loop.time, follow)
         self._children: FleetChildren | None = None
+        self.on_doubt: Callable[[str], None] = lambda text: None  # told of settings that are allowed and rarely meant
 
     def play(self) -> None:
         """Raises ConfigError and RunFailed."""
@@ -136,6 +137,7 @@ class Fleet:
             self._children = FleetChildren(self._scene, Path(disk), self._loop.time, self.settings)
             stage = Stage(self._children, self._links, self.tally)
             world = World(self._scene, self.settings.schedule(), self._seed, self._loop, stage)
+            world.on_accepted = self._accepted
             try:
                 outcome = world.play()
             finally:
@@ -146,6 +148,11 @@ class Fleet:
             raise self.tally.broken
         if outcome.problems and (self.tally.head is None or self.tally.head.phase not in ENDED):
             raise RunFailed(self._unfinished() if self.now_s > self.settings.longest_s else outcome.problems[0])
+
+    def _accepted(self, doubts: list[str]) -> None:
+        for text in doubts:
+            self.tally.warnings.append((self.now_s, text))
+            self.on_doubt(text)
 
     def _unfinished(self) -> str:
         head, longest_s = self.tally.head, self.settings.longest_s

@@ -139,7 +139,7 @@ def stepped(outer: Outer, w: Vector, d: Vector, state: list[Vector], version: in
             m = o.momentum * m + gathered / o.every
             return w + o.lr * (o.momentum * m + d / o.every), [m, np.zeros_like(w)]
         case "adam" | "yogi" | "adagrad":
-            m, v = o.beta1 * state[0] + (1 - o.beta1) * d, state[1]
+            m, v = o.beta1 * state[0] + (1 - o.beta1) * d, state[1] if version else np.full_like(w, o.tau**2)
             if o.kind == "adam":
                 v = o.beta2 * v + (1 - o.beta2) * d**2
             elif o.kind == "yogi":

@@ -63,6 +63,7 @@ class World:
         self.children, self.weather, self.books = stage.children, stage.weather, stage.books
         self.timeline: list[str] = []
         self.refused: ConfigError | None = None  # what the coordinator says of the spec
+        self.on_accepted: Callable[[list[str]], None] = lambda doubts: None  # told what it doubts of an accepted one
         self.lives: dict[str, Life] = {}  # by connection
         self._operations: dict[str, int] = {}
         self._trace = hashlib.blake2b(digest_size=16)
@@ -143,6 +144,8 @@ class World:
                 answer = decode(Submitted, await bus.request(subjects.submit(), question, 5.0))
             except (BusError, PeerError):
                 answer = Submitted(problem="nobody answers")
+            if answer.run:
+                self.on_accepted(answer.warnings)
             if answer.run or "already" in answer.problem:
                 return
             if answer.doing:

@@ -456,3 +456,23 @@ def test_agents_that_start_later_take_part_later() -> None:
     result = fleet_of(spec_of(agents={"min": 1}, stop={"versions": 40}), agents=4, start_within_s=4.0, step_s=0.01)
     merged = [a.merged for a in result.agents]
     assert merged[0] == 40 and merged == sorted(merged, reverse=True) and 0 < merged[3] < merged[1] < 40
+
+
+def test_what_is_doubted_of_the_settings_and_the_model_is_told_as_the_run_begins(tmp_path: Path) -> None:
+    """What the coordinator answers to a submission: of the settings, and of a model with BatchNorm."""
+    (tmp_path / "task.py").write_text(
+        """
+from torch import nn
+from syncline.tasks.quadratic import LinearRegression
+
+class Normed(LinearRegression):
+    def model(self):
+        return nn.Sequential(nn.BatchNorm1d(5, dtype=self.dtype), nn.Linear(5, 1, dtype=self.dtype))
+"""
+    )
+    spec = spec_of(task="task.py:Normed", mix={"alpha": 1.1})
+    fleet, told = Fleet(spec, parse(SimSettings, {"step_s": 0.01}, "sim"), tmp_path), []
+    fleet.on_doubt = told.append
+    fleet.play()
+    assert [text.partition(":")[0] for text in told] == ["mix.alpha", "task"]
+    assert [text for _, text in fleet.result().warnings[:2]] == told

@@ -57,7 +57,7 @@ async def test_a_synchronous_run_has_the_digest_of_real_processes(
 
 
 def test_what_is_printed_for_people_and_for_programs(tmp_path: Path) -> None:
-    spec = {**DIGITS, "sim": {"agents": 6, "step_s": [0.01, 0.05]}}
+    spec = {**DIGITS, "mix": {"alpha": 1.1}, "sim": {"agents": 6, "step_s": [0.01, 0.05]}}
     shown = simulated(tmp_path, spec)
     told = simulated(tmp_path, spec, "--json")
     try:
@@ -69,6 +69,9 @@ def test_what_is_printed_for_people_and_for_programs(tmp_path: Path) -> None:
         shown.stop()
         told.stop()
     assert result["digest"] in shown.out and "accuracy" in shown.out and "a6" in shown.out
+    doubt = "mix.alpha: 1.1 over-relaxes: agents jump past the center. Up to 1 is monotone"
+    assert doubt in " ".join(shown.out.split()) and doubt in " ".join(told.err.split())
+    assert [warning["text"] for warning in result["warnings"]] == [doubt]
     assert [point["version"] for point in result["timeline"]] == [1, 2, 3, 4, 5, 6]
     assert result["accuracy"] == result["timeline"][-1]["metrics"]["accuracy"] > 0.5
     assert [agent["agent"] for agent in result["agents"]] == [f"a{i}" for i in range(1, 7)]

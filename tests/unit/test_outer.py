@@ -94,7 +94,8 @@ def test_it_is_the_formula_to_twelve_digits(outer: Outer) -> None:
 def test_an_update_of_zeros_at_the_first_step_keeps_the_center_to_the_last_bit(outer: Outer) -> None:
     (center,) = vectors(1, torch.float32)
     out, state = walked(outer, center, [torch.zeros_like(center)])
-    assert torch.equal(out, center) and all(not x.any() for x in state)
+    assert torch.equal(out, center)
+    assert all(float(x.abs().max()) <= 1e-6 for x in state), "that of FedOpt begins at τ²"
 
 
 # -- what each of them is ----------------------------------------------------------------------------------------------
@@ -157,12 +158,18 @@ def test_delayed_nesterov_moves_by_its_share_between_two_steps_of_the_momentum()
 
 
 def test_the_first_step_of_fedopt_is_as_the_paper_has_it_without_bias_correction() -> None:
-    """m = (1 − β₁) D, v = (1 − β₂) D² or D², W + lr m / (√v + τ)."""
+    """v begins at τ², m at 0: m = (1 − β₁) D, v by each one's own rule, W + lr m / (√v + τ). β₁ of Adagrad is 0."""
     center, d = vectors(2)
-    for outer, v in ((Adam(lr=0.2), 0.01 * d**2), (Yogi(lr=0.2), 0.01 * d**2), (Adagrad(lr=0.2), d**2)):
-        found, (m, second) = walked(outer, center, [d])
-        assert torch.allclose(m, 0.1 * d, rtol=1e-12) and torch.allclose(second, v, rtol=1e-12)
-        assert torch.allclose(found, center + 0.2 * 0.1 * d / (v.sqrt() + 1e-3), rtol=1e-12)
+    start = 1e-3**2
+    cases = (
+        (Adam(lr=0.2), 0.1 * d, 0.99 * start + 0.01 * d**2),
+        (Yogi(lr=0.2), 0.1 * d, start - 0.01 * d**2 * torch.sign(start - d**2)),
+        (Adagrad(lr=0.2), d, start + d**2),
+    )
+    for outer, m, v in cases:
+        found, state = walked(outer, center, [d])
+        assert torch.allclose(state[0], m, rtol=1e-12) and torch.allclose(state[1], v, rtol=1e-12)
+        assert torch.allclose(found, center + 0.2 * m / (v.sqrt() + 1e-3), rtol=1e-12)
 
 
 def test_yogi_forgets_slowly_where_adam_forgets_at_once() -> None:
@@ -177,3 +184,4 @@ def test_yogi_forgets_slowly_where_adam_forgets_at_once() -> None:
 def test_the_defaults_are_the_papers() -> None:
     assert Momentum().momentum == 0.9 and (Nesterov().lr, Nesterov().momentum) == (0.7, 0.9)
     assert all((o.beta1, o.beta2, o.tau) == (0.9, 0.99, 1e-3) for o in (Adam(), Yogi())) and Adagrad().tau == 1e-3
+    assert Adagrad().beta1 == 0.0

@@ -104,7 +104,7 @@ class DelayedNesterov(Outer):
 class _Adaptive(Outer):
     """FedOpt (arXiv:2003.00295, algorithm 2): m ← β₁ m + (1 − β₁) D, v by each one's own rule, W ← W + lr m / (√v + τ).
 
-    As in the paper there is no bias correction; m and v begin at 0.
+    As in the paper there is no bias correction; m begins at 0, and v at τ².
     """
 
     lr: float = Field(0.01, gt=0, le=100)
@@ -114,6 +114,8 @@ class _Adaptive(Outer):
 
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         m_E, v_E = (next_E.copy_(old_E) for next_E, old_E in zip(new, old, strict=True))
+        if version == 0:
+            v_E.fill_(self.tau**2)
         m_E.mul_(self.beta1).add_(merged_E, alpha=1 - self.beta1)
         self._second_moment_(v_E, merged_E.square())
         out_E.copy_(center_E).addcdiv_(m_E, v_E.sqrt().add_(self.tau), value=self.lr)
@@ -144,10 +146,11 @@ class Yogi(_Adaptive):
 
 
 class Adagrad(_Adaptive):
-    """FedAdagrad: v ← v + D²."""
+    """FedAdagrad: v ← v + D². Without momentum, as the paper runs it: β₁ is 0 unless it is set."""
 
     kind: Literal["adagrad"] = "adagrad"
     lr: float = Field(0.1, gt=0, le=100)
+    beta1: float = Field(0.0, ge=0, lt=1, description="Share of m that is kept.")
 
     def _second_moment_(self, v_E: Tensor, squared_E: Tensor) -> None:
         v_E.add_(squared_E)
