@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,17 +49,68 @@ class Kept:
         return result
 
 
-def arguments(description: str | None, *, seeds: int = 3) -> tuple[argparse.Namespace, Kept]:
+def arguments(description: str | None, *, seeds: int = 3, **lists: Sequence[float]) -> tuple[argparse.Namespace, Kept]:
+    """Read the command line. `lists`: options that take several numbers, with their defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"seeds 1 to N; default: {seeds}")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="results are kept there, and not made again")
-    parser.add_argument("--directory", default="", metavar="DIR", help="of the plays, where the experiment reads them")
+    parser.add_argument("--directory", default="", metavar="DIR", help="of the data, where they are in another place")
     parser.add_argument("--real", action="store_true", help="real processes, where the experiment has that")
     parser.add_argument("--no-plot", action="store_true", help="print the table alone")
+    for name, default in lists.items():
+        shown = ",".join(f"{x:g}" for x in default)
+        parser.add_argument(f"--{name}", type=_numbers, default=tuple(default), metavar="X,Y", help=f"default: {shown}")
     given = parser.parse_args()
     if given.seeds < 1:
         parser.error("--seeds must be 1 or more")
     return given, Kept(given.keep)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(x) for x in text.split(","))
+
+
+Measure = Callable[[float, str, int], dict[str, Any]]  # learning rate, split (models.py), seed
+CHOOSING_SEED = 101
+
+
+def tuned(
+    kept: Kept, what: dict[str, Any], rates: Sequence[float], seeds: int, measure: Measure, score: str
+) -> tuple[float, list[dict[str, Any]]]:
+    """Choose the learning rate on the validation rows, and measure with it on the test rows, once for each seed.
+
+    Args:
+        kept: results of earlier calls.
+        what: what the results are of, without learning rate, split and seed.
+        rates: the grid of learning rates.
+        seeds: so many runs on the test rows.
+        measure: makes one run.
+        score: the key of its result by which rates are compared, the smaller the better; None is the worst.
+
+    Returns:
+        The learning rate, and a result for each seed.
+    """
+
+    def result(lr: float, split: str, seed: int) -> dict[str, Any]:
+        return kept.of({**what, "lr": lr, "split": split, "seed": seed}, lambda: measure(lr, split, seed))
+
+    scores = {lr: or_never(result(lr, "choose", CHOOSING_SEED)[score]) for lr in rates}
+    lr = min(rates, key=lambda lr: scores[lr])
+    say(f"{what}: lr {lr:g} of {scores}")
+    return lr, [result(lr, "final", seed) for seed in range(1, seeds + 1)]
+
+
+def or_never(value: float | None) -> float:
+    return float("inf") if value is None else float(value)
+
+
+def median_and_range(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """Median (lowest – highest); `never` for what was not reached."""
+    low, middle, high = (
+        "never" if x == float("inf") else f"{x:.{digits}f}"
+        for x in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle}{unit if middle != 'never' else ''} ({low} – {high})"
 
 
 def say(text: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from syncline.data.partition import Part
+from syncline.tasks.classification import Labelled
 from syncline.tasks.fashion_mnist import FashionMnist
 from syncline.tasks.shakespeare import CHARACTERS, Shakespeare
 
@@ -21,7 +23,32 @@ class _Flat(nn.Module):
         return pixels.flatten(1).to(torch.float32).div_(255.0).sub_(FashionMnist.MEAN).div_(FashionMnist.DEVIATION)
 
 
-class TwoLayers(FashionMnist):
+class _Split(FashionMnist):
+    """Fashion-MNIST with training rows set apart, on which settings are chosen.
+
+    `split`: `all`, 60,000 rows to train on and the test images held out; `choose`, 50,000 rows and the last 10,000 of the
+    training images held out; `final`, the same 50,000 rows and the test images held out.
+    """
+
+    SET_APART = 10_000
+
+    def __init__(self, split: str = "all", **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.split = split
+
+    @cached_property
+    def train_rows(self) -> Labelled:
+        rows = self._read("train")
+        kept = len(rows.labels) - (0 if self.split == "all" else self.SET_APART)
+        return Labelled(rows.images[:kept], rows.labels[:kept])
+
+    @cached_property
+    def test_rows(self) -> Labelled:
+        rows = self._read("train" if self.split == "choose" else "t10k")
+        return Labelled(rows.images[-self.SET_APART :], rows.labels[-self.SET_APART :])
+
+
+class TwoLayers(_Split):
     """784 – 200 – 200 – 10 with rectifiers, 199,210 parameters: the "2NN" of McMahan et al. (arXiv:1602.05629)."""
 
     def model(self) -> nn.Module:
@@ -59,7 +86,7 @@ class Sleepy(TwoLayers):
         return super().train(model, optimizer, batches, slowly)
 
 
-class Logistic(FashionMnist):
+class Logistic(_Split):
     """Multinomial logistic regression, 7,850 parameters, as in SCAFFOLD's table 3 (arXiv:1910.06378).
 
     `similarity`: this share of every agent's rows is drawn at random, the others are sorted by their label.
