@@ -39,6 +39,7 @@ def _many(first: int, count: int, jobs: int) -> int:
     began = time.monotonic()
     batches = [range(i, min(i + AT_ONCE, first + count)) for i in range(first, first + count, AT_ONCE)]
     failures = []
+    os.environ["PYTHONSAFEPATH"] = "1"  # else the working directory would be on the path of the pool's processes
     with multiprocessing.get_context("spawn").Pool(jobs, _rarely_collect) as pool:
         for seed, problem in chain.from_iterable(pool.imap(failing, batches)):
             failures.append((seed, problem))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,3 +150,10 @@ async def test_a_task_of_several_files_gives_one_result_in_all_three_ways(folder
             until(lambda: subprocess.run(doctor, capture_output=True, check=False).returncode == 0, 60, lambda: "down")
             apart = digest_of(elsewhere, "run", "../tasks/spec.json", *at)
     assert simulated == local == apart
+
+
+def test_processes_of_the_simulator_do_not_have_the_working_directory_on_their_path(folder: Path) -> None:
+    (folder / "pickle.py").write_text("raise RuntimeError('it shadows the standard library')\n")
+    command = [str(Path(sys.executable).with_name("syncline-sim")), "--seeds", "1", "--jobs", "1"]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    assert ran.returncode == 0 and "0 failed" in ran.stdout, ran.stdout + ran.stderr

@@ -395,3 +395,14 @@ def test_the_loss_of_linear_regression_is_the_mean_of_squares_over_the_batch() -
     expected = sum((model(x) - y).square().item() for x, y in zip(inputs, targets, strict=True)) / 7
     assert task.loss(model, batch).item() == pytest.approx(expected, rel=1e-14)
     assert next(LinearRegression(dtype="float32").model().parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist:FashionMnist", "shakespeare:Shakespeare"])
+def test_an_error_about_a_relative_directory_says_which_it_is(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = load_task(f"syncline.tasks.{name}", {"directory": "data"}, DEFAULT_ALLOWED, tmp_path)
+    monkeypatch.chdir("/")
+    with pytest.raises(ConfigError, match=f"{tmp_path}/data"):
+        task.dataset(Part.test())

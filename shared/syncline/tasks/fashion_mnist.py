@@ -36,7 +36,7 @@ class FashionMnist(GreyImages):
 
     def __init__(self, directory: str = DEBIAN, channels: int = 32) -> None:
         super().__init__(channels)
-        self.directory = Path(directory).expanduser()
+        self.directory = Path(directory).expanduser().absolute()
 
     @cached_property
     def train_rows(self) -> Labelled:

@@ -83,7 +83,7 @@ class Shakespeare(Classification):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, and must be positive")
-        self.directory = Path(directory).expanduser()
+        self.directory = Path(directory).expanduser().absolute()
         self.roles, self.length, self.hidden, self.embedding = roles, length, hidden, embedding
         self.held_out = held_out
 
