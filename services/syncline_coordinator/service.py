@@ -310,7 +310,7 @@ class Coordinator:
             await child.close()
             raise
         finally:
-            del self._loading[spec.name]
+            self._loading.pop(spec.name, None)
 
     async def _take_runs(self) -> None:
         while True:
