@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check bench bench-merge sim results-tasks docs clean experiment
+.PHONY: help install demo test check bench bench-merge bench-memory sim results-tasks docs clean experiment
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
 	@echo "make check    format, lint, types, import rules, unit and simulation tests (a minute or two)"
 	@echo "make bench    this machine's round figures; make bench-merge: seconds and peak memory of merges, rule by rule"
+	@echo "make bench-memory  peak memory of a coordinator's processes with a model of 381 MiB"
 	@echo "make sim      whole runs in virtual time under seeded faults; SEEDS=2000 of them"
 	@echo "make results-tasks  accuracy of the tasks in examples/: together, centralised, alone (an hour on two cores)"
 	@echo "make experiment NAME=straggler  one of experiments/, in virtual time: straggler, fedavg, scaffold, diloco, shakespeare"
@@ -48,6 +49,9 @@ bench: install
 
 bench-merge: install
 	@$(BIN)/python tests/bench/merge.py
+
+bench-memory: install
+	@$(BIN)/python tests/bench/memory.py
 
 sim: install
 	@$(BIN)/syncline-sim --seeds $(SEEDS)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from syncline.bus.accounts import MAX_PAYLOAD_BYTES
 from syncline.bus.embedded import EmbeddedBroker
 from syncline.bus.nats import Connection, NatsBus
 from syncline.errors import ConfigError, NoResponders
@@ -50,6 +51,7 @@ class FleetSettings:
     threads: int = 1
     device: str = "auto"
     max_file_store_bytes: int | None = None  # None: what the broker finds on the disk
+    max_payload_bytes: int = MAX_PAYLOAD_BYTES
 
 
 class LocalFleet:
@@ -62,6 +64,7 @@ class LocalFleet:
             port=settings.port,
             agents=settings.agents,
             max_file_store_bytes=settings.max_file_store_bytes,
+            max_payload_bytes=settings.max_payload_bytes,
         )
         self.workers: dict[str, Worker] = {}
 

@@ -52,8 +52,13 @@ class Evaluator:
         self._task: Task | None = None
         self._flat: FlatModel | None = None
 
-    def describe(self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"") -> dict[str, Any]:
-        """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one."""
+    def describe(
+        self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"", check: bool = True
+    ) -> dict[str, Any]:
+        """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one.
+
+        `check`: try the settings of the agents' optimiser as well.
+        """
         settings = parse(RunSpec, spec)
         self._tell(f"loads the task {settings.task}")
         task = self.load_task(settings)
@@ -65,7 +70,8 @@ class Evaluator:
         else:
             sections, code = settings.local.sections, digests_of_code(task)
             layout = manifest_of(model, chunk_bytes, task.local, sections, task.shared, code)
-            check_inner(task, model, settings.local)
+            if check:
+                check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
         if not manifest:
             _insist_on_numbers(self._flat, layout)

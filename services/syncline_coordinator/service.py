@@ -293,14 +293,19 @@ class Coordinator:
             memory.close()
         return manifest
 
-    async def _model_of(self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"") -> tuple[Asked, Manifest]:
-        """A child process with the task's model. Raises ConfigError for a task that cannot be used."""
+    async def _model_of(
+        self, spec: RunSpec, memory: SharedMemory, manifest: bytes = b"", *, check: bool = True
+    ) -> tuple[Asked, Manifest]:
+        """A child process with the task's model. Raises ConfigError for a task that cannot be used.
+
+        `check`: try the optimiser's settings, which loads modules of some 80 MB into the child. They are tried at submit.
+        """
         child = await self._start_child(memory)
         chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload)
         self._loading[spec.name] = child
         try:
             answer = await child.ask(
-                "describe", spec=spec.model_dump(mode="json"), chunk_bytes=chunk, manifest=manifest
+                "describe", spec=spec.model_dump(mode="json"), chunk_bytes=chunk, manifest=manifest, check=check
             )
             return child, decode(Manifest, answer["manifest"], limit=64 << 20)
         except ChildFailed as error:
@@ -400,7 +405,7 @@ class Coordinator:
             await insist_on_models(self._bus, spec.name)
         layout = None if anew else keeper.head.manifest
         known = b"" if layout is None else await record_of(self._bus, keeper.head.run, layout)
-        child, manifest = await self._model_of(spec, memory, known)
+        child, manifest = await self._model_of(spec, memory, known, check=False)
         try:
             await (reserve if anew else restore)(self._bus, spec, manifest)
             self._held_bytes = Reservation.of(spec, manifest, most_agents(spec)).total

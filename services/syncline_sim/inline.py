@@ -134,7 +134,9 @@ class StubEvaluator:
         self._memory, self._elements = memory, 0
         self._copy: Vector = np.zeros(0)
 
-    def describe(self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"") -> dict[str, Any]:
+    def describe(
+        self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"", check: bool = True
+    ) -> dict[str, Any]:
         self._elements, self._seed = elements_of(spec), int(spec["seed"])
         chunk = max(ALIGN_ELEMENTS, chunk_bytes // 8 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
         tensors = _tensors(self._elements)

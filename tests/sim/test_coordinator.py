@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
@@ -14,6 +15,7 @@ from syncline.telemetry import Event
 from syncline.wire import subjects
 from syncline.wire.messages import Stop, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
+from syncline_sim.inline import StubEvaluator
 from syncline_sim.loop import VirtualLoop
 from syncline_sim.scene import small_spec
 
@@ -71,6 +73,29 @@ def test_a_run_that_finds_no_space_when_it_is_opened_fails_with_the_figures() ->
 
     reason = in_virtual_time(play)
     assert reason.startswith("agents.max: the run needs") and "MiB" in reason
+
+
+def test_the_optimisers_settings_are_tried_at_submit_and_not_in_the_child_that_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What that loads would stay in its memory as long as the run goes on."""
+    tried, describe = [], StubEvaluator.describe
+
+    def noted(self: StubEvaluator, spec: Any, chunk_bytes: int, manifest: bytes = b"", check: bool = True) -> Any:
+        tried.append(check)
+        return describe(self, spec, chunk_bytes, manifest, check)
+
+    monkeypatch.setattr(StubEvaluator, "describe", noted)
+
+    async def play(_: VirtualLoop) -> None:
+        broker = MemoryBroker()
+        await start_coordinator(broker)
+        bus = broker.connect("cli")
+        assert (await submit(bus, tiny("r1"))).run
+        await head_when(bus, 0, "waiting", "r1")
+
+    in_virtual_time(play)
+    assert tried == [True, False]
 
 
 @pytest.mark.parametrize("replaced", [False, True])

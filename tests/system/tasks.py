@@ -63,6 +63,21 @@ class Scattered(Task):
         return None
 
 
+class Many(Scattered):
+    """The same beside `count` small tensors with long names."""
+
+    def __init__(self, count: int = 400) -> None:
+        super().__init__()
+        self.count = count
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        for i in range(self.count):
+            parameter = nn.Parameter(torch.full((2,), float(i), dtype=torch.float64))
+            model.register_parameter(f"one_of_many_small_tensors_with_a_long_name_{i}", parameter)
+        return model
+
+
 class Slow(Task):
     """A period takes `seconds`, in ten steps."""
 

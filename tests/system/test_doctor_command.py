@@ -145,6 +145,13 @@ def test_small_limits_are_named(tmp_path: Path) -> None:
     assert found["coordinator"]["verdict"] == "broken" and "syncline coordinator" in found["coordinator"]["mend"]
 
 
+def test_a_broker_whose_messages_are_too_small_for_any_run_is_broken(tmp_path: Path) -> None:
+    url, server = bare(tmp_path, f'max_payload: 8192\njetstream {{ store_dir: "{tmp_path / "js"}" }}\n')
+    with server:
+        found = doctor(tmp_path, "--connect", url, "--only", "payload")
+    assert found["payload"]["verdict"] == "broken" and "16 KiB" in found["payload"]["text"]
+
+
 def test_the_brokers_own_pages_tell_more_and_to_every_key(tmp_path: Path) -> None:
     port, pages = free_port(), f"127.0.0.1:{free_port()}"
     settings = BrokerSettings(tmp_path / "js", port, monitor=pages, max_file_store_bytes=20 << 30)

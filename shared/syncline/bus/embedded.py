@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from syncline.bus.accounts import BrokerSettings, Identity, Keyring, server_config, write_whole
+from syncline.bus.accounts import MAX_PAYLOAD_BYTES, BrokerSettings, Identity, Keyring, server_config, write_whole
 from syncline.bus.embedded_process import (
     BROKER_SHELL,
     HOST,
@@ -65,11 +65,13 @@ class EmbeddedBroker:
         agents: Sequence[str] = (),
         sync_interval: str = "",
         max_file_store_bytes: int | None = None,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
     ) -> None:
         if not 0 <= port < 1 << 16:
             raise ConfigError("port", f"{port} is no port", "Use 1 to 65535, or 0 for any that is free")
         self._given, self._fixed_port, self._agents = directory, port, tuple(agents)
         self._sync_interval, self._max_file_store_bytes = sync_interval, max_file_store_bytes
+        self._max_payload_bytes = max_payload_bytes
         self._loaded = ""  # the configuration that the server has
         self._lock: int | None = None
         self._watchdog: Watchdog | None = None
@@ -229,6 +231,7 @@ class EmbeddedBroker:
             host=HOST,
             port=self.port,
             sync_interval=self._sync_interval,
+            max_payload_bytes=self._max_payload_bytes,
             max_file_store_bytes=self._max_file_store_bytes,
             log_path=self.log_path,
             pid_path=self.directory / "broker.pid",
