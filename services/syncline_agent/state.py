@@ -24,6 +24,7 @@ from torch import Tensor
 from syncline.errors import SynclineError
 from syncline.files import replacing
 from syncline.wire.manifest import Manifest
+from syncline.wire.tensors import bytes_of
 from syncline_agent.values import pack, unpack
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     whole = xxhash.xxh3_128(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        whole.update(bytes_of(tensor))
     return str(whole.hexdigest())
 
 

@@ -88,6 +88,10 @@ def _model(layout: Manifest, flat: bytearray, kept: _Kept, run: str) -> Model:
         raise PeerError(f"version {kept.version} of {run} has digest {digest}, and its record says {kept.digest}")
     elements = np.frombuffer(flat, DTYPES[layout.dtype])
     tensors = {t.name: elements[t.offset : t.offset + t.elements].reshape(t.shape) for t in layout.tensors}
+    for entry in layout.tensors:
+        length = float(np.linalg.norm(tensors[entry.name])) if entry.unit else 0.0
+        if length > 0:  # the mean of several agents' vectors of length 1 is shorter
+            tensors[entry.name] /= length
     about = {
         "run": run,
         "version": kept.version,

@@ -36,12 +36,14 @@ class Structure:
         task: `file.py:Class`, of a file in this directory.
         settings: of `local`, beside the steps and the batch size.
         refused: a part of the message, where the product says by name that it cannot do this.
+        advised: a part of the advice, where the tensors are those of the plain loop and the metrics are not.
     """
 
     task: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 6  # of a period
     refused: str = ""
+    advised: str = ""
 
     @property
     def path(self) -> str:
@@ -139,12 +141,28 @@ STRUCTURES: dict[str, Structure] = {
     "gradient accumulation": Structure("optimizers.py:Accumulated"),
     "own sampler": Structure("optimizers.py:OwnSampler"),
     "own scheduler": Structure("optimizers.py:OwnScheduler"),
+    "spectral norm": Structure("norms.py:SpectralNorm"),
+    "spectral norm, by its older hook": Structure("norms.py:SpectralNormByHook"),
+    "torch.compile": Structure("norms.py:Compiled"),
+    "torch.compile of a layer": Structure("norms.py:CompiledLayer"),
+    "state-dict hooks that rename keys": Structure("norms.py:RenamedKeys"),
+    "quantisation-aware training": Structure(
+        "norms.py:Quantised", advised="had no finite value in model() and stays with each agent"
+    ),
+    "quantisation-aware training by channel": Structure(
+        "norms.py:QuantisedByChannel", refused="the model's weights.scale was a buffer of torch.float32 [1]"
+    ),
+    "quantisation-aware training by channel, after one batch": Structure("norms.py:QuantisedAfterABatch"),
 }
+
+
+def _result(structure: Structure) -> str:
+    if structure.refused:
+        return f"refused: “… {structure.refused} …”"
+    return "as the plain loop" + (f"; advice: “… {structure.advised} …”" if structure.advised else "")
 
 
 def table() -> str:
     """Return the table in docs/local-training.md."""
-    results = {
-        name: f"refused: “… {s.refused} …”" if s.refused else "as the plain loop" for name, s in STRUCTURES.items()
-    }
+    results = {name: _result(structure) for name, structure in STRUCTURES.items()}
     return "\n".join(["| training structure | result |", "|---|---|", *(f"| {n} | {r} |" for n, r in results.items())])

@@ -186,6 +186,15 @@ def test_a_statistic_without_a_value_at_first_is_advised_once(own: Path) -> None
     assert child.period(child.initial_P)["advice"] == []
 
 
+def test_a_buffer_may_grow_after_it_was_kept(own: Path) -> None:
+    """Observers do so where they see a larger batch; what was written to the disk must not pin them."""
+    child = child_of(own, "Late")
+    child.period(child.initial_P)
+    child.trainer._flat.model.seen.resize_(4).fill_(2.0)
+    child.period(child.initial_P)
+    assert child.trainer._flat.model.seen.tolist() == [1.0, 1.0]
+
+
 def test_an_empty_buffer_that_has_grown_is_kept(own: Path) -> None:
     child = child_of(own, "Late")
     update_P = child.period(child.initial_P)["update"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stored_run
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from stored_run import RUN, StoredRun, bucket, center, digest_of, lose_head, sub
 from syncline.bus.memory import MemoryBroker, MemoryBus
 from syncline.errors import ConfigError, PeerError
 from syncline.wire import subjects
+from syncline.wire.manifest import Entry, Manifest
 from syncline_cli import exporting, ls, runs
 from syncline_cli.export import check_file
 
@@ -163,6 +165,18 @@ async def test_a_center_comes_as_named_tensors(bus: MemoryBus, asked: int | None
     assert model.about["version"] == version
     assert model.about["digest"] == digest_of(version)
     assert model.about["at_home"] == ["bn.num_batches_tracked"]
+
+
+async def test_averaged_vectors_of_spectral_norm_leave_with_length_1(
+    bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = stored_run.LAYOUT.tensors
+    unit = Entry(name=bias.name, shape=bias.shape, offset=4, elements=2, buffer=True, unit=True)
+    fields = stored_run.LAYOUT.model_dump() | {"tensors": [weight.model_dump(), unit.model_dump()]}
+    monkeypatch.setattr(stored_run, "LAYOUT", Manifest(**fields))
+    await StoredRun(bus).make(2)
+    (first, second) = held(await exporting.fetch(bus, RUN))
+    assert first == expected(2)[0] and second == pytest.approx([6 / 85**0.5, 7 / 85**0.5])
 
 
 @pytest.mark.parametrize("versions", [0, 1])

@@ -278,11 +278,12 @@ def _kind(buffer: bool) -> str:
     return "buffer" if buffer else "parameter"
 
 
-def to_unit_(vector: Tensor) -> None:
+def to_unit_(vector: Tensor) -> Tensor:
     """Scale the vector back to length 1, in place. One that has it, up to rounding, keeps its bits."""
     length = float(torch.linalg.vector_norm(vector))
     if length > 0 and abs(length - 1) > UNIT_TOLERANCE:
         vector.div_(length)
+    return vector
 
 
 def _check(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from syncline.errors import ConfigError
 from syncline.wire.manifest import Manifest, NamedDigest
-from syncline.wire.tensors import averaged_of, is_trained, matches, saved_buffers, tensors_of
+from syncline.wire.tensors import averaged_of, bytes_of, is_trained, matches, saved_buffers, tensors_of
 
 PIECE_ELEMENTS = 1 << 24  # that are copied to the CPU at a time
 
@@ -64,7 +64,7 @@ def digest_of(tensor: Tensor) -> str:
             elements = torch.view_as_real(elements).reshape(-1)
         for begin in range(0, elements.numel(), PIECE_ELEMENTS):
             piece = elements[begin : begin + PIECE_ELEMENTS].cpu().contiguous()
-            whole.update(piece.view(torch.uint8).numpy().data)
+            whole.update(bytes_of(piece))
     except (RuntimeError, NotImplementedError, TypeError):  # a tensor subclass, or one with quantised elements
         return ""
     return str(whole.hexdigest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -102,3 +103,16 @@ def overlapping(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, st
     for (_, end, first), (begin, _, second) in pairwise(sorted(ranges)):
         if begin < end:
             yield first, second
+
+
+def bytes_of(tensor: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
+    """Return a view of the bytes of a contiguous tensor on the CPU, valid as long as the tensor is.
+
+    `Tensor.numpy` would do, but makes the tensor one that can never be resized, as observers of quantisation do.
+
+    Raises:
+        TypeError: the tensor has no memory of its own, as those of some subclasses.
+    """
+    if tensor.nbytes and not tensor.data_ptr():
+        raise TypeError(f"a {type(tensor).__name__} does not show its bytes")
+    return (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
