@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from syncline.tasks.base import Task
 from syncline.wire.manifest import MAX_CODE_FILES
 
 MAX_FILE_BYTES = 1 << 22
+INSTALLED = ("site-packages", "dist-packages")  # directories of packages
 
 
 def digests_of_code(task: Task) -> dict[str, str]:
@@ -41,18 +43,20 @@ def _files(task: Task) -> set[tuple[str, Path]]:
     if main is None:
         return {(file.name, file) for file in files}
     directory = Path(main).parent
-    beside = set(_beside(directory)) if not (directory / "__init__.py").exists() else set()
+    is_installed = (directory / "__init__.py").exists() or not set(INSTALLED).isdisjoint(directory.parts)
+    beside = set() if is_installed else set(_beside(directory))
     return {(_name(file, directory), file) for file in files | beside}
 
 
 def _beside(directory: Path) -> Iterator[Path]:
     """Yield the files of imported modules in the directory and below it; packages that are installed there are no task's."""
+    prefix = f"{directory}{os.sep}"
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if not file or not Path(file).is_relative_to(directory):
+        if not file or not file.startswith(prefix):  # thousands of modules, asked for each agent of a simulation
             continue
         parts = Path(file).relative_to(directory).parts
-        if not any(part.startswith(".") or part in ("site-packages", "dist-packages") for part in parts):
+        if not any(part.startswith(".") or part in INSTALLED for part in parts):
             yield Path(file)
 
 

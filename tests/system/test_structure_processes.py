@@ -1,0 +1,65 @@
+"""Training structures in real processes, their training child killed once: the center is that of a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+from harness import Fleet, settings
+
+from structures.registry import HERE, STRUCTURES, plain_loop
+from syncline.nursery import Nursery
+from syncline.tasks.base import make_model
+from syncline.wire.flat import manifest_of
+from syncline.wire.tensors import tensors_of
+from syncline_cli.local import LocalFleet
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+VERSIONS = 30  # enough for a kill to come in the middle; tensors that stay at home are kept every second alone
+CHOSEN = (
+    "SAM, which points the weights back (`p.data = old`)",
+    "EMA of a statistic, assigned (`self.mean = …`)",
+    "mean teacher (`shared`)",
+    "spectral norm",
+    "state-dict hooks that rename keys",
+    "quantisation-aware training by channel, after one batch",
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def one(nursery: Nursery) -> AsyncIterator[Fleet]:
+    base = settings(1)
+    async with LocalFleet(replace(base, allow_task=(*base.allow_task, f"{HERE}/*")), nursery) as local:
+        fleet = await Fleet.open(local)
+        yield fleet
+        await fleet.close()
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+async def test_a_killed_child_goes_on_to_what_a_plain_loop_learns(one: Fleet, name: str) -> None:
+    structure = STRUCTURES[name]
+    spec: dict[str, Any] = {**structure.spec, "stop": {"versions": VERSIONS}, "evaluate": {"every": VERSIONS}}
+    run = await one.start(**spec)
+    await one.version(run, 2)
+    os.kill(one.trainer_pid("a1"), signal.SIGKILL)
+    head = await one.ended(run)
+    assert head.phase == "done" and one.events(run, "trainer-died"), head.reason
+    _, model = plain_loop(structure, VERSIONS)
+    expected = {name: tensor.detach() for name, tensor in tensors_of(model)}
+    center_P = await one.center(head)
+    task = structure.load()
+    for entry in manifest_of(make_model(task, 0), 4096, task.local, shared=task.shared).tensors:
+        found = center_P[entry.offset : entry.offset + entry.elements].view(entry.shape)
+        torch.testing.assert_close(found, expected[entry.name], rtol=1e-4, atol=1e-4)  # 180 steps of float32
+
+
+async def test_a_frozen_layer_that_is_unfrozen_ends_the_run_by_name(one: Fleet) -> None:
+    head = await one.ended(await one.start(**STRUCTURES["layers that are unfrozen"].spec, stop={"versions": VERSIONS}))
+    assert head.phase == "failed" and "a1: task: the model's 0.weight became trainable during training" in head.reason
