@@ -147,7 +147,7 @@ def test_a_link_has_a_delay_and_a_rate() -> None:
 @pytest.mark.parametrize(("params", "mbit", "wire"), [(500_000, 0.1, {"chunk_bytes": 65536}), (250_000, 0.2, {})])
 def test_over_a_thin_link_an_update_arrives_and_is_put_once(params: int, mbit: float, wire: dict[str, int]) -> None:
     """One takes longer than a blob may stand still; a chunk of the other, longer than a broker may take to answer."""
-    big = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": params}, "local": {"steps": 1}}
+    big = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": params}, "local": {"steps": 0}}
     spec = spec_of(2, **big, wire=wire, evaluate={"center": False}, stop={"versions": 2})
     result = fleet_of(spec, step_s=0.01, link=[{}, {"up_mbit": mbit}])
     assert (result.phase, result.warnings) == ("done", ())
