@@ -135,7 +135,9 @@ def test_a_child_that_crashes_in_every_period_is_given_up_and_the_others_go_on(m
 
     monkeypatch.setattr(InlineChild, "_spend", spend)
     outcome = fine(simulate(Scene(small_spec(agents={"min": 3, "lost_after_s": 2.0}))))
-    assert {len(agents) for agents in outcome.merged} == {3} and len(died) == CRASHES_IN_A_ROW
+    sizes = [len(agents) for agents in outcome.merged]
+    assert sizes[0] in (2, 3) and set(sizes[1:]) == {3}, "the round begins with three agents, of which this may be one"
+    assert len(died) == CRASHES_IN_A_ROW
 
 
 def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
