@@ -215,19 +215,7 @@ def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
     service, agent, at_s = rng.choice(services), rng.choice(agents), round(rng.uniform(0.0, within_s), 3)
     for_s = round(0.02 * 1000 ** rng.random(), 3)  # 20 ms to 20 s, every order of magnitude as often
     kind = rng.choice(
-        (
-            *["crash"] * 3,
-            *["unanswered"] * 3,
-            "cut",
-            "cut",
-            "broker",
-            "lose",
-            "delay",
-            "step",
-            "trainer",
-            "twin",
-            "zombie",
-        )
+        (*["crash"] * 3, *["unanswered"] * 3, "cut", "cut", "broker", "lose", "delay", "trainer", "twin", "zombie")
     )
     match kind:
         case "crash":
@@ -245,8 +233,6 @@ def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
             return Lose(round(rng.uniform(0.05, 0.9), 2), at_s, for_s)
         case "delay":
             return Delay(service, round(rng.uniform(0.001, 1.0), 3), at_s, for_s)
-        case "step":
-            return LongStep(agent, at_s, for_s)
         case "trainer":
             return KillTrainer(agent, at_s)
         case "zombie":

@@ -145,6 +145,10 @@ def _async(rng: Dice, agents: int) -> dict[str, Any]:
 
 def faults_of(seed: int, scene: Scene) -> Faults:
     faults = Faults.random(Dice(f"{seed} faults"), (COORDINATOR, *scene.agents))
+    step = Dice(f"{seed} step")
+    if step.random() < 0.2:
+        at_s, for_s = round(step.uniform(0.6, 3.0), 3), _while_s(step, 20.0)
+        faults = faults.long_step(step.choice(scene.agents), after_s=at_s, for_s=for_s)
     power = Dice(f"{seed} power")
     if power.random() < 0.15:
         at_s = round(power.uniform(0.4, 4.0), 3)

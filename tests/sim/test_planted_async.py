@@ -49,7 +49,10 @@ def whoever_joins_stands_at_nought(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_roster_forgets_the_offsets(patch: pytest.MonkeyPatch) -> None:
-    instead(patch, Ledger, "roster", lambda real: lambda self, present, who, offsets: real(self, present, who, {}))
+    def make(real: Any) -> Any:
+        return lambda self, present, who, offsets, presence: real(self, present, who, {}, presence)
+
+    instead(patch, Ledger, "roster", make)
 
 
 def agents_do_not_know_of_the_gate(patch: pytest.MonkeyPatch) -> None:
