@@ -41,7 +41,7 @@ GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
 MOST_ADVICE = 16  # texts of one run
 
 
-def _spec_of(record: bytes) -> RunSpec:
+def spec_in(record: bytes) -> RunSpec:
     """Return a run's settings. Raises ConfigError where a newer Syncline wrote one that this one does not know."""
     try:
         return submitted_spec(decode(Submit, record))
@@ -176,7 +176,7 @@ class Session:
     async def _prepare(self) -> None:
         """Reads spec and manifest, and has the child make the model."""
         entry = await self._news.read(subjects.spec_key(self._run))
-        self._spec = _spec_of(entry.value)
+        self._spec = spec_in(entry.value)
         self._signs.advises = not self._spec.evaluate.center
         self._signs.heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
         while (manifest := (head := (await self._news.newest()).head).manifest) is None:

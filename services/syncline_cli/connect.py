@@ -11,7 +11,7 @@ import shlex
 import stat
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -144,13 +144,16 @@ def unreachable(error: BusError, at: Place) -> ConfigError:
     return ConfigError("--connect", f"no local fleet is up on this machine, and {error}", mend)
 
 
-def come_back(command: str, connect: str, key: str) -> str:
+def come_back(command: str, connect: str, key: str, tls: Tls | None = None) -> str:
     """What to type in another terminal, or later, to reach this broker: what the environment says need not be said."""
     said = [command]
     if connect not in (DEFAULT_URL, os.environ.get("SYNCLINE_NATS_URL")):
         said.append(f"--connect {shlex.quote(masked(connect))}")
     if key and key != os.environ.get("SYNCLINE_KEY"):
         said.append(f"--key {key}")
+    for name, file in asdict(tls or Tls()).items():
+        if file and file != os.environ.get(f"SYNCLINE_TLS_{name.upper()}"):
+            said.append(f"--tls-{name} {shlex.quote(file)}")
     return " ".join(said)
 
 

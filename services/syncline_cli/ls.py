@@ -85,7 +85,7 @@ def ls(
         table.add_row(row.run, Text(phase, _STYLES.get(row.phase, "")), versions, agents, Text(clean(row.reason)))
     console.print(table, soft_wrap=not console.is_terminal)
     if driven is False:
-        start = come_back("syncline coordinator", at.url, at.key)
+        start = come_back("syncline coordinator", at.url, at.key, at.tls)
         text = f"?: no coordinator answers, so nothing moves there. Start one: {start}"
         console.print(Text(text, "yellow"), soft_wrap=True)
 

@@ -117,7 +117,7 @@ def _remote(
     except Interrupted:
         again, ls = f"syncline watch {spec.name}", "syncline ls"
         if not at.found:
-            again, ls = come_back(again, at.url, watch_key(at.key)), come_back(ls, at.url, at.key)
+            again, ls = come_back(again, at.url, watch_key(at.key), at.tls), come_back(ls, at.url, at.key, at.tls)
         if watch.submitted:
             raise Interrupted(f"; run {spec.name} goes on without this terminal. Come back with: {again}") from None
         raise Interrupted(f"; run {spec.name} may have been submitted. See: {ls}" if watch.asked else "") from None

@@ -311,7 +311,7 @@ def _summary(watching: Watching) -> int:
         return DONE
     if state is None or state.phase not in ENDED:
         at, again = watching.at, f"syncline watch{' ' + state.run if state else ''}"
-        again = again if at.found else come_back(again, at.url, at.key)
+        again = again if at.found else come_back(again, at.url, at.key, at.tls)
         gone = at.found and not Path(at.key).exists()
         text = "the local fleet has ended" if gone else f"come back with: {again}"
         _print(watching, Text(text, STYLES["hint"]))
@@ -325,7 +325,7 @@ def _summary_of_head(watching: Watching) -> int:
     """The same for a run that ended before anything was heard of it, or while nothing was."""
     watched, head = watching.watched, watching.head
     if head is None:
-        raise absent(watched, "" if watching.at.found else come_back("", watching.at.url, ""))
+        raise absent(watched, "" if watching.at.found else come_back("", watching.at.url, "", watching.at.tls))
     text = f"run {head.run}: {head.reason}"
     if head.phase in ("failed", "refused"):
         raise RunFailed(text)

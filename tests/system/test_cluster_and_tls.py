@@ -107,6 +107,22 @@ def test_the_doctor_says_what_to_do_about_certificates(
     assert "--tls-cert" in said and "KEY_VALUES_MISMATCH" in said
 
 
+# -- users and passwords ---------------------------------------------------------------------------------------------------
+def test_a_password_in_an_address_is_used_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port, config = free_port(), tmp_path / "users.conf"
+    config.write_text(
+        f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{tmp_path}/store" }}\n'
+        'authorization { user: alice, password: "s3,cr3t@home" }\n'
+    )
+    with Server(config, tmp_path / "users.log"):
+        assert cli.main(["ls", "--connect", f"nats://alice:s3%2Ccr3t%40home@127.0.0.1:{port}"]) == 0
+        said = "".join(capsys.readouterr())
+        assert f"no runs on nats://***@127.0.0.1:{port}" in said and "alice" not in said and "cr3t" not in said
+        assert cli.main(["ls", "--connect", f"nats://alice:wr0ng@127.0.0.1:{port}"]) == 2
+        said = "".join(capsys.readouterr())
+        assert "Correct the user and password" in said and "wr0ng" not in said and "alice" not in said
+
+
 # -- a cluster -----------------------------------------------------------------------------------------------------------
 BUSES = 6  # of two connections each
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from syncline.allow_list import is_allowed
+from syncline.bus.tls import Tls
 from syncline.errors import ConfigError, Denied, Unreachable
 from syncline_cli.connect import Place, check_task_dir, come_back, local_fleets, place, unreachable, watch_key
 from syncline_cli.options import DEFAULT_URL
@@ -124,3 +125,9 @@ def test_a_fleet_that_stays_allows_what_further_runs_of_its_directory_need(
     patterns = allowed_tasks(first, stay=stay)
     assert is_allowed(first, patterns)
     assert is_allowed(further, patterns) == allowed
+
+
+def test_a_command_to_come_back_with_names_certificates_too(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tls = Tls("ca.crt", "own.crt", "own.key")
+    monkeypatch.setenv("SYNCLINE_TLS_KEY", "own.key")
+    assert come_back("syncline ls", DEFAULT_URL, "", tls) == "syncline ls --tls-ca ca.crt --tls-cert own.crt"

