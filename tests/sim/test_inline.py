@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from syncline.shm import SharedMemory
 from syncline_agent.training import PROGRESS_BYTES, Period
-from syncline_sim.inline import Disk, StubTrainer
+from syncline_sim.inline import Disk, StubEvaluator, StubTrainer
 from syncline_sim.scene import small_spec
 
 
 def test_a_stub_goes_on_with_what_it_kept_of_the_same_submission_alone() -> None:
     disk: Disk = {}
     spec = small_spec().model_dump(mode="json")
+    manifest = StubEvaluator(SharedMemory()).describe(spec, 4096)["manifest"]
 
     def clock(submission: str, *, periods: int = 0) -> int:
         memory = SharedMemory()
         memory.grow(PROGRESS_BYTES)
         stub = StubTrainer(memory, disk)
-        found = int(stub.prepare(spec, b"", "a1/run/a1.safetensors", submission)["clock"])
+        found = int(stub.prepare(spec, manifest, "a1/run/a1.safetensors", submission)["clock"])
         for k in range(periods):
             stub.period(**Period(k, k + 1, 0, 1)._asdict())
         return found

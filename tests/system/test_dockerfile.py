@@ -69,7 +69,7 @@ def test_its_health_check_is_a_command_that_exists() -> None:
     environ = {**os.environ, "SYNCLINE_NATS_URL": "nats://127.0.0.1:1"}
     command = [sys.executable, "-m", "syncline_cli", *words[1:]]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert words[0] == "syncline" and done.returncode == 1 and "nobody answers" in done.stdout
+    assert words[0] == "syncline" and done.returncode == 1 and "no server answers" in done.stdout
 
 
 # -- what it does ------------------------------------------------------------------------------------------------------
