@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check bench bench-merge bench-memory sim results-tasks docs clean experiment
+.PHONY: help install demo test soak check bench bench-merge bench-memory sim results-tasks docs clean experiment
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
+	@echo "make soak     longer tests with real processes (some minutes)"
 	@echo "make check    format, lint, types, import rules, unit and simulation tests (a minute or two)"
 	@echo "make bench    this machine's round figures; make bench-merge: seconds and peak memory of merges, rule by rule"
 	@echo "make bench-memory  peak memory of a coordinator's processes with a model of 381 MiB"
@@ -35,7 +36,10 @@ SEEDS ?= 2000
 test: check
 	$(BIN)/python -m pytest tests/unit tests/sim -m long
 	$(BIN)/syncline-sim --seeds $(SEEDS)
-	$(BIN)/python -m pytest tests/bus tests/system
+	$(BIN)/python -m pytest tests/bus tests/system -m "not soak"
+
+soak: install
+	$(BIN)/python -m pytest tests/system -m soak
 
 check: install
 	$(BIN)/ruff format --check .
