@@ -32,7 +32,7 @@ SEEDS = 300  # within which each is found
 SOONER = {  # where to begin, for those that few seeds show
     "what_was_judged_is_judged_again": 60,
     "a_plan_found_in_head_is_forgotten": 130,
-    "nobody_reads_head_again": 500,
+    "nobody_reads_head_again": 1000,
     "a_coordinator_never_looks_whether_it_was_replaced": 400,
 }
 
