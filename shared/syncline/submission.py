@@ -1,8 +1,8 @@
 """A run spec as it is submitted and stored, so that services of different minor versions can read it.
 
-The record holds every setting with its value, and the names of those that nobody wrote. So a default that changes between
-two versions changes no run that was submitted before; and a reader ignores a setting that it does not know where it stands at
-its default, which means «as before», and refuses one that was written.
+The record holds every setting with its value, and the names of those that the user did not write. So a default that changes
+between two versions changes no run that was submitted before. A reader ignores a setting that it does not know and that the
+user did not write, because its default means «as before»; it refuses one that the user wrote.
 """
 
 from __future__ import annotations

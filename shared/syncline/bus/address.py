@@ -130,7 +130,7 @@ def _split(place: str) -> tuple[str, int]:
 
 def _about(error: ValueError, part: str) -> str:
     """What is wrong with a part; a part without `@` may be half of a password, and is not quoted."""
-    return str(error) if "@" in part else "a comma separates servers, and one of them is none"
+    return str(error) if "@" in part else "a comma separates servers, and one of them is empty"
 
 
 def _hidden(text: str) -> str:

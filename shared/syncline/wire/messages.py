@@ -280,7 +280,7 @@ class Submit(Record):
     defaults: list[Annotated[str, Field(max_length=500)]] = Field(
         default_factory=list,
         max_length=1000,
-        description="those that nobody wrote, as `local.steps`: a reader ignores one of them that it does not know",
+        description="settings that the user did not write, as `local.steps`: a reader ignores those that it does not know",
     )
 
 
