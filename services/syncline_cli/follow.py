@@ -15,7 +15,7 @@ from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerErr
 from syncline.spec import RunSpec
 from syncline.submission import submission
 from syncline.wire import subjects
-from syncline.wire.messages import ENDED, Head, Notify, Submitted, decode, encode
+from syncline.wire.messages import ENDED, Head, Notify, Submit, Submitted, decode, encode
 from syncline_cli.process import since_start_s
 from syncline_cli.standstill import Standstill
 from syncline_cli.state import RunState
@@ -51,7 +51,7 @@ async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0, say: Say 
         BusError: it has not answered for long.
     """
     question = encode(submission(spec))
-    wait = _Wait(say)
+    wait, lost = _Wait(say), False
     deadline = _now_s() + patience_s
     while True:
         try:
@@ -63,6 +63,7 @@ async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0, say: Say 
         except Unreachable:
             if wait.silent_s() > SILENT_S:
                 raise
+            lost = True
             await asyncio.sleep(LOOK_S)
         else:
             if not answer.doing:
@@ -70,8 +71,19 @@ async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0, say: Say 
             wait.hears(answer.doing)
             deadline = _now_s() + max(patience_s, SILENT_S)  # it was up: it may be started again
     if not answer.run:
+        if lost and answer.setting == "name" and await _is_there(bus, spec):  # accepted, and the answer was lost
+            return Submitted(run=spec.name, warnings=[*spec.warnings])
         raise ConfigError(answer.setting, answer.problem, answer.mend)
     return answer
+
+
+async def _is_there(bus: Bus, spec: RunSpec) -> bool:
+    """Whether the broker holds a run of that name with the very same settings, which has not ended."""
+    head = await bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(spec.name))
+    stored = await bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(spec.name))
+    if head is None or stored is None or decode(Head, head.value).phase in ENDED:
+        return False
+    return decode(Submit, stored.value).spec == submission(spec).spec
 
 
 @dataclass(slots=True)

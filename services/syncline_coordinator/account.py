@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class Account:
             dropped=dropped,
             dropped_more=dropped_more,
             norms=list(done.merged.norms),
-            norm=done.merged.norm,
+            norm=min(done.merged.norm, sys.float_info.max),  # D may be too long to be squared where no update is
             bytes_up=done.merged.bytes_got,
             bytes_down=done.merged.bytes_put,
             phases_s={"collect": self._collect_s, "merge": done.seconds},

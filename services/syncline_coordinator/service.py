@@ -16,7 +16,7 @@ from pathlib import Path
 from syncline.allow_list import is_allowed
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
-from syncline.child import Asked, ChildFailed, Start
+from syncline.child import Asked, ChildDied, ChildFailed, Start
 from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, StoreDown, StreamFull, Unavailable
 from syncline.guardrails import doubts_of_model
@@ -271,6 +271,7 @@ class Coordinator:
         manifest = await self._manifest_of(spec)
         if self._active is None and not self._opening and not self._queue:
             await reserve(self._bus, spec, manifest)  # it is opened next
+            self._held_bytes = Reservation.of(spec, manifest, most_agents(spec)).total
         else:
             await check_space(self._bus, spec, manifest, self._held_bytes)
         try:
@@ -327,6 +328,10 @@ class Coordinator:
                     continue
             except (StreamFull, StoreDown) as error:
                 await self._room.refused(self._queue[0] if self._queue else "?", error)
+            except ChildDied as error:
+                log.warning(
+                    "run %s cannot be opened now, and is tried again: %s", self._queue[0] if self._queue else "?", error
+                )
             except BusError as error:  # out of reach for long: head says where to go on
                 run = f"run {self._queue[0]}: " if self._queue else ""
                 log.warning("%sthe bus is out of reach: %s", run, error)
@@ -348,7 +353,7 @@ class Coordinator:
         try:
             run = await self._open(keeper, memory, telemetry)
             for agent in sorted(run.present):
-                self._fleet.expect(agent, _now())
+                self._fleet.expect(agent, _now(), agent in run.slow)
             self._active, self._opening = run, ""
             self._active_changed.set()
             if (stop := self._stop_asked.get(name)) is not None:
@@ -369,6 +374,12 @@ class Coordinator:
             raise
         except (ConfigError, Unavailable, PeerError) as error:
             await give_up(keeper, str(error), telemetry)
+            if run is not None and keeper.head.phase in ENDED:  # else the streams may be somebody else's
+                await release(self._bus, name, ended=True)
+        except ChildDied as error:
+            if error.from_outside:  # by the kernel, when memory runs out: tried again
+                raise
+            await give_up(keeper, f"the process that makes the model died: {error}", telemetry)
         except Deposed as error:
             log.warning("run %s: %s", name, error)
             if await keeper.is_taken():  # both would take the run from each other without end
@@ -376,7 +387,9 @@ class Coordinator:
         else:
             await release(self._bus, name, ended=True)
         finally:
-            self._active, self._opening, self._held_bytes = None, "", 0
+            self._active, self._opening = None, ""
+            if keeper.head.phase in ENDED:  # else it is opened again, and holds its streams meanwhile
+                self._held_bytes = 0
             self._active_changed.set()
             self._stop_asked.clear()
             if run is not None and run.parts.evaluation is not None:

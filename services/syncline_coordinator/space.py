@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from syncline.bus.base import BucketConfig, Bus, StreamConfig
 from syncline.bus.blobs import BlobGone, patiently
@@ -27,6 +28,9 @@ LOG_BYTES = 4 << 20  # records of commits that were interrupted, or put twice
 LOG_VERSION_BYTES = 1024  # a commit record without its updates, and its line
 LOG_UPDATE_BYTES = 320  # in a commit record, for an update that was merged, or was late and then dropped
 LOG_REASON_BYTES = 120  # of the reason why one was dropped
+PROBE = (
+    "SYNCLINE_PROBE"  # one for all runs, as they are checked one at a time: what a killed check leaves is found again
+)
 RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, Submit.max_bytes)  # specs and heads of all runs
 LEAST_BYTES = RUNS.max_bytes + UPDATES_SLACK_BYTES + RECORDS_BYTES + OFFERS_BYTES + LOG_BYTES  # one run of a tiny model
 
@@ -82,7 +86,9 @@ def most_updates(spec: RunSpec, agents: int) -> int:
     if sync.sample is None:
         return agents
     quorum = 1 if sync.quorum == "all" else sync.quorum
-    return min(agents, max(spec.merge.least(), quorum, round(sync.sample * agents)))
+    if max(spec.merge.least(), quorum) > 1:  # where some of those drawn are lost or slow, all others are asked too
+        return agents
+    return min(agents, max(1, round(sync.sample * agents)))
 
 
 def log_updates(spec: RunSpec, agents: int) -> int:
@@ -134,12 +140,15 @@ async def check_space(bus: Bus, spec: RunSpec, manifest: Manifest, held_bytes: i
     """
     agents = most_agents(spec)
     space = Reservation.of(spec, manifest, agents)
-    probe = StreamConfig(f"SYNCLINE_PROBE_{spec.name}", (subjects.probe(spec.name),), max(1, space.total - held_bytes))
+    probe = StreamConfig(PROBE, (subjects.probe(spec.name),), max(1, space.total - held_bytes))
+    remove = partial(bus.delete_stream, PROBE)
+    await patiently(remove)  # that of a check which was killed
     try:
         await bus.ensure_stream(probe)
     except StreamFull as error:
         raise _too_large(spec, manifest, agents, space, error) from None
-    await bus.delete_stream(probe.name)
+    finally:
+        await patiently(remove)
 
 
 async def is_log_full(bus: Bus, run: str, reserved: int) -> bool:

@@ -97,6 +97,7 @@ class Submissions:
             if verdict.done():
                 async with asyncio.timeout(FORGOTTEN_S):
                     while not check.questions:
+                        check.asked.clear()  # by a question that has its answer: `wait` would never give way
                         await check.asked.wait()
                 await self._tell(check, verdict.result())
         except TimeoutError:

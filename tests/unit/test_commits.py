@@ -114,6 +114,7 @@ def test_what_a_record_reserves_is_enough_for_the_longest_names_and_numbers() ->
     [
         ({"agents": {"min": 2, "max": 1000}}, 1000),
         ({"agents": {"min": 2, "max": 1000}, "sync": {"sample": 0.1}}, 100),
+        ({"agents": {"min": 2, "max": 1000}, "sync": {"sample": 0.1, "quorum": 2}}, 1000),
         ({"agents": {"min": 2, "max": 1000}, "sync": {"kind": "async", "buffer": 7}}, 14),
         ({"agents": {"min": 2, "max": 1000}, "sync": {"kind": "async", "buffer": "all"}}, 2000),
     ],

@@ -114,6 +114,16 @@ def test_an_agent_that_answers_and_makes_no_progress_is_slow_and_not_lost(fleet:
     assert fleet.expired(1000.0) == [] and fleet.holds("a", S1), "however long it takes"
 
 
+def test_a_run_that_is_opened_again_is_told_once_more_who_is_slow(fleet: Membership) -> None:
+    fleet.claim("a", S1, 0.0)
+    beats(fleet, 7, True, until_s=6)
+    assert fleet.slowed(6.0, 0.0), "while no run is open"
+    fleet.expect("a", 6.0)
+    assert fleet.slowed(6.0, 0.0) and fleet.is_slow("a")
+    fleet.expect("a", 6.0, slow=True)
+    assert fleet.slowed(6.0, 0.0) == [], "the run knows it from its roster"
+
+
 def test_a_slow_agent_whose_heartbeats_stop_is_lost(fleet: Membership) -> None:
     fleet.claim("a", S1, 0.0)
     beats(fleet, 7, True, until_s=6)

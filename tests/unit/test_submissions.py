@@ -197,3 +197,27 @@ def test_the_submitter_outlasts_a_coordinator_that_is_started_again_and_no_silen
         assert SILENT_S < asyncio.get_running_loop().time() - began_s < SILENT_S + 3
 
     simulated(work())
+
+
+def test_a_question_that_arrives_during_an_answer_does_not_hold_up_the_event_loop(simulated: Simulated) -> None:
+    data, said = encode(submission(spec_of("x"))), []
+
+    async def accept(spec: RunSpec, record: Submit) -> list[str]:
+        await asyncio.sleep(8.0)
+        return []
+
+    async def main() -> None:
+        async def answer(question: Delivery, verdict: Submitted) -> None:
+            said.append((question.reply, verdict.doing))
+            if question.reply == "1":
+                await submissions.on_submit(Delivery("", data, "2"))
+
+        submissions = Submissions(accept, lambda run: "loads the task", answer)
+        await submissions.on_submit(Delivery("", data, "1"))
+        await asyncio.sleep(FORGOTTEN_S / 2)  # the verdict is known before the next question
+        await submissions.on_submit(Delivery("", data, "3"))
+        await asyncio.sleep(1.0)
+        await submissions.close()
+
+    simulated(main())
+    assert said == [("1", "loads the task"), ("2", "loads the task"), ("3", "")]

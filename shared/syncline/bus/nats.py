@@ -232,6 +232,7 @@ _STREAM_NOT_FOUND = 10059
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _NO_SPACE = (10023, 10028, 10047)
 _JETSTREAM_OFF = (10039, 10076)
+_NO_LEADER = (10008, 10009)  # a cluster elects one just now: this passes within seconds
 
 
 class _Refused(Unavailable):
@@ -258,6 +259,8 @@ def _error(what: str, error: dict[str, Any]) -> BusError:
         return StreamFull(f"{what}: {text}")
     if code in _JETSTREAM_OFF:
         return StoreDown(_NO_JETSTREAM)
+    if code in _NO_LEADER:
+        return Unreachable(f"{what}: {text}")
     return _Refused(f"{what}: {text}", code)
 
 

@@ -52,9 +52,13 @@ class Membership:
         self.lives[agent] = Life(session, now_s, moved_at_s=now_s)
         return old
 
-    def expect(self, agent: str, now_s: float) -> None:
-        """An agent that was live when the coordinator before us wrote its roster: it has `lost_after_s` to say hello."""
-        self.lives.setdefault(agent, Life("", now_s, moved_at_s=now_s))
+    def expect(self, agent: str, now_s: float, slow: bool = False) -> None:
+        """An agent that was live when the coordinator before us wrote its roster: it has `lost_after_s` to say hello.
+
+        `slow`: the run knows that it is. Of one that became slow while no run was there to be told, `slowed` tells again.
+        """
+        life = self.lives.setdefault(agent, Life("", now_s, moved_at_s=now_s))
+        life.slow = life.slow and slow
 
     def holds(self, agent: str, session: str) -> bool:
         """Whether this is the live session of the agent."""
