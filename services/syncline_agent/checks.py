@@ -11,7 +11,7 @@ from syncline.tasks.sources import differing, digests_of_code
 from syncline.wire.flat import FlatModel
 from syncline.wire.frozen import digest_of, frozen_of, insist_on_frozen
 from syncline.wire.manifest import Manifest
-from syncline.wire.tensors import matches, saved_buffers, slots_of
+from syncline.wire.tensors import matches, saved_buffers, slots_of, tensors_of
 
 
 class Checks:
@@ -33,6 +33,13 @@ class Checks:
             if isinstance(tensor, nn.Parameter) and name in self._digests
         }
         self._periods, self._next_look, self._moved = 0, 1, False
+        names = [name for name, _ in tensors_of(model)]
+        for pattern in task.local:
+            if not any(matches(name, [pattern]) for name in names):
+                self.advice.append(
+                    f"task: `local` names {pattern!r}, which no tensor of the model matches, so nothing stays with the agent "
+                    "by it. Write the names as `model().named_parameters()` gives them"
+                )
         for name in differing(digests_of_code(task), {entry.name: entry.digest for entry in layout.code}):
             self.advice.append(
                 f"task: {name} on this machine differs from the coordinator's. Use the same code on every machine"

@@ -48,12 +48,29 @@ class Inner:
             flat.sites, center_P, prox_mu=local.prox_mu, clip_norm=local.clip_norm, clip_value=local.clip_value
         )
         self._sites = flat.sites
+        self._refuse_unkept_parameters()
         if self._needs_steps:
             self._refuse_what_settings_would_miss(flat)
         self._stepping: list[Optimizer] = []  # whose steps are under way, each inside the one before
         self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # with a state, and not known
         self._has_stepped = False
         self._skipped = False  # a gradient was not finite: a GradScaler skips such a step
+
+    def _refuse_unkept_parameters(self) -> None:
+        """A parameter that the optimiser trains and the model has not: of a loss, say, that the task holds on `self`."""
+        if type(self._task).state_dict is not Task.state_dict:
+            return
+        of_model = {id(p) for p in self._model.parameters()}
+        for optimizer in self._optimizers.values():
+            trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            if any(id(p) not in of_model for p in trained):
+                raise ConfigError(
+                    "task",
+                    f"{type(optimizer).__name__} trains a parameter that is no part of the model: it is not averaged, and a "
+                    "restart would lose it",
+                    "Return it as a part of model(); or keep it with `state_dict` and `load_state_dict`, and it stays with "
+                    "each agent",
+                )
 
     def _refuse_what_settings_would_miss(self, flat: FlatModel) -> None:
         optimized = {id(p) for o in self._optimizers.values() for group in o.param_groups for p in group["params"]}
@@ -88,7 +105,7 @@ class Inner:
             )
         self._refuse_strangers()
         if steps and self._local.schedule is not None and self._local.schedule.per == "period":
-            for schedule in self._schedules.values():
+            for schedule in set(self._schedules.values()):  # optimisers with the same groups have one
                 schedule.advance()
         self._insist_on_replaced()
 
@@ -226,12 +243,24 @@ def restore_state(optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
     if "param_groups" in whole:
         groups = zip(optimizer.state_dict()["param_groups"], whole["param_groups"], strict=True)
         whole["param_groups"] = [{**own, **group} for own, group in groups]
+    before = optimizer.state, optimizer.param_groups
     optimizer.load_state_dict(whole)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in whole.get("state", {}).items():
         if isinstance(index, int) and isinstance(values, dict):
             own = optimizer.state[parameters[index]]  # torch has cast it to the dtype of the parameter
             optimizer.state[parameters[index]] = {name: _like(own[name], value) for name, value in values.items()}
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:  # else it knows what it shares
+        _into(optimizer, *before)
+
+
+def _into(optimizer: Optimizer, state: Any, groups: list[dict[str, Any]]) -> None:
+    """Put what was loaded into the objects from before, which an optimiser around or inside this one may hold too."""
+    for own, loaded in ((state, optimizer.state), *zip(groups, optimizer.param_groups, strict=True)):
+        if own is not loaded:
+            own.clear()
+            own.update(loaded)
+    optimizer.state, optimizer.param_groups = state, groups
 
 
 def _like(loaded: Any, kept: Any) -> Any:

@@ -52,6 +52,7 @@ from syncline.wire.codecs import CODECS
 from syncline.wire.flat import DTYPES, FlatModel
 from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode
+from syncline.wire.tensors import slots_of
 from syncline_agent.checks import Checks
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner
@@ -171,6 +172,7 @@ class Trainer:
             self._begin(period)
         settings, rows = self._settings, len(self._dataset)
         seed_all(seed_of(settings.seed, number, clock), self._claim.device)
+        struct.pack_into("<QQ", self._view, 0, self._steps_ever, 0)  # a simulation's clock counts the steps from there
         began = self._clock()
         loss, steps, seen = self._train(self._allotted(rows), clock, number)
         seconds = self._clock() - began
@@ -294,11 +296,17 @@ class Trainer:
             packed, tensors = self._fresh_state
             self._task.load_state_dict(unpack(packed, {name: t.clone() for name, t in tensors.items()}))
         first, own = make_model(copy.copy(self._task), self._settings.seed), self._flat.model
-        for ours, theirs in ((own.named_parameters, first.named_parameters), (own.named_buffers, first.named_buffers)):
-            fresh = dict(theirs())
-            for name, tensor in ours():
-                if tensor.is_floating_point() and not finite(tensor):
-                    tensor.copy_(fresh[name])
+        fresh = dict(slots_of(first))
+        for name, (owner, attribute, tensor) in list(slots_of(own)):
+            if not tensor.is_floating_point() or finite(tensor):
+                continue
+            there = fresh[name].tensor if name in fresh else None
+            if there is not None and there.shape == tensor.shape:
+                tensor.copy_(there)
+            elif there is not None:  # it has grown as the model trained, and does so again
+                owner._buffers[attribute] = there.to(tensor.device)
+            else:  # the model has made it as it trained, and does so again
+                owner._buffers.pop(attribute, None)
 
     def _inbox(self, section: int = 0) -> torch.Tensor:
         """The center in the inbox, on the device."""

@@ -99,10 +99,22 @@ Given = Optimizer | dict[str, Optimizer]  # what a task's `train` is given
 
 
 def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer], dict[str, Rate]]:
-    """Return `optimizers_of`, and the schedules by the same names. Raises ConfigError."""
+    """Return `optimizers_of`, and the schedules by the same names. Raises ConfigError.
+
+    Optimisers that share a group, as one around another does, have one schedule: two would act on the same rate.
+    """
     given, by_name = optimizers_of(task, model, local)
+    rates: dict[str, Rate] = {}
+    of_group: dict[int, Rate] = {}
     setting = local.schedule
-    return given, by_name, {} if setting is None else {name: _rate(setting, made) for name, made in by_name.items()}
+    if setting is None:
+        return given, by_name, rates
+    for name, made in by_name.items():
+        groups = [id(group) for group in made.param_groups]
+        rate = next((of_group[group] for group in groups if group in of_group), None)
+        rates[name] = _rate(setting, made) if rate is None else rate
+        of_group.update(dict.fromkeys(groups, rates[name]))
+    return given, by_name, rates
 
 
 def optimizers_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer]]:
@@ -157,7 +169,8 @@ def _stepped(optimizer: Optimizer) -> Optimizer:
 
 def _advanced(schedule: LRScheduler) -> LRScheduler:
     """Make one step of the schedule, and of its optimiser as torch wants it."""
-    schedule.optimizer.step()
+    with suppress(AssertionError):  # as in `_stepped`
+        schedule.optimizer.step()
     schedule.step()
     return schedule
 

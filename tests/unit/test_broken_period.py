@@ -27,6 +27,17 @@ class Half(Breaks):
     def loss(self, model, batch):
         return super().loss(model, [numbers.bfloat16() for numbers in batch])
 
+class Grows(Breaks):
+    def model(self):
+        model = super().model()
+        model.register_buffer("seen", torch.zeros(0), persistent=False)
+        return model
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        model.seen.resize_(2).fill_(float(loss.detach()))
+        model.register_buffer("peak", loss.detach().clone(), persistent=False)
+        return loss
+
 class Personal(Breaks):
     local = ("0.*",)
     def model(self):
@@ -82,6 +93,13 @@ def test_the_disk_keeps_what_was_before(tmp_path: Path) -> None:
     assert (tmp_path / "agent.safetensors").read_bytes() == kept
     again = child(tmp_path, "agent", {"mix": {"alpha": 0.5}})
     assert again.clock == 1 and again.period(again.initial_P)["update"].isfinite().all()
+
+
+def test_a_buffer_that_training_has_made_is_made_again(tmp_path: Path) -> None:
+    it = child(tmp_path, "a", {}, "Grows")
+    broken_period(it)
+    answer = it.period(it.initial_P)
+    assert not answer["broken"] and bool(torch.isfinite(it.trainer._flat.model.seen).all())  # type: ignore[arg-type]
 
 
 def test_a_schedule_goes_on(tmp_path: Path) -> None:

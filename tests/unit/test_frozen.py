@@ -45,6 +45,9 @@ class NoStep(Based):
         for batch in batches:
             on_step(len(batch[0]))
 
+class Typing(Based):
+    local = ("haed.*", "base")
+
 class Late(Based):
     """A statistic that has no value before the first batch."""
     def model(self):
@@ -184,6 +187,11 @@ def test_a_statistic_without_a_value_at_first_is_advised_once(own: Path) -> None
         "task: the buffer largest and 1 more had no finite value in model() and stays with each agent"
     )
     assert child.period(child.initial_P)["advice"] == []
+
+
+def test_a_local_pattern_without_a_tensor_is_advised(own: Path) -> None:
+    (advice,) = prepare_again(own, child_of(own, "Typing"), "Typing")["advice"]
+    assert "`local` names 'haed.*', which no tensor of the model matches" in advice
 
 
 def test_a_buffer_may_grow_after_it_was_kept(own: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from syncline.errors import ConfigError
 from syncline.optim import inner_of
 from syncline.spec import Local
 from syncline.tasks.quadratic import LinearRegression
+from syncline_agent.inner import restore_state
 
 TASKS = """
 import torch
@@ -179,6 +181,14 @@ class Broken(LinearRegression):
 class OwnData(LinearRegression):
     def train(self, model, optimizer, batches, on_step):
         optimizer.step()
+
+class OwnLoss(LinearRegression):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def optimizer(self, params):
+        return torch.optim.SGD([*params, self.scale], lr=0.1)
 
 class Accumulating(LinearRegression):
     def train(self, model, optimizer, batches, on_step):
@@ -423,3 +433,21 @@ def test_a_schedule_goes_on_where_a_task_returns_one_optimizer_again_and_again(c
     )
     run(agent, 3)
     assert math.isclose(agent.trainer._inner.given.param_groups[0]["lr"], 0.1 * (0.5 + 0.5 * 3 / 10))
+
+
+def test_a_trained_parameter_outside_the_model_is_refused(child: Make) -> None:
+    with pytest.raises(ConfigError, match="SGD trains a parameter that is no part of the model"):
+        child("OwnLoss")
+
+
+def test_what_is_restored_stays_shared_with_an_optimizer_around_it() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    base = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    base.step()
+    kept = {"kind": "SGD", **copy.deepcopy(base.state_dict())}
+    state, (group,) = base.state, base.param_groups
+    state.clear()
+    restore_state(base, kept)
+    assert base.state is state and base.param_groups[0] is group
+    assert torch.equal(state[weight]["momentum_buffer"], torch.ones(2))

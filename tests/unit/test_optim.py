@@ -147,8 +147,10 @@ def test_the_check_accepts_every_optimizer(kind: str) -> None:
     check_inner(Grid(), Grid().model(), Local(optimizer={"kind": kind}))  # type: ignore[arg-type]
 
 
-def test_the_check_does_not_judge_the_agents_devices() -> None:
-    check_inner(Grid(), Grid().model(), Local(optimizer={"kind": "adam", "capturable": True}))  # type: ignore[arg-type]
+@pytest.mark.parametrize("schedule", [None, {"kind": "step", "step_size": 1}])
+def test_the_check_does_not_judge_the_agents_devices(schedule: Any) -> None:
+    adam: Any = {"kind": "adam", "capturable": True}
+    check_inner(Grid(), Grid().model(), Local(optimizer=adam, schedule=schedule))
 
 
 def test_a_task_s_own_optimizer_is_not_asked_for_where_nobody_trains() -> None:
@@ -218,3 +220,18 @@ def test_a_warm_up_is_that_of_torch() -> None:
             sequence.step()
             assert rate is not None
             rate.advance()
+
+
+class Around(Grid):
+    """Two optimisers over one group, as SAM has them."""
+
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        base, outer = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+        outer.param_groups = base.param_groups
+        return {"outer": outer, "base": base}
+
+
+def test_optimizers_that_share_a_group_have_one_schedule() -> None:
+    task = Around()
+    _, _, rates = inner_of(task, task.model(), Local(schedule={"kind": "exponential", "gamma": 0.9}))  # type: ignore[arg-type]
+    assert rates["outer"] is rates["base"]

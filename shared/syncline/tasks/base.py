@@ -376,9 +376,9 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def batch_rows(batch: Any) -> int:
-    """Rows of a batch: the length of its first tensor."""
+    """Rows of a batch: the length of its first tensor that has one."""
     if isinstance(batch, Tensor):
-        return len(batch)
+        return len(batch) if batch.dim() else 0
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
     return next((rows for value in values if (rows := batch_rows(value))), 0)
 

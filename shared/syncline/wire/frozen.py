@@ -50,7 +50,8 @@ def insist_on_frozen(model: nn.Module, layout: Manifest, local: Sequence[str], s
                 "task",
                 f"the model's {name} does not travel and differs from the coordinator's: its digest is {digest} here, "
                 f"{expected[name]} there",
-                "Give every machine the same file; or name it in the task's `shared`, and it travels, or in `local`, and it "
+                "Give every machine the same file (random values differ between kinds of processors); or name it in the task's "
+                "`shared`, and it travels, or in `local`, and it "
                 "may differ",
             )
 
