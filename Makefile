@@ -69,7 +69,7 @@ experiment: install
 	@cd experiments && ../$(BIN)/python $(NAME).py $(ARGS)
 
 docs: install
-	@$(BIN)/python -m syncline.wire.reference > docs/protocol.md
+	@$(BIN)/python tools/protocol_reference.py > docs/protocol.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

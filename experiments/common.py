@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.settings import parse
-from syncline.spec import RunSpec
+from syncline.spec.run_spec import RunSpec
 from syncline_sim.fleet import FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 

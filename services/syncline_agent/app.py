@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from syncline.allow_list import check_patterns
-from syncline.bus.accounts import read_seed
-from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.nats.bus import Connection, NatsBus, mended
+from syncline.bus.server.accounts import read_seed
 from syncline.bus.tls import Tls
-from syncline.child import Child
 from syncline.errors import BusError, ConfigError, Denied
-from syncline.nursery import Nursery
-from syncline.service import FAILED, name_process, run_service, set_up_logging
+from syncline.runtime.child import Child
+from syncline.runtime.nursery import Nursery
+from syncline.runtime.service import FAILED, name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
 from syncline.wire import subjects
+from syncline.wire.allow_list import check_patterns
 from syncline.wire.signing import Signer
 from syncline_agent.options import AgentOptions
 from syncline_agent.pool import claim

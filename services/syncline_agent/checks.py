@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from syncline.errors import ConfigError
+from syncline.model.flat import FlatModel
+from syncline.model.frozen import digest_of, frozen_of, insist_on_frozen
+from syncline.model.manifest import Manifest
+from syncline.model.tensors import matches, saved_buffers, slots_of, tensors_of
 from syncline.tasks.base import Task
 from syncline.tasks.sources import differing, digests_of_code
-from syncline.wire.flat import FlatModel
-from syncline.wire.frozen import digest_of, frozen_of, insist_on_frozen
-from syncline.wire.manifest import Manifest
-from syncline.wire.tensors import matches, saved_buffers, slots_of, tensors_of
 
 
 class Checks:

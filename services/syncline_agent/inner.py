@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from syncline.engine.gradients import Control, Gradients
 from syncline.errors import ConfigError
-from syncline.optim import inner_of, optimizers_of
-from syncline.spec import Local
+from syncline.local.gradients import Control, Gradients
+from syncline.model.flat import FlatModel
+from syncline.spec.run_spec import Local
 from syncline.tasks.base import Task
-from syncline.wire.flat import FlatModel
+from syncline.tasks.optimizers import inner_of, optimizers_of
 from syncline_agent.values import can_be_kept
 
 NEED_STEPS = (

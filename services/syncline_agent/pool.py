@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from syncline.bus.accounts import SUFFIX, write_whole
-from syncline.bus.operator import in_order
+from syncline.bus.server.accounts import SUFFIX, write_whole
+from syncline.bus.server.operator import in_order
 from syncline.errors import ConfigError
 from syncline.wire.subjects import AUTO, checked_name
 

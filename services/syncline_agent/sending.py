@@ -16,9 +16,9 @@ from syncline.bus.base import Bus
 from syncline.bus.blobs import Growth, patiently, put_blob
 from syncline.chance import jitter, new_id
 from syncline.errors import BusError, Denied, StreamFull
-from syncline.telemetry import Telemetry
+from syncline.model.manifest import Manifest
+from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import BlobRef, Offer, encode
 from syncline.wire.signing import Signer
 from syncline_agent.news import READ_AGAIN_S, News

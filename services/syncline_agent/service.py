@@ -12,7 +12,7 @@ import syncline
 from syncline.bus.base import Bus, Delivery
 from syncline.chance import jitter, new_id
 from syncline.errors import BusError, PeerError
-from syncline.telemetry import Telemetry
+from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
 from syncline.wire.signing import Signer

@@ -16,14 +16,14 @@ from typing import Any
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone, get_blob
 from syncline.chance import jitter
-from syncline.child import ChildDied, ChildFailed
 from syncline.errors import BusError, ConfigError, Denied, PeerError, SynclineError
-from syncline.spec import Async, RunSpec
-from syncline.submission import submitted_spec
-from syncline.telemetry import Telemetry
+from syncline.model.manifest import Manifest
+from syncline.observe.telemetry import Telemetry
+from syncline.runtime.child import ChildDied, ChildFailed
+from syncline.spec.run_spec import Async, RunSpec
+from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Submit, decode
 from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
 from syncline_agent.sending import How, Me, Sender, Update

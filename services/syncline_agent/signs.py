@@ -10,9 +10,9 @@ from typing import Any
 
 from syncline.bus.base import Bus
 from syncline.chance import jitter
-from syncline.engine.advice import MetricsAdviser
 from syncline.errors import BusError, PeerError, SynclineError
-from syncline.telemetry import STATUS_S, AgentEval, Once, Pace, Telemetry, Train, numbers
+from syncline.observe.telemetry import STATUS_S, AgentEval, Once, Pace, Telemetry, Train, numbers
+from syncline.policy.advice import MetricsAdviser
 from syncline.wire import subjects
 from syncline.wire.messages import Heartbeat, Welcome, decode, encode
 from syncline_agent.news import News

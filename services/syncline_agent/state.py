@@ -23,8 +23,8 @@ from torch import Tensor
 
 from syncline.errors import SynclineError
 from syncline.files import replacing
-from syncline.wire.manifest import Manifest
-from syncline.wire.tensors import bytes_of
+from syncline.model.manifest import Manifest
+from syncline.model.tensors import bytes_of
 from syncline_agent.values import pack, unpack
 
 log = logging.getLogger(__name__)

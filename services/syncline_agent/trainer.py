@@ -27,14 +27,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from syncline.child import Handler, described, serve
+from syncline.averaging.kernels import finite
 from syncline.data.partition import Part
-from syncline.engine.duration import Duration
-from syncline.engine.kernels import finite
 from syncline.errors import ConfigError
-from syncline.seeding import seed_all, seed_of
+from syncline.local.duration import Duration
+from syncline.model.flat import DTYPES, FlatModel
+from syncline.model.manifest import Manifest
+from syncline.model.tensors import slots_of
+from syncline.runtime.child import Handler, described, serve
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import (
     Task,
     as_number,
@@ -48,11 +50,9 @@ from syncline.tasks.base import (
     to_device,
     whole_gradient,
 )
-from syncline.wire.codecs import CODECS
-from syncline.wire.flat import DTYPES, FlatModel
-from syncline.wire.manifest import Manifest
+from syncline.tasks.seeding import seed_all, seed_of
+from syncline.transform.codecs import CODECS
 from syncline.wire.messages import decode
-from syncline.wire.tensors import slots_of
 from syncline_agent.checks import Checks
 from syncline_agent.device import Claim, claim_device
 from syncline_agent.inner import Inner

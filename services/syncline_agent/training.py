@@ -6,10 +6,10 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from syncline.child import Asked, ChildDied, ChildFailed, Start
-from syncline.engine.asynchronous import OVERLAPPING
+from syncline.policy.asynchronous import OVERLAPPING
+from syncline.runtime.child import Asked, ChildDied, ChildFailed, Start
 from syncline.shm import SharedMemory
-from syncline.spec import Async, RunSpec
+from syncline.spec.run_spec import Async, RunSpec
 
 PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress, and the wish to stop early
 PROGRESS_BYTES = 64

@@ -19,9 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncline.engine.buffers import Places, clear_
-from syncline.engine.mix import mix_
-from syncline.spec import RunSpec
+from syncline.averaging.buffers import Places, clear_
+from syncline.averaging.mix import mix_
+from syncline.spec.run_spec import RunSpec
 
 Verdicts = dict[int, bool]  # the last judged clocks of this agent: whether they were merged
 Pending = dict[int, Tensor]  # by clock: what is offered and not judged, as far as the agent has to remember it

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from syncline.engine.gradients import Control
+from syncline.local.gradients import Control
 from syncline_agent.updates import Verdicts
 
 OWN = "own"  # the name of c_i among what is kept; pending ones go by their clock

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from syncline.allow_list import is_file
-from syncline.bus.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.address import masked
-from syncline.bus.embedded import TEMPORARY
-from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.nats.bus import Connection, NatsBus, mended
+from syncline.bus.server.accounts import SUFFIX, WATCH, read_seed
+from syncline.bus.server.embedded import TEMPORARY
 from syncline.bus.tls import Tls
 from syncline.errors import BusError, ConfigError, Denied
+from syncline.wire.allow_list import is_file
 from syncline.wire.subjects import COORDINATOR
-from syncline_cli.local import TASK_DIR, URL
+from syncline_cli.local_fleet.fleet import TASK_DIR, URL
 from syncline_cli.options import DEFAULT_URL
 from syncline_cli.process import run_interruptible
 

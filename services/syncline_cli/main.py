@@ -20,19 +20,19 @@ from syncline_cli.process import Interrupted
 INTERRUPTED = 130
 
 COMMANDS = {  # name → module with a typer `app`
-    "demo": "syncline_cli.demo",
-    "run": "syncline_cli.run",
-    "sim": "syncline_cli.sim",
-    "coordinator": "syncline_cli.coordinator",
-    "agent": "syncline_cli.agent",
-    "watch": "syncline_cli.watch",
-    "why": "syncline_cli.why",
-    "ls": "syncline_cli.ls",
-    "stop": "syncline_cli.stop",
-    "export": "syncline_cli.export",
-    "keys": "syncline_cli.keys",
-    "doctor": "syncline_cli.doctor",
-    "bench": "syncline_cli.bench",
+    "demo": "syncline_cli.commands.demo",
+    "run": "syncline_cli.commands.run",
+    "sim": "syncline_cli.commands.sim",
+    "coordinator": "syncline_cli.commands.coordinator",
+    "agent": "syncline_cli.commands.agent",
+    "watch": "syncline_cli.commands.watch",
+    "why": "syncline_cli.commands.why",
+    "ls": "syncline_cli.commands.ls",
+    "stop": "syncline_cli.commands.stop",
+    "export": "syncline_cli.commands.export",
+    "keys": "syncline_cli.commands.keys",
+    "doctor": "syncline_cli.commands.doctor",
+    "bench": "syncline_cli.commands.bench",
 }
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except SynclineError as error:
-        from syncline.service import complain
+        from syncline.runtime.service import complain
 
         return complain(error)
     except (Interrupted, KeyboardInterrupt) as interrupted:

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from syncline.engine.advice import Norms
-from syncline.engine.events import Drop
-from syncline.spec import RunSpec
-from syncline.telemetry import Pace, Round, Telemetry
+from syncline.observe.telemetry import Pace, Round, Telemetry
+from syncline.policy.advice import Norms
+from syncline.policy.events import Drop
+from syncline.spec.run_spec import RunSpec
 from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan
 from syncline_coordinator.policies import adviser_of
 from syncline_coordinator.reducer import Merged

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from syncline.bus.accounts import MAX_PAYLOAD_BYTES
 from syncline.bus.blobs import BlobGone
+from syncline.bus.server.accounts import MAX_PAYLOAD_BYTES
 from syncline.errors import ConfigError
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import ENDED, Head, Welcome

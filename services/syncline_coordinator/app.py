@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from syncline.bus.accounts import Keyring, read_seed
 from syncline.bus.address import masked
-from syncline.bus.nats import Connection, NatsBus, mended
+from syncline.bus.nats.bus import Connection, NatsBus, mended
+from syncline.bus.server.accounts import Keyring, read_seed
 from syncline.bus.tls import Tls
-from syncline.child import Child
 from syncline.errors import BusError, ConfigError
-from syncline.nursery import Nursery
-from syncline.service import DONE, FAILED, name_process, run_service, set_up_logging
+from syncline.runtime.child import Child
+from syncline.runtime.nursery import Nursery
+from syncline.runtime.service import DONE, FAILED, name_process, run_service, set_up_logging
 from syncline.shm import SharedMemory
 from syncline.wire import subjects
 from syncline.wire.subjects import COORDINATOR

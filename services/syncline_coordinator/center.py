@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncline.model.flat import DTYPES
+from syncline.model.manifest import Manifest
 from syncline.shm import SharedMemory
-from syncline.wire.flat import DTYPES
-from syncline.wire.manifest import Manifest
 
 
 class Center:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from syncline.child import Asked, ChildDied
-from syncline.engine.advice import MetricsAdviser
 from syncline.errors import SynclineError
-from syncline.telemetry import CenterEval, Once, Telemetry, numbers
+from syncline.observe.telemetry import CenterEval, Once, Telemetry, numbers
+from syncline.policy.advice import MetricsAdviser
+from syncline.runtime.child import Asked, ChildDied
 
 Restart = Callable[[], Awaitable[Asked]]
 Report = Callable[[int, dict[str, float]], None]

@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from syncline.child import Handler, serve, tell
-from syncline.engine.kernels import finite
+from syncline.averaging.kernels import finite
 from syncline.errors import ConfigError
-from syncline.optim import check_inner
-from syncline.seeding import seed_all, seed_of
+from syncline.model.flat import DTYPES, FlatModel, manifest_of
+from syncline.model.frozen import insist_on_frozen
+from syncline.model.manifest import Manifest
+from syncline.runtime.child import Handler, serve, tell
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, load_task, make_held_out, make_model
+from syncline.tasks.optimizers import check_inner
+from syncline.tasks.seeding import seed_all, seed_of
 from syncline.tasks.sources import digests_of_code
 from syncline.wire import subjects
-from syncline.wire.flat import DTYPES, FlatModel, manifest_of
-from syncline.wire.frozen import insist_on_frozen
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import decode, encode
 
 BATCH_ROWS = 512

@@ -6,8 +6,8 @@ from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import put_record
+from syncline.model.manifest import Manifest
 from syncline.wire import subjects
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import encode
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.lookout import taken_over

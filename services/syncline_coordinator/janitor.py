@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from syncline.bus.base import Bus
 from syncline.bus.blobs import UNOFFERED_S
 from syncline.errors import BusError, PeerError
-from syncline.telemetry import Telemetry
+from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline_coordinator.purge import Purger
 

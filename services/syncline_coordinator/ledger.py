@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from syncline.bus.base import Stored
-from syncline.engine.events import Chosen
-from syncline.engine.membership import Numbering
-from syncline.spec import RunSpec
+from syncline.policy.events import Chosen
+from syncline.policy.membership import Numbering
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import (
     REMEMBERED,

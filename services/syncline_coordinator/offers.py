@@ -13,8 +13,8 @@ from functools import partial
 from syncline.bus.base import Bus, Delivery, Stored
 from syncline.bus.blobs import patiently
 from syncline.errors import BusError, PeerError
+from syncline.model.manifest import Manifest
 from syncline.wire import subjects
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Offer, decode
 from syncline.wire.signing import verify
 from syncline_coordinator.head import Sure

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from syncline.engine.advice import Adviser
-from syncline.engine.asynchronous import Asynchronous
-from syncline.engine.policy import Policy, Standing
-from syncline.engine.rounds import Rounds
-from syncline.spec import Async, RunSpec
+from syncline.policy.advice import Adviser
+from syncline.policy.asynchronous import Asynchronous
+from syncline.policy.base import Policy, Standing
+from syncline.policy.rounds import Rounds
+from syncline.spec.run_spec import Async, RunSpec
 from syncline.wire.messages import Head, Presence, Roster
 
 

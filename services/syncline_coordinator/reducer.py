@@ -29,17 +29,17 @@ import torch
 import xxhash
 from torch import Tensor
 
+from syncline.averaging.buffers import buffer_weights, clear_, mean_of_values, of_chosen, without_buffers
+from syncline.averaging.kernels import Sums, squares
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Prefix, get_chunk, put_chunk, windowed
 from syncline.chance import new_id
-from syncline.engine.buffers import buffer_weights, clear_, mean_of_values, of_chosen, without_buffers
-from syncline.engine.kernels import Sums, squares
-from syncline.spec import RunSpec
+from syncline.model.flat import DTYPES
+from syncline.model.manifest import Manifest
+from syncline.spec.run_spec import RunSpec
+from syncline.transform.codecs import CODECS, bytes_of
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes, pack_chunk
-from syncline.wire.codecs import CODECS, bytes_of
-from syncline.wire.flat import DTYPES
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import BlobRef, Plan
 from syncline_coordinator.center import Center
 from syncline_coordinator.updates import Updates, UpdateUnusable

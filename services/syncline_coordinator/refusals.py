@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from syncline.bus.violations import ViolationLog
-from syncline.telemetry import Telemetry
+from syncline.bus.server.violations import ViolationLog
+from syncline.observe.telemetry import Telemetry
 
 LOOK_S = 0.25
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from syncline.errors import StoreDown, StreamFull
-from syncline.telemetry import Telemetry
+from syncline.observe.telemetry import Telemetry
 
 MORE_ROOM = (
     "Free some of the disk that holds its JetStream store, or raise max_file_store. A nats-server whose log says that "

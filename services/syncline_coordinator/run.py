@@ -19,7 +19,10 @@ from typing import Any
 from syncline.bus.base import Bus
 from syncline.bus.blobs import put_record
 from syncline.bus.commits import put_commit
-from syncline.engine.events import (
+from syncline.errors import ConfigError, PeerError, StreamFull
+from syncline.model.manifest import Manifest
+from syncline.observe.telemetry import Telemetry, tell_often
+from syncline.policy.events import (
     AgentJoined,
     AgentLost,
     AgentSlow,
@@ -38,12 +41,9 @@ from syncline.engine.events import (
     UpdateBroken,
     WakeAt,
 )
-from syncline.errors import ConfigError, PeerError, StreamFull
-from syncline.guardrails import too_many_agents
-from syncline.spec import RunSpec
-from syncline.telemetry import Telemetry, tell_often
+from syncline.spec.guardrails import too_many_agents
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
     INLINE_BYTES,

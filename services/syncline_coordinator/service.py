@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from syncline.allow_list import is_allowed
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
-from syncline.child import Asked, ChildDied, ChildFailed, Start
-from syncline.engine.membership import Membership
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, StoreDown, StreamFull, Unavailable
-from syncline.guardrails import doubts_of_model
+from syncline.model.manifest import Manifest
+from syncline.observe.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
+from syncline.policy.membership import Membership
+from syncline.runtime.child import Asked, ChildDied, ChildFailed, Start
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec
-from syncline.submission import submitted_spec
-from syncline.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
+from syncline.spec.guardrails import doubts_of_model
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
+from syncline.wire.allow_list import is_allowed
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
     Head,

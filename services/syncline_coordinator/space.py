@@ -10,9 +10,9 @@ from functools import partial
 from syncline.bus.base import BucketConfig, Bus, StreamConfig
 from syncline.bus.blobs import BlobGone, patiently
 from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
-from syncline.spec import Async, RunSpec
+from syncline.model.manifest import Manifest
+from syncline.spec.run_spec import Async, RunSpec
 from syncline.wire import subjects
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Submit
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from syncline.telemetry import LOST_NAMED, REASON_CHARS, RunStatus
+from syncline.observe.telemetry import LOST_NAMED, REASON_CHARS, RunStatus
 
 if TYPE_CHECKING:
     from syncline_coordinator.run import Run

@@ -7,7 +7,7 @@ from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import patiently
-from syncline.telemetry import Telemetry
+from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Stop, Stopped
 from syncline_coordinator.head import Deposed, HeadKeeper

@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from syncline.bus.base import Delivery
-from syncline.child import ChildDied
 from syncline.errors import BusError, ConfigError, PeerError
-from syncline.spec import RunSpec
-from syncline.submission import submission, submitted_spec
+from syncline.runtime.child import ChildDied
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.submission import submission, submitted_spec
 from syncline.wire.messages import Submit, Submitted, decode
 
 log = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncline.averaging.buffers import Places, without_buffers
+from syncline.averaging.kernels import finite, squares
 from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, get_frame
-from syncline.engine.buffers import Places, without_buffers
-from syncline.engine.kernels import finite, squares
 from syncline.errors import PeerError, SynclineError
+from syncline.model.manifest import Manifest
+from syncline.transform.codecs import CODECS, tensor_of
 from syncline.wire import subjects
 from syncline.wire.chunks import blob_digest, unpack_checked
-from syncline.wire.codecs import CODECS, tensor_of
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import Plan, PlanEntry
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import msgpack
 
 from syncline.bus.base import Stored
-from syncline.bus.memory_store import Store
+from syncline.bus.memory.store import Store
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Committed, Head, Heartbeat, LogLine, decode
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from syncline.bus.base import Stored
-from syncline.bus.memory_store import Store
-from syncline.spec import RunSpec
+from syncline.bus.memory.store import Store
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Committed, Head, LogLine, Offer, Plan, Roster, decode
 from syncline_sim.books import Books, content, record_of

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from syncline.bus.memory_faults import BROKER, CORE_KINDS
+from syncline.bus.memory.faults import BROKER, CORE_KINDS
 from syncline_sim.dice import Dice
 
 

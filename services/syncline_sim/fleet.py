@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from syncline.errors import RunFailed
-from syncline.seeding import generators_restored
-from syncline.spec import RunSpec
+from syncline.spec.run_spec import RunSpec
+from syncline.tasks.seeding import generators_restored
 from syncline.wire.messages import ENDED
 from syncline_sim.dice import Dice
 from syncline_sim.guard import guarded, quiet

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from syncline.child import ChildDied, ChildFailed, Handler, Start, packed_answer
+from syncline.model.manifest import ALIGN_ELEMENTS, Entry, Manifest
+from syncline.runtime.child import ChildDied, ChildFailed, Handler, Start, packed_answer
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
-from syncline.wire.manifest import ALIGN_ELEMENTS, Entry, Manifest
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire.messages import decode, encode
 from syncline_agent.training import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
 from syncline_agent.updates import updates_of

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 import numpy as np
 import xxhash
 
+from syncline.averaging.staleness import Hinge, Polynomial
 from syncline.bus.base import Stored
-from syncline.engine.staleness import Hinge, Polynomial
-from syncline.telemetry import Event
+from syncline.model.manifest import Manifest
+from syncline.observe.telemetry import Event
 from syncline.wire import subjects
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import (
     ENDED,
     MAX_HEAD_BYTES,

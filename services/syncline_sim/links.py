@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from syncline.bus.memory_faults import BROKER
+from syncline.bus.memory.faults import BROKER
 from syncline_sim.faults import Weather
 from syncline_sim.settings import Link
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from syncline.engine.merge import Rule
-from syncline.engine.outer import Outer
-from syncline.spec import RunSpec
+from syncline.averaging.merge import Rule
+from syncline.averaging.outer import Outer
+from syncline.spec.run_spec import RunSpec
 
 Vector = NDArray[np.float64]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from syncline.bus.accounts import MAX_PAYLOAD_BYTES
-from syncline.spec import RunSpec, parse
+from syncline.bus.server.accounts import MAX_PAYLOAD_BYTES
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire.messages import Head
 from syncline_sim.inline import TASK
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from syncline.engine.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
-from syncline.engine.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
-from syncline.spec import Async, RunSpec, parse
+from syncline.averaging.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
+from syncline.averaging.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
+from syncline.spec.run_spec import Async, RunSpec, parse
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.subjects import COORDINATOR
 from syncline_sim.dice import Dice

@@ -12,9 +12,9 @@ from pydantic import BeforeValidator, Field
 
 from syncline.errors import ConfigError
 from syncline.settings import Settings
-from syncline.spec import SIM_SECTION, RunSpec, load_spec, parse, stem_of
+from syncline.spec.run_spec import SIM_SECTION, RunSpec, load_spec, parse, stem_of
+from syncline.spec.yaml_file import read_yaml
 from syncline.wire.subjects import COORDINATOR
-from syncline.yaml_file import read_yaml
 from syncline_sim.faults import (
     BrokerDown,
     Cut,

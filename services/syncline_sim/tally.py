@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from syncline.bus.base import Stored
-from syncline.bus.memory_store import Store
-from syncline.spec import RunSpec
-from syncline.telemetry import CenterEval, Event
+from syncline.bus.memory.store import Store
+from syncline.observe.telemetry import CenterEval, Event
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Committed, Head, Heartbeat, LogLine, decode
 from syncline_sim.books import Books, is_line, record_of

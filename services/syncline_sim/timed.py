@@ -20,10 +20,10 @@ import torch
 import xxhash
 from torch.utils.data import TensorDataset
 
-from syncline.seeding import seed_all
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec
+from syncline.spec.run_spec import RunSpec
 from syncline.tasks.base import Task, load_task
+from syncline.tasks.seeding import seed_all
 from syncline_agent.trainer import Trainer
 from syncline_agent.training import PROGRESS_BYTES
 from syncline_coordinator.evaluator import Evaluator

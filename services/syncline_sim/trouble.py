@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from syncline.bus.memory_faults import Operation
-from syncline.bus.memory_store import Store
+from syncline.bus.memory.faults import Operation
+from syncline.bus.memory.store import Store
 from syncline.wire import subjects
 from syncline_sim.books import Books
 from syncline_sim.dice import Dice

@@ -16,13 +16,13 @@ from typing import Any
 
 from syncline import chance
 from syncline.bus.base import Stored
-from syncline.bus.memory import MemoryBroker, MemoryBus
-from syncline.bus.memory_faults import Operation
-from syncline.bus.memory_store import Store, Stream
-from syncline.child import ChildDied
+from syncline.bus.memory.bus import MemoryBroker, MemoryBus
+from syncline.bus.memory.faults import Operation
+from syncline.bus.memory.store import Store, Stream
 from syncline.errors import BusError, ConfigError, PeerError
+from syncline.runtime.child import ChildDied
 from syncline.shm import SharedMemory
-from syncline.submission import submission
+from syncline.spec.submission import submission
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submitted, decode, encode
 from syncline_agent.service import Agent, AgentSettings

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from syncline.bus.nats import NatsBus
+from syncline.bus.nats.bus import NatsBus
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Submit, Submitted, decode, encode
-from syncline_cli.local import FleetSettings, LocalFleet
+from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet
 
 LOOK_S = 0.05
 

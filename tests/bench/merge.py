@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 
-from syncline.bus.accounts import read_seed
 from syncline.bus.blobs import put_chunk, windowed
-from syncline.bus.embedded import EmbeddedBroker
-from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.server.accounts import read_seed
+from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.chance import new_id
-from syncline.service import loop_factory
+from syncline.model.manifest import ALIGN_ELEMENTS, Manifest
+from syncline.runtime.service import loop_factory
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.chunks import blob_digest, checksum, pack_chunk
-from syncline.wire.manifest import ALIGN_ELEMENTS, Manifest
 from syncline.wire.messages import BlobRef, Plan, PlanEntry, decode, encode
 from syncline_coordinator.app import REDUCERS
 from syncline_coordinator.center import Center

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import pytest
 from nats.aio.client import Client
 
-from syncline.bus.accounts import Identity
-from syncline.bus.embedded import EmbeddedBroker
+from syncline.bus.server.accounts import Identity
+from syncline.bus.server.embedded import EmbeddedBroker
 
 pytest.register_assert_rewrite("contract_store", "contract_core", "contract_failures")
 

@@ -1,7 +1,7 @@
 """What every bus does: the one definition of the port, run against a real nats-server and against the one in memory.
 
-Each test gets a broker of its own with the accounts of `syncline.bus.accounts`: a coordinator in CORE, the agents `a1` and
-`a2`, and a watcher. Where the two buses once differed, what the server does decided.
+Each test gets a broker of its own with the accounts of `syncline.bus.server.accounts`: a coordinator in CORE, the agents
+`a1` and `a2`, and a watcher. Where the two buses once differed, what the server does decided.
 """
 
 from __future__ import annotations

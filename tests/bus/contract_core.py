@@ -26,7 +26,7 @@ from contract_kit import (
 )
 
 from syncline.bus.base import WAITING_BYTES, Delivery
-from syncline.bus.violations import Violation
+from syncline.bus.server.violations import Violation
 from syncline.errors import AlreadyPut, Denied, NoResponders, Unavailable, Unreachable
 
 

@@ -7,11 +7,11 @@ import heapq
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from syncline.bus.accounts import Account
 from syncline.bus.base import BucketConfig, Bus, Delivery, StreamConfig
-from syncline.bus.memory import MemoryBroker
-from syncline.bus.memory_faults import Instant
-from syncline.bus.violations import Violation
+from syncline.bus.memory.bus import MemoryBroker
+from syncline.bus.memory.faults import Instant
+from syncline.bus.server.accounts import Account
+from syncline.bus.server.violations import Violation
 from syncline.errors import BusError, NoResponders
 from syncline.wire.subjects import RUNS_BUCKET
 

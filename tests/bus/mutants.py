@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from syncline.bus.base import Handler, Stored, Subscription
-from syncline.bus.memory import MemoryBroker, MemoryBus
-from syncline.bus.memory_lane import Lane, Pipe, Who
-from syncline.bus.memory_store import Store, Stream, Tenant
+from syncline.bus.memory.bus import MemoryBroker, MemoryBus
+from syncline.bus.memory.lane import Lane, Pipe, Who
+from syncline.bus.memory.store import Store, Stream, Tenant
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

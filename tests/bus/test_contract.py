@@ -17,11 +17,11 @@ from contract_kit import MAX_STORE_BYTES, B, Heard, MemoryBackend, S, VirtualLoo
 from mutants import MUTANTS
 
 from syncline.bus.base import Bus, Delivery
-from syncline.bus.embedded import EmbeddedBroker
-from syncline.bus.memory import MemoryBroker
-from syncline.bus.memory_faults import Instant, Operation, Seeded
-from syncline.bus.nats import Connection, NatsBus
-from syncline.bus.violations import Violation
+from syncline.bus.memory.bus import MemoryBroker
+from syncline.bus.memory.faults import Instant, Operation, Seeded
+from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.server.embedded import EmbeddedBroker
+from syncline.bus.server.violations import Violation
 from syncline.errors import Conflict, NoResponders, Unreachable
 
 T = TypeVar("T")

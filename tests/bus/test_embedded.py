@@ -20,10 +20,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StorageType, StreamConfig
 
-from syncline.bus import embedded
 from syncline.bus.base import BucketConfig
-from syncline.bus.embedded import EmbeddedBroker
-from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.server import embedded
+from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.errors import ConfigError, StreamFull, Unavailable
 
 Connect = Callable[..., Awaitable[Client]]
@@ -174,7 +174,7 @@ async def test_a_restart_keeps_port_keys_and_data(broker: EmbeddedBroker, connec
 OWNER = """
 import asyncio, signal, sys
 from pathlib import Path
-from syncline.bus.embedded import EmbeddedBroker
+from syncline.bus.server.embedded import EmbeddedBroker
 
 async def main():
     broker = await EmbeddedBroker(Path(sys.argv[1]) if sys.argv[1] else None).start()

@@ -20,10 +20,10 @@ from nats.errors import Error
 from nats.js.api import DiscardPolicy, KeyValueConfig, StreamConfig
 from nats.js.client import JetStreamContext
 
-from syncline.bus.accounts import Identity
-from syncline.bus.embedded import EmbeddedBroker
-from syncline.bus.nats import Connection, NatsBus
-from syncline.bus.violations import Violation, ViolationLog
+from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.server.accounts import Identity
+from syncline.bus.server.embedded import EmbeddedBroker
+from syncline.bus.server.violations import Violation, ViolationLog
 
 Connect = Callable[..., Awaitable[Client]]
 Flush = Callable[..., Awaitable[None]]

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from syncline.bus.accounts import Identity
-from syncline.bus.embedded import EmbeddedBroker
-from syncline.bus.nats import Connection, NatsBus
-from syncline.bus.outage import NO_SERVER, REFUSED_KEY
+from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.outage import NO_SERVER, REFUSED_KEY
+from syncline.bus.server.accounts import Identity
+from syncline.bus.server.embedded import EmbeddedBroker
 
 Eventually = Callable[..., Awaitable[None]]
 

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from syncline.bus.blobs import put_blob
-from syncline.bus.memory import MemoryBroker, MemoryBus
+from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.chance import new_id
+from syncline.client import runs
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Heartbeat, Hello, Offer, Submit, Submitted, decode, encode
-from syncline_cli import runs
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.children import StubChildren
 from syncline_sim.dice import Dice

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline_sim.fleet import FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 

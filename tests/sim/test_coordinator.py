@@ -9,9 +9,9 @@ import pytest
 from crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 
 from syncline.bus.base import Delivery
-from syncline.bus.memory import MemoryBroker
-from syncline.spec import RunSpec
-from syncline.telemetry import Event
+from syncline.bus.memory.bus import MemoryBroker
+from syncline.observe.telemetry import Event
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Stop, encode
 from syncline_coordinator.head import Deposed, HeadKeeper

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from syncline.errors import ConfigError
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline_sim.fleet import FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 

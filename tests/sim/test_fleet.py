@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from syncline.errors import ConfigError, RunFailed
-from syncline.seeding import generators_restored, seed_all
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks import mnist5k
+from syncline.tasks.seeding import generators_restored, seed_all
 from syncline_agent.shelf import Shelf
 from syncline_agent.state import save_state
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from syncline.bus.memory import MemoryBus
+from syncline.bus.memory.bus import MemoryBus
 from syncline.errors import BusError, StoreDown, StreamFull
-from syncline.telemetry import Event
+from syncline.observe.telemetry import Event
 from syncline_sim.invariants import Invariants
 from syncline_sim.scene import Scene, small_spec
 from syncline_sim.simulate import simulate

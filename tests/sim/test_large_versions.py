@@ -9,7 +9,7 @@ from crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, sub
 
 from syncline.bus.blobs import get_record
 from syncline.bus.commits import line_of, record_in
-from syncline.bus.memory import MemoryBroker, MemoryBus
+from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.wire import subjects
 from syncline.wire.messages import (
     MAX_BLOB_RECORD_BYTES,

@@ -11,9 +11,9 @@ import pytest
 
 from syncline.bus import blobs, commits
 from syncline.bus.base import Bus
-from syncline.engine.events import Drop, OfferReady
-from syncline.engine.rounds import Rounds
 from syncline.errors import AlreadyPut, Conflict, Unreachable
+from syncline.policy.events import Drop, OfferReady
+from syncline.policy.rounds import Rounds
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
 from syncline_agent.news import News
@@ -160,7 +160,7 @@ def offers_seq_runs_ahead_of_what_is_judged(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("syncline.engine.rounds.sorted", lambda values, **_: list(values), raising=False)
+    patch.setattr("syncline.policy.rounds.sorted", lambda values, **_: list(values), raising=False)
 
 
 def the_roster_forgets_the_verdicts(patch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from test_planted import SEEDS, Plant, found_in
 
-from syncline.engine.asynchronous import Asynchronous
-from syncline.engine.events import Command, LetRun, OfferReady, StartRound
-from syncline.engine.staleness import Staleness
+from syncline.averaging.staleness import Staleness
+from syncline.policy.asynchronous import Asynchronous
+from syncline.policy.events import Command, LetRun, OfferReady, StartRound
 from syncline.wire.messages import Verdict
 from syncline_agent.news import Place
 from syncline_agent.session import Session
@@ -102,7 +102,7 @@ def staleness_changes_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("syncline.engine.asynchronous.sorted", lambda values, **_: list(values), raising=False)
+    patch.setattr("syncline.policy.asynchronous.sorted", lambda values, **_: list(values), raising=False)
 
 
 def a_run_goes_on_behind_its_last_version(patch: pytest.MonkeyPatch) -> None:

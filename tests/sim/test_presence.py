@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from syncline.engine.membership import Membership
-from syncline.telemetry import Event
+from syncline.observe.telemetry import Event
+from syncline.policy.membership import Membership
 from syncline.wire.messages import Head, Presence, Roster
 from syncline_sim.faults import Faults
 from syncline_sim.invariants import Invariants

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from syncline.errors import ConfigError
-from syncline.spec import load_spec
+from syncline.spec.run_spec import load_spec
 from syncline_sim.faults import BrokerDown, Cut, Down, RollBack
 from syncline_sim.settings import FaultSetting, Link, SimSettings, load
 

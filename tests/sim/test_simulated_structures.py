@@ -9,7 +9,7 @@ import pytest
 
 from structures.registry import SEED, STRUCTURES, Structure, plain_loop
 from syncline.data.partition import Part
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import evaluate
 from syncline_sim.fleet import FleetResult, run_fleet
 from syncline_sim.settings import SimSettings

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from syncline.child import ChildDied
-from syncline.spec import RunSpec
+from syncline.runtime.child import ChildDied
+from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline_agent.session import CRASHES_IN_A_ROW
 from syncline_sim.faults import Faults

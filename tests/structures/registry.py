@@ -1,8 +1,8 @@
 """Training structures of widely used programs, each a small task, and the plain PyTorch loop that they are compared with.
 
-To add one: write its task into a file of this directory, and add a line to STRUCTURES. `tests/unit/test_structures.py` trains
-each of them with one agent, without and with a kill after the first period, and compares the center with what the plain loop
-has learned.
+To add one: write its task into a file of this directory, and add a line to STRUCTURES. `tests/unit/agent/test_structures.py`
+trains each of them with one agent, without and with a kill after the first period, and compares the center with what the plain
+loop has learned.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from syncline.data.partition import Iid, Part
-from syncline.optim import Parameters
-from syncline.seeding import seed_all, seed_of
 from syncline.tasks.base import Task, batches, load_task, make_model
+from syncline.tasks.optimizers import Parameters
+from syncline.tasks.seeding import seed_all, seed_of
 
 HERE = Path(__file__).parent
 SEED = 3

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import nats
 from nats.aio.client import Client
 
-from syncline.telemetry import CenterEval, Event, FleetStatus, Published, Round, RunStatus, Train
+from syncline.observe.telemetry import CenterEval, Event, FleetStatus, Published, Round, RunStatus, Train
 from syncline.wire import subjects
 
 COORDINATOR = subjects.COORDINATOR

@@ -28,7 +28,7 @@ from command import until
 from dockerfile import ROOT, environment, exec_form, only
 from server import free_port
 
-from syncline.bus.embedded_process import server_binary
+from syncline.bus.server.process import server_binary
 
 PATIENCE_S = 90.0
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

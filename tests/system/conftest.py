@@ -8,9 +8,9 @@ import pytest_asyncio
 from command import until
 from harness import Fleet, settings
 
-from syncline.bus.embedded_process import server_binary
-from syncline.nursery import Nursery
-from syncline_cli.local import LocalFleet
+from syncline.bus.server.process import server_binary
+from syncline.runtime.nursery import Nursery
+from syncline_cli.local_fleet.fleet import LocalFleet
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

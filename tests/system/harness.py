@@ -17,12 +17,12 @@ from torch import Tensor
 from syncline.bus.base import Delivery
 from syncline.bus.blobs import get_blob, get_record
 from syncline.bus.commits import record_in
-from syncline.bus.nats import NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.model.flat import DTYPES
+from syncline.model.manifest import Manifest
 from syncline.wire import subjects
-from syncline.wire.flat import DTYPES
-from syncline.wire.manifest import Manifest
 from syncline.wire.messages import ENDED, Committed, Head, LogLine, Roster, Stop, Submit, Submitted, decode, encode
-from syncline_cli.local import FleetSettings, LocalFleet
+from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet
 
 TASKS = Path(__file__).with_name("tasks.py")
 PATIENCE_S = 60.0

@@ -11,7 +11,7 @@ from typing import Self
 
 from command import until
 
-from syncline.bus.embedded_process import server_binary
+from syncline.bus.server.process import server_binary
 
 READY_S = 20.0
 

@@ -11,8 +11,8 @@ from command import until
 
 SERVICE = """
 import asyncio, multiprocessing, os, signal, time
-from syncline.child import Child, ChildDied, serve
-from syncline.nursery import Nursery
+from syncline.runtime.child import Child, ChildDied, serve
+from syncline.runtime.nursery import Nursery
 from syncline.shm import SharedMemory
 
 def helper():
@@ -38,7 +38,7 @@ async def main(nursery):
         await it.close()
     await nursery.close()
 
-asyncio.run(main(Nursery.start(("syncline.child",))))
+asyncio.run(main(Nursery.start(("syncline.runtime.child",))))
 """
 
 

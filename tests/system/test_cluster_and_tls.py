@@ -16,7 +16,7 @@ import trustme
 from command import until
 from server import Server, free_port
 
-from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.nats.bus import Connection, NatsBus
 from syncline.bus.tls import Tls
 from syncline.errors import Unfit
 from syncline_cli import main as cli

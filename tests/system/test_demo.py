@@ -17,7 +17,7 @@ import pytest_asyncio
 from command import LONG_S, Command, until
 from harness import Fleet, eventually
 
-from syncline.bus.embedded import EmbeddedBroker
+from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.wire import subjects
 
 pytestmark = pytest.mark.timeout(180)

@@ -18,8 +18,8 @@ from command import Command
 from harness import Fleet
 from server import Server, free_port
 
-from syncline.bus.accounts import BrokerSettings, Keyring, server_config
-from syncline.bus.operator import OperatorSet
+from syncline.bus.server.accounts import BrokerSettings, Keyring, server_config
+from syncline.bus.server.operator import OperatorSet
 from syncline.wire import subjects
 
 pytestmark = pytest.mark.timeout(120)

@@ -12,7 +12,7 @@ from tasks import Bowls
 from torch import Tensor
 
 from syncline.data.partition import Part
-from syncline.spec import Iid
+from syncline.spec.run_spec import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
 

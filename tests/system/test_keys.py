@@ -11,10 +11,10 @@ import trustme
 from command import Command, until
 from server import Server, free_port
 
-from syncline.bus.accounts import Identity
 from syncline.bus.base import Delivery
-from syncline.bus.nats import Connection, NatsBus
-from syncline.bus.operator import OperatorSet
+from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.server.accounts import Identity
+from syncline.bus.server.operator import OperatorSet
 from syncline.errors import BusError, Denied, Unavailable
 from syncline.wire import subjects
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from syncline.nursery import Nursery
+from syncline.runtime.nursery import Nursery
 
 
 @pytest.fixture

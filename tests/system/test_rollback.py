@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from harness import Fleet, settings
 
-from syncline.nursery import Nursery
-from syncline_cli.local import LocalFleet
+from syncline.runtime.nursery import Nursery
+from syncline_cli.local_fleet.fleet import LocalFleet
 
 pytestmark = pytest.mark.timeout(240)
 

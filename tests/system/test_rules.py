@@ -12,10 +12,10 @@ import torch
 from harness import Fleet, settings, task
 from tasks import Liar
 
-from syncline.engine.merge import RULES
-from syncline.engine.outer import OUTERS
-from syncline.nursery import Nursery
-from syncline_cli.local import LocalFleet
+from syncline.averaging.merge import RULES
+from syncline.averaging.outer import OUTERS
+from syncline.runtime.nursery import Nursery
+from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_sim.oracle import stepped
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -9,9 +9,9 @@ import pytest_asyncio
 import torch
 from harness import Fleet, settings, task
 
-from syncline.nursery import Nursery
+from syncline.runtime.nursery import Nursery
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline_cli.local import LocalFleet
+from syncline_cli.local_fleet.fleet import LocalFleet
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -13,10 +13,10 @@ from harness import Fleet, eventually, settings
 from syncline.bus.base import StreamConfig
 from syncline.bus.blobs import UNOFFERED_S, put_blob
 from syncline.errors import NoResponders, Unavailable
-from syncline.nursery import Nursery
-from syncline.telemetry import Telemetry
+from syncline.observe.telemetry import Telemetry
+from syncline.runtime.nursery import Nursery
 from syncline.wire import subjects
-from syncline_cli.local import LocalFleet
+from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_coordinator.janitor import LOOK_S, QUOTA_BLOBS, Janitor
 from syncline_coordinator.purge import Purger
 

@@ -18,12 +18,12 @@ import torch
 from harness import Fleet, settings
 
 from structures.registry import HERE, STRUCTURES, plain_loop
-from syncline.nursery import Nursery
+from syncline.model.flat import manifest_of
+from syncline.model.tensors import tensors_of
+from syncline.runtime.nursery import Nursery
 from syncline.tasks.base import make_model
-from syncline.wire.flat import manifest_of
 from syncline.wire.messages import Head
-from syncline.wire.tensors import tensors_of
-from syncline_cli.local import LocalFleet
+from syncline_cli.local_fleet.fleet import LocalFleet
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

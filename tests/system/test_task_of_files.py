@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from command import SYNCLINE, Command, until
 
-from syncline.bus.embedded import EmbeddedBroker
+from syncline.bus.server.embedded import EmbeddedBroker
 
 pytestmark = pytest.mark.timeout(240)
 

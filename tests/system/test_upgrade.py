@@ -13,7 +13,7 @@ import pytest
 from command import Command
 from server import Server, free_port
 
-from syncline.bus.nats import Connection, NatsBus
+from syncline.bus.nats.bus import Connection, NatsBus
 from syncline.errors import BusError
 from syncline.wire import subjects
 from syncline.wire.messages import Head, decode

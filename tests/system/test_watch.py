@@ -26,7 +26,7 @@ from chorus import Chorus
 from command import SYNCLINE, Command
 from harness import Fleet, task
 
-from syncline.bus.violations import ViolationLog
+from syncline.bus.server.violations import ViolationLog
 from syncline.wire import subjects
 from syncline.wire.messages import Stop, encode
 

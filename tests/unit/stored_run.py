@@ -11,9 +11,9 @@ import xxhash
 from syncline.bus.base import Bus
 from syncline.bus.blobs import put_blob, put_record
 from syncline.bus.commits import put_commit
-from syncline.spec import RunSpec
+from syncline.model.manifest import Entry, Manifest
+from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.manifest import Entry, Manifest
 from syncline.wire.messages import BlobRef, Committed, Dropped, Head, Plan, PlanEntry, Roster, Submit, encode
 from syncline_coordinator.space import RUNS, Reservation
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncline.model.flat import DTYPES, FlatModel, manifest_of
 from syncline.shm import SharedMemory
-from syncline.spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import Task, load_task
 from syncline.tasks.sources import digests_of_code
-from syncline.wire.flat import DTYPES, FlatModel, manifest_of
 from syncline.wire.messages import encode
 from syncline_agent.trainer import Trainer
 from syncline_agent.training import PROGRESS, PROGRESS_BYTES, Period, Progress

@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import _syncline_task
-from syncline.allow_list import is_allowed, is_file
 from syncline.data.partition import Part
-from syncline.engine.duration import steps_in_pass
 from syncline.errors import ConfigError
-from syncline.seeding import seed_all
+from syncline.local.duration import steps_in_pass
+from syncline.tasks.seeding import seed_all
+from syncline.wire.allow_list import is_allowed, is_file
 
 _READY_MADE = "syncline.tasks"
 _NO_HELD_OUT = "Return rows where `part.held_out`, or evaluate nothing: `evaluate: {center: false, agents: false}`"
-_NOT_TASKS = ("base", "classification", "sources")  # modules there that hold none
+_NOT_TASKS = ("base", "classification", "optimizers", "seeding", "sources")  # modules there that hold none
 
 
 class Task(abc.ABC):

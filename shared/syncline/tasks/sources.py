@@ -10,8 +10,8 @@ from pathlib import Path
 
 import xxhash
 
+from syncline.model.manifest import MAX_CODE_FILES
 from syncline.tasks.base import Task
-from syncline.wire.manifest import MAX_CODE_FILES
 
 MAX_FILE_BYTES = 1 << 22
 INSTALLED = ("site-packages", "dist-packages")  # directories of packages

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from syncline.allow_list import MAX_PATTERN_CHARS, MAX_PATTERNS
 from syncline.errors import PeerError
+from syncline.wire.allow_list import MAX_PATTERN_CHARS, MAX_PATTERNS
 
 VERSION = 1
 MAX_RECORD_BYTES = 1 << 20

@@ -1,0 +1,174 @@
+"""`syncline run`: submit a spec and follow the run to its end, on a broker that is there or on one of our own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from syncline.errors import ConfigError
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, TlsCa, TlsCert, TlsKey, new_app
+
+if TYPE_CHECKING:
+    from syncline.spec.run_spec import RunSpec
+
+app = new_app()
+
+MAX_AGENTS = 64
+
+
+@app.command(
+    context_settings=HELP_NAMES,
+    epilog="Example: syncline run digits.yaml --local 4, with `task: syncline.tasks.digits:Digits` in the file",
+)
+def run(
+    ctx: typer.Context,
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings; only `task` has no default.")],
+    connect: FindConnect = "",
+    key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    local: Annotated[
+        int | None, typer.Option(metavar="N", help="Do it all on this machine: own broker, coordinator, N agents.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="The run's name; default: the spec's, else made from the file's.")
+    ] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="Submit it, print its name, and return.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="With --local: leave the fleet up after the run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a run and follow it to its end.
+
+    Ctrl-C ends the watching and not the run: `syncline watch NAME` comes back to it. With --local it ends both.
+    """
+    if local is not None and detach:
+        raise ConfigError("--detach", "a local fleet ends with this command", "Leave it out, or --local")
+    for option in ("connect", "key"):  # in the environment they may be for other commands
+        source = ctx.get_parameter_source(option)
+        if local is not None and source is not None and source.name == "COMMANDLINE":
+            given = f"--{option} {ctx.params[option]}"
+            problem = f"--local {local} brings a broker of its own, with keys, and {given} names another"
+            raise ConfigError("--local", problem, f"Leave out --local, or --{option}")
+    if local is None and stay:
+        raise ConfigError("--stay", "only a fleet of our own can stay up", "Leave it out, or add --local N")
+    if local is not None and not 1 <= local <= MAX_AGENTS:
+        raise ConfigError("--local", f"{local} is out of range", f"Use 1 to {MAX_AGENTS}")
+    settings = read_spec(spec, name, local)
+    raise typer.Exit(
+        _remote(settings, spec, connect, key, (tls_ca, tls_cert, tls_key), as_json, detach)
+        if local is None
+        else _local(settings, local, spec, as_json, stay)
+    )
+
+
+def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
+    """The spec with what the command line says, and with a name of its own where it has none. Raises ConfigError."""
+    from syncline.spec.run_spec import SIM_SECTION, load_spec, parse, stem_of
+    from syncline.spec.yaml_file import read_yaml
+
+    data = read_yaml(path)
+    given = data if isinstance(data, dict) else {}  # `load_spec` refuses what is no mapping
+    changes: dict[str, Any] = {}
+    if name or "name" not in given:
+        changes["name"] = name or f"{stem_of(path)}-{secrets.token_hex(3)}"
+    agents = given.get("agents", {})
+    if local is not None and isinstance(agents, dict) and "min" not in agents:
+        most = agents.get("max")
+        changes["agents"] = {**agents, "min": min(local, most) if isinstance(most, int) and most > 0 else local}
+    spec = load_spec(path, **changes)
+    if given.get(SIM_SECTION) is not None:  # nothing is done with it here, and a mistake in it is one
+        from syncline_sim.settings import SimSettings
+
+        parse(SimSettings, given[SIM_SECTION], SIM_SECTION)
+    if local is not None and spec.agents.min > local:
+        problem = f"the run starts with {spec.agents.min} agents, --local starts {local}"
+        raise ConfigError("agents.min", problem, f"Use --local {spec.agents.min}, or lower agents.min")
+    return spec
+
+
+def _remote(
+    spec: RunSpec,
+    path: Path,
+    connect: str,
+    key: str,
+    certificates: tuple[str, str, str],
+    as_json: bool,
+    detach: bool,
+) -> int:
+    from syncline.bus.server.accounts import read_seed
+    from syncline.bus.tls import Tls
+    from syncline_cli.connect import check_task_dir, come_back, place, watch_key
+    from syncline_cli.process import Interrupted, run_interruptible
+    from syncline_cli.ui.run_follow import RunWatch, follow_remote, submit_alone
+
+    at = place(connect, key, tls=Tls(*certificates))
+    check_task_dir(at, spec.task, path)
+    watch = RunWatch(spec, as_json, key=at.key)
+    seeds = [read_seed(Path(file)) if file else "" for file in (at.key, watch_key(at.key))]
+    try:
+        if detach:
+            return run_interruptible(lambda: submit_alone(watch, at, seeds[0]))
+        return run_interruptible(lambda: follow_remote(watch, at, *seeds)) or watch.summary()
+    except Interrupted:
+        again, ls = f"syncline watch {spec.name}", "syncline ls"
+        if not at.found:
+            again, ls = come_back(again, at.url, watch_key(at.key), at.tls), come_back(ls, at.url, at.key, at.tls)
+        if watch.submitted:
+            raise Interrupted(f"; run {spec.name} goes on without this terminal. Come back with: {again}") from None
+        raise Interrupted(f"; run {spec.name} may have been submitted. See: {ls}" if watch.asked else "") from None
+    finally:
+        watch.report()
+
+
+def allowed_tasks(task: str, *, stay: bool) -> tuple[str, ...]:
+    """Return the allow-list of a local fleet: its run's task; for further runs also the other classes of its file or
+    module, and every task file in the directory of the settings and below."""
+    from syncline.tasks import DEFAULT_ALLOWED
+
+    more = (task.rpartition(":")[0], "*.py:*") if stay else ()
+    return (*DEFAULT_ALLOWED, task, *more)
+
+
+def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) -> int:
+    from syncline_cli.local_fleet.preload import start_nursery
+
+    module = spec.task.rpartition(":")[0]
+    own = [module] if _is_ready_made(module) else []
+    nursery = start_nursery("torch._dynamo", *own)
+
+    from syncline_cli.local_fleet.fleet import FleetSettings, agent_names
+    from syncline_cli.local_fleet.supervise import with_fleet
+    from syncline_cli.process import Interrupted
+    from syncline_cli.ui.display import counted
+    from syncline_cli.ui.run_follow import RunWatch, follow_and_stay, follow_local
+
+    watch = RunWatch(spec, as_json, f"starting a broker, a coordinator and {counted(agents, 'agent')}")
+    fleet = FleetSettings(
+        tuple(agent_names(agents)),
+        allow_task=allowed_tasks(spec.task, stay=stay),
+        task_dir=path.resolve().parent,
+        threads=max(1, (os.cpu_count() or 1) // agents),
+    )
+    follow = follow_and_stay if stay else follow_local
+    try:
+        return with_fleet(fleet, nursery, lambda up: follow(watch, up), around=watch.screen) or watch.summary()
+    except Interrupted:
+        if watch.stayed is None:
+            raise
+        return watch.stayed
+    finally:
+        watch.report()
+
+
+def _is_ready_made(module: str) -> bool:
+    """Whether it is a module of ours, so that it can be imported before anybody asks."""
+    import syncline.tasks
+
+    package, _, name = module.rpartition(".")
+    there = any(Path(place, f"{name}.py").is_file() for place in syncline.tasks.__path__)
+    return package == "syncline.tasks" and name.isidentifier() and there

@@ -1,0 +1,40 @@
+"""`syncline sim`: a run with its whole fleet in this process, in made-up time. So a fleet is tried before it is deployed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from syncline_cli.options import HELP_NAMES, Json, new_app
+
+app = new_app()
+
+
+@app.command(
+    context_settings=HELP_NAMES,
+    epilog="Example: syncline sim digits.yaml --agents 100, with `sim: {step_s: [0.01, 0.05]}` in the file",
+)
+def sim(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings, with a section `sim:`.")],
+    agents: Annotated[
+        int | None, typer.Option(metavar="N", help="So many agents, whatever the section `sim:` says.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try a run: the real services and the real model in one process, in made-up time.
+
+    Training, delays and faults take the seconds that the section `sim:` gives them, and none of yours.
+    """
+    from syncline_sim.settings import load
+
+    settings = load(spec, agents)  # before torch is imported: a mistake is told at once
+
+    from syncline_cli.local_fleet.preload import keep_torch_out_of_the_temporary_directory
+
+    keep_torch_out_of_the_temporary_directory()
+
+    from syncline_cli.ui.sim_run import SimRun
+
+    raise typer.Exit(SimRun(*settings, spec.resolve().parent, as_json).run())

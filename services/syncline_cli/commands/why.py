@@ -1,0 +1,114 @@
+"""`syncline why`: what a version of a run was made of, read from the log of commits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, TlsCa, TlsCert, TlsKey, new_app
+
+if TYPE_CHECKING:
+    from syncline.wire.messages import Committed, Head, PlanEntry
+
+app = new_app()
+
+ROWS = 20  # updates that are shown where not all are asked for
+
+
+@app.command(
+    context_settings=HELP_NAMES,
+    short_help="What a version was made of, who was late or dropped, and why.",
+    epilog="Example: syncline why digits-3f2a1b 12",
+)
+def why(
+    run: RunName,
+    version: Annotated[int | None, typer.Argument(metavar="VERSION", help="Default: the newest.")] = None,
+    connect: FindConnect = "",
+    key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    every: Annotated[bool, typer.Option("--all", help=f"All updates of the merge, not {ROWS}.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what closed a round, who was merged with which weight and lag, who was late or dropped and why."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from syncline.bus.tls import Tls
+    from syncline.client import runs
+    from syncline_cli.connect import ask, place
+    from syncline_cli.ui.results import print_json
+
+    async def read(bus: Any) -> tuple[Head, Committed]:
+        head = await runs.head_of(bus, run)
+        return head, await runs.commit_of(bus, head, head.version if version is None else version)
+
+    head, commit = ask(place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), read)
+    if as_json:
+        print_json(as_object(commit))
+        return
+    console = Console(highlight=False)
+    for line, style in as_lines(commit, head, None if every else ROWS):
+        console.print(Text(line, style), soft_wrap=True)
+
+
+def as_object(commit: Committed) -> dict[str, Any]:
+    """The keys that scripts rely on."""
+    plan = commit.plan
+    return {
+        "run": commit.run,
+        "version": commit.version,
+        "closed_by": plan.reason,
+        "merged": [_entry(e) for e in plan.merged],
+        "dropped": [{"agent": d.agent, "clock": d.clock, "reason": d.reason} for d in commit.dropped],
+        "dropped_more": commit.dropped_more,
+        "late": list(plan.late),
+        "bytes": commit.bytes_up + commit.bytes_down,
+        "bytes_up": commit.bytes_up,
+        "bytes_down": commit.bytes_down,
+        "phases_s": commit.phases_s,
+        "term": commit.term,
+        "digest": commit.digest,
+    }
+
+
+def _entry(e: PlanEntry) -> dict[str, Any]:
+    return {"agent": e.agent, "clock": e.clock, "lag": e.lag, "weight": e.weight, "seconds": e.seconds}
+
+
+def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[str, str]]:
+    """The same for people: lines, each with the style it is shown in. `rows`: names to list at most of each kind."""
+    from syncline_cli.ui.display import clean, megabytes, natural
+
+    plan = commit.plan
+    of = f" of {head.version:,} so far" if commit.version < head.version else ""
+    yield f"run {commit.run}, version {commit.version:,}{of}", "bold"
+    yield f"  closed by: {clean(plan.reason)}", ""
+    merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural(e.agent)))
+    table: list[tuple[str, ...]] = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
+    for e in merged[:rows]:
+        counts = (f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
+        table.append((e.agent, f"{e.clock:,}", f"{e.lag}", f"{e.weight:.4g}", *counts))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for i, row in enumerate(table):
+        cells = [row[0].ljust(widths[0]), *(f.rjust(w) for f, w in zip(row[1:], widths[1:], strict=True))]
+        yield f"  {'  '.join(cells)}", "" if i else "dim"
+    late = [f"late: {name} was not waited for" for name in sorted(plan.late, key=natural)]
+    dropped = [f"dropped: {d.agent}, clock {d.clock:,}: {clean(d.reason)}" for d in commit.dropped]
+    if commit.dropped_more:
+        dropped.append(f"dropped: {commit.dropped_more:,} more, which the log had no room for")
+    yield from _hidden(len(merged), rows)
+    for lines in (late, dropped):
+        yield from ((f"  {line}", "yellow") for line in lines[:rows])
+        yield from _hidden(len(lines), rows)
+    phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in commit.phases_s.items())
+    yield f"  {phases}; {megabytes(commit.bytes_up)} up, {megabytes(commit.bytes_down)} down", ""
+    yield f"  digest {commit.digest}, term {commit.term}", "dim"
+
+
+def _hidden(count: int, rows: int | None) -> Iterator[tuple[str, str]]:
+    if rows is not None and count > rows:
+        yield f"  … and {count - rows:,} more: --all shows them", "dim"

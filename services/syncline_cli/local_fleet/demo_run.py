@@ -1,0 +1,164 @@
+"""The demo once its settings are checked: two runs on a fleet of our own, what they look like, and what came of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from typing import Any
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from syncline.bus.base import Bus
+from syncline.observe.run_state import AgentState, RunState
+from syncline.spec.run_spec import RunSpec
+from syncline.wire.messages import Head
+from syncline.wire.subjects import COORDINATOR
+from syncline_cli.commands.demo import TASK, DemoSettings
+from syncline_cli.local_fleet.fleet import LocalFleet
+from syncline_cli.local_fleet.supervise import Services
+from syncline_cli.process import as_typed
+from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, natural, number
+from syncline_cli.ui.follow import Feed, Follower, submit
+from syncline_cli.ui.results import print_json, result_of
+
+BAR = 30  # columns of the longest bar in the final table
+STALLED_S = 60.0
+
+
+class Demo:
+    """`run` on a fleet that is up; then `report`."""
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        self.console = Console(stderr=settings.as_json, highlight=False)
+        agents = counted(settings.agents, "agent")
+        self.about = f"handwritten digits, {agents}, Dirichlet(0.5), α {settings.alpha:g}"
+        self.screen = Screen(self.console, Message(f"starting a broker, a coordinator and {agents}"))
+        self.result: dict[str, Any] = {}
+        self.alone: dict[str, AgentState] = {}
+        self.shared = RunState("", 1)
+
+    async def run(self, fleet: LocalFleet) -> int:
+        """Both runs. Raises RunFailed."""
+        bus, watch = await fleet.connect(COORDINATOR), await fleet.connect("watch")
+        try:
+            self._say_how_to_watch(fleet)
+            services = Services(
+                fleet, self.screen.say, coordinator_starts=0
+            )  # a demo shows what there is, and not a mend
+            name = f"demo-{secrets.token_hex(3)}"
+            await self._together(services, bus, watch, self.settings.spec(name))
+            able = len(services.able(self.shared))
+            await self._alone(services, bus, watch, self.settings.spec_alone(f"{name}-alone", max(1, able)))
+            self.screen.show(Message("stopping"))
+        finally:
+            await watch.close()
+            await bus.close()
+        return 0
+
+    async def _together(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
+        state = self.shared = RunState(spec.name, spec.stop.versions, spec.local.steps_for(0))
+        for warning in spec.warnings:
+            self.screen.say("warning", warning)
+        self.screen.show(RunView("training together", state, about=self.about))
+        head, follower = await self._follow(services, bus, watch, spec, state)
+        self.result = {**result_of(head, follower, state), "first_commit_s": round(follower.first_commit_s or 0.0, 3)}
+
+    async def _alone(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
+        steps = spec.local.steps_for(0)
+        state = RunState(spec.name, 1, steps)
+        accuracy = number("accuracy", self.result["accuracy"])
+        done = f"shared model: accuracy {accuracy} after {counted(self.shared.version, 'round')}"
+        self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
+        await self._follow(services, bus, watch, spec, state)
+        self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural)}
+
+    async def _follow(
+        self, services: Services, bus: Bus, watch: Bus, spec: RunSpec, state: RunState
+    ) -> tuple[Head, Follower]:
+        feed = Feed(watch, state)
+        await feed.open()
+        await services.while_up(submit(bus, spec, say=self.screen.say))
+        follower = Follower(bus, spec.name)
+        head = await services.until_ended(follower, state, spec.agents.min, stalled_s=STALLED_S)
+        await feed.last(
+            head.version, evaluated=spec.evaluate.center, agents=spec.agents.min if spec.evaluate.agents else 0
+        )
+        return head, follower
+
+    def _say_how_to_watch(self, fleet: LocalFleet) -> None:
+        broker = fleet.broker
+        key = broker.keyring.path("watch")
+        self.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
+        self.screen.say("hint", "or with any NATS client:")
+        self.screen.say("hint", f"  nats --server {broker.url} --nkey {key} sub 'syncline.v1.*.metrics.>'")
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+    def report(self) -> int:
+        self.result["alone"] = {name: agent.metrics.get("accuracy") for name, agent in self.alone.items()}
+        if self.settings.as_json:
+            print_json({key: self.result[key] for key in _KEYS})
+            return 0
+        whole = Group(self._table(), "", self._figures(), "", self._next())
+        self.console.print(Padding(whole, (1, 0, 1, 2), expand=False))
+        return 0
+
+    def _table(self) -> Table:
+        """Everybody's accuracy, and bars for what is missing to 1: the errors."""
+        table = Table.grid(padding=(0, 3, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True)
+        table.add_row("", *(Text(head, "dim") for head in ("rows", "accuracy", "errors")))
+        every = [agent.metrics.get("accuracy") for agent in self.alone.values()]
+        worst = max([1.0 - a for a in (*every, self.result["accuracy"]) if a is not None], default=1.0)
+        rows = 0
+        for (name, agent), accuracy in zip(self.alone.items(), every, strict=True):
+            part = self._rows(name, agent)
+            rows += part
+            table.add_row(f"{name} alone", f"{part:,}", *_errors(accuracy, worst, "cyan"))
+        table.add_row(Text("shared model", "bold"), f"{rows:,}", *_errors(self.result["accuracy"], worst, "green"))
+        return table
+
+    def _rows(self, name: str, agent: AgentState) -> int:
+        """Of its part, which is the same in both runs."""
+        known = [a.train.rows for a in (agent, self.shared.agents.get(name)) if a is not None and a.train is not None]
+        return max(known, default=0)
+
+    def _figures(self) -> Text:
+        r = self.result
+        rounds = f"{counted(r['versions'], 'round')} in {r['seconds']:.1f} s"
+        traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
+        return Text(f"{rounds}, the first {r['first_commit_s']:.1f} s after the start; {traffic}")
+
+    def _next(self) -> Group:
+        digits = importlib.util.find_spec("syncline.tasks.digits")
+        syncline = as_typed()
+        lines = (
+            f"{syncline} demo --alpha 0.5 --agents 8",
+            f"echo 'task: {TASK}' > mine.yaml",
+            f"{syncline} run mine.yaml --local 4",
+        )
+        own = f"a task of your own: start from {digits.origin}" if digits else ""
+        return Group(Text("next:", "dim"), *(Text(f"  {line}") for line in lines), Text(own, "dim", overflow="fold"))
+
+
+_KEYS = (
+    *("run", "versions", "seconds", "first_commit_s", "accuracy", "metrics", "alone"),
+    *("bytes_up", "bytes_down", "digest", "reason"),
+)
+
+
+def _errors(accuracy: float | None, worst: float, style: str) -> tuple[Text, Text, Text]:
+    """Accuracy, share of errors, and a bar for the errors."""
+    if accuracy is None:
+        return Text("—"), Text("—"), Text("")
+    errors = 1.0 - accuracy
+    strong = "bold" if style == "green" else ""
+    bar = "█" * max(1, round(BAR * errors / worst)) if errors and worst else ""
+    return Text(f"{accuracy:.3f}", strong), Text(f"{errors:.1%}", strong), Text(bar, style)

@@ -1,0 +1,187 @@
+"""A run that `syncline run` follows: what it looks like, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from syncline.bus.base import Bus
+from syncline.bus.nats.bus import NatsBus
+from syncline.errors import BusError, RunFailed
+from syncline.observe.run_state import RunState
+from syncline.runtime.service import DONE, FAILED
+from syncline.spec.run_spec import RunSpec
+from syncline.wire.subjects import COORDINATOR
+from syncline_cli.connect import Place, unreachable
+from syncline_cli.local_fleet.fleet import LocalFleet
+from syncline_cli.local_fleet.supervise import Services
+from syncline_cli.ui.display import Message, RunView, Screen, megabytes, number
+from syncline_cli.ui.follow import Feed, Follower, first, submit, submit_remote, tell_standstill
+from syncline_cli.ui.results import print_json, result_of
+
+
+class RunWatch:
+    """The screen and the state of one run; then `report`."""
+
+    def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "") -> None:
+        self.spec, self.as_json, self.key = spec, as_json, key
+        self.console = Console(stderr=as_json, highlight=False)
+        steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
+        self.state = RunState(spec.name, spec.stop.versions, steps)
+        self.screen = Screen(self.console, Message(text or f"submitting run {spec.name}"))
+        self.asked = self.submitted = False
+        self.stayed: int | None = None  # the exit code of a run whose fleet stays up
+        self.result: dict[str, Any] = {}
+
+    def follows(self, warnings: list[str]) -> None:
+        self.submitted = True
+        for warning in warnings:
+            self.screen.say("warning", warning)
+        self.screen.show(RunView(f"run {self.spec.name}", self.state, about=self.spec.task))
+
+    def ended(self, follower: Follower) -> None:
+        """The run has ended, one way or the other."""
+        assert follower.head is not None
+        self.result = result_of(follower.head, follower, self.state)
+
+    def report(self) -> None:
+        """What came of it; nothing where the run was not followed to its end. Said once."""
+        if self.result and self.as_json:
+            print_json(self.result)
+            self.result = {}
+
+    def summary(self) -> int:
+        """The same for people, where all went well."""
+        if not self.as_json:
+            r = self.result
+            metrics = [f"{name} {number(name, r['metrics'].get(name))}" for name in self.state.shown_metrics()]
+            traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
+            said = [
+                f"run {r['run']}: {r['reason']}",
+                *metrics,
+                f"{r['seconds']:.1f} s",
+                traffic,
+                f"digest {r['digest']}",
+            ]
+            self.console.print(Text(", ".join(said)), soft_wrap=True)
+        return DONE
+
+
+async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
+    """On a fleet of our own. Raises RunFailed."""
+    return await _follow_local(watch, Services(fleet, watch.screen.say))
+
+
+async def _follow_local(watch: RunWatch, services: Services) -> int:
+    fleet = services.fleet
+    bus, feed_bus = await fleet.connect(COORDINATOR), await fleet.connect("watch")
+    try:
+        feed = Feed(feed_bus, watch.state)
+        await feed.open()
+        watch.follows((await services.while_up(submit(bus, watch.spec, say=watch.screen.say))).warnings)
+        watch.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
+        follower = Follower(bus, watch.spec.name)
+        try:
+            await services.until_ended(follower, watch.state, watch.spec.agents.min)
+        finally:
+            if follower.ended:
+                await _last_metrics(watch, feed, follower)
+                watch.ended(follower)
+    finally:
+        await feed_bus.close()
+        await bus.close()
+    return DONE
+
+
+async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
+    """The same, and the fleet stays up when the run has ended, however it did, until somebody interrupts."""
+    code, services = DONE, Services(fleet, watch.screen.say)
+    goodbye = Message("Ctrl-C ends the fleet")
+    try:
+        await _follow_local(watch, services)
+        watch.screen.show(goodbye)  # the run's last line comes before what is said of it
+        watch.summary()
+    except RunFailed as error:
+        watch.screen.show(goodbye)
+        watch.screen.say("error", f"error: {error}")
+        code = FAILED
+    watch.report()
+    name = watch.spec.name
+    others = f"syncline why {name}, syncline export {name} {name}.safetensors, syncline run SPEC.yaml"
+    watch.screen.say("hint", f"the fleet stays up: {others}")
+    watch.stayed = code
+    try:
+        await services.keep_up()
+    except RunFailed as error:
+        watch.screen.say("error", f"error: {error}")
+    await asyncio.Event().wait()
+    return code
+
+
+async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
+    """Submits, and says the run's name."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    errors = Screen(Console(stderr=True, highlight=False), Message(""))
+    bus = await _connect(at, seed)
+    try:
+        watch.asked = True
+        warnings = (await submit_remote(bus, watch.spec, at.url, watch.key, errors.say)).warnings
+    finally:
+        await bus.close()
+    for warning in warnings:
+        errors.say("warning", warning)
+    if watch.as_json:
+        print_json({"run": watch.spec.name, "warnings": warnings})
+    else:
+        print(watch.spec.name)
+    return DONE
+
+
+async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) -> int:
+    """On a broker that somebody else runs. `watch_seed`: the key that hears the agents; the coordinator's does not.
+
+    Raises RunFailed for a run that failed.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
+    bus = await _connect(at, seed)
+    feed_bus = bus
+    try:
+        if watch_seed != seed:
+            feed_bus = await _connect(at, watch_seed)
+        async with watch.screen:
+            await _follow_remote(watch, bus, feed_bus, at.url)
+    finally:
+        await feed_bus.close()
+        await bus.close()
+    return DONE
+
+
+async def _connect(at: Place, seed: str) -> NatsBus:
+    try:
+        return await NatsBus.connect(at.connection("cli", seed))
+    except BusError as error:
+        raise unreachable(error, at) from None
+
+
+async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> None:
+    feed = Feed(feed_bus, watch.state)
+    await feed.open()
+    watch.asked = True
+    watch.follows((await submit_remote(bus, watch.spec, url, watch.key, watch.screen.say)).warnings)
+    follower = Follower(bus, watch.spec.name, watch.screen.say)
+    head = await first(follower.until_ended(), tell_standstill(follower, watch.state, watch.screen.say))
+    await _last_metrics(watch, feed, follower)
+    watch.ended(follower)
+    if head.phase != "done":
+        raise RunFailed(f"run {head.run}: {head.reason}")
+
+
+async def _last_metrics(watch: RunWatch, feed: Feed, follower: Follower) -> None:
+    head = follower.head
+    if head is not None and head.phase == "done":
+        evaluate = watch.spec.evaluate
+        await feed.last(head.version, evaluated=evaluate.center, agents=watch.spec.agents.min if evaluate.agents else 0)

@@ -1,0 +1,171 @@
+"""A simulated fleet as a person sees it: the same picture as of a real run, and what everybody did."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from syncline.errors import RunFailed
+from syncline.observe.run_state import RunState
+from syncline.observe.telemetry import Train
+from syncline.spec.run_spec import RunSpec
+from syncline.wire import subjects
+from syncline_cli.process import Interrupted
+from syncline_cli.ui.display import FRAME_S, Message, RunView, Screen, counted, megabytes, number
+from syncline_cli.ui.results import print_json
+from syncline_sim.fleet import AgentResult, Fleet, FleetResult
+from syncline_sim.settings import SimSettings
+
+ROWS = 24  # of the table of agents; of more, the first and the last are shown
+
+
+class SimRun:
+    """`run` once."""
+
+    def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path, as_json: bool) -> None:
+        self.spec, self.as_json = spec, as_json
+        self.fleet = Fleet(spec, settings, task_dir, self._follow)
+        self.console = Console(stderr=as_json, highlight=False)
+        self.state = RunState(spec.name, spec.stop.versions)
+        self.screen = Screen(self.console, Message("making the model"))
+        self.fleet.on_doubt = lambda text: self.screen.say("warning", text)
+        self._view = RunView(f"simulated run {spec.name}", self.state)
+        self._drawn_s = 0.0
+        self._began_s = time.monotonic()
+
+    def run(self) -> int:
+        """Returns the exit code. Raises ConfigError, RunFailed and Interrupted."""
+        try:
+            with self.screen:
+                self.screen.frame()
+                self.screen.show(self._view)
+                self.fleet.play()
+        except (KeyboardInterrupt, RunFailed) as error:
+            if self.fleet.tally.head is not None:
+                self._report(self.fleet.result())
+            if isinstance(error, RunFailed):
+                raise
+            raise Interrupted from None
+        result = self.fleet.result()
+        self._report(result)
+        if result.phase != "done":
+            raise RunFailed(f"run {result.run}: {result.reason}")
+        return 0
+
+    # -- while it goes on ----------------------------------------------------------------------------------------------
+    def _follow(self, subject: str, data: bytes) -> None:
+        """A metric or an event: the picture is drawn again when that was some time ago."""
+        tokens = subject.split(".")
+        if tokens[3] == "metrics" and (tokens[5] != Train.what or self.console.is_terminal):
+            self.state.on_metric(tokens[4], tokens[5], data)
+        elif tokens[3] == "events":
+            self.state.on_event(subjects.run_of(subject), data)
+        if time.monotonic() - self._drawn_s > FRAME_S:
+            self._view.about = f"{self.spec.task}, {_seconds(self.fleet.now_s)} of its own time"
+            self.screen.frame()
+            self._drawn_s = time.monotonic()
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+    def _report(self, result: FleetResult) -> None:
+        real_s = time.monotonic() - self._began_s
+        if self.as_json:
+            print_json(as_object(result, real_s))
+            return
+        metrics = [
+            f"{name} {number(name, result.metrics[name])}"
+            for name in self.state.shown_metrics()
+            if name in result.metrics
+        ]
+        versions = counted(result.versions, "version")
+        rate = result.updates / result.seconds if result.seconds else 0.0
+        said = (
+            f"run {result.run}: {result.reason or result.phase}", *metrics, *([versions] if versions != result.reason else []),
+            f"{counted(result.updates, 'update')}, {rate:.3g} a second", f"{_seconds(result.seconds)} of its own time",
+            f"{real_s:.1f} s of yours", f"digest {result.digest}",
+        )  # fmt: skip
+        whole = Group(_agents(result), "", *_curve(result))
+        self.console.print(Padding(whole, (1, 0, 0, 0), expand=False))
+        self.console.print(Text(", ".join(said)), soft_wrap=True)
+
+
+def as_object(result: FleetResult, real_s: float) -> dict[str, Any]:
+    """The result as the JSON that scripts rely on."""
+    return {
+        "run": result.run,
+        "versions": result.versions,
+        "updates": result.updates,
+        "seconds": result.seconds,
+        "opened_s": result.opened_s,
+        "real_s": round(real_s, 3),
+        "accuracy": result.metrics.get("accuracy"),
+        "metrics": result.metrics,
+        "digest": result.digest,
+        "phase": result.phase,
+        "reason": result.reason,
+        "timeline": [dataclasses.asdict(point) for point in result.timeline],
+        "commits": [dataclasses.asdict(commit) for commit in result.commits],
+        "agents": [dataclasses.asdict(agent) for agent in result.agents],
+        "warnings": [{"time_s": time_s, "text": text} for time_s, text in result.warnings],
+    }
+
+
+def _agents(result: FleetResult) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    heads = ("", "s/step", "periods", "busy", "merged", "late", "dropped", "lag", "most", "up", "down")
+    for i, _ in enumerate(heads):
+        table.add_column(no_wrap=True, justify="right" if i else "left")
+    table.add_row(*(Text(head, "dim") for head in heads))
+    shown = list(result.agents)
+    if len(shown) > ROWS:
+        shown = [*shown[: ROWS // 2], *shown[-ROWS // 2 :]]
+    for i, agent in enumerate(shown):
+        if i == ROWS // 2 and len(result.agents) > ROWS:
+            table.add_row("…", Text(f"{len(result.agents) - ROWS} more", "dim"))
+        table.add_row(*_row(agent, result.seconds))
+    return table
+
+
+def _row(agent: AgentResult, seconds: float) -> tuple[str, ...]:
+    return (
+        agent.agent,
+        f"{agent.step_s:.3g}",
+        f"{agent.periods:,}",
+        f"{min(1.0, agent.busy_s / seconds):.0%}" if seconds else "—",
+        f"{agent.merged:,}",
+        f"{agent.late:,}",
+        f"{agent.dropped:,}",
+        f"{agent.mean_lag:.1f}",
+        str(agent.max_lag),
+        megabytes(agent.bytes_up),
+        megabytes(agent.bytes_down),
+    )
+
+
+def _curve(result: FleetResult, rows: int = 10) -> list[Any]:
+    """The center's metrics by time, some of them."""
+    points = result.timeline
+    if not points:
+        return []
+    chosen = sorted({round(i * (len(points) - 1) / max(1, rows - 1)) for i in range(rows)})
+    names = sorted(points[-1].metrics, key=lambda name: (name != "accuracy", name != "loss", name))[:4]
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for _ in range(2 + len(names)):
+        table.add_column(no_wrap=True, justify="right")
+    table.add_row(*(Text(head, "dim") for head in ("time", "version", *names)))
+    for point in (points[i] for i in chosen):
+        when = _seconds(point.time_s - result.opened_s)
+        table.add_row(when, f"{point.version:,}", *(number(name, point.metrics.get(name)) for name in names))
+    return [table, ""]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,348 @@
+"""Watching on a terminal, in plain lines, or as JSON lines. Subscribes to metrics and events, and asks
+nothing but how a run ended that is no longer heard of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from syncline.bus.base import Delivery
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.server.accounts import SUFFIX, WATCH, read_seed
+from syncline.bus.tls import Tls
+from syncline.client.runs import head_of
+from syncline.errors import BusError, ConfigError, RunFailed
+from syncline.observe.run_state import RunState
+from syncline.observe.watched import Heard, Said, Watched
+from syncline.runtime.service import DONE
+from syncline.wire.messages import ENDED, Head
+from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
+from syncline_cli.connect import Place, come_back, place, unreachable, watch_key
+from syncline_cli.process import Interrupted, run_interruptible
+from syncline_cli.ui.display import STYLES, clean, megabytes, number
+from syncline_cli.ui.watch_view import DEAF, clock, event_line, picture, waiting_for
+
+FRAME_S = 0.2  # a picture at most so often
+STILL_S = 1.0  # and at least so often: ages grow while nothing is heard
+LINE_S = 2.0  # plain lines of versions at most so often
+HINT_S = 4.0  # after which it is said that nothing is heard
+LAST_S = 1.0  # what is still on its way when a run has ended
+PENDING = 16_384  # messages that wait to be understood; beyond them the newest are dropped
+MOST_LINES = 10_000  # JSON lines that wait for a slow reader
+
+
+class _Pipe(Console):
+    """Rich would end the process with an error where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+@dataclass(slots=True)
+class Watching:
+    """What to watch, and what was heard. `asks`: the key that may ask how a run ended; None where there is none at hand."""
+
+    at: Place
+    watched: Watched
+    plain: bool
+    as_json: bool
+    asks: str | None = None
+    head: Head | None = None  # of a run that ended unheard
+    console: Console = field(default_factory=lambda: _Pipe(highlight=False))
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    fresh: deque[Said] = field(default_factory=lambda: deque(maxlen=1000))  # events that no line was printed for
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
+
+    @classmethod
+    def of(cls, run: str, connect: str, key: str, *, plain: bool, as_json: bool, tls: Tls | None = None) -> Watching:
+        """Raises ConfigError."""
+        if run and not NAME.fullmatch(run):
+            raise ConfigError("RUN", f"{run!r} is no run's name", "Use 1 to 63 of a-z, 0-9 and '-'")
+        at, asking = place(connect, key, WATCH, tls), place(connect, key, tls=tls)
+        may_ask = not asking.key or Path(asking.key).name == f"{COORDINATOR}{SUFFIX}"
+        at = replace(at, key=watch_key(at.key))
+        if key and at.key != key:
+            print(f"watching with the key {at.key}, which lies beside {key}", file=sys.stderr)
+        return cls(at, Watched(run), plain, as_json, asking.key if may_ask else None)
+
+    async def on_message(self, delivery: Delivery) -> None:
+        heard = self.watched.on_message(delivery.subject, delivery.data, time.monotonic())
+        if heard is None:
+            return
+        if heard.event is not None:
+            self.fresh.append(Said(heard.run, heard.event))
+        if self.as_json and self.watched.wanted in ("", heard.run) and (line := json_line(heard, delivery.data)):
+            self.lines.append(line)
+        self.news.set()
+
+    @property
+    def on_terminal(self) -> bool:
+        console = self.console
+        return console.is_terminal and not (console.is_dumb_terminal or self.plain or self.as_json)
+
+    @property
+    def state(self) -> RunState | None:
+        return self.watched.shown(time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """The run that was asked for has ended, or is none; or the local fleet that was found is gone."""
+        state = self.state
+        return (
+            bool(self.watched.wanted and state is not None and state.phase in ENDED)
+            or self.watched.absent
+            or (self.at.found and not Path(self.at.key).exists())
+        )
+
+
+def watch_run(watching: Watching) -> int:
+    """Until the run has ended or somebody leaves. Raises ConfigError, Interrupted, and RunFailed for a run that failed."""
+    logging.getLogger().addHandler(logging.NullHandler())  # the connection heals itself; silence is shown
+    seed = read_seed(Path(watching.at.key)) if watching.at.key else ""
+    try:
+        return run_interruptible(lambda: _watch(watching, seed)) or _summary(watching)
+    except BrokenPipeError:  # whoever read our lines has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Interrupted:
+        state = watching.state
+        goes_on = state is not None and state.phase not in ENDED
+        raise Interrupted(f"; run {state.run} goes on" if goes_on and state is not None else "") from None
+
+
+async def _watch(watching: Watching, seed: str) -> int:
+    at = watching.at
+    try:
+        bus = await NatsBus.connect(at.connection(WATCH, seed))
+    except BusError as error:
+        raise unreachable(error, at) from None
+    try:
+        for feed in ("metrics.>", "events.*"):
+            await bus.subscribe(f"{PREFIX}.*.{feed}", watching.on_message, limit=PENDING)
+        show = _on_terminal if watching.on_terminal else _in_json if watching.as_json else _in_lines
+        while True:
+            await show(watching)
+            if not watching.watched.absent:
+                return DONE
+            watching.head = await _how_it_ended(watching)
+            if watching.head is None or watching.head.phase in ENDED:
+                return DONE
+            watching.watched.look_again()
+    finally:
+        await bus.close()
+
+
+async def _how_it_ended(watching: Watching) -> Head | None:
+    """The head of the wanted run; None where that cannot be known. Raises ConfigError where there is no such run."""
+    if watching.asks is None:
+        return None
+    seed = read_seed(Path(watching.asks)) if watching.asks else ""
+    try:
+        bus = await NatsBus.connect(watching.at.connection("cli", seed))
+    except BusError:
+        return None
+    try:
+        return await head_of(bus, watching.watched.wanted)
+    except BusError:
+        return None
+    finally:
+        await bus.close()
+
+
+# -- a terminal ---------------------------------------------------------------------------------------------------------
+
+
+async def _on_terminal(watching: Watching) -> None:
+    left = asyncio.Event()
+    console, last_s = watching.console, 0.0
+    with _keys(left), Live(console=console, screen=True, auto_refresh=False) as live:
+        while not left.is_set() and not watching.over:
+            now_s = time.monotonic()
+            if watching.news.is_set() or now_s - last_s >= STILL_S:
+                watching.news.clear()
+                last_s = now_s
+                size = console.size
+                text = picture(watching.watched, size.width, size.height, now_s, time.time(), watching.at.shown)
+                live.update(text, refresh=True)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FRAME_S):
+                    await left.wait()
+        if not left.is_set():
+            await asyncio.sleep(LAST_S)
+
+
+@contextlib.contextmanager
+def _keys(left: asyncio.Event) -> Iterator[None]:
+    """`q` sets `left`; nothing that is typed is echoed into the picture."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+    import tty
+
+    stdin, loop = sys.stdin.fileno(), asyncio.get_running_loop()
+    before = termios.tcgetattr(stdin)
+
+    def typed() -> None:
+        data = os.read(stdin, 64)
+        if b"q" in data or not data:
+            left.set()
+
+    try:
+        tty.setcbreak(stdin)
+        loop.add_reader(stdin, typed)
+        yield
+    finally:
+        loop.remove_reader(stdin)
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+
+
+# -- lines --------------------------------------------------------------------------------------------------------------
+
+
+async def _in_lines(watching: Watching) -> None:
+    """A line for every event, and now and then one for the newest version."""
+    began_s, said_s, said, hinted = time.monotonic(), 0.0, ("", -1), False
+    while not watching.over:
+        await asyncio.sleep(FRAME_S)
+        _print_events(watching)
+        state, now_s = watching.state, time.monotonic()
+        if state is None and not hinted and now_s - began_s > HINT_S:
+            hinted = True
+            for line in waiting_for(watching.watched):
+                _print(watching, Text(line, "dim"))
+        if state is None or (state.status is None and not state.version):
+            continue
+        if state.deaf and not hinted:
+            hinted = True
+            _print(watching, Text(DEAF, STYLES["warning"]))
+        if (state.run, state.version) != said and now_s - said_s >= LINE_S:
+            said, said_s = (state.run, state.version), now_s
+            _print(watching, Text(version_line(state, time.time())))
+    await asyncio.sleep(LAST_S)
+    _print_events(watching)
+    if (state := watching.state) is not None and (state.run, state.version) != said:
+        _print(watching, Text(version_line(state, time.time())))
+
+
+def _print_events(watching: Watching) -> None:
+    state = watching.state
+    shown = watching.watched.wanted or (state.run if state is not None else "")
+    while watching.fresh:
+        said = watching.fresh.popleft()
+        if said.run in (shown, FLEET) or not watching.watched.wanted:
+            _print(watching, event_line(said))
+
+
+def _print(watching: Watching, line: Text) -> None:
+    watching.console.print(line, soft_wrap=True)
+
+
+def version_line(state: RunState, wall_s: float) -> str:
+    """Where the run stands, in a line."""
+    of = f" of {state.versions:,}" if state.versions else ""
+    metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.shown_metrics()[:3]]
+    away = [name for name, agent in state.agents.items() if agent.lost or agent.failed]
+    agents = f"{len(state.agents) - len(away)} of {len(state.agents)} agents"
+    late = [f"late: {', '.join(state.round.late[:5])}"] if state.round is not None and state.round.late else []
+    traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
+    parts = [f"run {state.run}: version {state.version:,}{of}", *metrics, agents, *late, traffic]
+    return f"{clock(wall_s)}  " + "  ".join(map(clean, parts))
+
+
+# -- JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def json_line(heard: Heard, data: bytes) -> str:
+    """The message as it came, with where it came from; '' for one that is no JSON object."""
+    where = {"run": heard.run, "who": heard.who, "what": heard.what}
+    try:
+        said = json.loads(data)
+    except ValueError:
+        return ""
+    return json.dumps({**where, **said, **where}) if isinstance(said, dict) else ""
+
+
+async def _in_json(watching: Watching) -> None:
+    """Written by a thread: a reader that is slow, or stopped, does not hold the connection up; beyond a limit the oldest go."""
+    while True:
+        over = watching.over
+        batch = [watching.lines.popleft() for _ in range(len(watching.lines))]
+        if batch:
+            await asyncio.to_thread(_write, "".join(f"{line}\n" for line in batch))
+        if over:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FRAME_S):
+                await watching.news.wait()
+        watching.news.clear()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+# -- the end ------------------------------------------------------------------------------------------------------------
+
+
+def _summary(watching: Watching) -> int:
+    """How the run stood when it was left. Raises RunFailed for one that failed, and ConfigError for one that is none."""
+    if watching.watched.absent:
+        return _summary_of_head(watching)
+    state = watching.state
+    if state is not None and state.phase in ("failed", "refused"):
+        raise RunFailed(state.ended)
+    if watching.as_json:
+        return DONE
+    if state is None or state.phase not in ENDED:
+        at, again = watching.at, f"syncline watch{' ' + state.run if state else ''}"
+        again = again if at.found else come_back(again, at.url, at.key, at.tls)
+        gone = at.found and not Path(at.key).exists()
+        text = "the local fleet has ended" if gone else f"come back with: {again}"
+        _print(watching, Text(text, STYLES["hint"]))
+    elif watching.on_terminal:  # elsewhere it is in the lines
+        _print(watching, Text(clean(state.ended)))
+        _print(watching, Text(version_line(state, time.time())))
+    return DONE
+
+
+def _summary_of_head(watching: Watching) -> int:
+    """The same for a run that ended before anything was heard of it, or while nothing was."""
+    watched, head = watching.watched, watching.head
+    if head is None:
+        raise absent(watched, "" if watching.at.found else come_back("", watching.at.url, "", watching.at.tls))
+    text = f"run {head.run}: {head.reason}"
+    if head.phase in ("failed", "refused"):
+        raise RunFailed(text)
+    if not watching.as_json:
+        _print(watching, Text(clean(f"{text}; it ended at version {head.version:,}")))
+    return DONE
+
+
+def absent(watched: Watched, where: str) -> ConfigError:
+    """What to say of a run that the coordinator does not know of. `where`: options that lead to its broker."""
+    fleet = watched.fleet
+    running = [fleet.run] if fleet is not None and fleet.run else []
+    queued = fleet.queued if fleet is not None else []
+    busy = "; ".join(
+        f"{what}: {', '.join(names)}" for what, names in (("running", running), ("queued", queued)) if names
+    )
+    problem = f"no run {watched.wanted} is running or queued here; {busy or 'nor is any other'}"
+    close = difflib.get_close_matches(watched.wanted, [*running, *queued], n=1, cutoff=0.5)
+    ended = f"With the coordinator's key, `syncline ls{where}` lists those that have ended"
+    return ConfigError("RUN", problem, f"Did you mean {close[0]}? {ended}" if close else ended)

@@ -1,0 +1,295 @@
+"""What the broker in memory keeps: streams, and who listens to what in which account. Package-private; knows no clock.
+
+Limits, sequence numbers and sizes are those of a nats-server with a file store, byte for byte: what fits there fits here.
+The accounts are those that `syncline.bus.server.accounts` configures; the contract suite holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+from syncline.bus.base import READ_BYTES, BucketConfig, Stored, StreamConfig, StreamState, checked_subject
+from syncline.bus.memory.lane import Ear, Lane
+from syncline.bus.server.accounts import Account
+from syncline.errors import AlreadyPut, Conflict, StreamFull, Unavailable
+from syncline.wire.subjects import PREFIX, RUNS_BUCKET
+
+CAS_HEADER_BYTES = len("NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: 01234567890123456789\r\n\r\n")
+NOTIFY = f"{PREFIX}.*.notify"
+FEEDS = (f"{PREFIX}.*.metrics.>", f"{PREFIX}.*.events.*")
+QUESTIONS = (
+    f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>",
+    f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>",
+)
+SHORTEST_TTL_S = 0.1  # that JetStream takes
+
+
+# -- subjects ----------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1 << 15)  # a fleet says the same few things all the time
+def matches(pattern: str, subject: str) -> bool:
+    """`*` is one token, `>` one or more at the end. A wildcard in the *subject* is a token like any other."""
+    wanted, tokens = pattern.split("."), subject.split(".")
+    if "" in tokens:
+        return False
+    if wanted[-1] == ">":
+        wanted.pop()
+        if len(tokens) <= len(wanted):
+            return False
+    elif len(tokens) != len(wanted):
+        return False
+    return all(w in ("*", t) for w, t in zip(wanted, tokens, strict=False))
+
+
+def collide(a: str, b: str) -> bool:
+    """Whether some subject matches both patterns."""
+    left, right = a.split("."), b.split(".")
+    for x, y in zip(left, right, strict=False):
+        if ">" in (x, y):
+            return True
+        if x != y and "*" not in (x, y):
+            return False
+    return len(left) == len(right)
+
+
+def checked(subject: str, *, pattern: bool = False) -> str:
+    tokens = subject.split(".")
+    bad = any(not t or (t not in ("*", ">") and ("*" in t or ">" in t)) for t in tokens) or ">" in tokens[:-1]
+    if pattern and bad:
+        raise Unavailable(f"{subject!r} is no subject")
+    return checked_subject(subject)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A stream's configuration, be it a bucket's or not."""
+
+    subjects: tuple[str, ...]
+    max_bytes: int
+    max_per_subject: int
+    refuse: bool
+    write_once: bool = False
+    max_value_bytes: int = -1
+    ttl_s: float = 0.0
+
+    @classmethod
+    def of(cls, config: StreamConfig | BucketConfig) -> Shape:
+        if isinstance(config, BucketConfig):
+            subjects = (f"$KV.{config.name}.>",)
+            value = config.max_value_bytes
+            return cls(subjects, config.max_bytes, 1, refuse=True, max_value_bytes=value, ttl_s=config.ttl_s)
+        once = config.write_once
+        per_subject = 1 if once else config.max_per_subject
+        return cls(config.subjects, config.max_bytes, per_subject, once or config.full == "refuse", once)
+
+
+class Stream:
+    """Messages in order, found by sequence number and by subject."""
+
+    def __init__(self, name: str, shape: Shape) -> None:
+        self.name, self.shape = name, shape
+        self.messages: dict[int, Stored] = {}
+        self.by_subject: dict[str, dict[int, int]] = {}  # sequence number → bytes
+        self.bytes = self.last_seq = 0
+
+    def copy(self) -> Stream:
+        other = type(self)(self.name, self.shape)
+        other.messages = dict(self.messages)
+        other.by_subject = {subject: dict(seqs) for subject, seqs in self.by_subject.items()}
+        other.bytes, other.last_seq = self.bytes, self.last_seq
+        return other
+
+    def fit(self) -> None:
+        self.shape = replace(self.shape, max_bytes=max(1, self.bytes))
+
+    def takes(self, subject: str) -> bool:
+        return any(matches(pattern, subject) for pattern in self.shape.subjects)
+
+    def store(self, subject: str, data: bytes, time_s: float, expected: int | None = None) -> int:
+        """The new sequence number. Raises Unavailable (value too large), Conflict, AlreadyPut and StreamFull."""
+        shape, mine = self.shape, self.by_subject.get(subject, {})
+        if 0 <= shape.max_value_bytes < len(data):
+            raise Unavailable(f"{subject}: message size exceeds maximum allowed")
+        self.check_revision(subject, expected)
+        size = 30 + len(subject.encode()) + len(data) + (4 + CAS_HEADER_BYTES if expected is not None else 0)
+        full = 0 < shape.max_per_subject <= len(mine)
+        if full and shape.write_once:
+            raise AlreadyPut(f"{subject}: maximum messages per subject exceeded")
+        if shape.refuse and self.bytes + size > shape.max_bytes and not (full and next(iter(mine.values())) >= size):
+            raise StreamFull(f"{subject}: maximum bytes exceeded")
+        self.last_seq += 1
+        self.messages[self.last_seq] = Stored(subject, data, self.last_seq, time_s)
+        mine = self.by_subject.setdefault(subject, mine)
+        mine[self.last_seq] = size
+        self.bytes += size
+        if full:
+            self.remove(next(iter(mine)))
+        while self.bytes > shape.max_bytes:  # up to the new one, where that alone is larger: acknowledged, and gone
+            self.remove(next(iter(self.messages)))
+        return self.last_seq
+
+    def check_revision(self, subject: str, expected: int | None) -> None:
+        last = next(reversed(self.by_subject.get(subject, {0: 0})))
+        if expected is not None and expected != last:
+            raise Conflict(f"{subject}: wrong last sequence: {last}")
+
+    def remove(self, seq: int) -> None:
+        subject = self.messages.pop(seq).subject
+        mine = self.by_subject[subject]
+        self.bytes -= mine.pop(seq)
+        if not mine:
+            del self.by_subject[subject]
+
+    def last(self, subject: str) -> Stored | None:
+        """The last message of a subject, or of all that a pattern matches."""
+        own = [next(reversed(seqs)) for s, seqs in self.matching(subject)]
+        return self.messages[max(own)] if own else None
+
+    def read(self, from_seq: int, limit: int) -> list[Stored]:
+        found: list[Stored] = []
+        size = 0
+        for seq in range(max(from_seq, self.first_seq), self.last_seq + 1):
+            if len(found) >= limit or size >= READ_BYTES:
+                break
+            if (message := self.messages.get(seq)) is not None:
+                found.append(message)
+                size += self.by_subject[message.subject][seq]
+        return found
+
+    def state(self, pattern: str) -> StreamState:
+        counts = {s: len(seqs) for s, seqs in sorted(self.matching(pattern))} if pattern else {}
+        return StreamState(len(self.messages), self.bytes, self.first_seq, self.last_seq, counts)
+
+    def purge(self, pattern: str) -> None:
+        for seq in [s for _, seqs in self.matching(pattern) for s in seqs]:
+            self.remove(seq)
+
+    def expire(self, time_s: float) -> None:
+        while self.shape.ttl_s and self.messages:
+            seq, oldest = next(iter(self.messages.items()))
+            if time_s < oldest.time_s + self.shape.ttl_s:
+                return
+            self.remove(seq)
+
+    def matching(self, pattern: str) -> list[tuple[str, dict[int, int]]]:
+        if "*" not in pattern and ">" not in pattern:
+            return [(pattern, self.by_subject[pattern])] if pattern in self.by_subject else []
+        if "*" not in pattern and pattern.endswith(".>"):  # as every purge asks
+            return [(s, seqs) for s, seqs in self.by_subject.items() if s.startswith(pattern[:-1])]
+        return [(s, seqs) for s, seqs in self.by_subject.items() if matches(pattern, s)]
+
+    @property
+    def first_seq(self) -> int:
+        return next(iter(self.messages), self.last_seq + 1 if self.last_seq else 0)
+
+
+class Store:
+    """All streams, and the room they may reserve."""
+
+    def __init__(self, stream_type: type[Stream], max_bytes: int | None) -> None:
+        self._stream_type, self._max_bytes = stream_type, max_bytes
+        self.streams: dict[str, Stream] = {}
+
+    def taking(self, subject: str) -> Stream | None:
+        return next((stream for stream in self.streams.values() if stream.takes(subject)), None)
+
+    def ensure(self, name: str, shape: Shape) -> None:
+        there = self.streams.get(name)
+        if there is not None:
+            wanted, has = asdict(shape), asdict(there.shape)
+            differ = [f"{k} is {has[k]!r}, wanted {wanted[k]!r}" for k in wanted if has[k] != wanted[k]]
+            if differ:
+                raise Unavailable(f"stream {name} exists with another configuration: {'; '.join(differ)}")
+            return
+        reserved = sum(stream.shape.max_bytes for stream in self.streams.values()) + shape.max_bytes
+        if self._max_bytes is not None and reserved > self._max_bytes:
+            raise StreamFull(f"{name}: insufficient storage resources available")
+        if 0 < shape.ttl_s < SHORTEST_TTL_S:
+            raise Unavailable(f"{name}: max age needs to be >= {SHORTEST_TTL_S} s")
+        taken = [subject for stream in self.streams.values() for subject in stream.shape.subjects]
+        for subject in shape.subjects:
+            if any(collide(subject, other) for other in taken):
+                raise Unavailable(f"{name}: {subject} overlaps with another subject of a stream")
+            taken.append(subject)
+        self.streams[name] = self._stream_type(name, shape)
+
+    def with_newer(self, newer: Store, names: Collection[str]) -> Store:
+        """All streams that there are in `newer`: those named as they are there, the others as they are here, or empty."""
+        other = Store(self._stream_type, self._max_bytes)
+        for name, stream in newer.streams.items():
+            older = self.streams.get(name) or type(stream)(name, stream.shape)
+            other.streams[name] = (stream if name in names else older).copy()
+        return other
+
+    def copy(self) -> Store:
+        other = Store(self._stream_type, self._max_bytes)
+        other.streams = {name: stream.copy() for name, stream in self.streams.items()}
+        return other
+
+
+class Ears:
+    """Who listens in one account, by pattern: thousands of agents listen to few different ones."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Ear, int] = {}
+        self._count = 0
+        self._by_pattern: dict[str, dict[Ear, None]] = {}
+        self._wild: dict[str, None] = {}  # the patterns that a look at the subject does not find
+
+    def add(self, ear: Ear) -> None:
+        self._count += 1
+        self._numbers[ear] = self._count
+        self._by_pattern.setdefault(ear.pattern, {})[ear] = None
+        if {"*", ">"} & set(ear.pattern.removesuffix(".*").split(".")):
+            self._wild[ear.pattern] = None
+
+    def remove(self, ear: Ear) -> None:
+        same = self._by_pattern.get(ear.pattern, {})
+        same.pop(ear, None)
+        self._numbers.pop(ear, None)
+        if not same:
+            self._by_pattern.pop(ear.pattern, None)
+            self._wild.pop(ear.pattern, None)
+
+    def remove_all(self, lane: Lane) -> None:
+        for ear in [ear for ear in self._numbers if ear.lane is lane]:
+            self.remove(ear)
+
+    def of(self, subject: str) -> list[Ear]:
+        """In the order of subscription."""
+        if "" in subject.split("."):
+            return []
+        found = dict.fromkeys(self._by_pattern.get(subject, ()))
+        found |= self._by_pattern.get(subject.rpartition(".")[0] + ".*", {})
+        for pattern in self._wild:
+            if matches(pattern, subject):
+                found |= self._by_pattern[pattern]
+        return sorted(found, key=self._numbers.__getitem__)
+
+
+class Tenant:
+    """An account on the broker: what its users may say and hear, who listens in it, and what crosses its border.
+
+    Every agent has one of its own, so that what answers it gets reaches nobody else."""
+
+    def __init__(self, account: Account, identity: str) -> None:
+        self.account, self.ears = account, Ears()
+        own = (f"{PREFIX}.*.metrics.{identity}.>", f"{PREFIX}.*.events.{identity}")
+        self.asks: tuple[str, ...] = ()  # what goes on to CORE, as a question that CORE answers
+        self.says: tuple[str, ...] = ()
+        self.hears: tuple[str, ...] = FEEDS
+        if account == "FLEET":
+            self.asks = (f"{PREFIX}.*.agent.{identity}.>", *QUESTIONS)
+            self.says = (*self.asks, *own)
+            self.hears = (f"_INBOX.{identity}.>", NOTIFY)
+
+    def may_say(self, subject: str) -> bool:
+        return self.account == "CORE" or any(matches(pattern, subject) for pattern in self.says)
+
+    def may_hear(self, pattern: str) -> bool:
+        return self.account == "CORE" or any(matches(allowed, pattern) for allowed in self.hears)
+
+    def asks_core(self, subject: str) -> bool:
+        return any(matches(pattern, subject) for pattern in self.asks)

@@ -1,0 +1,408 @@
+"""One connection to a NATS broker that heals itself, with a request multiplexer of its own.
+
+What nats-py leaves to its user is done here: pending requests fail at once on a disconnect and on a permission error, a
+client that a protocol error closed for ever is built anew, a reconnect is forced when answers stop coming while the socket
+looks alive, and there is a jitter before reconnecting. `flush` is not used: its PING overtakes what is pending, so that it
+proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import nats.errors
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from syncline.bus.address import address_of, masked
+from syncline.bus.base import WAITING_BYTES, Delivery, Handler, checked_subject
+from syncline.bus.nats.client import Client, Refused, next_server
+from syncline.bus.nats.outage import Outage
+from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
+from syncline.bus.tls import Tls
+from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unfit, Unreachable
+
+log = logging.getLogger(__name__)
+
+PING_S = 20
+PINGS = {"control": 2, "bulk": 7}  # unanswered: a ping stands behind the chunks, two of which may take two minutes
+PENDING_BYTES = 4 << 20
+_VIOLATION = re.compile(r'permissions violation for (publish|subscription) (?:to|with reply) "([^"]*)"', re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where and as whom to connect."""
+
+    url: str = field(repr=False)  # one server, or several of a cluster with commas between them
+    name: str  # the client's name, and its inbox prefix `_INBOX.<name>`
+    seed: str = field(default="", repr=False)  # nkey seed; empty: no authentication
+    patience_s: float = 5.0  # how long to try for the first connection
+    tls: Tls = field(default_factory=Tls)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request under way: the answers so far, and whether more than one is wanted."""
+
+    subject: str
+    done: asyncio.Future[None]
+    many: bool
+    answers: list[Msg] = field(default_factory=list)
+
+    def fail(self, error: BusError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class Lane:
+    """One connection that heals itself, with a request multiplexer of its own."""
+
+    def __init__(self, to: Connection, lane: Literal["control", "bulk"], outage: Outage) -> None:
+        """`outage`: what all lanes of a bus tell of lost connections.
+
+        Raises ConfigError for an address, or files with certificates, that are none.
+        """
+        self._address = address_of(to.url)
+        if to.tls.given:
+            to.tls.context()
+        self._to, self._lane, self._outage = to, lane, outage
+        self._queue = Queue()  # of bulk
+        self._client = Client()
+        self._inbox = f"_INBOX.{to.name}.{secrets.token_hex(8)}"
+        self._waiting: dict[str, _Waiting] = {}
+        self._handlers: dict[int, tuple[str, Handler, int]] = {}
+        self._live: dict[int, NatsSubscription] = {}
+        self._next_id = 0
+        self._silent = self.losses = 0
+        self._last_error = ""
+        self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
+        self._ear: NatsSubscription | None = None  # and that is its subscription
+        self._closing = False
+        self._rebuild: asyncio.Task[None] | None = None
+        self.reconnected: list[Callable[[], None]] = []
+
+    # -- connecting ------------------------------------------------------------------------------------------------
+    async def open(self) -> None:
+        """Connects, trying for `patience_s`. Raises Denied for a key the broker does not know, Unfit for one that is too old
+        or whose TLS does not fit, else Unreachable."""
+        deadline = asyncio.get_running_loop().time() + self._to.patience_s
+        pause = 0.05
+        while True:
+            try:
+                await self._connect_once()
+                return
+            except (Denied, Unavailable):
+                raise
+            except BusError:
+                if asyncio.get_running_loop().time() + pause > deadline:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(1.0, 2 * pause)
+
+    async def _connect_once(self) -> None:
+        client, url = Client(self._to.tls), masked(self._to.url)
+        self._last_error = ""
+        try:
+            await client.connect(
+                servers=[server.url for server in self._address.servers],
+                name=f"syncline {self._to.name} {self._lane}",
+                inbox_prefix=f"_INBOX.{self._to.name}".encode(),
+                allow_reconnect=False,  # the first connection fails loudly; from then on it heals
+                connect_timeout=max(1, round(min(self._to.patience_s, ANSWER_S))),
+                max_reconnect_attempts=1,  # of one call: `open` tries again
+                reconnect_time_wait=0,
+                reconnect_to_server_handler=next_server,
+                ping_interval=PING_S,
+                max_outstanding_pings=PINGS[self._lane],
+                pending_size=PENDING_BYTES,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnect,
+                reconnected_cb=self._on_reconnect,
+                closed_cb=self._on_closed,
+                **self._login(),
+            )
+        except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
+            await _give_up(client)
+            if isinstance(error, Refused):
+                raise Unfit(error.why.problem, error.why.mend) from None
+            why = self._last_error or str(error) or type(error).__name__
+            if "authorization" in f"{why} {error}".lower():
+                raise Denied(f"the broker at {url} {self._why_denied()}") from None
+            raise Unreachable(f"no broker answers at {url}: {why}") from None
+        client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
+        self._listening, self._ear = False, None
+        self._live = {i: await self._start(client, i) for i in list(self._handlers)}
+        self._client, self._silent = client, 0
+
+    def _why_denied(self) -> str:
+        if self._to.seed:
+            return "does not know this key"
+        if self._address.user or self._address.token:
+            return "does not know the user or token of its address"
+        return "asks for a key, and none was given"
+
+    def _login(self) -> dict[str, Any]:
+        """nats-py's options; it would not decode what stands in a URL, nor use it at other servers of the cluster."""
+        if self._to.seed:
+            return {"nkeys_seed_str": self._to.seed}
+        if self._address.token:
+            return {"token": self._address.token}
+        return {"user": self._address.user, "password": self._address.password} if self._address.user else {}
+
+    async def _start(self, client: Client, i: int) -> NatsSubscription:
+        subject, handler, limit = self._handlers[i]
+
+        async def deliver(message: Msg) -> None:
+            try:
+                await handler(Delivery(message.subject, message.data, message.reply))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                log.exception("the handler of %s was cancelled", message.subject)  # nats-py would end the subscription
+            except Exception:
+                log.exception("the handler of %s failed", message.subject)  # our own bug; the next message is handled
+
+        return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit, pending_bytes_limit=WAITING_BYTES)
+
+    async def _on_disconnect(self) -> None:
+        self._lost()
+        self._fail_all(Unreachable("the connection to the broker was lost"))
+
+    async def _on_reconnect(self) -> None:
+        self._outage.back(self._lane, asyncio.get_running_loop().time())
+        for call in self.reconnected:
+            call()
+
+    async def _on_closed(self) -> None:
+        """nats-py closes for good on most protocol errors; a service must outlive them."""
+        self._lost()
+        self._fail_all(Unreachable("the broker closed the connection"))
+        if not self._closing and (self._rebuild is None or self._rebuild.done()):
+            self._rebuild = asyncio.create_task(self._build_again())
+
+    def _lost(self) -> None:
+        if not self._closing:
+            self.losses += 1
+            now_s = asyncio.get_running_loop().time()
+            if self._client.last_error is not None:  # what the broker said last, such as that it refuses the key
+                self._outage.error(self._lane, str(self._client.last_error), now_s)
+            self._outage.lost(self._lane, now_s)
+
+    async def _build_again(self) -> None:
+        pause = 0.1
+        while not self._closing:
+            try:
+                await self._connect_once()
+                await self._on_reconnect()
+                return
+            except BusError as error:
+                self._outage.error(self._lane, str(error), asyncio.get_running_loop().time())
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(5.0, 2 * pause)
+
+    async def _on_error(self, error: Exception) -> None:
+        text = self._last_error = str(error) or type(error).__name__
+        found = _VIOLATION.search(text)
+        if found is None:
+            log.debug("%s connection: %s", self._lane, text)
+            self._outage.error(self._lane, text, asyncio.get_running_loop().time())
+            return
+        log.warning("%s connection: %s", self._lane, text)
+        denied = Denied(f"the broker's permissions forbid {found[1]} on {found[2]!r}")
+        if found[2].lower() == f"{self._inbox}.*".lower():
+            await self._on_deaf()
+            return
+        for waiting in self._waiting.values():
+            if waiting.subject.lower() == found[2].lower():
+                waiting.fail(denied)
+
+    async def _on_deaf(self) -> None:
+        """No answer will ever come. The next request tries again, for permissions may be mended."""
+        ear, self._ear, self._listening = self._ear, None, False
+        self._fail_all(
+            Denied(f"the broker lets this key hear no answers as {self._to.name!r}: it is another's, or a reader's")
+        )
+        if ear is not None:
+            try:
+                await ear.unsubscribe()
+            except nats.errors.Error:
+                pass  # the connection is gone, and the subscription with it
+
+    def _fail_all(self, error: BusError) -> None:
+        self._queue = Queue()
+        for waiting in self._waiting.values():
+            waiting.fail(error)
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._rebuild is not None:
+            self._rebuild.cancel()
+            await asyncio.gather(self._rebuild, return_exceptions=True)
+        self._fail_all(Unreachable("closed"))
+        if not self._client.is_connected and not self._client.is_reconnecting:
+            return
+        try:
+            async with asyncio.timeout(2.0):
+                await self._client.close()
+        except (TimeoutError, nats.errors.Error, OSError):
+            pass
+
+    @property
+    def max_payload(self) -> int:
+        return int(self._client.max_payload)
+
+    @property
+    def up(self) -> bool:
+        return bool(self._client.is_connected)
+
+    # -- talking ---------------------------------------------------------------------------------------------------
+    async def publish(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        checked_subject(subject)
+        if len(data) + size_of(headers) > self.max_payload:  # nats-py forgets the headers, and the server then hangs up
+            raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
+        try:
+            await self._client.publish(subject, data, reply=reply, headers=headers)
+        except (nats.errors.Error, OSError) as error:
+            raise Unreachable(f"{subject}: {str(error) or type(error).__name__}") from None
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # nats-py swallows a cancellation that meets its flush
+
+    async def request(
+        self,
+        subject: str,
+        data: bytes,
+        timeout_s: float,
+        headers: dict[str, str] | None = None,
+        *,
+        many: bool = False,
+        of_broker: bool = True,
+    ) -> list[Msg]:
+        """The answers: one, or with `many` all up to a status message. Raises NoResponders, Unreachable, Denied.
+        `of_broker`: it is the broker who answers, so that its silence says something about the connection."""
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(subject, loop.create_future(), many)
+        timer = loop.call_later(timeout_s, waiting.fail, Unreachable(f"{subject}: no answer within {timeout_s:g} s"))
+        try:
+            await self._ask(waiting, data, headers)
+        except Unreachable:
+            self._silent += of_broker
+            if self._silent >= SILENT_ANSWERS and not self._closing:  # a read loop can die behind a live socket
+                await self._begin_again()
+            raise
+        finally:
+            timer.cancel()
+        self._silent = 0
+        return waiting.answers
+
+    async def request_bulk(self, subject: str, data: bytes, answer_bytes: int = 0) -> Msg:
+        """The answer, of up to so many bytes. It has the time that a thin link takes, and is asked for only while the
+        connection is up: what is kept until it is back would travel for a caller who has asked again."""
+        if not self.up:
+            raise Unreachable(f"{subject}: the connection to the broker is lost")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(subject, loop.create_future(), many=False)
+
+        def late(turn: Turn) -> None:
+            kind = Silent if turn.overtaken_at_s is None else Unreachable
+            waiting.fail(kind(f"{subject}: no answer within {loop.time() - turn.asked_at_s:.0f} s"))
+
+        try:
+            with in_turn(self._queue, len(data) + answer_bytes, late):
+                await self._ask(waiting, data, None)
+        except Silent:
+            if not self._closing:
+                await self._begin_again()
+            raise
+        return waiting.answers[0]
+
+    async def _ask(self, waiting: _Waiting, data: bytes, headers: dict[str, str] | None) -> None:
+        token = secrets.token_hex(8)
+        self._waiting[token] = waiting
+        try:
+            if not self._listening:
+                await self._hear_answers()
+            await self.publish(waiting.subject, data, f"{self._inbox}.{token}", headers)
+            await waiting.done
+        finally:
+            del self._waiting[token]
+
+    async def _begin_again(self) -> None:
+        self._silent = 0
+        await self._client.force_reconnect()
+
+    async def _hear_answers(self) -> None:
+        self._listening = True  # before anything is awaited: heard twice, an answer would count twice
+        try:
+            self._ear = await self._client.subscribe(
+                f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+        except nats.errors.Error as error:
+            self._listening = False
+            raise Unreachable(f"no connection to the broker: {error}") from None
+
+    async def _on_answer(self, message: Msg) -> None:
+        waiting = self._waiting.get(message.subject.rpartition(".")[2])
+        if waiting is None or waiting.done.done():
+            return
+        status = status_of(message)
+        if status == "503" and not message.data:
+            waiting.done.set_exception(NoResponders(f"{waiting.subject}: nobody listens"))
+            return
+        waiting.answers.append(message)
+        if not waiting.many or status:
+            waiting.done.set_result(None)
+
+    async def subscribe(self, subject: str, handler: Handler, limit: int) -> int:
+        if self._closing:
+            raise Unreachable("closed")
+        checked_subject(subject)
+        self._next_id = i = self._next_id + 1
+        self._handlers[i] = (subject, handler, limit)
+        try:
+            self._live[i] = await self._start(self._client, i)
+        except nats.errors.BadSubjectError:
+            del self._handlers[i]
+            raise Unavailable(f"{subject!r} is no subject") from None
+        except nats.errors.Error:
+            pass  # the client is built anew just now, and subscribes to all that has a handler
+        return i
+
+    async def unsubscribe(self, i: int) -> None:
+        self._handlers.pop(i, None)
+        live = self._live.pop(i, None)
+        if live is not None:
+            try:
+                await live.unsubscribe()
+            except nats.errors.Error:
+                pass  # the connection is gone, and the subscription with it
+
+
+async def _give_up(client: Client) -> None:
+    """nats-py leaves the socket of a login that was refused open, and its public `close` would call us back."""
+    try:
+        async with asyncio.timeout(1.0):
+            await client._close(Client.CLOSED, do_cbs=False)
+    except (TimeoutError, nats.errors.Error, OSError):
+        pass
+
+
+def status_of(message: Msg) -> str:
+    """The broker's own word in place of a message, or "". A stored message bears its number, which the broker writes behind
+    all headers that its sender gave it: a `Status` among those says nothing."""
+    headers = message.headers or {}
+    return "" if "Nats-Sequence" in headers else str(headers.get("Status", ""))
+
+
+def size_of(headers: dict[str, str] | None) -> int:
+    """Bytes on the wire, and in a stream."""
+    return sum(len(name) + len(value) + 4 for name, value in headers.items()) + 12 if headers else 0

@@ -1,0 +1,119 @@
+"""A center from the bus, and as a file: its tensors by name, checked against the digest that the run names. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import xxhash
+
+import syncline
+from syncline.bus.base import Bus
+from syncline.bus.blobs import BlobGone, get_blob
+from syncline.client import runs
+from syncline.errors import ConfigError, PeerError
+from syncline.model.manifest import Manifest
+from syncline.wire import subjects
+from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, BlobRef, Head, decode
+
+DTYPES: dict[str, str] = {"fp32": "<f4", "fp64": "<f8"}
+TRIES = 20  # each lost to a purge: versions come and go quickly while a run goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The tensors of a center, which share one buffer, and what is told about them."""
+
+    tensors: dict[str, npt.NDArray[Any]]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A version that is, or was, on the bus."""
+
+    version: int
+    term: int
+    digest: str  # '' where nothing says it
+    model: BlobRef
+
+
+async def fetch(bus: Bus, run: str, version: int | None = None) -> Model:
+    """The newest center, or one of the versions that are kept. Raises ConfigError where it is not on the bus."""
+    for _ in range(TRIES):
+        head = await runs.head_of(bus, run)
+        kept = await _kept(bus, head, head.version if version is None else version)
+        assert head.manifest is not None
+        try:
+            layout = decode(Manifest, await runs.record(bus, run, head.manifest), limit=MAX_BLOB_RECORD_BYTES)
+            flat = bytearray(layout.nbytes)
+            stream, prefix = subjects.model_stream(run), partial(subjects.model_prefix, run)
+            await get_blob(bus, stream, prefix, kept.model, memoryview(flat), layout.chunk_bytes, codec=layout.dtype)
+        except BlobGone:
+            if version is None or version == head.version:
+                continue  # head has moved on meanwhile
+            raise _not_kept(head, version) from None
+        return _model(layout, flat, kept, run)
+    raise ConfigError("RUN", f"{run} makes versions faster than they can be fetched", "Raise keep_models in its spec")
+
+
+async def _kept(bus: Bus, head: Head, version: int) -> _Kept:
+    """Where that version lies. Raises ConfigError."""
+    if head.model is None or head.manifest is None:
+        raise ConfigError("RUN", f"{head.run} has no model yet ({head.phase})", "Ask again when it has begun")
+    if version == head.version:
+        return _Kept(version, head.term, head.digest, head.model)
+    if version == 0 and head.version == 1 and head.previous is not None:
+        return _Kept(0, head.term, "", head.previous)
+    if not 0 < version < head.version:
+        raise _not_kept(head, version)
+    commit = await runs.commit_of(bus, head, version)
+    return _Kept(version, commit.term, commit.digest, commit.model)
+
+
+def _not_kept(head: Head, version: int) -> ConfigError:
+    mend = f"The newest is {head.version}; a run keeps its last `keep_models` versions, 2 where its spec says nothing"
+    return ConfigError("--version", f"version {version} of {head.run} is not on the bus", mend)
+
+
+def _model(layout: Manifest, flat: bytearray, kept: _Kept, run: str) -> Model:
+    digest = xxhash.xxh3_128_hexdigest(flat)
+    if kept.digest not in ("", digest):
+        raise PeerError(f"version {kept.version} of {run} has digest {digest}, and its record says {kept.digest}")
+    elements = np.frombuffer(flat, DTYPES[layout.dtype])
+    tensors = {t.name: elements[t.offset : t.offset + t.elements].reshape(t.shape) for t in layout.tensors}
+    for entry in layout.tensors:
+        length = float(np.linalg.norm(tensors[entry.name])) if entry.unit else 0.0
+        if length > 0:  # the mean of several agents' vectors of length 1 is shorter
+            tensors[entry.name] /= length
+    about = {
+        "run": run,
+        "version": kept.version,
+        "term": kept.term,
+        "digest": digest,
+        "tensors": len(tensors),
+        "elements": layout.elements,
+        "bytes": layout.nbytes,
+        "at_home": list(layout.at_home),
+    }
+    return Model(tensors, about)
+
+
+def save(model: Model, file: Path) -> None:
+    """Writes the file whole or not at all. Raises ConfigError."""
+    about = {key: str(model.about[key]) for key in ("run", "version", "term", "digest")}
+    metadata = {"format": "pt", "syncline": syncline.__version__, **about}
+    partial_file = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        safetensors.numpy.save_file(model.tensors, partial_file, metadata)
+        partial_file.replace(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError("FILE", f"{file}: {getattr(error, 'strerror', None) or error}", "Name another") from None
+    finally:
+        partial_file.unlink(missing_ok=True)

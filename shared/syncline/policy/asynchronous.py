@@ -1,0 +1,328 @@
+"""Asynchronous averaging with a bound on staleness: updates are gathered in a buffer, and every K of them make a version.
+
+Agents do not wait for each other. An update's lag τ is the number of versions made since the one it was trained from; it
+counts s(τ), and with τ > `max_lag` it is never merged. The buffer is merged
+
+* when it holds K updates ("4 of 4"); the first K in the order of their arrival are taken,
+* `grace_s` after the quorum was reached ("quorum 2 of 4 + 2.0 s"),
+* at once when nobody may run before something is judged, so that it cannot wait for ever; but never with fewer updates
+  than the merge rule needs: then it waits for more agents.
+
+Updates that arrive while a plan is executed wait for the next version. An agent may run until it has `ahead` updates that
+are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
+its clock is more than s ahead of the slowest live agent's *judged* clock (stale synchronous parallel). An agent that joins,
+or comes back, is set beside the slowest of the others by an offset to its clock. Where the gate would keep a merge rule from
+the updates that it needs, what waits to be judged is as good as judged for it, and whoever has nothing waiting may run. s = 0
+is the synchronous run: everybody waits for everybody, and the versions have the same bits.
+
+An agent's updates are judged in the order of their clocks: a roster can tell of no other, and an elastic agent relies on it.
+
+Sources: FedBuff (arXiv:2106.06639), FedAsync (arXiv:1903.03934), stale synchronous parallel (Ho et al., NIPS 2013).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from syncline.averaging.staleness import Staleness
+from syncline.averaging.weights import Normalize, Weights, weights_of
+from syncline.policy.base import REASON_CHARS, Policy, Standing, brief
+from syncline.policy.events import Chosen, Command, Drop, LetRun, Merge, OfferReady, WakeAt
+
+OVERLAPPING = 2  # updates of an agent that may wait to be judged, where it sends one while it trains the next
+
+
+@dataclass(slots=True)
+class Told:
+    """What the agents know: who takes part, up to where they may run, and what was judged."""
+
+    participants: tuple[str, ...] = ()
+    gate: int | None = None
+    judged: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Asynchronous(Policy):
+    """The policy of `sync: {kind: async}`."""
+
+    buffer: int | None  # K, updates; None: one of every live agent at least
+    max_lag: int  # versions
+    staleness: Staleness
+    weights: Weights
+    normalize: Normalize | None = None
+    max_ahead: int | None = None  # clocks
+    overlap: bool = True  # an agent sends while it trains its next period
+    quorum: int | None = None  # updates after which the grace period runs
+    elastic: bool = False  # updates are elastic differences: each is added whole
+    one_each: bool = False  # at most one update of an agent in a merge
+    waiting: list[OfferReady] = field(default_factory=list)  # in the order of their arrival
+    merging: list[OfferReady] = field(default_factory=list)
+    offered: dict[str, int] = field(default_factory=dict)  # newest offered clock of each agent
+    offsets: dict[str, int] = field(default_factory=dict)  # added to an agent's clock where clocks are compared
+    broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
+    told: Told = field(default_factory=Told)
+    closed_by: str = ""  # what closed the buffer that is merging
+    lifted: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
+    untold: bool = False  # something was judged that agents may not have been told
+    runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
+
+    def resume(self, standing: Standing, now_s: float) -> None:
+        self.live, self.version = set(standing.live & {*standing.participants}), standing.version
+        self.slow = set(standing.slow)
+        self.judged = dict(standing.judged)
+        self.offered, self.offsets = dict(standing.judged), dict(standing.offsets)
+        self.told = Told(standing.participants, standing.gate, dict(standing.judged))
+        self.started, self.state, self.opened_at_s, self.untold = True, "open", now_s, True
+        for agent in sorted(standing.live - self.live):  # it was about to join
+            self._set_beside(agent)
+            self.live.add(agent)
+
+    def resume_merge(self, offers: list[OfferReady]) -> None:
+        self.merging, self.state = list(offers), "merging"
+        for offer in offers:
+            self.offered[offer.agent] = max(offer.clock, self.offered.get(offer.agent, 0))
+        self.closed_by = self._count(offers)
+
+    # -- one fact each -------------------------------------------------------------------------------------------------
+    def _joined(self, agent: str, now_s: float) -> list[Command]:
+        self._set_beside(agent)
+        return self._go_on(now_s)
+
+    def _set_beside(self, agent: str) -> None:
+        """By an offset to its clock it stands where the slowest of the others does."""
+        others = [self._clock(a) for a in self.live if a != agent]
+        if self.max_ahead is not None and others:
+            self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.judged.get(agent, 0))
+
+    def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
+        if offer.clock <= max(self.offered.get(offer.agent, 0), self.judged.get(offer.agent, 0)):
+            return []  # told twice
+        is_second = self.offered.get(offer.agent, 0) > self.judged.get(offer.agent, 0)
+        if is_second:
+            self._insist_on_order(offer, [*self.waiting, *self.merging])
+        self.offered[offer.agent] = offer.clock
+        if not self.started:
+            return [self._drop(offer, "the run has not started")]
+        if (drop := self._too_stale(offer)) is not None:
+            return [drop, *self._go_on(now_s)]
+        self.waiting.append(offer)
+        return [*(self._replaced() if is_second else ()), *self._go_on(now_s)]
+
+    def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
+        offer = next((o for o in self.merging if (o.agent, o.clock) == (agent, clock)), None)
+        if offer is None:
+            return []
+        self.merging.remove(offer)
+        reason = f"{self.closed_by}; without {agent}: {brief(why)}"
+        if any(o.agent == agent and o.clock < clock for o in self.merging):
+            self._put_back(offer)
+            return [self._plan(self.merging, reason)]
+        self.broken.add(agent)
+        dropped = self._drop(offer, why, broken=True)
+        if self.merging:
+            return [dropped, self._plan(self.merging, reason)]
+        if self.stop:
+            return [dropped, *self._finish(self.stop)]
+        if not self.waiting and self.live | self.slow <= self.broken:
+            every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
+            return [dropped, *self._finish(every, failed=True)]
+        self.state = "open"
+        return [dropped, *self._replaced(), *self._let_run(), *self._close(now_s)]
+
+    def _committed(self, now_s: float) -> list[Command]:
+        for offer in self.merging:
+            self._judge(offer)
+        self.merging, self.state, self.opened_at_s, self.lifted = [], "open", now_s, False
+        self.missed.clear()
+        self.broken.clear()
+        if self.stop:
+            return self._finish(self.stop)
+        if self.version >= self.versions:
+            return self._go_on(now_s)
+        drops: list[Command] = [drop for o in self.waiting if (drop := self._too_stale(o)) is not None]
+        self.waiting = [o for o in self.waiting if o.clock > self.judged.get(o.agent, 0)]
+        return [*drops, *self._replaced(), *self._let_run(), *self._close(now_s)]
+
+    def _put_back(self, offer: OfferReady) -> None:
+        """An agent's updates are judged in the order of their clocks: this one has to wait for the verdict on another."""
+        earlier = [i for i, o in enumerate(self.waiting) if o.agent == offer.agent and o.clock < offer.clock]
+        self.waiting.insert(max(earlier, default=-1) + 1, offer)
+
+    def _replaced(self) -> list[Command]:
+        """Where one update of an agent may wait, a second one is of an agent that started again and knew of none."""
+        if self.ahead > 1:
+            return []
+        newest = {o.agent: o.clock for o in self.waiting}
+        merging = {o.agent for o in self.merging}
+        older = [o for o in self.waiting if o.clock < newest[o.agent] and o.agent not in merging]
+        self.waiting = [o for o in self.waiting if o not in older]
+        return [self._drop(o, f"replaced by clock {newest[o.agent]} of the same agent") for o in older]
+
+    # -- what follows --------------------------------------------------------------------------------------------------
+    def _go_on(self, now_s: float) -> list[Command]:
+        if not (self.waiting or self.merging) and (end := self._nobody_can_train()):
+            return end
+        if self.state != "merging" and self.version >= self.versions:
+            return self._finish(f"{self.versions} versions")
+        if not self.started:
+            if len(self.live) < self.min_agents:
+                return []
+            self.started, self.state, self.opened_at_s = True, "open", now_s
+        changed = self.untold or self.lifted or len(self.live) != len(self.told.participants)
+        news = self._let_run() if changed and self._is_news() else []
+        return [*news, *self._close(now_s)]
+
+    def _close(self, now_s: float) -> list[Command]:
+        """Merges the buffer if it is time."""
+        ready = self._ready()
+        if self.state != "open" or not ready:
+            self.closes_at_s = None
+            return []
+        nobody_runs = not self._somebody_may_run()
+        if self._too_few(ready, self.broken):
+            self.closes_at_s = None
+            return self._with_too_few(len(ready), now_s) if nobody_runs else []
+        if self._full(ready):
+            return [self._merge(ready, self._count(ready))]
+        if nobody_runs:
+            return [self._merge(ready, f"{self._count(ready)}, nobody may run before they are judged")]
+        if self.quorum is None or len(ready) < self.quorum:
+            self.closes_at_s = None
+            return []
+        if self.closes_at_s is None:
+            self.closes_at_s = now_s + self.grace()
+        if now_s < self.closes_at_s:
+            return [WakeAt(self.closes_at_s)]
+        return [self._merge(ready, f"quorum {self._count(ready)} + {self.grace():.1f} s")]
+
+    def _with_too_few(self, updates: int, now_s: float) -> list[Command]:
+        """Nobody may run, and the rule needs more. Where a gate holds agents up, what waits is as good as judged for it."""
+        if self.max_ahead is not None and not self.lifted:
+            self.lifted = True
+            if self._is_news():
+                return [*self._let_run(), *self._close(now_s)]
+        return self._tell_too_few(updates)
+
+    def _ready(self) -> list[OfferReady]:
+        """What a merge would take, in the order of arrival."""
+        ready = self.waiting
+        if self.one_each:
+            first: dict[str, OfferReady] = {}
+            for offer in self.waiting:
+                first.setdefault(offer.agent, offer)
+            ready = list(first.values())
+        return ready if self.buffer is None else ready[: self.buffer]
+
+    def _full(self, ready: list[OfferReady]) -> bool:
+        if self.buffer is None:
+            return len(self.live) <= len(ready) and self.live <= {o.agent for o in ready}
+        return len(ready) >= self.buffer
+
+    def _merge(self, chosen: list[OfferReady], reason: str) -> Merge:
+        taken = {(o.agent, o.clock) for o in chosen}
+        self.waiting = [o for o in self.waiting if (o.agent, o.clock) not in taken]
+        self.merging = list(chosen)
+        self.state, self.closes_at_s = "merging", None
+        return self._plan(chosen, reason + self._absent({*self.missed}))
+
+    def _plan(self, offers: list[OfferReady], reason: str) -> Merge:
+        self.closed_by = brief(reason, REASON_CHARS)
+        offers = sorted(offers, key=lambda o: (o.agent, o.clock))
+        lags = [self.version - o.base for o in offers]
+        chosen = tuple(
+            Chosen(o.agent, o.clock, lag, weight)
+            for o, lag, weight in zip(offers, lags, self._weights(offers, lags), strict=True)
+        )
+        return Merge(chosen, self.closed_by)
+
+    def _weights(self, offers: list[OfferReady], lags: list[int]) -> list[float]:
+        """(1/K) s(τ_i) for uniform shares, also where fewer than K are merged; 1 for elastic differences."""
+        if self.elastic:
+            return [1.0] * len(offers)
+        shares = weights_of(offers, self.weights, self.normalize)
+        part = 1.0 if self.buffer is None else len(offers) / self.buffer
+        return [share * part * self.staleness.weight(lag) for share, lag in zip(shares, lags, strict=True)]
+
+    def _too_stale(self, offer: OfferReady) -> Drop | None:
+        lag = self.version - offer.base
+        if lag <= self.max_lag:
+            return None
+        return replace(self._drop(offer, f"lag {lag} > max_lag {self.max_lag}"), lag=lag)
+
+    # -- who may run ---------------------------------------------------------------------------------------------------
+    def _clock(self, agent: str) -> int:
+        """The agent's judged clock, comparable with the others'."""
+        return self.judged.get(agent, 0) + self.offsets.get(agent, 0)
+
+    def _gate(self) -> int | None:
+        """An agent may begin a period while its clock and offset are not above this.
+
+        Lifted it is so high that what waits counts as judged, and that the slowest of those may run who have nothing waiting:
+        they may be further ahead than that, by periods that they lost on the way.
+        """
+        if self.max_ahead is None or not self.live:
+            return None
+        if not self.lifted:
+            return min(map(self._clock, self.live)) + self.max_ahead
+        ahead = {a: max(0, self.offered.get(a, 0) - self.judged.get(a, 0)) for a in self.live}
+        idle = [self._clock(a) for a in self.live if not ahead[a]]
+        slowest = min(self._clock(a) + ahead[a] for a in self.live)
+        return max(slowest + self.max_ahead, min(idle, default=0), self.told.gate or 0)
+
+    def _may_run(self, agent: str) -> bool:
+        """Whether the agent, by what it was told, may be training or begin to."""
+        told = self.told
+        clock = max(self.offered.get(agent, 0), told.judged.get(agent, 0))
+        if agent not in told.participants or clock - told.judged.get(agent, 0) >= self.ahead:
+            return False
+        return told.gate is None or clock + self.offsets.get(agent, 0) <= told.gate
+
+    def _somebody_may_run(self) -> bool:
+        if self.runner not in self.live or not self._may_run(self.runner):
+            self.runner = next(filter(self._may_run, self.live), "")
+        return bool(self.runner)
+
+    @property
+    def ahead(self) -> int:
+        """Updates of one agent that may wait to be judged."""
+        return OVERLAPPING if self.overlap and self.max_ahead != 0 else 1
+
+    def _is_news(self) -> bool:
+        told = self.told
+        if told.participants != tuple(sorted(self.live)) or told.gate != self._gate():
+            return True
+        return any(self.judged.get(a, 0) != told.judged.get(a, 0) for a in self.live)
+
+    def _judge(self, offer: OfferReady) -> None:
+        Policy._judge(self, offer)
+        self.untold = True
+
+    def _let_run(self) -> list[Command]:
+        self.untold = False
+        self.told = Told(tuple(sorted(self.live)), self._gate(), dict(self.judged))
+        offsets = tuple(sorted((a, o) for a, o in self.offsets.items() if o))
+        return [LetRun(self.version, self.told.participants, self.told.gate, offsets, self.state == "merging")]
+
+    def _count(self, offers: list[OfferReady]) -> str:
+        if self.buffer is not None:
+            return f"{len(offers)} of {self.buffer}"
+        agents = {o.agent for o in offers}
+        return f"{len(agents)} of {len(self.live | agents | self.missed.keys())}"
+
+    def validate(self) -> None:
+        assert (self.state == "merging") == bool(self.merging), "a merge of nothing, or none where there should be"
+        assert self.state != "waiting" or not self.waiting, "a buffer before the start"
+        stale = [o for o in self.waiting + self.merging if self.version - o.base > self.max_lag]
+        assert not stale or self.state == "ended", "a lag above the bound"
+        both = [(o.agent, o.clock) for o in self.waiting + self.merging]
+        assert len(both) == len(set(both)), "an update twice"
+        assert all(clock > self.judged.get(agent, 0) for agent, clock in both), "a judged update waits"
+        self._check_presence()
+        if self.one_each:
+            assert len({o.agent for o in self.merging}) == len(self.merging), "two updates of an agent in a merge"
+        if self.state == "open":
+            ready = [] if self._too_few(self._ready(), self.broken) else self._ready()
+            assert not ready or not self._full(ready), "a full buffer that is not merged"
+            assert not ready or any(map(self._may_run, self.live)), "a buffer that nobody can fill"
+            assert not self._is_news(), "news that was not told"
+        assert self.closes_at_s is None or (self.state == "open" and self.quorum), "a grace period of nothing"

@@ -1,0 +1,235 @@
+"""What every policy shares: who is there, who has gone and why, what was judged, and how long a version takes.
+
+A policy is a pure state machine with one entry, `handle`: a fact and the time in, commands out. It is in one of these states:
+
+    waiting   fewer agents than the run starts with, or none to train
+    open      participants train; offers are gathered
+    merging   a plan is decided and being executed
+    ended     nothing more is asked for
+"""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from syncline.errors import PeerError
+from syncline.policy.events import (
+    AgentJoined,
+    AgentLost,
+    AgentSlow,
+    Command,
+    Committed,
+    Drop,
+    Fact,
+    Finish,
+    OfferReady,
+    TargetReached,
+    Tell,
+    Tick,
+    UpdateBroken,
+)
+from syncline.wire.messages import Presence
+
+MEDIAN_OVER = 9  # versions
+FIRST_GRACE_S = 1.0  # while no version has shown how long one takes
+REASON_CHARS = 1000  # reasons travel in records with limits, and some of the words in them are the agents' own
+ABSENT_NAMED, ABSENT_CHARS = 5, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a run stands when a coordinator takes it over, as its head and roster say."""
+
+    version: int
+    participants: tuple[str, ...]
+    live: frozenset[str]  # present
+    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
+    offsets: dict[str, int] = field(default_factory=dict)  # where an agent's clock stands beside the others'
+    gate: int | None = None
+    slow: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True, kw_only=True)
+class Policy(ABC):
+    min_agents: int  # agents with which the run starts
+    versions: int  # commits after which the run is done
+    grace_s: float | None = None  # None: the median version
+    least: int = 1  # updates that the merge rule needs; with fewer nothing is merged
+    rule: str = "mean"
+    told_of: int = -1  # the version for which it was told that there are too few
+    version: int = 0
+    state: Literal["waiting", "open", "merging", "ended"] = "waiting"
+    live: set[str] = field(default_factory=set)  # present: these are waited for
+    slow: set[str] = field(default_factory=set)  # heartbeats without progress: not waited for
+    started: bool = False  # the run has had its first round
+    opened_at_s: float = 0.0  # when the newest version came
+    closes_at_s: float | None = None  # end of the grace period, once it runs
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OVER))
+    missed: dict[str, str] = field(default_factory=dict)  # agents lost or slow since the last commit, and why
+    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
+    gone: set[str] = field(default_factory=set)  # agents that were lost and may come back
+    failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
+    stop: str = ""  # why to finish at the next commit
+
+    def handle(self, fact: Fact, now_s: float) -> list[Command]:
+        """Raises PeerError, and changes nothing, for a fact that a well-behaved agent cannot cause."""
+        if self.state == "ended":
+            return []
+        match fact:
+            case AgentJoined(agent):
+                if agent in self.live:
+                    return self._go_on(now_s)  # told twice
+                was_slow = agent in self.slow
+                self.live.add(agent)
+                self.slow.discard(agent)
+                self.gone.discard(agent)
+                self.failed.pop(agent, None)
+                self.missed.pop(agent, None)
+                commands = self._joined(agent, now_s)
+                return self._noted(commands) if was_slow else commands
+            case AgentSlow(agent, reason):
+                if agent not in self.live:
+                    return []
+                self.live.discard(agent)
+                self.slow.add(agent)
+                self.missed[agent] = f"slow: {reason}"
+                return self._noted(self._go_on(now_s))
+            case AgentLost(agent, reason, failed):
+                self.live.discard(agent)
+                self.slow.discard(agent)
+                self.missed[agent] = reason
+                if failed:
+                    self.failed[agent] = reason
+                    self.gone.discard(agent)
+                elif agent not in self.failed:
+                    self.gone.add(agent)
+                return self._go_on(now_s)
+            case OfferReady():
+                if fact.base > self.version:
+                    raise PeerError(f"{fact.agent}: base {fact.base} is newer than version {self.version}")
+                return self._offer(fact, now_s)
+            case UpdateBroken(agent, clock, why):
+                return self._broken(agent, clock, why, now_s)
+            case Committed(version):
+                assert version == self.version + 1, f"commit of version {version} after {self.version}"
+                assert self.state == "merging", f"commit of version {version} in a round that is {self.state}"
+                self.durations_s.append(now_s - self.opened_at_s)
+                self.version = version
+                return self._committed(now_s)
+            case TargetReached(why):
+                self.stop = why
+                return [] if self.state == "merging" else self._finish(why)
+            case Tick():
+                return self._go_on(now_s)
+
+    # -- what each policy decides --------------------------------------------------------------------------------------
+    def _joined(self, agent: str, now_s: float) -> list[Command]:
+        return self._go_on(now_s)
+
+    def _noted(self, commands: list[Command]) -> list[Command]:
+        """Add a command that writes who is slow into the roster, where none of these does."""
+        return commands
+
+    @abstractmethod
+    def resume(self, standing: Standing, now_s: float) -> None:
+        """A coordinator takes over; offers are told again as facts, and losses of those that do not return."""
+
+    @abstractmethod
+    def resume_merge(self, offers: list[OfferReady]) -> None:
+        """After `resume`: the plan that was found is being executed."""
+
+    @abstractmethod
+    def _offer(self, offer: OfferReady, now_s: float) -> list[Command]: ...
+
+    @abstractmethod
+    def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]: ...
+
+    @abstractmethod
+    def _committed(self, now_s: float) -> list[Command]: ...
+
+    @abstractmethod
+    def _go_on(self, now_s: float) -> list[Command]:
+        """Opens or closes what it is time for."""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """What always holds; tests call it after every fact."""
+
+    # -- what they share -----------------------------------------------------------------------------------------------
+    def presence(self, agent: str) -> Presence:
+        if agent in self.live:
+            return Presence.PRESENT
+        return Presence.SLOW if agent in self.slow else Presence.LOST
+
+    def _check_presence(self) -> None:
+        """Assert that each agent has one state."""
+        states = (self.live, self.slow, self.gone, {*self.failed})
+        assert sum(map(len, states)) == len(set().union(*states)), "an agent with two states"
+
+    def _nobody_can_train(self) -> list[Command]:
+        """The end, where so many agents have said that they cannot train that the run cannot begin; else nothing."""
+        if self.live or self.slow or self.gone or len(self.failed) < self.min_agents or self.version >= self.versions:
+            return []
+        return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+
+    def _too_few(self, updates: Collection[OfferReady], broken: set[str]) -> bool:
+        """Whether the rule needs more. Agents whose update was unusable count: those were bad ones, and are out."""
+        unusable = len(broken - {o.agent for o in updates}) if broken else 0
+        return len(updates) + unusable < self.least
+
+    def _tell_too_few(self, updates: int) -> list[Command]:
+        """Nobody is left to wait for: the run stands still until more agents are here. Told once for a version."""
+        if self.told_of == self.version:
+            return []
+        self.told_of = self.version
+        text = (
+            f"version {self.version} waits: merge.rule = {self.rule} needs {self.least} updates, {updates} are in, and of "
+            f"the {len(self.live)} agents that are here nobody is left to wait for. It goes on when another one joins"
+            + (f", or one of {len(self.slow)} slow ones moves again" if self.slow else "")
+        )
+        return [Tell("too-few-updates", text)]
+
+    def _finish(self, reason: str, failed: bool = False) -> list[Command]:
+        self.state, self.closes_at_s = "ended", None
+        return [Finish(reason, failed)]
+
+    @staticmethod
+    def _insist_on_order(offer: OfferReady, waiting: Iterable[OfferReady]) -> None:
+        """An agent's updates are judged in the order of their clocks: one that is older than those waiting cannot be late."""
+        for other in waiting:
+            if other.agent == offer.agent and other.base > offer.base:
+                raise PeerError(
+                    f"{offer.agent}: base {offer.base} is older than {other.base}, that of clock {other.clock}"
+                )
+
+    def _judge(self, offer: OfferReady) -> None:
+        self.judged[offer.agent] = max(offer.clock, self.judged.get(offer.agent, 0))
+
+    def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
+        self._judge(offer)
+        return Drop(offer.agent, offer.clock, reason, broken)
+
+    def grace(self) -> float:
+        """Seconds to wait for the rest after the quorum."""
+        if self.grace_s is not None:
+            return self.grace_s
+        return self.median_round_s() or FIRST_GRACE_S
+
+    def median_round_s(self) -> float:
+        """Of the last versions; 0 before the first."""
+        return statistics.median(self.durations_s) if self.durations_s else 0.0
+
+    def _absent(self, among: set[str]) -> str:
+        """Name those of these agents that were lost or slow since the last commit, and why, in a few words."""
+        gone = [f"{a} {brief(why)}" for a, why in sorted(self.missed.items()) if a in among]
+        more = [f"and {len(gone) - ABSENT_NAMED} more"] if len(gone) > ABSENT_NAMED else []
+        return f" ({'; '.join([*gone[:ABSENT_NAMED], *more])})" if gone else ""
+
+
+def brief(text: str, chars: int = ABSENT_CHARS) -> str:
+    return text if len(text) <= chars else text[: chars - 1] + "…"

@@ -1,0 +1,221 @@
+"""Synchronous rounds: every participant trains from version v, and the round closes on the event that completes it.
+
+It closes
+
+* when every live participant's update is in ("4 of 4"), or
+* `grace_s` after the quorum was reached ("quorum 3 of 4 + 2.0 s"), the rest being named as late.
+
+An agent that joins takes part from the next round; one that comes back takes part at once in the round it was in. When
+nobody is left to wait for and the quorum is not reached, whoever else is live is asked to train for this round; where nobody
+is, the round closes with what is in, unless the merge rule needs more: then it waits for more agents. A slow agent is not
+waited for: its update is merged where the round is still open when it arrives. While every agent is slow and no update is in,
+the round stays open. An update that is late
+is dropped with that reason, and the agent goes on from the newest version. When all updates of a merge turn out to be
+unusable, the round is opened again for those that have sent none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from syncline.averaging.weights import Normalize, Weights, weights_of
+from syncline.policy.base import REASON_CHARS, Policy, Standing, brief
+from syncline.policy.events import Chosen, Command, Drop, Merge, OfferReady, StartRound, WakeAt
+
+ASKED_AGAIN = 3  # times in a round, an agent that could not know that its clock was judged
+
+
+@dataclass(slots=True, kw_only=True)
+class Rounds(Policy):
+    """The policy of `sync: {kind: rounds}`."""
+
+    quorum: int | None  # updates; None: every live participant
+    sample: float | None  # share of the live agents drawn for a round
+    weights: Weights
+    normalize: Normalize | None = None
+    elastic: bool = False  # updates are elastic differences: each is added whole
+    seed: int
+    participants: tuple[str, ...] = ()
+    offers: dict[str, OfferReady] = field(default_factory=dict)
+    closed_by: str = ""  # what closed the round that is merging
+    broken: set[str] = field(default_factory=set)  # whose update of this version was unusable
+    again: list[str] = field(default_factory=list)  # they were asked again for this version, each time
+    spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
+
+    def resume(self, standing: Standing, now_s: float) -> None:
+        self.live, self.slow = set(standing.live), set(standing.slow)
+        self.version, self.participants = standing.version, standing.participants
+        self.judged, self.started = dict(standing.judged), True
+        self.state, self.opened_at_s = "open" if self.participants else "waiting", now_s
+
+    def resume_merge(self, offers: list[OfferReady]) -> None:
+        self.offers, self.state = {o.agent: o for o in offers}, "merging"
+        self.participants = tuple(sorted({*self.participants, *self.offers}))
+        self.closed_by = self._count()
+
+    # -- one fact each -------------------------------------------------------------------------------------------------
+    def _noted(self, commands: list[Command]) -> list[Command]:
+        left = tuple(p for p in self.participants if p not in self.spent)
+        if self.state != "open" or not left or any(isinstance(c, StartRound) for c in commands):
+            return commands
+        self.participants = left
+        return [*commands, StartRound(self.version, left)]
+
+    def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
+        agent = offer.agent
+        known = self.offers.get(agent)
+        used_up = offer.clock <= self.judged.get(agent, 0) and offer.base == self.version and known is None
+        if (
+            used_up and agent in {*self.participants} - self.spent
+        ):  # by another process of its name; this one was not told
+            if self.state == "open" and self.again.count(agent) < ASKED_AGAIN:
+                self.again.append(agent)
+                return [StartRound(self.version, self.participants)]  # with a roster that says so: it trains once more
+            self.spent.add(agent)
+            return self._go_on(now_s)
+        if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
+            return []  # told twice
+        self._insist_on_order(offer, filter(None, [self.offers.get(offer.agent)]))
+        if offer.base < self.version or self.state == "merging":
+            return [self._drop(offer, f"late: the round of version {offer.base} is closed")]
+        if agent not in self.participants:
+            return [self._drop(offer, f"not a participant of the round of version {self.version}")]
+        self.offers[agent] = offer
+        self.spent.discard(agent)
+        self.broken.discard(agent)
+        replaced = (
+            [] if known is None else [Drop(agent, known.clock, f"replaced by clock {offer.clock} of the same agent")]
+        )
+        return [*replaced, *self._go_on(now_s)]
+
+    def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
+        offer = self.offers.get(agent)
+        if offer is None or offer.clock != clock:
+            return []
+        del self.offers[agent]
+        self.broken.add(agent)
+        dropped = self._drop(offer, why, broken=True)
+        if self.state == "merging" and self.offers:
+            return [dropped, self._plan(f"{self.closed_by}; without {agent}: {brief(why)}")]
+        if self.stop:
+            return [dropped, *self._finish(self.stop)]
+        if not (self.offers or self._awaited() or self._others() or self.slow - self.spent):
+            every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
+            return [dropped, *self._finish(every, failed=True)]
+        if self.state == "open":
+            return [dropped, *self._go_on(now_s)]
+        self.state = "open"
+        return [dropped, self._ask_others(self.slow), *self._go_on(now_s)]
+
+    def _committed(self, now_s: float) -> list[Command]:
+        for offer in self.offers.values():
+            self._judge(offer)
+        self.state = "waiting"
+        self.participants, self.offers, self.missed, self.spent, self.broken = (), {}, {}, set(), set()
+        self.again.clear()
+        if self.stop:
+            return self._finish(self.stop)
+        return self._go_on(now_s)
+
+    # -- what follows --------------------------------------------------------------------------------------------------
+    def _go_on(self, now_s: float) -> list[Command]:
+        if self.state in ("merging", "ended"):
+            return []
+        if not self.offers and (end := self._nobody_can_train()):
+            return end
+        return self._open(now_s) if self.state == "waiting" else self._close(now_s)
+
+    def _open(self, now_s: float) -> list[Command]:
+        if self.version >= self.versions:
+            return self._finish(f"{self.versions} versions")
+        if len(self.live) < (1 if self.started else self.min_agents) or not self._others():
+            return []
+        self.state, self.started, self.opened_at_s = "open", True, now_s
+        self.participants = self._draw()
+        return [StartRound(self.version, self.participants)]
+
+    def _close(self, now_s: float) -> list[Command]:
+        enough = bool(self.offers) and not self._too_few(self.offers.values(), self.broken)
+        reached = enough and len(self.offers) >= (self.quorum or 1)
+        if not self._awaited():
+            if reached or (enough and not self._others()):
+                return [self._merge(self._count())]
+            if self._others():
+                return [self._ask_others()]
+            return self._tell_too_few(len(self.offers)) if self.offers else []
+        if self.quorum is None or not reached:
+            self.closes_at_s = None
+            return []
+        if self.closes_at_s is None:
+            self.closes_at_s = now_s + self.grace()
+        if now_s < self.closes_at_s:
+            return [WakeAt(self.closes_at_s)]
+        return [self._merge(f"quorum {self._count()} + {self.grace():.1f} s")]
+
+    def _awaited(self) -> bool:
+        """Whether the update of a participant is still to come. Stops at the first, as this is asked with every offer."""
+        return any(p in self.live and p not in self.offers and p not in self.spent for p in self.participants)
+
+    def _others(self) -> set[str]:
+        """Who else could train for this round: live agents that are not asked yet."""
+        return self.live - {*self.participants} - self.spent
+
+    def _ask_others(self, slow: Iterable[str] = ()) -> StartRound:
+        """Let every other live agent train for this round, as the quorum is not reached and no update is awaited.
+
+        An agent whose update was unusable is no participant any more: a coordinator that takes over would wait for it in vain.
+        `slow`: agents that train for it once they move again.
+        """
+        self.participants = tuple(sorted({*self.participants, *self._others(), *slow} - self.spent))
+        return StartRound(self.version, self.participants)
+
+    def _merge(self, reason: str) -> Merge:
+        self.state, self.closes_at_s = "merging", None
+        return self._plan(reason + self._absent({*self.participants} - {*self.offers}))
+
+    def _plan(self, reason: str) -> Merge:
+        self.closed_by = brief(reason, REASON_CHARS)
+        offers = [self.offers[agent] for agent in sorted(self.offers)]
+        whole = [1.0] * len(offers)
+        shares = whole if self.elastic else weights_of(offers, self.weights, self.normalize)
+        chosen = tuple(Chosen(o.agent, o.clock, self.version - o.base, w) for o, w in zip(offers, shares, strict=True))
+        late = tuple(p for p in self.participants if p not in self.offers and p not in self.spent)
+        return Merge(chosen, self.closed_by, late)
+
+    def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
+        if offer.base == self.version and offer.agent not in self.offers:
+            self.spent.add(offer.agent)
+        return Policy._drop(self, offer, reason, broken)
+
+    def _count(self) -> str:
+        return f"{len(self.offers)} of {len(self.participants)}"
+
+    def _draw(self) -> tuple[str, ...]:
+        """The participants of a round: all live agents, or a share drawn by the seed and the version alone."""
+        everyone = sorted(self._others())
+        if self.sample is None:
+            return tuple(everyone)
+        count = max(self.least, self.quorum or 1, round(self.sample * len(everyone)))
+        return tuple(sorted(sorted(everyone, key=lambda a: _lot(self.seed, self.version, a))[:count]))
+
+    def validate(self) -> None:
+        """What always holds; tests call it after every fact."""
+        assert set(self.offers) <= set(self.participants), "an offer of a non-participant"
+        assert all(o.base == self.version for o in self.offers.values()), "an offer of another version"
+        assert (self.state == "open") <= bool(self.participants), "an open round without participants"
+        assert (self.state == "merging") <= bool(self.offers), "a merge of nothing"
+        assert not self.broken & set(self.offers), "an update both broken and offered"
+        assert self.started or self.state in ("waiting", "ended"), "a round before the start"
+        assert not self.spent & set(self.offers), "an update both dropped and offered"
+        self._check_presence()
+        if self.state == "open":
+            enough = not self._too_few(self.offers.values(), self.broken)
+            could = (self.offers and enough) or self._others()
+            assert self._awaited() or not could, "a round that could close or ask others"
+        assert self.closes_at_s is None or (self.state == "open" and self.quorum), "a grace period of nothing"
+
+
+def _lot(seed: int, version: int, agent: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{version}:{agent}".encode(), digest_size=8).digest()

@@ -1,0 +1,124 @@
+"""An agent's finished update finds its way, whatever the bus does meanwhile, unless the run goes on without it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stored_run import LAYOUT
+
+from syncline.bus.base import Entry
+from syncline.bus.blobs import STALE_S
+from syncline.errors import Denied, NoResponders, StreamFull, Unavailable, Unreachable
+from syncline.observe.telemetry import Telemetry
+from syncline.wire import subjects
+from syncline.wire.messages import Head, Offer, decode, encode
+from syncline_agent.news import News
+from syncline_agent.sending import How, Me, Sender, Update
+
+RUN, ME = "r", Me("a1", "5" * 32, Path(), None)
+CONTENT = memoryview(bytes(range(LAYOUT.blob_bytes)))
+SYNC, ASYNC = How(LAYOUT, 2, keep=False), How(LAYOUT, 2, keep=True)
+UPDATE = Update(3, base=2, term=1, line=0, box=0, report={"rows": 8, "steps": 4, "seconds": 0.5})
+Simulated = Callable[[Coroutine[Any, Any, Any]], tuple[Any, float]]
+
+
+def sender(bus: Any, **head: Any) -> Sender:
+    """And head, as it is read."""
+    now = Head(**{"run": RUN, "term": 1, "version": 2, "phase": "training", **head})
+    bus.keys[subjects.head_key(RUN)] = Entry(encode(now), 1)
+    return Sender(bus, RUN, ME, News(bus, RUN, lambda head: None), Telemetry(bus, RUN, "a1"))
+
+
+def blobs(bus: Any) -> dict[str, int]:
+    """Chunks that the bus holds, by blob."""
+    found = [subject.split(".")[6] for subject in bus.held if ".update." in subject]
+    return {blob: found.count(blob) for blob in found}
+
+
+def offer(bus: Any) -> Offer:
+    return decode(Offer, bus.held[subjects.offer(RUN, "a1")])
+
+
+def test_an_update_is_offered_once_all_its_chunks_are_held(bus: Any, simulated: Simulated) -> None:
+    assert simulated(sender(bus).send(UPDATE, CONTENT, SYNC)) == (True, 0.0)
+    assert blobs(bus) == {offer(bus).blob.id: 2} and [*bus.held][-1] == subjects.offer(RUN, "a1")
+    assert (offer(bus).clock, offer(bus).base, offer(bus).samples) == (3, 2, 8)
+
+
+@pytest.mark.parametrize("error", [Unreachable("cut off"), NoResponders("no stream"), Unavailable("no JetStream")])
+def test_it_is_kept_while_the_bus_is_out_of_reach_and_then_delivered(
+    bus: Any, simulated: Simulated, error: Exception
+) -> None:
+    bus.fail("put", None, *[error] * 1000)
+    bus.fail("kv_get", *[error] * 100)
+    sent, took_s = simulated(sender(bus).send(UPDATE, CONTENT, ASYNC))
+    assert sent and took_s > 600.0
+    assert blobs(bus)[offer(bus).blob.id] == 2, "what was put before the outage may be purged: all of it is put again"
+    assert len(blobs(bus)) > 1
+
+
+@pytest.mark.parametrize("error", [Unreachable("cut off"), Unavailable("no JetStream")])
+@pytest.mark.parametrize(
+    ("how", "head", "sent"),
+    [
+        (SYNC, {"version": 3}, False),
+        (ASYNC, {"version": 3}, True),
+        (ASYNC, {"version": 3, "term": 2, "line": 7}, False),
+        (SYNC, {"term": 2}, True),
+    ],
+)
+def test_it_is_given_up_where_the_run_goes_on_without_it(
+    bus: Any, simulated: Simulated, how: How, head: dict[str, int], sent: bool, error: Exception
+) -> None:
+    bus.fail("put", *[error] * 60)
+    assert simulated(sender(bus, **head).send(UPDATE, CONTENT, how))[0] == sent
+    assert (subjects.offer(RUN, "a1") in bus.held) == sent
+
+
+def test_an_offer_that_cannot_be_made_in_time_is_none_of_a_blob_that_may_be_gone(
+    bus: Any, simulated: Simulated
+) -> None:
+    bus.fail("put", None, None, *[Unreachable("cut off")] * 30)
+    sent, took_s = simulated(sender(bus).send(UPDATE, CONTENT, ASYNC))
+    assert sent and took_s > STALE_S - 4.0
+    assert len(blobs(bus)) == 2 and [*blobs(bus)][-1] == offer(bus).blob.id
+
+
+def test_where_there_is_no_room_it_says_so_and_goes_on_with_the_blob_that_it_began(
+    bus: Any, simulated: Simulated
+) -> None:
+    bus.fail("put", None, *[StreamFull("limit reached")] * 10)
+    assert simulated(sender(bus).send(UPDATE, CONTENT, ASYNC))[0]
+    assert blobs(bus) == {offer(bus).blob.id: 2}
+    assert [what for call, what in bus.calls if call == "put"].count(next(iter(bus.held))) == 1, (
+        "what is held is not put again"
+    )
+    assert any(b"stream-full" in data for _, data in bus.published)
+
+
+def test_where_there_is_no_room_for_long_what_was_begun_is_left_to_be_purged(bus: Any, simulated: Simulated) -> None:
+    bus.fail("put", None, *[StreamFull("limit reached")] * 100)
+    assert simulated(sender(bus).send(UPDATE, CONTENT, ASYNC))[0]
+    assert blobs(bus)[offer(bus).blob.id] == 2 and len(blobs(bus)) == 2
+
+
+def test_what_the_broker_forbids_is_not_tried_again(bus: Any, simulated: Simulated) -> None:
+    bus.fail("put", Denied("not yours"))
+    with pytest.raises(Denied):
+        simulated(sender(bus).send(UPDATE, CONTENT, ASYNC))
+
+
+def test_whoever_is_cancelled_stops_at_once(bus: Any, simulated: Simulated) -> None:
+    bus.fail("put", *[Unreachable("cut off")] * 1000)
+
+    async def stopped() -> None:
+        task = asyncio.create_task(sender(bus).send(UPDATE, CONTENT, ASYNC))
+        await asyncio.sleep(100.0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    assert simulated(stopped())[1] == 100.0

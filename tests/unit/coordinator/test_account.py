@@ -1,0 +1,24 @@
+"""What a run tells of itself."""
+
+from __future__ import annotations
+
+import json
+
+from conftest import FakeBus
+from syncline.observe.telemetry import Telemetry
+from syncline.spec.run_spec import RunSpec, parse
+from syncline_coordinator.account import Account
+
+
+async def test_a_target_that_no_metric_can_reach_is_told_once_with_those_that_there_are(bus: FakeBus) -> None:
+    target = {"metric": "acuracy", "at_least": 0.9}
+    spec = parse(RunSpec, {"name": "r", "task": "t:T", "stop": {"versions": 3, "target": target}})
+    account = Account(spec, Telemetry(bus, "r", "coordinator"))
+    await account.no_such_metric(["loss", "accuracy"])
+    await account.no_such_metric(["loss", "accuracy"])
+    ((subject, data),) = bus.published
+    event = json.loads(data)
+    assert subject == "syncline.v1.r.events.coordinator" and (event["event"], event["level"]) == ("advice", "warning")
+    assert event["text"] == (
+        "stop.target.metric: there is no 'acuracy'; known: accuracy, loss. The run goes on to stop.versions"
+    )

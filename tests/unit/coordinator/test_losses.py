@@ -1,0 +1,45 @@
+"""Whose word counts for what the broker has lost; and a queue in which nobody can stand in the way."""
+
+from __future__ import annotations
+
+import asyncio
+
+from syncline.bus.memory.bus import MemoryBroker
+from syncline.wire import subjects
+from syncline.wire.messages import Head, Submit, encode
+from syncline_coordinator.head import HeadKeeper, RolledBack
+from syncline_coordinator.losses import WORDS, Losses
+from syncline_coordinator.space import RUNS
+from syncline_coordinator.waiting import WaitingRuns
+
+
+def test_an_agent_is_believed_so_many_times_for_each_run_until_the_connection_was_gone() -> None:
+    losses = Losses()
+    said = [losses.noticed("r", RolledBack("a9 says so", 3, "a9")) for _ in range(WORDS)]
+    assert said == ["", "", "a9"]
+    assert not losses.believes("r", "a9") and losses.believes("r", "a1") and losses.believes("q", "a9")
+    losses.connection_was_gone()
+    assert losses.believes("r", "a9")
+
+
+def test_what_the_bus_shows_counts_against_nobody_and_the_highest_term_is_kept_until_the_run_goes_on() -> None:
+    losses = Losses()
+    for term in (3, 7, 5):
+        assert losses.noticed("r", RolledBack("head is gone", term)) == ""
+    assert (losses.term("r"), losses.term("q")) == (7, None)
+    losses.mended("r")
+    assert losses.term("r") is None
+
+
+def test_a_run_whose_head_cannot_be_read_stands_in_nobodys_way() -> None:
+    async def play() -> list[str]:
+        bus = MemoryBroker().connect("coordinator")
+        await bus.ensure_bucket(RUNS)
+        for run in ("broken", "first", "second"):
+            spec = encode(Submit(spec={"name": run, "task": "m:T"}))
+            await bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(run), spec)
+        await bus.kv_create(subjects.RUNS_BUCKET, subjects.head_key("broken"), b"\xc1 no head")
+        await HeadKeeper.create(bus, Head(run="first", term=1, version=0, phase="waiting"))
+        return await WaitingRuns(bus).look()
+
+    assert asyncio.run(play()) == ["first", "second"], "and the second got its first head"

@@ -1,0 +1,99 @@
+"""What a child answers: always something that can be sent, whatever the user's code returned or raised."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgpack
+import pytest
+import torch
+
+from syncline.errors import ConfigError
+from syncline.runtime.child import Child, Handler, packed_answer, serve, tell
+from syncline.tasks.quadratic import LinearRegression
+
+
+class Odd(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("cannot even say so")
+
+
+def asked(handler: Handler) -> dict[str, Any]:
+    answer: dict[str, Any] = msgpack.unpackb(packed_answer({"period": handler}, {"ask": "period"}))
+    return answer
+
+
+def raising(error: Exception) -> Handler:
+    def handler() -> dict[str, Any]:
+        raise error
+
+    return handler
+
+
+def test_an_answer_is_sent_as_it_is() -> None:
+    assert asked(lambda: {"steps": 3}) == {"steps": 3}
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(()), {1, 2}, "caf\udce9", 1 << 80, raising])
+def test_an_answer_that_cannot_be_sent_is_an_error(odd: Any) -> None:
+    assert asked(lambda: {"loss": odd})["error"].startswith("what 'period' came to cannot be sent: ")
+
+
+@pytest.mark.parametrize("error", [Odd(), ValueError(os.fsdecode(b"no such file: caf\xe9.csv")), KeyError("x" * 5000)])
+def test_an_error_is_told_whatever_it_says_of_itself(error: Exception) -> None:
+    told = asked(raising(error))["error"]
+    assert told.startswith(type(error).__name__) and "(test_child.py:" in told and len(told) < 1200
+
+
+def test_an_error_of_the_user_s_names_setting_and_mend_whatever_they_hold() -> None:
+    told = asked(raising(ConfigError("task", "caf\udce9.py is not there", "mend caf\udce9.py")))
+    assert told == {"error": "caf?.py is not there", "setting": "task", "mend": "mend caf?.py"}
+
+
+def test_an_error_within_torch_names_the_line_that_called_it() -> None:
+    def handler() -> dict[str, Any]:
+        torch.nn.Linear(3, 2)(torch.zeros(4, 5))
+        return {}
+
+    line = handler.__code__.co_firstlineno + 1
+    assert asked(handler)["error"].endswith(f"(test_child.py:{line})")
+
+
+def test_an_error_in_a_ready_made_task_names_its_line() -> None:
+    def handler() -> dict[str, Any]:
+        LinearRegression().loss(torch.nn.Linear(3, 2), None)
+        return {}
+
+    assert "(quadratic.py:" in asked(handler)["error"]
+
+
+async def test_a_child_tells_what_it_is_doing_before_it_answers() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    child = Child(cast(Any, SimpleNamespace(exited=asyncio.get_running_loop().create_future())), ours)
+    end_fd, seen = theirs.detach(), []
+    go_on = threading.Event()
+
+    def describe() -> dict[str, Any]:
+        for doing in ("loads caf\udce9.py", "makes the model"):
+            tell(end_fd, doing)
+            assert go_on.wait(10)
+            go_on.clear()
+        return {"doing": "nothing", "elements": 3}
+
+    answering = asyncio.create_task(asyncio.to_thread(serve, end_fd, {"describe": describe}))
+    asking = asyncio.create_task(child.ask("describe"))
+    while not asking.done():
+        await asyncio.sleep(0)
+        if child.doing not in ("", *seen):
+            seen.append(child.doing)
+            go_on.set()
+    ours.close()
+    await answering
+    assert seen == ["loads caf?.py", "makes the model"]
+    assert await asking == {"doing": "nothing", "elements": 3}
