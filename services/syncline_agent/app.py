@@ -18,11 +18,11 @@ from syncline.shm import SharedMemory
 from syncline.wire import subjects
 from syncline.wire.allow_list import check_patterns
 from syncline.wire.signing import Signer
+from syncline_agent.heartbeat import Superseded
+from syncline_agent.identity import claim
 from syncline_agent.options import AgentOptions
-from syncline_agent.pool import claim
 from syncline_agent.service import Agent, AgentSettings
-from syncline_agent.signs import Superseded
-from syncline_agent.training import ChildTraining
+from syncline_agent.training_child import ChildTraining
 
 log = logging.getLogger(__name__)
 

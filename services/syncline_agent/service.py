@@ -16,10 +16,10 @@ from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
 from syncline.wire.signing import Signer
-from syncline_agent.sending import Me
+from syncline_agent.heartbeat import Superseded
 from syncline_agent.session import Session
-from syncline_agent.signs import Superseded
-from syncline_agent.training import Training
+from syncline_agent.training_child import Training
+from syncline_agent.update_sender import Me
 
 log = logging.getLogger(__name__)
 

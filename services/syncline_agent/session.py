@@ -25,11 +25,11 @@ from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes
 from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Submit, decode
-from syncline_agent.news import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
-from syncline_agent.sending import How, Me, Sender, Update
-from syncline_agent.shelf import Shelf
-from syncline_agent.signs import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
-from syncline_agent.training import SAVE_AGAIN_S, Period, Training, outboxes
+from syncline_agent.heartbeat import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
+from syncline_agent.run_view import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
+from syncline_agent.state_dir import Shelf
+from syncline_agent.training_child import SAVE_AGAIN_S, Period, Training, outboxes
+from syncline_agent.update_sender import How, Me, Sender, Update
 
 log = logging.getLogger(__name__)
 

@@ -53,15 +53,15 @@ from syncline.tasks.base import (
 from syncline.tasks.seeding import seed_all, seed_of
 from syncline.transform.codecs import CODECS
 from syncline.wire.messages import decode
-from syncline_agent.checks import Checks
+from syncline_agent.control_variates import Variates
 from syncline_agent.device import Claim, claim_device
-from syncline_agent.inner import Inner
-from syncline_agent.state import Kept, load_state, save_state
+from syncline_agent.inner_optimizers import Inner
+from syncline_agent.local_state import Kept, load_state, save_state
+from syncline_agent.local_update import Progress, updates_of
+from syncline_agent.task_checks import Checks
 from syncline_agent.ticking import Ticking, ticking
-from syncline_agent.training import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
-from syncline_agent.updates import Progress, updates_of
+from syncline_agent.training_child import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
 from syncline_agent.values import is_finite, pack, unpack
-from syncline_agent.variates import Variates
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from syncline.wire.messages import (
     Verdict,
     clipped,
 )
-from syncline_coordinator.purge import Purger
-from syncline_coordinator.space import LOG_REASON_BYTES, most_updates
+from syncline_coordinator.reservation import LOG_REASON_BYTES, most_updates
+from syncline_coordinator.retention import Purger
 
 DROPPED_AT_ONCE = 1000  # that a commit record lists beyond what the log reserves for each version, where some is unused
 

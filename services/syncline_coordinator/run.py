@@ -19,6 +19,7 @@ from typing import Any
 from syncline.bus.base import Bus
 from syncline.bus.blobs import put_record
 from syncline.bus.commits import put_commit
+from syncline.bus.records import record_of
 from syncline.errors import ConfigError, PeerError, StreamFull
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry, tell_often
@@ -57,23 +58,18 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
-from syncline_coordinator.account import Account, MergeDone
-from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
-from syncline_coordinator.janitor import Janitor
 from syncline_coordinator.ledger import Ledger
-from syncline_coordinator.leftovers import kept_models, leftovers, uncommitted
-from syncline_coordinator.lookout import Lookout
+from syncline_coordinator.merge.center import Center
+from syncline_coordinator.merge.reducer import Reducer
+from syncline_coordinator.merge.updates import UpdateGone, UpdateUnusable
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.policies import policy_of, standing_of
-from syncline_coordinator.purge import Purger
-from syncline_coordinator.records import record_of
-from syncline_coordinator.reducer import Reducer
-from syncline_coordinator.room import Room
-from syncline_coordinator.space import Reservation, is_log_full
-from syncline_coordinator.status import status_of
-from syncline_coordinator.updates import UpdateGone, UpdateUnusable
+from syncline_coordinator.recovery import Lookout
+from syncline_coordinator.reporting import Account, MergeDone, Room, status_of
+from syncline_coordinator.reservation import Reservation, is_log_full
+from syncline_coordinator.retention import Janitor, Purger, kept_models, leftovers, uncommitted
 
 log = logging.getLogger(__name__)
 

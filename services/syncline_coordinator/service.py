@@ -15,6 +15,7 @@ from pathlib import Path
 
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
+from syncline.bus.records import record_of
 from syncline.errors import BusError, ConfigError, Conflict, PeerError, StoreDown, StreamFull, Unavailable
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
@@ -40,20 +41,14 @@ from syncline.wire.messages import (
     decode,
     encode,
 )
-from syncline_coordinator.answers import exists, gone, payload_too_small, superseded
-from syncline_coordinator.center import Center
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
-from syncline_coordinator.initial import commit_initial
-from syncline_coordinator.lookout import taken_over
-from syncline_coordinator.losses import WORDS, Losses
+from syncline_coordinator.merge.center import Center
+from syncline_coordinator.merge.reducer import Reducer, chunk_bytes_for
 from syncline_coordinator.offers import OfferReader
-from syncline_coordinator.records import record_of
-from syncline_coordinator.reducer import Reducer, chunk_bytes_for
-from syncline_coordinator.refusals import tell_refusals
-from syncline_coordinator.room import Room
-from syncline_coordinator.run import Parts, Run
-from syncline_coordinator.space import (
+from syncline_coordinator.recovery import WORDS, Losses, taken_over
+from syncline_coordinator.reporting import Room, tell_refusals
+from syncline_coordinator.reservation import (
     RUNS,
     Reservation,
     check_space,
@@ -63,9 +58,20 @@ from syncline_coordinator.space import (
     reserve,
     restore,
 )
-from syncline_coordinator.stopping import end_undriven, give_up, why
+from syncline_coordinator.run import Parts, Run
+from syncline_coordinator.run_queue import (
+    WaitingRuns,
+    commit_initial,
+    end_undriven,
+    exists,
+    first_head,
+    give_up,
+    gone,
+    payload_too_small,
+    superseded,
+    why,
+)
 from syncline_coordinator.submissions import Submissions
-from syncline_coordinator.waiting import WaitingRuns, first_head
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from syncline.runtime.child import ChildDied, ChildFailed, Handler, Start, packe
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire.messages import decode, encode
-from syncline_agent.training import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
-from syncline_agent.updates import updates_of
+from syncline_agent.local_update import updates_of
+from syncline_agent.training_child import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
 
 TASK = "syncline_sim.inline:Stub"  # the name stubs go by; nothing is loaded
 SLICES = 4  # signs of progress in a period

@@ -25,7 +25,7 @@ from syncline.spec.run_spec import RunSpec
 from syncline.tasks.base import Task, load_task
 from syncline.tasks.seeding import seed_all
 from syncline_agent.trainer import Trainer
-from syncline_agent.training import PROGRESS_BYTES
+from syncline_agent.training_child import PROGRESS_BYTES
 from syncline_coordinator.evaluator import Evaluator
 from syncline_sim.children import QUICK_S, TaskChildren
 from syncline_sim.dice import Dice

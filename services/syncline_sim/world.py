@@ -25,8 +25,8 @@ from syncline.shm import SharedMemory
 from syncline.spec.submission import submission
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Heartbeat, Submitted, decode, encode
+from syncline_agent.heartbeat import Superseded
 from syncline_agent.service import Agent, AgentSettings
-from syncline_agent.signs import Superseded
 from syncline_coordinator.head import Deposed
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
 from syncline_sim.books import Books

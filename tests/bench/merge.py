@@ -33,9 +33,9 @@ from syncline.wire import subjects
 from syncline.wire.chunks import blob_digest, checksum, pack_chunk
 from syncline.wire.messages import BlobRef, Plan, PlanEntry, decode, encode
 from syncline_coordinator.app import REDUCERS
-from syncline_coordinator.center import Center
-from syncline_coordinator.reducer import Reducer, chunk_bytes_for
-from syncline_coordinator.space import Reservation, most_agents
+from syncline_coordinator.merge.center import Center
+from syncline_coordinator.merge.reducer import Reducer, chunk_bytes_for
+from syncline_coordinator.reservation import Reservation, most_agents
 
 BUDGET_BYTES = 256 << 20
 NEEDED: dict[str, dict[str, Any]] = {"norm_clip": {"max_norm": 1.0}, "centred_clip": {"tau": 1.0}}

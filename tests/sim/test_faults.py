@@ -93,9 +93,9 @@ def test_a_commit_interrupted_between_a_large_record_and_its_line_leaves_nothing
 
 def test_a_run_whose_log_is_full_fails_and_drops_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was reserved is made too small here."""
-    monkeypatch.setattr("syncline_coordinator.space.LOG_BYTES", 4000)
-    monkeypatch.setattr("syncline_coordinator.space.LOG_VERSION_BYTES", 0)
-    monkeypatch.setattr("syncline_coordinator.space.LOG_UPDATE_BYTES", 0)
+    monkeypatch.setattr("syncline_coordinator.reservation.LOG_BYTES", 4000)
+    monkeypatch.setattr("syncline_coordinator.reservation.LOG_VERSION_BYTES", 0)
+    monkeypatch.setattr("syncline_coordinator.reservation.LOG_UPDATE_BYTES", 0)
     outcome = simulate(Scene(small_spec(stop={"versions": 20})))
     assert outcome.head is not None and outcome.head.phase == "failed" and 0 < outcome.head.version < 20
     assert outcome.head.reason.startswith("stop.versions: the log of commits is full at version")

@@ -20,8 +20,8 @@ from syncline.errors import ConfigError, RunFailed
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks import mnist5k
 from syncline.tasks.seeding import generators_restored, seed_all
-from syncline_agent.shelf import Shelf
-from syncline_agent.state import save_state
+from syncline_agent.local_state import save_state
+from syncline_agent.state_dir import Shelf
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 from syncline_sim.timed import TimedTrainer

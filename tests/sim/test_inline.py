@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from syncline.shm import SharedMemory
-from syncline_agent.training import PROGRESS_BYTES, Period
+from syncline_agent.training_child import PROGRESS_BYTES, Period
 from syncline_sim.inline import Disk, StubEvaluator, StubTrainer
 from syncline_sim.scene import small_spec
 

@@ -16,12 +16,12 @@ from syncline.policy.events import Drop, OfferReady
 from syncline.policy.rounds import Rounds
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
-from syncline_agent.news import News
-from syncline_coordinator.center import Center
+from syncline_agent.run_view import News
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.ledger import Judged, Ledger
-from syncline_coordinator.lookout import Lookout
-from syncline_coordinator.reducer import Reducer
+from syncline_coordinator.merge.center import Center
+from syncline_coordinator.merge.reducer import Reducer
+from syncline_coordinator.recovery import Lookout
 from syncline_coordinator.run import Run
 from syncline_sim.seeds import play
 

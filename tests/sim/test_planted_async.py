@@ -13,10 +13,10 @@ from syncline.averaging.staleness import Staleness
 from syncline.policy.asynchronous import Asynchronous
 from syncline.policy.events import Command, LetRun, OfferReady, StartRound
 from syncline.wire.messages import Verdict
-from syncline_agent.news import Place
+from syncline_agent.local_update import Elastic, Verdicts
+from syncline_agent.run_view import Place
 from syncline_agent.session import Session
-from syncline_agent.training import Period
-from syncline_agent.updates import Elastic, Verdicts
+from syncline_agent.training_child import Period
 from syncline_coordinator.ledger import Judged, Ledger
 from syncline_coordinator.run import Run
 from syncline_sim.inline import InlineTraining

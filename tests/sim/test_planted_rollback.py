@@ -9,11 +9,11 @@ from test_planted import Plant, found_in
 
 from syncline.bus.base import Bus
 from syncline.wire.messages import Head, Offer
-from syncline_agent.news import News
+from syncline_agent.run_view import News
 from syncline_agent.session import Session
 from syncline_coordinator import service
 from syncline_coordinator.head import HeadKeeper
-from syncline_coordinator.lookout import Lookout, taken_over
+from syncline_coordinator.recovery import Lookout, taken_over
 from syncline_coordinator.run import Run
 
 pytestmark = pytest.mark.long

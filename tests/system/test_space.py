@@ -17,8 +17,7 @@ from syncline.observe.telemetry import Telemetry
 from syncline.runtime.nursery import Nursery
 from syncline.wire import subjects
 from syncline_cli.local_fleet.fleet import LocalFleet
-from syncline_coordinator.janitor import LOOK_S, QUOTA_BLOBS, Janitor
-from syncline_coordinator.purge import Purger
+from syncline_coordinator.retention import LOOK_S, QUOTA_BLOBS, Janitor, Purger
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

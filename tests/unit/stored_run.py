@@ -15,7 +15,7 @@ from syncline.model.manifest import Entry, Manifest
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Committed, Dropped, Head, Plan, PlanEntry, Roster, Submit, encode
-from syncline_coordinator.space import RUNS, Reservation
+from syncline_coordinator.reservation import RUNS, Reservation
 
 RUN = "digits-1"
 LAYOUT = Manifest(

@@ -16,7 +16,7 @@ from syncline.tasks.base import Task, load_task
 from syncline.tasks.sources import digests_of_code
 from syncline.wire.messages import encode
 from syncline_agent.trainer import Trainer
-from syncline_agent.training import PROGRESS, PROGRESS_BYTES, Period, Progress
+from syncline_agent.training_child import PROGRESS, PROGRESS_BYTES, Period, Progress
 
 REGRESSION = "syncline.tasks.quadratic:LinearRegression"
 

@@ -25,7 +25,7 @@ from syncline.tasks import DEFAULT_ALLOWED
 from syncline.wire.subjects import COORDINATOR
 from syncline_agent.options import AgentOptions
 from syncline_coordinator.options import CoordinatorOptions
-from syncline_coordinator.space import LEAST_BYTES
+from syncline_coordinator.reservation import LEAST_BYTES
 
 PRELOAD = (
     "torch",

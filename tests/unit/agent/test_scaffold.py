@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from trainers import Child
 
-from syncline_agent.variates import Variates
+from syncline_agent.control_variates import Variates
 
 BOWLS = f"{Path(__file__).parents[2] / 'system' / 'tasks.py'}:Bowls"
 CURVATURES = [0.3, 0.7, 1.1, 1.6, 2.0]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trainers import Child, Ticking
 
-from syncline_agent.state import DIGEST, _digest
+from syncline_agent.local_state import DIGEST, _digest
 
 OWN_TASKS = '''
 from collections import OrderedDict
@@ -205,7 +205,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         self.tries, self.error = 0, error
-        monkeypatch.setattr("syncline_agent.state.save_file", self.save)
+        monkeypatch.setattr("syncline_agent.local_state.save_file", self.save)
 
     def save(self, tensors: Tensors, path: Path, metadata: Metadata) -> None:
         self.tries += 1

@@ -16,7 +16,7 @@ from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import LINE_INLINE_BYTES, BlobRef, Committed, Dropped, LogLine, Plan, PlanEntry, encode
-from syncline_coordinator.space import (
+from syncline_coordinator.reservation import (
     LOG_BYTES,
     LOG_REASON_BYTES,
     LOG_UPDATE_BYTES,

@@ -8,8 +8,7 @@ from syncline.bus.base import StreamState
 from syncline.bus.blobs import UNOFFERED_S
 from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
-from syncline_coordinator.janitor import LOOK_S, Janitor
-from syncline_coordinator.purge import Purger
+from syncline_coordinator.retention import LOOK_S, Janitor, Purger
 
 RUN = "r"
 

@@ -12,7 +12,7 @@ from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import BlobRef, Committed, Head, Plan, PlanEntry
-from syncline_coordinator.leftovers import kept_models, leftovers, uncommitted
+from syncline_coordinator.retention import kept_models, leftovers, uncommitted
 
 
 def ref(n: int) -> BlobRef:

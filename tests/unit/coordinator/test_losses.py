@@ -8,9 +8,9 @@ from syncline.bus.memory.bus import MemoryBroker
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Submit, encode
 from syncline_coordinator.head import HeadKeeper, RolledBack
-from syncline_coordinator.losses import WORDS, Losses
-from syncline_coordinator.space import RUNS
-from syncline_coordinator.waiting import WaitingRuns
+from syncline_coordinator.recovery import WORDS, Losses
+from syncline_coordinator.reservation import RUNS
+from syncline_coordinator.run_queue import WaitingRuns
 
 
 def test_an_agent_is_believed_so_many_times_for_each_run_until_the_connection_was_gone() -> None:

@@ -15,7 +15,7 @@ from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Stop, Stopped, decode, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
-from syncline_coordinator.stopping import TRIES, end_undriven, give_up, why
+from syncline_coordinator.run_queue import TRIES, end_undriven, give_up, why
 
 STOP = Stop(run=RUN, by="ann@hub")
 

@@ -9,8 +9,8 @@ from syncline.bus.memory.faults import Operation
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Phase, Submit, encode
 from syncline_coordinator.head import HeadKeeper
-from syncline_coordinator.space import RUNS
-from syncline_coordinator.waiting import WaitingRuns, first_head
+from syncline_coordinator.reservation import RUNS
+from syncline_coordinator.run_queue import WaitingRuns, first_head
 
 
 class Place:

@@ -15,7 +15,7 @@ from syncline.observe.telemetry import METRICS, Event
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import MESSAGES
-from syncline_coordinator.space import Reservation
+from syncline_coordinator.reservation import Reservation
 
 PAGE = Path(__file__).parents[3] / "docs" / "protocol.md"
 

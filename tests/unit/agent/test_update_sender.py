@@ -16,8 +16,8 @@ from syncline.errors import Denied, NoResponders, StreamFull, Unavailable, Unrea
 from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Offer, decode, encode
-from syncline_agent.news import News
-from syncline_agent.sending import How, Me, Sender, Update
+from syncline_agent.run_view import News
+from syncline_agent.update_sender import How, Me, Sender, Update
 
 RUN, ME = "r", Me("a1", "5" * 32, Path(), None)
 CONTENT = memoryview(bytes(range(LAYOUT.blob_bytes)))

@@ -14,7 +14,7 @@ import pytest
 from syncline.errors import Unreachable
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Phase, encode
-from syncline_agent.shelf import LOOKED_AT, UNKNOWN_KEPT, Shelf
+from syncline_agent.state_dir import LOOKED_AT, UNKNOWN_KEPT, Shelf
 
 
 @pytest.fixture
@@ -109,5 +109,5 @@ def test_what_cannot_be_removed_is_no_error(shelf: Shelf, tmp_path: Path) -> Non
 
 def test_an_agent_has_its_shelf_without_torch() -> None:
     subprocess.run(
-        [sys.executable, "-c", "import sys, syncline_agent.shelf; assert 'torch' not in sys.modules"], check=True
+        [sys.executable, "-c", "import sys, syncline_agent.state_dir; assert 'torch' not in sys.modules"], check=True
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from syncline.local.gradients import Control
-from syncline_agent.updates import Verdicts
+from syncline_agent.local_update import Verdicts
 
 OWN = "own"  # the name of c_i among what is kept; pending ones go by their clock
 

@@ -1,24 +1,56 @@
-"""Whether the bus still holds what this coordinator and the agents believe it does.
+"""Detect that another coordinator took over, or that the broker lost writes which it had acknowledged, and go on after it.
 
-It may not: another coordinator took over; or the broker lost writes that it had acknowledged, as after a power failure. The
-second shows in head, in the stream of offers, or in what agents have seen and handed over, whoever was there to remember it.
+A broker loses acknowledged writes for example after a power failure. The loss shows in head, in the stream of offers, or in
+what agents have seen and handed over.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, patiently
+from syncline.bus.records import record_of
 from syncline.chance import jitter, new_number
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Heartbeat, Roster, decode
 from syncline_coordinator.head import HeadKeeper, RolledBack
 from syncline_coordinator.ledger import Ledger
-from syncline_coordinator.records import record_of
-from syncline_coordinator.space import RUNS
+from syncline_coordinator.reservation import RUNS
+
+WORDS = 3  # of one agent: an honest one may be the only one to notice two losses in a row
+
+
+class Losses:
+    def __init__(self) -> None:
+        self._terms: dict[str, int] = {}  # run → the highest term that anybody has seen
+        self._words: Counter[tuple[str, str]] = Counter()  # (run, agent) → roll-backs on its word alone
+
+    def noticed(self, run: str, error: RolledBack) -> str:
+        """Notes it. Returns the agent who is not believed any more from now on, or ''."""
+        self._terms[run] = max(error.term, self._terms.get(run, 0))
+        if not error.agent:
+            return ""
+        self._words[run, error.agent] += 1
+        return "" if self.believes(run, error.agent) else error.agent
+
+    def believes(self, run: str, agent: str) -> bool:
+        return self._words[run, agent] < WORDS
+
+    def connection_was_gone(self) -> None:
+        self._words.clear()
+
+    def term(self, run: str) -> int | None:
+        """The highest term seen of a run that has lost something and was not opened since, or None."""
+        return self._terms.get(run)
+
+    def mended(self, run: str) -> None:
+        """It goes on under a higher term."""
+        self._terms.pop(run, None)
+
 
 LOOK_S = 3.0  # a coordinator that nobody asks for anything learns this way that it was replaced
 KNOWN_BLOBS = 16

@@ -1,18 +1,26 @@
-"""What a run tells of itself: the commit record, the round metric, events of drops, and advice. Decides nothing."""
+"""What a run and its coordinator report: commit records, metrics, status, events and advice. Decides nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from syncline.observe.telemetry import Pace, Round, Telemetry
+from syncline.bus.server.violations import ViolationLog
+from syncline.errors import StoreDown, StreamFull
+from syncline.observe.telemetry import LOST_NAMED, REASON_CHARS, Pace, Round, RunStatus, Telemetry
 from syncline.policy.advice import Norms
 from syncline.policy.events import Drop
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan
+from syncline_coordinator.merge.reducer import Merged
 from syncline_coordinator.policies import adviser_of
-from syncline_coordinator.reducer import Merged
+
+if TYPE_CHECKING:
+    from syncline_coordinator.run import Run
 
 LATE_NAMED = 20
 METRICS_NAMED = 8
@@ -108,3 +116,56 @@ class Account:
         norms = None if self._elastic else Norms(lengths, drift)  # an elastic difference tells where an agent is
         for advice in self._adviser.committed(norms):
             await self._telemetry.event("advice", advice.text, level="warning", agent=advice.agent)
+
+
+def status_of(run: Run) -> RunStatus:
+    head, spec = run.keeper.head, run.parts.spec
+    return RunStatus(
+        task=spec.task,
+        phase=head.phase,
+        version=head.version,
+        versions=spec.stop.versions,
+        agents=len(run.present),
+        needed=spec.agents.min,
+        lost=[agent for agent in run.ledger.numbering.names if agent not in run.present][:LOST_NAMED],
+        slow=sorted(run.slow)[:LOST_NAMED],
+        reason=head.reason[:REASON_CHARS],
+    )
+
+
+REFUSALS_S = 0.25
+
+
+async def tell_refusals(log: Path | None, names: Mapping[str, str], events: Telemetry) -> None:
+    """`names`: by public key. Without a log there is nothing to tell."""
+    violations = ViolationLog(log, dict(names)) if log is not None else None
+    while violations is not None:
+        for violation in violations.read():
+            text = f"{violation.who}: {violation.what} on {violation.subject} was refused by the broker"
+            await events.event("refused", text, level="warning", agent=violation.who)
+        await asyncio.sleep(REFUSALS_S)
+
+
+MORE_ROOM = (
+    "Free some of the disk that holds its JetStream store, or raise max_file_store. A nats-server whose log says that "
+    "JetStream was disabled must be started again. The run goes on by itself then"
+)
+
+
+class Room:
+    def __init__(self, events: Telemetry) -> None:
+        self._events = events
+        self._is_full = False
+
+    async def refused(self, run: str, error: StreamFull | StoreDown) -> None:
+        """A write of this run found no room."""
+        if not self._is_full:
+            self._is_full = True
+            text = f"the broker stores nothing, and run {run} waits: {error}. {MORE_ROOM}"
+            await self._events.event("broker-full", text, level="error")
+
+    async def committed(self) -> None:
+        """A version was written as a whole, so that there is room."""
+        if self._is_full:
+            self._is_full = False
+            await self._events.event("broker-has-room", "the broker takes new versions again", level="warning")

@@ -13,7 +13,7 @@ from syncline.bus.blobs import put_record
 from syncline.errors import PeerError
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Notify, Phase, Roster, Verdict, encode
-from syncline_agent.news import GONE_S, READ_AGAIN_S, News, Place
+from syncline_agent.run_view import GONE_S, READ_AGAIN_S, News, Place
 
 RUN = "run-1"
 KEY = subjects.head_key(RUN)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from syncline.spec.run_spec import RunSpec, parse
-from syncline_agent.updates import Deviation, Elastic, Progress, Updates, updates_of
+from syncline_agent.local_update import Deviation, Elastic, Progress, Updates, updates_of
 
 ROUNDS: dict[str, Any] = {"kind": "rounds"}
 ASYNC: dict[str, Any] = {"kind": "async"}

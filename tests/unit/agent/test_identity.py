@@ -12,7 +12,7 @@ import pytest
 
 from syncline.bus.server.accounts import Keyring
 from syncline.errors import ConfigError
-from syncline_agent.pool import Claimed, claim
+from syncline_agent.identity import Claimed, claim
 
 Claim = Callable[..., Claimed]
 
@@ -96,7 +96,7 @@ def test_a_claim_needs_no_right_to_write_the_keys(claimed: Claim, keys: Path) ->
 
 def test_the_kernel_lets_go_of_a_claim_when_its_process_is_killed(keys: Path, tmp_path: Path, claimed: Claim) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom syncline_agent.pool import claim\n"
+        "import sys\nfrom pathlib import Path\nfrom syncline_agent.identity import claim\n"
         "print(claim('auto', sys.argv[1], Path(sys.argv[2]), 'other').name, flush=True)\nsys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(keys), str(tmp_path / "state")]

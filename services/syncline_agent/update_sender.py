@@ -21,7 +21,7 @@ from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Offer, encode
 from syncline.wire.signing import Signer
-from syncline_agent.news import READ_AGAIN_S, News
+from syncline_agent.run_view import READ_AGAIN_S, News
 
 log = logging.getLogger(__name__)
 

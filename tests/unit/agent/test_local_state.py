@@ -12,8 +12,8 @@ from torch import nn
 
 from syncline.model.flat import FlatModel, manifest_of
 from syncline.model.manifest import Manifest
-from syncline_agent.inner import restore_state, state_of
-from syncline_agent.state import Kept, load_state, save_state
+from syncline_agent.inner_optimizers import restore_state, state_of
+from syncline_agent.local_state import Kept, load_state, save_state
 from syncline_agent.values import pack
 
 RUN = "f00d"  # a submission

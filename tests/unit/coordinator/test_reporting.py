@@ -7,7 +7,7 @@ import json
 from conftest import FakeBus
 from syncline.observe.telemetry import Telemetry
 from syncline.spec.run_spec import RunSpec, parse
-from syncline_coordinator.account import Account
+from syncline_coordinator.reporting import Account
 
 
 async def test_a_target_that_no_metric_can_reach_is_told_once_with_those_that_there_are(bus: FakeBus) -> None:

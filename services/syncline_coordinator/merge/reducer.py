@@ -41,8 +41,8 @@ from syncline.transform.codecs import CODECS, bytes_of
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes, pack_chunk
 from syncline.wire.messages import BlobRef, Plan
-from syncline_coordinator.center import Center
-from syncline_coordinator.updates import Updates, UpdateUnusable
+from syncline_coordinator.merge.center import Center
+from syncline_coordinator.merge.updates import Updates, UpdateUnusable
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from syncline.observe.telemetry import STATUS_S, AgentEval, Once, Pace, Telemetr
 from syncline.policy.advice import MetricsAdviser
 from syncline.wire import subjects
 from syncline.wire.messages import Heartbeat, Welcome, decode, encode
-from syncline_agent.news import News
-from syncline_agent.training import Training
+from syncline_agent.run_view import News
+from syncline_agent.training_child import Training
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from syncline.errors import ConfigError
 from syncline.spec.run_spec import Local
 from syncline.tasks.optimizers import inner_of
 from syncline.tasks.quadratic import LinearRegression
-from syncline_agent.inner import restore_state
+from syncline_agent.inner_optimizers import restore_state
 
 TASKS = """
 import torch

@@ -17,9 +17,9 @@ from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Heartbeat, Offer, encode
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
 from syncline_coordinator.ledger import Ledger
-from syncline_coordinator.lookout import LOST_OFFER_S, Lookout, taken_over
-from syncline_coordinator.purge import Purger
-from syncline_coordinator.space import RUNS
+from syncline_coordinator.recovery import LOST_OFFER_S, Lookout, taken_over
+from syncline_coordinator.reservation import RUNS
+from syncline_coordinator.retention import Purger
 from syncline_sim.dice import Dice
 
 SESSION = "5" * 32

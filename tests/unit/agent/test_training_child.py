@@ -8,7 +8,7 @@ from typing import Any
 from trainers import Child
 
 from syncline.shm import SharedMemory
-from syncline_agent.training import STOP_EARLY, ChildTraining, Period
+from syncline_agent.training_child import STOP_EARLY, ChildTraining, Period
 
 
 class Asked:
