@@ -38,8 +38,8 @@ class Stand:
     state: Any = "starting"
     why: str = ""  # it failed, or is out
     clock: int = 0  # local periods finished
-    line: int = 0  # of the head that all this is about
-    handed: int = 0  # clock of the newest offer that the bus has acknowledged, on that line
+    epoch: int = 0  # of the head that all this is about
+    handed: int = 0  # clock of the newest offer that the bus has acknowledged in that epoch
     version: int = 0  # of the center it trains from
     part: int = 0
     bytes_up: int = 0
@@ -175,6 +175,6 @@ class SignsOfLife:
             seen_term=self._news.highest[0],
             seen_version=self._news.highest[1],
             seen_round=self._news.highest[2],
-            seen_line=stand.line,
+            seen_epoch=stand.epoch,
             handed=stand.handed,
         )

@@ -60,8 +60,8 @@ def _free_key(directory: Path, state_dir: Path, host: str) -> Claimed:
         if fd >= 0:
             _remember(state_dir, checked_name(f"key file in {directory}", name), host)
             return Claimed(name, str(path), fd)
-    mend = "Start fewer agents, or make more keys: syncline keys add DIR NAME"
-    raise ConfigError("--key", f"all {len(names)} keys in {directory} are in use on this machine", mend)
+    hint = "Start fewer agents, or make more keys: syncline keys add DIR NAME"
+    raise ConfigError("--key", f"all {len(names)} keys in {directory} are in use on this machine", hint)
 
 
 def _had_before(state_dir: Path, host: str) -> Callable[[str], bool]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus, Entry
-from syncline.bus.blobs import get_record, patiently
+from syncline.bus.blobs import get_record, with_retries
 from syncline.chance import jitter
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, REMEMBERED, BlobRef, Head, Notify, Roster, Verdict, decode
@@ -104,7 +104,7 @@ class News:
 
     async def read(self, key: str) -> Entry:
         """The run's spec or head. Where it is gone, deleted or lost by the broker, the run is over for this agent."""
-        entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
+        entry = await with_retries(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
         while entry is None:
             log.warning("%s is gone from the bus", key)
             await asyncio.sleep(jitter(GONE_S))

@@ -46,8 +46,8 @@ def spec_in(record: bytes) -> RunSpec:
     try:
         return submitted_spec(decode(Submit, record))
     except ConfigError as error:
-        mend = "The coordinator accepts it: upgrade Syncline on this agent, or leave the setting out of the run"
-        raise ConfigError(error.setting, error.problem, mend) from None
+        hint = "The coordinator accepts it: upgrade Syncline on this agent, or leave the setting out of the run"
+        raise ConfigError(error.setting, error.problem, hint) from None
 
 
 def check_payload(manifest: Manifest, max_payload: int) -> None:
@@ -130,7 +130,7 @@ class Session:
 
     def _on_head(self, head: Head) -> None:
         late = self._stand.state == "training" and not self._is_async and head.version > self._stand.version
-        if late or (self._stand.state == "training" and head.line != self._stand.line):
+        if late or (self._stand.state == "training" and head.epoch != self._stand.epoch):
             self._training.stop_early()  # the round is over without us
 
     @property
@@ -146,8 +146,8 @@ class Session:
                     if self._stand.state == "starting":
                         await self._prepare()
                     seen = await self._news.newest()
-                    if seen.head.line != self._stand.line:
-                        self._rebase(seen.head.line)
+                    if seen.head.epoch != self._stand.epoch:
+                        self._rebase(seen.head.epoch)
                     if seen.head.version < self._stand.version:
                         await self._say_set_back(seen.head)
                     place = self._due(seen)
@@ -182,7 +182,7 @@ class Session:
         while (manifest := (head := (await self._news.newest()).head).manifest) is None:
             self._news.clear()
             await self._news.wait()
-        self._stand.line = head.line
+        self._stand.epoch = head.epoch
         self._manifest_bytes = await self._news.record(manifest)
         self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
         check_payload(self._manifest, self._bus.max_payload)
@@ -223,12 +223,12 @@ class Session:
         waits = self._offered_for == head.model.id and place.judged < self._handed
         return None if head.phase != "training" or waits else place
 
-    def _rebase(self, line: int) -> None:
+    def _rebase(self, epoch: int) -> None:
         """The broker lost what it had acknowledged, and the run goes on from an older head: what was handed over and not seen
         judged counts for nothing, and clocks go on from those that are known there."""
         stand = self._stand
         self._given_up = range(max(1, stand.clock - GIVEN_UP + 1), stand.clock + 1)
-        stand.line, stand.handed, stand.clock = line, 0, 0
+        stand.epoch, stand.handed, stand.clock = epoch, 0, 0
         self._handed, self._offered_for, self._held = 0, "", None
 
     async def _say_set_back(self, head: Head) -> None:
@@ -292,7 +292,7 @@ class Session:
         report = await self._ask(self._training.period(period))
         known = self._news.head
         await self._advise(report or {})
-        if report is None or report["stopped"] or (known is not None and known.line != stand.line):
+        if report is None or report["stopped"] or (known is not None and known.epoch != stand.epoch):
             stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
             return
         self._fresh, self._given_up = False, range(0)
@@ -311,14 +311,14 @@ class Session:
         self._made, self._deaths, self._crashes = self._made + 1, 0, 0
         if report.get("broken"):
             self._held = None  # the next one begins with the center, be it the same
-        update = Update(clock, stand.version, self._held_term, stand.line, period.box, report)
+        update = Update(clock, stand.version, self._held_term, stand.epoch, period.box, report)
         if self._is_async:
             self._handed = clock
             await self._to_send.put(update)
         else:
             stand.state = "sending"
             await self._send(update)
-            if update.line == stand.line:
+            if update.epoch == stand.epoch:
                 self._offered_for = head.model.id if head.model is not None else ""
         stand.state = "waiting"
         await self._signs.tell(clock, stand.version, report)
@@ -390,7 +390,7 @@ class Session:
         """What was made while another update was on its way."""
         while True:
             update = await self._to_send.get()
-            if update.line == self._stand.line:
+            if update.epoch == self._stand.epoch:
                 await self._send(update)
 
     async def _send(self, update: Update) -> None:
@@ -399,7 +399,7 @@ class Session:
         how = How(self._manifest, self._spec.wire.window, keep=self._is_async)
         if not await self._sender.send(update, content, how):
             return
-        if update.line == self._stand.line:
+        if update.epoch == self._stand.epoch:
             self._handed = max(self._handed, update.clock)
             self._stand.handed = max(self._stand.handed, update.clock)
         self._stand.bytes_up += self._manifest.blob_bytes

@@ -359,8 +359,8 @@ class Trainer:
             loss = self._task.train(self._flat.model, self._inner.given, draw(), on_step)
         self._flat.store()
         if not lasts.done and not self._stopped():
-            mend = "Call `on_step(rows)` after every batch, and stop when it returns False"
-            raise ConfigError("task", f"`train` drew {drawn} batches and never called `on_step`", mend)
+            hint = "Call `on_step(rows)` after every batch, and stop when it returns False"
+            raise ConfigError("task", f"`train` drew {drawn} batches and never called `on_step`", hint)
         self._inner.period_ends(lasts.done)
         self._checks.trained(self._flat, self._center_P, lasts.done)
         self._drawn += drawn
@@ -373,8 +373,8 @@ class Trainer:
         """A copy of the task's own state, as JSON and tensors. Raises ConfigError for a state that cannot be kept."""
         state: Any = self._task.state_dict()
         if not isinstance(state, dict):
-            mend = "Return a dict of numbers, strings and tensors"
-            raise ConfigError("task", f"`state_dict` returned a {type(state).__name__}", mend)
+            hint = "Return a dict of numbers, strings and tensors"
+            raise ConfigError("task", f"`state_dict` returned a {type(state).__name__}", hint)
         if state and type(self._task).load_state_dict is Task.load_state_dict:
             raise ConfigError(
                 "task", "has `state_dict` and no `load_state_dict`", "Add it: it is called after a restart"
@@ -414,7 +414,7 @@ class Trainer:
             return ""
         variates = {} if self._variates is None else self._variates.kept()
         own_P, pending = self._flat.flat_P.detach(), self._updates.pending
-        kept = Kept(clock, own_P, self._inner_state(), dict(pending), variates, self._flat.at_home())
+        kept = Kept(clock, own_P, self._inner_state(), dict(pending), variates, self._flat.local())
         try:
             save_state(self._state_path, kept, self._layout, self._submission)
         except (OSError, SafetensorError) as error:
@@ -469,10 +469,10 @@ class Trainer:
 
 def _rows_told(rows: Any) -> int:
     """What a task has told `on_step`. Raises ConfigError."""
-    mend = "Call `on_step(rows)` with the number of rows of the step"
-    told = as_number(rows, "`train` called `on_step` with", mend)
+    hint = "Call `on_step(rows)` with the number of rows of the step"
+    told = as_number(rows, "`train` called `on_step` with", hint)
     if not (told >= 0 and told.is_integer()):
-        raise ConfigError("task", f"`train` called `on_step` with {told:g}", mend)
+        raise ConfigError("task", f"`train` called `on_step` with {told:g}", hint)
     return int(told)
 
 

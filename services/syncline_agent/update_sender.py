@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import Growth, patiently, put_blob
+from syncline.bus.blobs import Growth, put_blob, with_retries
 from syncline.chance import jitter, new_id
 from syncline.errors import BusError, Denied, StreamFull
 from syncline.model.manifest import Manifest
@@ -43,7 +43,7 @@ class Update:
     clock: int
     base: int
     term: int
-    line: int
+    epoch: int
     box: int
     report: dict[str, Any]
 
@@ -69,7 +69,7 @@ class Sender:
                 ref, digest = await self._put(content, how, blob, growth)
                 offer = encode(self._offer(update, ref, digest))
                 put = partial(self._bus.put, subjects.offer(self._run, self._me.agent), offer, bulk=True)
-                await patiently(put, patience_s=growth.left_s)  # behind its chunks, and not once they may be gone
+                await with_retries(put, patience_s=growth.left_s)  # behind its chunks, and not once they may be gone
                 return True
             except StreamFull as error:
                 await self._no_room(error)
@@ -107,7 +107,7 @@ class Sender:
             clock=update.clock,
             base=update.base,
             term=update.term,
-            line=update.line,
+            epoch=update.epoch,
             samples=update.report["rows"],
             steps=update.report["steps"],
             seconds=update.report["seconds"],
@@ -134,4 +134,4 @@ class Sender:
 
     def _is_over(self, update: Update, how: How) -> bool:
         head = self._news.head
-        return head is not None and (head.line != update.line or (not how.keep and head.version > update.base))
+        return head is not None and (head.epoch != update.epoch or (not how.keep and head.version > update.base))

@@ -140,8 +140,8 @@ def unreachable(error: BusError, at: Place) -> ConfigError:
     """What a person should read where there is nothing to connect to."""
     if at.named or isinstance(error, Denied):
         return mended(error, at.url)
-    mend = "Start one with `syncline demo` or `syncline run SPEC.yaml --local 4`, or name a broker: --connect URL"
-    return ConfigError("--connect", f"no local fleet is up on this machine, and {error}", mend)
+    hint = "Start one with `syncline demo` or `syncline run SPEC.yaml --local 4`, or name a broker: --connect URL"
+    return ConfigError("--connect", f"no local fleet is up on this machine, and {error}", hint)
 
 
 def come_back(command: str, connect: str, key: str, tls: Tls | None = None) -> str:

@@ -96,9 +96,9 @@ async def _be_the_only_one(bus: NatsBus, url: str) -> None:
         except BusError:
             return
         if time.monotonic() > deadline:
-            mend = "Leave it at that: one serves all runs. To replace it, stop it first"
+            hint = "Leave it at that: one serves all runs. To replace it, stop it first"
             await bus.close()
-            raise ConfigError("--connect", f"a coordinator is up on {masked(url)} already", mend)
+            raise ConfigError("--connect", f"a coordinator is up on {masked(url)} already", hint)
         await asyncio.sleep(0.2)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import patiently
+from syncline.bus.blobs import with_retries
 from syncline.errors import BusError, Conflict, NoResponders, SynclineError, Unreachable
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes
 from syncline.wire.messages import ENDED, MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
 
-Sure = Callable[[], Awaitable[None]]
+VerifyDurable = Callable[[], Awaitable[None]]
 NOTIFY_ROSTER_BYTES = 64 * 1024
 
 
@@ -44,16 +44,21 @@ class HeadKeeper:
 
     @classmethod
     async def read(cls, bus: Bus, run: str) -> HeadKeeper | None:
-        entry = await patiently(lambda: bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run)))
+        entry = await with_retries(lambda: bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run)))
         return None if entry is None else cls(bus, decode(Head, entry.value), entry.revision, entry.value)
 
     async def write(
-        self, head: Head, roster: Roster | None = None, *, tell: bool = True, sure: Sure | None = None
+        self,
+        head: Head,
+        roster: Roster | None = None,
+        *,
+        tell: bool = True,
+        verify_durable: VerifyDurable | None = None,
     ) -> None:
         """Moves head on, and tells everybody, unless nobody has anything to do about it.
 
         Raises Deposed where another coordinator was faster. An answer that does not come is *unknown*: head is read again,
-        and is ours if it holds what we wrote. `sure()` before it is written once more: what it names may be lost.
+        and is ours if it holds what we wrote. `verify_durable()` before it is written once more: what it names may be lost.
         """
         key, value = subjects.head_key(head.run), _encoded(head)
         try:
@@ -62,7 +67,7 @@ class HeadKeeper:
             await self.check()
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run") from None
         except (Unreachable, NoResponders):
-            self._revision = await patiently(lambda: self._write_again(key, value, sure))
+            self._revision = await with_retries(lambda: self._write_again(key, value, verify_durable))
         self.head, self._value = head, value
         if tell:
             await self.notify(roster)
@@ -73,7 +78,7 @@ class HeadKeeper:
         """
         key, term = subjects.head_key(self.head.run), max(seen_term, self.head.term)
         revision, value = self._revision, self._value  # before we ask: head may be written meanwhile
-        entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
+        entry = await with_retries(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
         if entry is None:
             raise RolledBack(f"{key} is gone", term)
         there = decode(Head, entry.value)
@@ -87,7 +92,7 @@ class HeadKeeper:
     async def is_newest(self) -> bool:
         """Whether head still is as it was read or written here."""
         key = subjects.head_key(self.head.run)
-        entry = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
+        entry = await with_retries(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, key))
         return entry is not None and (entry.revision, entry.value) == (self._revision, self._value)
 
     async def is_taken(self) -> bool:
@@ -97,7 +102,7 @@ class HeadKeeper:
 
     async def is_orphan(self) -> bool:
         """Whether it was made for a spec which the broker then lost, so that the run's name is free."""
-        spec = await patiently(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(self.head.run)))
+        spec = await with_retries(lambda: self._bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(self.head.run)))
         return spec is None and self.head.version == 0 and self.head.phase not in ENDED
 
     async def notify(self, roster: Roster | None = None) -> None:
@@ -110,15 +115,15 @@ class HeadKeeper:
         except BusError:
             pass
 
-    async def _write_again(self, key: str, value: bytes, sure: Sure | None) -> int:
+    async def _write_again(self, key: str, value: bytes, verify_durable: VerifyDurable | None) -> int:
         entry = await self._bus.kv_get(subjects.RUNS_BUCKET, key)
         if entry is not None and entry.value == value:
             return entry.revision
         if entry is None or (entry.revision, entry.value) != (self._revision, self._value):
             await self.check()
             raise Deposed(f"{key} was changed by another coordinator: it is in charge of this run")
-        if sure is not None:
-            await sure()
+        if verify_durable is not None:
+            await verify_durable()
         try:
             return await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)
         except Conflict as error:

@@ -11,13 +11,13 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from syncline.bus.base import Bus, Delivery, Stored
-from syncline.bus.blobs import patiently
+from syncline.bus.blobs import with_retries
 from syncline.errors import BusError, PeerError
 from syncline.model.manifest import Manifest
 from syncline.wire import subjects
 from syncline.wire.messages import Offer, decode
 from syncline.wire.signing import verify
-from syncline_coordinator.head import Sure
+from syncline_coordinator.head import VerifyDurable
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,21 @@ class OfferReader:
         self._woken = asyncio.Event()
         self._told = self._looks = 0  # offers told of by core messages and not read yet; times looked for them in vain
 
-    async def read(self, after_seq: int, sure: Sure) -> AsyncGenerator[tuple[Stored, Offer | PeerError], None]:
-        """Every offer after that sequence number, without end; a bad one as the error that says why. `sure()`: nothing that was
-        read before is lost, or it raises."""
+    async def read(
+        self, after_seq: int, verify_durable: VerifyDurable
+    ) -> AsyncGenerator[tuple[Stored, Offer | PeerError], None]:
+        """Yield every offer after that sequence number, without end, and a bad one as the error that says why.
+
+        `verify_durable()` raises where an offer that was read before is lost.
+        """
         subscription = await self._bus.subscribe(subjects.offer(self._run, "*"), self._wake, limit=64)
         stream, next_seq = subjects.offers_stream(self._run), after_seq + 1
         try:
             while True:
                 self._woken.clear()
                 losses = self._bus.losses
-                await sure()
-                found = await patiently(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
+                await verify_durable()
+                found = await with_retries(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
                 all_told_of = len(found) == self._told
                 self._told = max(0, self._told - len(found))
                 for stored in found:

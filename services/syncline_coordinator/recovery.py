@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import BlobGone, patiently
+from syncline.bus.blobs import BlobGone, with_retries
 from syncline.bus.records import record_of
 from syncline.chance import jitter, new_number
 from syncline.wire import subjects
@@ -60,8 +60,8 @@ LOST_OFFER_S = 10.0  # an acknowledged offer that was not found for so long is l
 class Lookout:
     """`watch` until there is something wrong. `look`, `heard`: reasons to look at once.
 
-    `believes(agent)`: whether what this agent says of losses still counts. `set_back`: the run goes on after a loss that this
-    coordinator has noticed. `outer_ref(model)`: what lies beside a model, where the run has an outer state.
+    `believes(agent)`: whether what this agent says of losses still counts. `rolled_back`: the run goes on after a loss that
+    this coordinator has noticed. `outer_ref(model)`: what lies beside a model, where the run has an outer state.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Lookout:
         ledger: Ledger,
         *,
         believes: Callable[[str], bool] = lambda agent: True,
-        set_back: bool = False,
+        rolled_back: bool = False,
         outer_ref: Callable[[BlobRef], BlobRef] | None = None,
     ) -> None:
         self._bus, self._keeper, self._ledger = bus, keeper, ledger
@@ -81,7 +81,7 @@ class Lookout:
         self._doubts = 1  # beside losses of the connection: one for what was before our time
         self._settled = 0  # up to how many losses all was found there
         self._there: dict[str, int] = {}  # blob that head names → after how many losses it was there for certain
-        self._suspected = self.losses if set_back else 0  # up to which an update that is gone was taken for lost
+        self._suspected = self.losses if rolled_back else 0  # up to which an update that is gone was taken for lost
         self._began = keeper.head.version  # with our term: nobody has made a newer one under an older term
         self._seen, self._seen_by = (0, 0, 0), ""  # the highest (term, version, round) that an agent told of
         self._lost = self._lost_by = ""  # what an agent has seen, and cannot be
@@ -106,7 +106,7 @@ class Lookout:
             self._seen, self._seen_by = seen, agent
         if self._seen > (head.term, head.version, head.round):
             self._doubt.set()
-        if beat.seen_line != head.line:
+        if beat.seen_epoch != head.epoch:
             return  # it does not know yet what was lost before
         self.is_lost(agent, beat.seen_term, beat.seen_version)
         if self._ledger.misses(agent, beat.handed):
@@ -147,26 +147,26 @@ class Lookout:
             self._doubt.clear()
             await self._look_around()
             if self._settled != self.losses:
-                await self.sure()
+                await self.verify_durable()
 
     async def write(self, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
         """Writes head, which names and rests on what is there, also where the connection was gone since that was put."""
-        await self._sure_of(head)
+        await self._verify_durable(head)
         losses = self.losses
-        await self._keeper.write(head, roster, tell=tell, sure=partial(self._sure_of, head))
+        await self._keeper.write(head, roster, tell=tell, verify_durable=partial(self._verify_durable, head))
         if losses != self.losses:  # it may have come through after a roll-back all the same, and was not looked at
             self._doubts += 1
             self._doubt.set()
 
-    async def sure(self) -> None:
+    async def verify_durable(self) -> None:
         """Nothing was lost, as far as head can show. Raises Deposed and RolledBack."""
-        await self._sure_of(self._keeper.head)
+        await self._verify_durable(self._keeper.head)
 
     def was_put(self, blob: BlobRef, losses: int) -> None:
         """A blob for head to name, begun after so many losses of the connection."""
         self._there = {**dict(list(self._there.items())[-KNOWN_BLOBS:]), blob.id: losses}
 
-    async def _sure_of(self, head: Head) -> None:
+    async def _verify_durable(self, head: Head) -> None:
         before = self._keeper.head
         while self._settled != (losses := self.losses) or self._lost:
             await self._look_around()
@@ -176,7 +176,7 @@ class Lookout:
 
     async def _look_around(self) -> None:
         if self._settled != self.losses:  # a broker may have lost even that
-            await patiently(partial(self._bus.ensure_bucket, RUNS))
+            await with_retries(partial(self._bus.ensure_bucket, RUNS))
         seen, seen_by = self._seen, self._seen_by  # before we ask: agents see newer heads meanwhile
         term = max(seen[0], self._keeper.head.term)
         there = await self._keeper.check(term)
@@ -189,12 +189,12 @@ class Lookout:
     async def _check_offers(self, term: int) -> None:
         """Every offer that was read, or acknowledged to its agent, is in the stream."""
         read = self._ledger.read_up_to
-        state = await patiently(partial(self._bus.state, self._stream))
+        state = await with_retries(partial(self._bus.state, self._stream))
         if state.last_seq < read:
             raise RolledBack(f"{self._stream} ends at {state.last_seq}, and {read} was read", term)
         if self._settled != self.losses and self._ledger.last_read is not None:
             last = self._ledger.last_read
-            for there in await patiently(partial(self._bus.read, self._stream, last.seq, 1)):
+            for there in await with_retries(partial(self._bus.read, self._stream, last.seq, 1)):
                 if there.seq == last.seq and (there.subject, there.data) != (last.subject, last.data):
                     raise RolledBack(f"{self._stream} holds another offer {last.seq} than was read", term)
         self._missing = {a: (c, s) for a, (c, s) in self._missing.items() if self._ledger.misses(a, c)}
@@ -207,7 +207,7 @@ class Lookout:
         who moved it has looked. `losses`: of the connection, after which they are then known to be there."""
         named = self._named(head)
         for what, prefix, ref in [(w, p, r) for w, p, r in named if self._there.get(r.id) != losses]:
-            state = await patiently(partial(self._bus.state, subjects.model_stream(head.run), f"{prefix}.*"))
+            state = await with_retries(partial(self._bus.state, subjects.model_stream(head.run), f"{prefix}.*"))
             if len(state.subjects) < ref.chunks and self._keeper.head is before:
                 await self._keeper.check(self._seen[0])  # whoever took over clears up behind us
                 raise RolledBack(f"head names a {what} that is gone", max(self._seen[0], head.term))
@@ -231,13 +231,13 @@ async def taken_over(bus: Bus, head: Head, lost_term: int | None) -> Head:
     Then a new line begins: the round is opened again, and what agents have made and not seen judged counts for nothing, as
     some of it is lost and some is not. It begins as well where the stream of offers ends before what head calls judged.
     """
-    last_seq = (await patiently(partial(bus.state, subjects.offers_stream(head.run)))).last_seq
+    last_seq = (await with_retries(partial(bus.state, subjects.offers_stream(head.run)))).last_seq
     if lost_term is None and last_seq >= head.offers_seq:
         return head.model_copy(update={"term": head.term + 1})
     phase = head.phase
     if phase == "merging":
         phase = "training" if await _somebody_trains(bus, head) else "waiting"
-    again = {"plan": None, "phase": phase, "round": head.round + 1, "line": new_number(), "offers_seq": last_seq}
+    again = {"plan": None, "phase": phase, "round": head.round + 1, "epoch": new_number(), "offers_seq": last_seq}
     return head.model_copy(update={"term": max(head.term, lost_term or 0) + 1, **again})
 
 

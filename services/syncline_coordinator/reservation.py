@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import BucketConfig, Bus, StreamConfig
-from syncline.bus.blobs import BlobGone, patiently
+from syncline.bus.blobs import BlobGone, with_retries
 from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
 from syncline.model.manifest import Manifest
 from syncline.spec.run_spec import Async, RunSpec
@@ -110,10 +110,10 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
     except (StreamFull, Unavailable) as error:
         await _tidy(bus.delete_stream(name) for name in made)
         if isinstance(error, Unavailable):
-            mend = (
+            hint = (
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
             )
-            raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", mend) from None
+            raise ConfigError("name", f"no streams for the run {spec.name!r}: {error}", hint) from None
         raise _too_large(spec, manifest, agents, space, error) from None
 
 
@@ -142,18 +142,18 @@ async def check_space(bus: Bus, spec: RunSpec, manifest: Manifest, held_bytes: i
     space = Reservation.of(spec, manifest, agents)
     probe = StreamConfig(PROBE, (subjects.probe(spec.name),), max(1, space.total - held_bytes))
     remove = partial(bus.delete_stream, PROBE)
-    await patiently(remove)  # that of a check which was killed
+    await with_retries(remove)  # that of a check which was killed
     try:
         await bus.ensure_stream(probe)
     except StreamFull as error:
         raise _too_large(spec, manifest, agents, space, error) from None
     finally:
-        await patiently(remove)
+        await with_retries(remove)
 
 
 async def is_log_full(bus: Bus, run: str, reserved: int) -> bool:
     """Whether the log of commits holds about as much as was reserved for it. Else the broker's disk is full."""
-    return (await patiently(lambda: bus.state(subjects.log_stream(run)))).bytes > reserved - LOG_BYTES // 2
+    return (await with_retries(lambda: bus.state(subjects.log_stream(run)))).bytes > reserved - LOG_BYTES // 2
 
 
 async def restore(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:

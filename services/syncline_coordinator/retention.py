@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import UNOFFERED_S, patiently
+from syncline.bus.blobs import UNOFFERED_S, with_retries
 from syncline.bus.commits import line_of
 from syncline.errors import BusError, PeerError
 from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head
-from syncline_coordinator.head import Sure
+from syncline_coordinator.head import VerifyDurable
 
 AT_ONCE = 4
 PAUSE_S = 0.02
@@ -37,13 +37,13 @@ class Purger:
             self._due.append((stream, prefix))
         self._woken.set()
 
-    async def run(self, sure: Sure) -> None:
-        """`sure()`: the broker holds what this coordinator believes it does, or it raises."""
+    async def run(self, verify_durable: VerifyDurable) -> None:
+        """`verify_durable()`: the broker holds what this coordinator believes it does, or it raises."""
         while True:
             await self._woken.wait()
             self._woken.clear()
             while self._due:
-                await sure()
+                await verify_durable()
                 batch = [self._due.popleft() for _ in range(min(AT_ONCE, len(self._due)))]
                 results = await asyncio.gather(*(self._bus.purge(s, p) for s, p in batch), return_exceptions=True)
                 self._due.extend(b for b, r in zip(batch, results, strict=True) if isinstance(r, BusError))
@@ -131,7 +131,7 @@ async def leftovers(bus: Bus, head: Head, kept: list[BlobRef]) -> list[str]:
     named = [*kept, head.model, head.previous, head.manifest, head.roster, head.plan]
     ids = {ref.id for ref in named if isinstance(ref, BlobRef)}
     every = f"{subjects.PREFIX}.{head.run}.>"
-    state = await patiently(lambda: bus.state(subjects.model_stream(head.run), every))
+    state = await with_retries(lambda: bus.state(subjects.model_stream(head.run), every))
     blobs = {subject.rpartition(".")[0] for subject in state.subjects}
     return sorted(prefix for prefix in blobs if prefix.rpartition(".")[2] not in ids)
 
@@ -142,7 +142,7 @@ async def uncommitted(bus: Bus, head: Head) -> list[str]:
     left = []
     for version in range(max(1, head.version - LOOKED_BACK), head.version + 2):
         every = subjects.log_record(head.run, version, ">")
-        state = await patiently(partial(bus.state, subjects.log_stream(head.run), every))
+        state = await with_retries(partial(bus.state, subjects.log_stream(head.run), every))
         tokens = [subject.split(".")[5:] for subject in state.subjects]
         lines = [int(term) for term, *chunk in tokens if not chunk and int(term) <= head.term]
         counts = max(lines, default=0) if version <= head.version else 0

@@ -97,7 +97,7 @@ class Run:
     """`start` or `resume`, then `pump` until the run has ended."""
 
     def __init__(
-        self, parts: Parts, keeper: HeadKeeper, *, believes: Callable[[str], bool], set_back: bool = False
+        self, parts: Parts, keeper: HeadKeeper, *, believes: Callable[[str], bool], rolled_back: bool = False
     ) -> None:
         spec = parts.spec
         self.parts, self.keeper = parts, keeper
@@ -112,7 +112,7 @@ class Run:
         self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.offered_blobs)
         outer_ref = parts.reducer.outer_ref if spec.states else None
         self.lookout = Lookout(
-            parts.bus, keeper, self.ledger, believes=believes, set_back=set_back, outer_ref=outer_ref
+            parts.bus, keeper, self.ledger, believes=believes, rolled_back=rolled_back, outer_ref=outer_ref
         )
         self._diverged_at: int | None = None  # the newest version whose held-out loss was not finite
         self._work: set[asyncio.Task[None]] = set()
@@ -194,7 +194,7 @@ class Run:
         the broker lost what it had acknowledged."""
         try:
             self._begin(self._read_offers())
-            self._begin(self._purger.run(self.lookout.sure))
+            self._begin(self._purger.run(self.lookout.verify_durable))
             self._begin(self._janitor.run())
             self._begin(self.lookout.watch())
             self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))
@@ -354,11 +354,11 @@ class Run:
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
-        async with aclosing(self.parts.offers.read(self.ledger.read_up_to, self.lookout.sure)) as offers:
+        async with aclosing(self.parts.offers.read(self.ledger.read_up_to, self.lookout.verify_durable)) as offers:
             async for stored, offer in offers:
                 self.ledger.passed(stored)
                 agent = subjects.agent_of(stored.subject)
-                if isinstance(offer, Offer) and offer.line == self.keeper.head.line:
+                if isinstance(offer, Offer) and offer.epoch == self.keeper.head.epoch:
                     self.ledger.read(agent, offer.clock)
                 problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
                 if problem is not None:
@@ -372,10 +372,12 @@ class Run:
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
-            if offer.line == self.keeper.head.line:  # it trains where head's roster has a place for it, and not before
+            if (
+                offer.epoch == self.keeper.head.epoch
+            ):  # it trains where head's roster has a place for it, and not before
                 self.lookout.lost(agent, "has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
-        if offer.line != self.keeper.head.line or self.lookout.is_lost(agent, offer.term, offer.base):
+        if offer.epoch != self.keeper.head.epoch or self.lookout.is_lost(agent, offer.term, offer.base):
             return PeerError("offer: made before the broker lost what it had acknowledged")
         if offer.term > self.keeper.head.term:
             return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")

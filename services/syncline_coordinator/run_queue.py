@@ -9,7 +9,7 @@ import logging
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import BlobGone, patiently, put_record
+from syncline.bus.blobs import BlobGone, put_record, with_retries
 from syncline.bus.server.accounts import MAX_PAYLOAD_BYTES
 from syncline.chance import new_number
 from syncline.errors import ConfigError, Conflict, PeerError
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 def exists(head: Head) -> ConfigError:
     there, other = f"there is a run {head.run!r} already", "or choose another name (--name)"
     if head.phase in ENDED:
-        mend = f"See how it went with `syncline why {head.run}`, {other}"
-        return ConfigError("name", f"{there}, and it has ended: {head.reason}", mend)
-    mend = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
-    return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", mend)
+        hint = f"See how it went with `syncline why {head.run}`, {other}"
+        return ConfigError("name", f"{there}, and it has ended: {head.reason}", hint)
+    hint = f"Follow it with `syncline watch {head.run}`, end it with `syncline stop {head.run}`, {other}"
+    return ConfigError("name", f"{there}: {head.phase}, at version {head.version}", hint)
 
 
 def payload_too_small(max_payload: int) -> ConfigError:
@@ -44,8 +44,8 @@ def payload_too_small(max_payload: int) -> ConfigError:
 
 def gone(name: str, error: BlobGone) -> str:
     """Why a run fails whose head names what the broker has lost."""
-    mend = f"Give the broker its store back, or submit the run again under another name; {name} itself cannot go on"
-    return f"what head names is not on the bus any more: {error}. {mend}"
+    hint = f"Give the broker its store back, or submit the run again under another name; {name} itself cannot go on"
+    return f"what head names is not on the bus any more: {error}. {hint}"
 
 
 def superseded(agent: str) -> Welcome:
@@ -69,8 +69,8 @@ class WaitingRuns:
     async def look(self) -> list[str]:
         """Return their names, the oldest first. One whose head cannot be read stands in no other's way."""
         losses = self._bus.losses
-        await patiently(partial(self._bus.ensure_bucket, RUNS))  # a broker may have lost even that
-        state = await patiently(partial(self._bus.state, f"KV_{subjects.RUNS_BUCKET}"))
+        await with_retries(partial(self._bus.ensure_bucket, RUNS))  # a broker may have lost even that
+        state = await with_retries(partial(self._bus.state, f"KV_{subjects.RUNS_BUCKET}"))
         stands_at = losses, state.last_seq, state.messages
         if stands_at != self._looked_at:
             if self._looked_at is None or self._looked_at[0] != losses:  # the broker may be back with an older store
@@ -81,7 +81,7 @@ class WaitingRuns:
 
     async def _read(self) -> list[str]:
         waiting = []
-        for key in await patiently(partial(self._bus.kv_keys, subjects.RUNS_BUCKET)):
+        for key in await with_retries(partial(self._bus.kv_keys, subjects.RUNS_BUCKET)):
             name, _, kind = key.rpartition(".")
             if kind != "spec" or name in self._ended:
                 continue
@@ -101,11 +101,11 @@ class WaitingRuns:
             self._ended.add(name)
             return None
         key = subjects.spec_key(name)
-        entry = await patiently(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
+        entry = await with_retries(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
         if (
             entry is not None and keeper is None
         ):  # the coordinator that accepted the run died between its spec and its head
-            await patiently(partial(first_head, self._bus, name))
+            await with_retries(partial(first_head, self._bus, name))
             keeper = await HeadKeeper.read(self._bus, name)
         return entry.revision if entry is not None and keeper is not None and keeper.head.phase not in ENDED else None
 
@@ -113,7 +113,7 @@ class WaitingRuns:
 async def first_head(bus: Bus, name: str) -> None:
     """Where it is there already, whoever takes the run from the queue was faster."""
     try:
-        await HeadKeeper.create(bus, Head(run=name, term=1, version=0, line=new_number(), phase="waiting"))
+        await HeadKeeper.create(bus, Head(run=name, term=1, version=0, epoch=new_number(), phase="waiting"))
     except Conflict:
         pass
 
@@ -153,7 +153,7 @@ async def end_undriven(bus: Bus, stop: Stop) -> Stopped:
 
 async def _without_head(bus: Bus, stop: Stop) -> Stopped:
     """Whoever accepted the run may have died between its spec and its head: then it gets one that says it is over."""
-    spec = await patiently(partial(bus.kv_get, subjects.RUNS_BUCKET, subjects.spec_key(stop.run)))
+    spec = await with_retries(partial(bus.kv_get, subjects.RUNS_BUCKET, subjects.spec_key(stop.run)))
     if spec is None:
         return Stopped(run=stop.run, outcome="unknown")
     await HeadKeeper.create(bus, Head(run=stop.run, term=1, version=0, phase="done", reason=why(stop)))
@@ -175,13 +175,13 @@ async def give_up(keeper: HeadKeeper, reason: str, telemetry: Telemetry) -> None
 
 
 async def commit_initial(
-    bus: Bus, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest, set_back: int | None
+    bus: Bus, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest, rolled_back: int | None
 ) -> None:
-    """The model as the task makes it under the run's seed. `set_back`: as in `taken_over`."""
+    """The model as the task makes it under the run's seed. `rolled_back`: as in `taken_over`."""
     merged = await reducer.put_center()
     prefix = partial(subjects.model_prefix, keeper.head.run)
     layout = await put_record(bus, prefix, encode(manifest))
     moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
-    head = keeper.head if set_back is None else await taken_over(bus, keeper.head, set_back)
+    head = keeper.head if rolled_back is None else await taken_over(bus, keeper.head, rolled_back)
     await keeper.check()  # a broker that was set back gives revisions again
     await keeper.write(head.model_copy(update=moved))

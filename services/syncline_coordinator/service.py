@@ -177,8 +177,8 @@ class Coordinator:
             return Welcome()
         task = run.parts.spec.task
         if not is_allowed(task, self._hellos[agent].tasks):
-            mend = f"If you trust it, start the agent with `--allow-task '{task}'`"
-            return Welcome(reason=f"task {task} is not allowed on this agent. {mend}")
+            hint = f"If you trust it, start the agent with `--allow-task '{task}'`"
+            return Welcome(reason=f"task {task} is not allowed on this agent. {hint}")
         why_not = run.room_for(agent)
         return Welcome(reason=why_not) if why_not else Welcome(run=run.parts.spec.name)
 
@@ -289,7 +289,7 @@ class Coordinator:
         self._queue.append(spec.name)
         await self._fleet_events.event("run-accepted", f"run {spec.name} is queued")
         self._queue_changed.set()
-        return [*spec.warnings, *doubts_of_model((t.name for t in manifest.tensors), manifest.at_home)]
+        return [*spec.warnings, *doubts_of_model((t.name for t in manifest.tensors), manifest.local)]
 
     async def _manifest_of(self, spec: RunSpec) -> Manifest:
         memory = SharedMemory()
@@ -444,7 +444,7 @@ class Coordinator:
                 self._bus, spec, manifest, center, reducer, telemetry, offers, None, most_agents(spec), self._room
             )
             believes = partial(self._losses.believes, spec.name)
-            run = Run(parts, keeper, believes=believes, set_back=lost_term is not None)
+            run = Run(parts, keeper, believes=believes, rolled_back=lost_term is not None)
             if spec.evaluate.center:
                 start = partial(self._fresh_evaluator, spec, memory, encode(manifest))
                 parts.evaluation = Evaluation(child, start, telemetry, run.evaluated, self._settings.evaluation_s)

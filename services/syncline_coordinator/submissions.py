@@ -130,5 +130,5 @@ class Submissions:
 def refusal(error: Exception) -> Submitted:
     """Return the answer that says what is wrong with a submitted run."""
     if isinstance(error, ConfigError):
-        return Submitted(setting=error.setting[:2000], problem=error.problem[:2000], mend=error.mend[:2000])
+        return Submitted(setting=error.setting[:2000], problem=error.problem[:2000], hint=error.hint[:2000])
     return Submitted(setting="spec", problem=str(error)[:2000])

@@ -40,10 +40,10 @@ class Books(Protocol):
         ...
 
     def copy(self) -> Books:
-        """As they are now, for `set_back`."""
+        """As they are now, for `rolled_back`."""
         ...
 
-    def set_back(self, then: Books, store: Store) -> None:
+    def rolled_back(self, then: Books, store: Store) -> None:
         """The broker lost what came after `then`, or some of it: `store` is what it holds."""
         ...
 

@@ -63,7 +63,7 @@ class Chronicle:
         }
         return replace(self, **copies)
 
-    def set_back(self, then: Books, store: Store) -> None:
+    def rolled_back(self, then: Books, store: Store) -> None:
         """Everything is as head was then, but that chunks and offers are those of the store. What anybody has seen is seen."""
         assert isinstance(then, Chronicle)
         again = then.copy()
@@ -83,7 +83,7 @@ class Chronicle:
 
     def _note_offer(self, message: Stored) -> tuple[str, Offer]:
         agent, offer = subjects.agent_of(message.subject), decode(Offer, message.data)
-        if self.head is not None and offer.line == self.head.line and offer.base <= self.head.version:
+        if self.head is not None and offer.epoch == self.head.epoch and offer.base <= self.head.version:
             self.offers.setdefault((agent, offer.clock), []).append(offer)
             if (
                 message.seq > self.head.offers_seq

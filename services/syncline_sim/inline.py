@@ -44,7 +44,7 @@ class InlineChild:
                 return {"stopped": True}
             said: dict[str, Any] = msgpack.unpackb(packed_answer(self._handlers, asked), strict_map_key=False)
         if "error" in said:
-            raise ChildFailed(said["error"], setting=said.get("setting", ""), mend=said.get("mend", ""))
+            raise ChildFailed(said["error"], setting=said.get("setting", ""), hint=said.get("hint", ""))
         return said
 
     async def close(self) -> None:
@@ -140,7 +140,7 @@ class StubEvaluator:
         self._elements, self._seed = elements_of(spec), int(spec["seed"])
         chunk = max(ALIGN_ELEMENTS, chunk_bytes // 8 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
         tensors = _tensors(self._elements)
-        layout = Manifest(dtype="fp64", elements=self._elements, chunk_elements=chunk, tensors=tensors, at_home=[])
+        layout = Manifest(dtype="fp64", elements=self._elements, chunk_elements=chunk, tensors=tensors, local=[])
         return {"manifest": manifest or encode(layout)}
 
     def initial(self) -> dict[str, Any]:

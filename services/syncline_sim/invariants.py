@@ -88,7 +88,7 @@ class Invariants(Chronicle):
         """Check what the sender of a heartbeat has seen. An agent gives up only where its child crashes again and again."""
         gave_up = beat.state == "failed" and "crashed" not in beat.reason
         self._insist(not gave_up, f"session {beat.session[:6]} gave up: {beat.reason}")
-        line, now = beat.seen_line, (beat.seen_term, beat.seen_version)
+        line, now = beat.seen_epoch, (beat.seen_term, beat.seen_version)
         known, before = self.seen.get(beat.session, (line, (0, 0)))
         if self.reborn and line != known:
             before = (0, 0)
@@ -127,8 +127,8 @@ class Invariants(Chronicle):
         self.heads.append(head)
         if before is not None:
             step = (head.term - before.term, head.version - before.version)
-            anew = self.was_set_back and head.line != before.line and step[0] > 0 and step[1] == 0
-            goes_on = head.line == before.line and step in ((0, 0), (0, 1), (1, 0))
+            anew = self.was_set_back and head.epoch != before.epoch and step[0] > 0 and step[1] == 0
+            goes_on = head.epoch == before.epoch and step in ((0, 0), (0, 1), (1, 0))
             self._insist(anew or goes_on, f"{_short(before)} was followed by {_short(head)}")
             if anew:  # clocks are given again, and offers of the line before count for nothing
                 for books in (self.offers, self.offer_seqs, self.sessions, self.may_begin, self.levels):
@@ -332,7 +332,7 @@ class Invariants(Chronicle):
     # -- offers and purges ---------------------------------------------------------------------------------------------
     def _on_offer(self, message: Stored) -> str:
         agent, offer = self._note_offer(message)
-        if self.head is None or offer.line != self.head.line or offer.base > self.head.version:
+        if self.head is None or offer.epoch != self.head.epoch or offer.base > self.head.version:
             return f"{agent} offers clock {offer.clock} for a version {offer.base} that is lost"
         sessions = self.sessions[agent]
         may_begin = self.may_begin.get(agent)

@@ -183,8 +183,8 @@ class SimSettings(Settings):
             known = names if isinstance(fault, StepHeld | TrainerKilled | TwinStarted) else (*names, COORDINATOR)
             if whose not in known:
                 also = " or coordinator" if COORDINATOR in known else ""
-                mend = f"Use {names[0]} to {names[-1]}{also}"
-                raise ConfigError(f"{SIM_SECTION}.faults.{i}.service", f"there is no {whose!r} here", mend)
+                hint = f"Use {names[0]} to {names[-1]}{also}"
+                raise ConfigError(f"{SIM_SECTION}.faults.{i}.service", f"there is no {whose!r} here", hint)
 
     def schedule(self) -> Faults:
         return Faults(tuple(fault.fault() for fault in self.faults))

@@ -103,7 +103,7 @@ class Tally:
     def copy(self) -> Tally:
         return replace(self, updates={agent: replace(mine) for agent, mine in self.updates.items()})
 
-    def set_back(self, then: Books, store: Store) -> None:
+    def rolled_back(self, then: Books, store: Store) -> None:
         """What was committed and is lost does not count."""
         assert isinstance(then, Tally)
         self.head, self.updates, version = then.head, then.updates, then.head.version if then.head else 0

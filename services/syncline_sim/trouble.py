@@ -92,7 +92,7 @@ class Trouble:
         for life in self._world.lives.values():
             if life.service == service and not (life.dead or life.replaced):
                 self._world.say(f"{life.connection} can connect again")
-                self._world.broker.mend(life.connection)
+                self._world.broker.hint(life.connection)
 
     def _replace(self, for_s: float, awake_s: float) -> None:
         """The coordinator is cut off, another one starts; the old one is back for `awake_s`, and dies."""
@@ -109,7 +109,7 @@ class Trouble:
     def _wake(self, life: Life) -> None:
         if not life.dead:
             self._world.say(f"{life.connection} is back")
-            self._world.broker.mend(life.connection)
+            self._world.broker.hint(life.connection)
 
     def _die(self, life: Life) -> None:
         if not life.dead:
@@ -145,7 +145,7 @@ class Trouble:
         )
         if f"KV_{subjects.RUNS_BUCKET}" in torn:  # then head is the newest
             then = self._world.books.copy()
-        self._world.set_back(store.with_newer(newest, torn) if fault.torn else store, then)
+        self._world.rolled_back(store.with_newer(newest, torn) if fault.torn else store, then)
         for later in self._flushed:  # another failure brings nothing back that this one took
             self._flush(later)
 

@@ -150,8 +150,8 @@ class World:
                 return
             if answer.doing:
                 continue
-            if answer.setting not in ("", "spec"):  # the user's input is wrong, and asking again mends nothing
-                self.refused = ConfigError(answer.setting, answer.problem, answer.mend)
+            if answer.setting not in ("", "spec"):  # the user's input is wrong, and asking again hints nothing
+                self.refused = ConfigError(answer.setting, answer.problem, answer.hint)
                 self._ended.set()
                 return
             await asyncio.sleep(ASK_AGAIN_S)
@@ -178,10 +178,10 @@ class World:
         if not disk:
             self.children.forget(life.service)
 
-    def set_back(self, store: Store, then: Books) -> None:
+    def rolled_back(self, store: Store, then: Books) -> None:
         """The broker comes back with an older store. Whose run is gone submits it again."""
         self.broker.roll_back(store)
-        self.books.set_back(then, self.broker.store)
+        self.books.rolled_back(then, self.broker.store)
         bucket = self.broker.store.streams.get(f"KV_{subjects.RUNS_BUCKET}")
         keys = (subjects.head_key(self.scene.spec.name), subjects.spec_key(self.scene.spec.name))
         head, spec = (bucket.last(f"$KV.{subjects.RUNS_BUCKET}.{key}") if bucket is not None else None for key in keys)

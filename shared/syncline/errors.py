@@ -11,11 +11,11 @@ class SynclineError(Exception):
 
 
 class ConfigError(SynclineError):
-    """The user's input is wrong. Names the setting, its value and the mend; commands exit with 2."""
+    """The user's input is wrong. Names the setting, its value and the hint; commands exit with 2."""
 
-    def __init__(self, setting: str, problem: str, mend: str = "") -> None:
-        self.setting, self.problem, self.mend = setting, problem, mend
-        super().__init__(f"{setting}: {problem}" + (f". {mend}" if mend else ""))
+    def __init__(self, setting: str, problem: str, hint: str = "") -> None:
+        self.setting, self.problem, self.hint = setting, problem, hint
+        super().__init__(f"{setting}: {problem}" + (f". {hint}" if hint else ""))
 
 
 class PeerError(SynclineError):
@@ -65,6 +65,6 @@ class StoreDown(Unavailable):
 class Unfit(Unavailable):
     """The broker is not one to talk to: too old, without TLS, with an unknown certificate. Trying again does not help."""
 
-    def __init__(self, problem: str, mend: str) -> None:
-        self.problem, self.mend = problem, mend
-        super().__init__(f"{problem}. {mend}")
+    def __init__(self, problem: str, hint: str) -> None:
+        self.problem, self.hint = problem, hint
+        super().__init__(f"{problem}. {hint}")

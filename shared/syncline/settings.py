@@ -20,7 +20,7 @@ def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[
     path, sections = _walk(model, loc[:-1] if kind == "extra_forbidden" else loc)
     if kind == "extra_forbidden":
         error = _unknown(model, path, loc[-1], sections, () if path else beside)
-        return ConfigError(".".join(filter(None, (section, error.setting))), error.problem, error.mend)
+        return ConfigError(".".join(filter(None, (section, error.setting))), error.problem, error.hint)
     setting = ".".join(filter(None, (section, *path))) or "spec"
     if kind == "missing":
         return ConfigError(setting, "is missing", "Add it")
@@ -151,8 +151,8 @@ def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) 
             raise ConfigError(group, f"{where} is no class of {base.__name__}", "Derive it, or uninstall its package")
         if kind.model_fields[tag].default != entry.name or entry.name in {*known, *found}:
             problem = f"{where} has {tag} = {kind.model_fields[tag].default!r}"
-            mend = f"Give both one name that no other {base.__name__.lower()} has, or uninstall its package"
-            raise ConfigError(group, problem, mend)
+            hint = f"Give both one name that no other {base.__name__.lower()} has, or uninstall its package"
+            raise ConfigError(group, problem, hint)
         found[entry.name] = kind
     return [*found.values()]
 
@@ -167,9 +167,9 @@ def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str]
         ignored: names of settings, as `local.steps`, that are left out where the class does not know them.
     """
     if not isinstance(data, dict):
-        mend = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
+        hint = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
         what = "is empty" if data is None else f"is a {type(data).__name__}, not a mapping"
-        raise ConfigError(section or "spec", what, mend)
+        raise ConfigError(section or "spec", what, hint)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -179,7 +179,7 @@ def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str]
         problems = _together([explain(model, item, section, model.beside) for item in error.errors()])
         first = problems[0]
         rest = "".join(f"\n{p}" for p in problems[1:])
-        raise ConfigError(first.setting, first.problem, first.mend + rest) from None
+        raise ConfigError(first.setting, first.problem, first.hint + rest) from None
 
 
 def _is_within(path: list[str], names: Collection[str]) -> bool:
@@ -200,9 +200,9 @@ def _together(problems: list[ConfigError]) -> list[ConfigError]:
     """One for each value: where several kinds are possible, pydantic says of each of them why it is not that."""
     found: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
-        found.setdefault((problem.setting, problem.problem), []).append(problem.mend)
-    return [ConfigError(*what, ", or ".join([mends[0], *map(_small, mends[1:])])) for what, mends in found.items()]
+        found.setdefault((problem.setting, problem.problem), []).append(problem.hint)
+    return [ConfigError(*what, ", or ".join([hints[0], *map(_small, hints[1:])])) for what, hints in found.items()]
 
 
-def _small(mend: str) -> str:
-    return mend[:1].lower() + mend[1:]
+def _small(hint: str) -> str:
+    return hint[:1].lower() + hint[1:]

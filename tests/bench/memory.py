@@ -91,7 +91,7 @@ async def _submit(local: LocalFleet, bus: NatsBus, params: int, outer: str) -> N
         said = await local.ask_coordinator(bus, subjects.submit(), encode(Submit(spec=spec)), 600)
         answer = decode(Submitted, said)
         if not answer.doing:
-            assert answer.run, f"{answer.problem} {answer.mend}"
+            assert answer.run, f"{answer.problem} {answer.hint}"
             return
 
 

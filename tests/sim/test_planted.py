@@ -253,7 +253,7 @@ def an_offer_goes_out_before_its_chunks_are_held(patch: pytest.MonkeyPatch) -> N
 def a_chunk_that_is_there_already_is_an_error(patch: pytest.MonkeyPatch) -> None:
     async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
         try:
-            await blobs.patiently(partial(bus.put, subject, frame, bulk=True))
+            await blobs.with_retries(partial(bus.put, subject, frame, bulk=True))
         except AlreadyPut as error:
             raise AssertionError(subject) from error
         return True

@@ -56,7 +56,7 @@ def what_head_names_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
 
 def no_new_line_is_begun(patch: pytest.MonkeyPatch) -> None:
     async def same_line(bus: Bus, head: Head, lost_term: int | None) -> Head:
-        return (await taken_over(bus, head, lost_term)).model_copy(update={"line": head.line})
+        return (await taken_over(bus, head, lost_term)).model_copy(update={"epoch": head.epoch})
 
     patch.setattr(service, "taken_over", same_line)
 
@@ -65,7 +65,7 @@ def offers_of_every_line_are_taken(patch: pytest.MonkeyPatch) -> None:
     real = Run._unacceptable
 
     def unacceptable(self: Run, agent: str, offer: Offer) -> Any:
-        return real(self, agent, offer.model_copy(update={"line": self.keeper.head.line}))
+        return real(self, agent, offer.model_copy(update={"epoch": self.keeper.head.epoch}))
 
     patch.setattr(Run, "_unacceptable", unacceptable)
 
@@ -82,7 +82,7 @@ def agents_believe_an_older_head_after_a_reconnect(patch: pytest.MonkeyPatch) ->
 
 def agents_wait_for_the_verdict_on_what_is_lost(patch: pytest.MonkeyPatch) -> None:
     def rebase(self: Session, line: int) -> None:
-        self._stand.line = line
+        self._stand.epoch = line
 
     patch.setattr(Session, "_rebase", rebase)
 

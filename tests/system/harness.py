@@ -75,7 +75,7 @@ class Fleet:
 
     async def start(self, **spec: Any) -> str:
         answer = await self.submit(**spec)
-        assert answer.run, f"{answer.setting}: {answer.problem} {answer.mend}"
+        assert answer.run, f"{answer.setting}: {answer.problem} {answer.hint}"
         self._started.append(answer.run)
         return answer.run
 

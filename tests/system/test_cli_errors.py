@@ -1,4 +1,4 @@
-"""Wrong input ends with code 2 and one line that names the setting and the mend; nothing has been started for it."""
+"""Wrong input ends with code 2 and one line that names the setting and the hint; nothing has been started for it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def spec_file(place: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "setting", "mend"),
+    ("text", "setting", "hint"),
     [
         (DIGITS + "lokal: {steps: 3}\n", "lokal", "Did you mean `local`?"),
         (DIGITS + "local: {stepps: 3}\n", "local.stepps", "Did you mean `steps`?"),
@@ -55,10 +55,10 @@ def spec_file(place: Path, text: str) -> str:
         (DIGITS + "name: Not A Name\n", "name", "Use 1 to 63"),
     ],
 )
-def test_a_wrong_spec(tmp_path: Path, text: str, setting: str, mend: str) -> None:
+def test_a_wrong_spec(tmp_path: Path, text: str, setting: str, hint: str) -> None:
     said = refused(tmp_path, "run", spec_file(tmp_path, text), "--local", "2")
     assert said.startswith(f"error: {setting}: ")
-    assert mend in said
+    assert hint in said
 
 
 def test_a_spec_file_that_is_not_there(tmp_path: Path) -> None:

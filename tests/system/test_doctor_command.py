@@ -86,7 +86,7 @@ async def test_a_key_under_another_name_and_one_that_is_not_known(fleet: Fleet, 
     assert found["key"]["verdict"] == "broken" and "does not know this key" in found["key"]["text"]
     assert {found[check]["verdict"] for check in BROKER[2:]} == {"skipped"}
     found = await asyncio.to_thread(doctor, tmp_path, "--connect", broker.url)
-    assert found["key"]["verdict"] == "broken" and "--key" in found["key"]["mend"]
+    assert found["key"]["verdict"] == "broken" and "--key" in found["key"]["hint"]
 
 
 @in_module_loop
@@ -119,8 +119,8 @@ def test_a_broker_without_jetstream_and_accounts(tmp_path: Path) -> None:
     url, server = bare(tmp_path, "")
     with server:
         found = doctor(tmp_path, "--connect", url)
-    assert found["key"]["verdict"] == "warning" and "keys make" in found["key"]["mend"]
-    assert found["jetstream"]["verdict"] == "broken" and "-js" in found["jetstream"]["mend"]
+    assert found["key"]["verdict"] == "warning" and "keys make" in found["key"]["hint"]
+    assert found["jetstream"]["verdict"] == "broken" and "-js" in found["jetstream"]["hint"]
 
 
 def test_an_agents_key_on_a_broker_that_knows_it_but_has_no_accounts(tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_small_limits_are_named(tmp_path: Path) -> None:
     url, server = bare(tmp_path, text)
     with server:
         found = doctor(tmp_path, "--connect", url, "--key", str(keyring.path("coordinator")))
-    assert found["payload"]["verdict"] == "warning" and "max_payload" in found["payload"]["mend"]
-    assert found["space"]["verdict"] == "warning" and "max_file_store" in found["space"]["mend"]
+    assert found["payload"]["verdict"] == "warning" and "max_payload" in found["payload"]["hint"]
+    assert found["space"]["verdict"] == "warning" and "max_file_store" in found["space"]["hint"]
     assert found["clock"]["verdict"] == "ok", "a small store has room for one message"
-    assert found["coordinator"]["verdict"] == "broken" and "syncline coordinator" in found["coordinator"]["mend"]
+    assert found["coordinator"]["verdict"] == "broken" and "syncline coordinator" in found["coordinator"]["hint"]
 
 
 def test_a_broker_whose_messages_are_too_small_for_any_run_is_broken(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_broker_that_is_stopped_in_the_middle_does_not_hang_it(tmp_path: Path)
 
 def test_a_host_that_does_not_exist(tmp_path: Path) -> None:
     found = doctor(tmp_path, "--connect", "nats://no-such-host.invalid:4222", checks=("broker",))
-    assert found["broker"]["verdict"] == "broken" and found["broker"]["mend"]
+    assert found["broker"]["verdict"] == "broken" and found["broker"]["hint"]
 
 
 def test_people_get_lines_and_the_code_of_a_failure(tmp_path: Path) -> None:

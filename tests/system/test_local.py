@@ -111,7 +111,7 @@ async def test_a_period_of_seconds_takes_so_long_and_counts_by_its_steps(fleet: 
 
 
 @pytest.mark.parametrize(
-    ("local", "setting", "problem", "mend"),
+    ("local", "setting", "problem", "hint"),
     [
         ({"optimizer": {"kind": "adamm"}}, "local.optimizer.kind", "'adamm' is not known", "Did you mean `adam`?"),
         (
@@ -130,11 +130,11 @@ async def test_a_period_of_seconds_takes_so_long_and_counts_by_its_steps(fleet: 
     ],
 )
 async def test_a_wrong_setting_is_refused_before_anything_trains(
-    fleet: Fleet, local: dict[str, Any], setting: str, problem: str, mend: str
+    fleet: Fleet, local: dict[str, Any], setting: str, problem: str, hint: str
 ) -> None:
     answer = await fleet.submit(**bowls(0.1, local={"steps": 1, **local}))
     assert (answer.run, answer.setting) == ("", setting)
-    assert answer.problem.startswith(problem) and answer.mend.startswith(mend)
+    assert answer.problem.startswith(problem) and answer.hint.startswith(hint)
 
 
 async def test_adam_with_a_schedule_is_torch_s_own(fleet: Fleet) -> None:
@@ -232,7 +232,7 @@ async def test_scaffold_with_an_agent_killed_goes_on_with_the_variates_it_had(fl
 async def test_scaffold_beside_a_weighting_is_refused(fleet: Fleet) -> None:
     answer = await fleet.submit(**bowls(0.1, local={"steps": 1, **SCAFFOLD}, merge={"weights": "samples"}))
     assert (answer.run, answer.setting) == ("", "merge.weights")
-    assert "the plain mean of all c_i" in answer.problem and "Leave merge.weights at 'uniform'" in answer.mend
+    assert "the plain mean of all c_i" in answer.problem and "Leave merge.weights at 'uniform'" in answer.hint
 
 
 async def test_scaffold_finds_the_optimum_where_periods_overlap_too(fleet: Fleet) -> None:

@@ -52,7 +52,7 @@ async def test_the_run_goes_on_from_what_is_there_under_a_higher_term_to_the_ver
 
         head = await fleet.ended(run)
         assert head.phase == "done" and head.version == 60 and head.digest == calm.digest
-        assert lost.term == 1 < head.term and head.line != lost.line
+        assert lost.term == 1 < head.term and head.epoch != lost.epoch
         told = await fleet.event(run, "run-set-back")
         assert f"goes on from version {before.version}" in told["text"]
         said = (broker.directory / "logs" / "coordinator.log").read_text()

@@ -48,7 +48,7 @@ async def test_a_run_that_does_not_fit_is_refused_with_the_figures_and_leaves_no
     assert answer.run == "" and answer.setting == "agents.max"
     for figure in ("MiB on the bus", "39062 KiB", "each of 4 agents", "3 models"):
         assert figure in answer.problem
-    assert "max_file_store" in answer.mend
+    assert "max_file_store" in answer.hint
     for stream in (subjects.updates_stream, subjects.offers_stream, subjects.model_stream, subjects.log_stream):
         assert await gone(small, stream("large"))
     assert await small.bus.kv_keys(subjects.RUNS_BUCKET) == []
@@ -77,7 +77,7 @@ async def test_a_stream_of_somebody_else_in_the_way_is_named_and_stays(small: Fl
         answer = await small.submit(name="taken", **noop(1000))
         assert answer.run == "" and answer.setting == "name", answer
         assert "another configuration" in answer.problem or "overlap" in answer.problem
-        assert "nats stream ls" in answer.mend
+        assert "nats stream ls" in answer.hint
         await small.bus.ensure_stream(theirs)
         assert await gone(small, subjects.updates_stream("taken")), "what was made for the run is still there"
         await small.bus.delete_stream(theirs.name)
@@ -91,10 +91,10 @@ async def test_blobs_that_nobody_offers_go_after_a_time_and_who_keeps_putting_th
     hoarder, purger, offered = await small.local.connect("a1"), Purger(small.bus), set[str]()
     janitor = Janitor(small.bus, run, purger, Telemetry(small.bus, run, subjects.COORDINATOR), lambda: offered)
 
-    async def sure() -> None:
+    async def verify_durable() -> None:
         """The broker has lost nothing."""
 
-    purging = asyncio.create_task(purger.run(sure))
+    purging = asyncio.create_task(purger.run(verify_durable))
     try:
         prefix = partial(subjects.update_prefix, run, "a1")
         for _ in range(QUOTA_BLOBS + 2):

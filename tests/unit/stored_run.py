@@ -26,7 +26,7 @@ LAYOUT = Manifest(
         Entry(name="fc.weight", shape=[2, 2], offset=0, elements=4),
         Entry(name="fc.bias", shape=[2], offset=4, elements=2),
     ],
-    at_home=["bn.num_batches_tracked"],
+    local=["bn.num_batches_tracked"],
 )
 
 

@@ -42,8 +42,8 @@ class DemoSettings:
         _within("--seed", self.seed, 0, 2**31)
         _within("--port", self.port, 0, 65535)
         if not 0 <= self.alpha < 2:
-            mend = "Use 0 up to but not including 2: 1 takes over the shared model, 0 leaves every agent alone"
-            raise ConfigError("--alpha", f"{self.alpha:g} is out of range", mend)
+            hint = "Use 0 up to but not including 2: 1 takes over the shared model, 0 leaves every agent alone"
+            raise ConfigError("--alpha", f"{self.alpha:g} is out of range", hint)
 
     def spec(self, name: str, **changes: Any) -> RunSpec:
         from syncline.spec.run_spec import RunSpec, parse
@@ -126,8 +126,8 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            mend = "Stop what listens there, or use 0 for any that is free"
-            raise ConfigError("--port", f"{port}: {error.strerror}", mend) from None
+            hint = "Stop what listens there, or use 0 for any that is free"
+            raise ConfigError("--port", f"{port}: {error.strerror}", hint) from None
 
 
 def _check_directory(directory: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`syncline doctor`: what is wrong with this set-up, each line with its mend."""
+"""`syncline doctor`: what is wrong with this set-up, each line with its hint."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def doctor(
     only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="This check alone; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine, its GPUs and disks, and at the broker with the rights of a key, and say what to mend."""
+    """Look at this machine, its GPUs and disks, and at the broker with the rights of a key, and say what to hint."""
     for wanted in only or ():
         if wanted not in CHECKS:
             close = difflib.get_close_matches(wanted, CHECKS, n=1)
-            mend = f"Did you mean {close[0]!r}?" if close else f"Use {', '.join(CHECKS)}"
-            raise ConfigError("--only", f"{wanted!r} is no check", mend)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Use {', '.join(CHECKS)}"
+            raise ConfigError("--only", f"{wanted!r} is no check", hint)
 
     from syncline.bus.tls import Tls
     from syncline.runtime.service import state_dir as default_state_dir

@@ -57,7 +57,7 @@ def export(
     print(
         f"{file}: version {about['version']} of {run}, {shape}, {megabytes(about['bytes'])}, digest {about['digest']}"
     )
-    if home := about["at_home"]:
+    if home := about["local"]:
         more = f" and {len(home) - NAMED} more" if len(home) > NAMED else ""
         print(f"not in it, for they do not travel: {', '.join(home[:NAMED])}{more}")
     print("load it with: safetensors.torch.load_model(model, " + repr(str(file)) + (", strict=False)" if home else ")"))

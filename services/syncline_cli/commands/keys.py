@@ -168,7 +168,7 @@ def _reload() -> str:
 
 @contextmanager
 def _files(directory: Path) -> Iterator[None]:
-    """What the file system refuses is the user's to mend."""
+    """What the file system refuses is the user's to hint."""
     try:
         yield
     except OSError as error:

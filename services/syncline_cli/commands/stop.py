@@ -105,8 +105,8 @@ async def _ask(bus: Bus, run: str, by: str, at: Place, before: str) -> str:
     except NoResponders:
         if before:
             return before
-        mend = f"Start one with `{come_back('syncline coordinator', at.url, at.key, at.tls)}`"
-        raise ConfigError("--connect", f"no coordinator answers on {at.shown}", mend) from None
+        hint = f"Start one with `{come_back('syncline coordinator', at.url, at.key, at.tls)}`"
+        raise ConfigError("--connect", f"no coordinator answers on {at.shown}", hint) from None
     except BusError:  # asked again soon
         return before
     return before or answer.outcome

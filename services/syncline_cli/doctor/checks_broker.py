@@ -93,7 +93,7 @@ class Broker:
         try:
             servers = address_of(self.target.url).servers
         except ConfigError as error:
-            return broken("broker", error.problem, error.mend)
+            return broken("broker", error.problem, error.hint)
         found = await asyncio.gather(*(self._look_at(server) for server in servers))
         if len(found) == 1:
             return found[0]
@@ -102,7 +102,7 @@ class Broker:
         text = "; ".join([*good, *(finding.text for finding in bad)])
         if not bad:
             return ok("broker", text)
-        return warning("broker", text, bad[0].mend) if good else broken("broker", text, bad[0].mend)
+        return warning("broker", text, bad[0].hint) if good else broken("broker", text, bad[0].hint)
 
     async def _look_at(self, server: Server) -> Finding:
         """One server of the broker."""
@@ -114,23 +114,23 @@ class Broker:
                 line = await reader.readline()
                 took_ms = 1000 * (time.perf_counter() - began)
                 if not line.startswith(b"INFO {"):
-                    mend = "Name the broker's client port, 4222"
-                    return broken("broker", f"what answers at {server.url} is no NATS server", mend)
+                    hint = "Name the broker's client port, 4222"
+                    return broken("broker", f"what answers at {server.url} is no NATS server", hint)
                 info = json.loads(line.removeprefix(b"INFO "))
                 check_version(info)
                 check_info(info, server.scheme == "tls" or tls.given, tls)
                 if info.get("tls_required"):
                     await writer.start_tls(tls.context(), server_hostname=server.host)
         except Unfit as error:
-            return broken("broker", f"{server.url}: {error.problem}", error.mend)
+            return broken("broker", f"{server.url}: {error.problem}", error.hint)
         except ConfigError as error:
-            return broken("broker", f"{error.setting}: {error.problem}", error.mend)
+            return broken("broker", f"{error.setting}: {error.problem}", error.hint)
         except (OSError, TimeoutError, ValueError) as error:
             if (why := unfit(error, tls)) is not None:
-                return broken("broker", f"{server.url}: {why.problem}", why.mend)
+                return broken("broker", f"{server.url}: {why.problem}", why.hint)
             said = f"no answer within {ANSWER_S:g} s" if isinstance(error, TimeoutError) else str(error)
-            mend = "Start the broker, open the way to it, or name another with --connect or SYNCLINE_NATS_URL"
-            return broken("broker", f"no server answers at {server.url}: {said}", mend)
+            hint = "Start the broker, open the way to it, or name another with --connect or SYNCLINE_NATS_URL"
+            return broken("broker", f"no server answers at {server.url}: {said}", hint)
         finally:
             if writer is not None:
                 writer.close()
@@ -146,16 +146,16 @@ class Broker:
             async with asyncio.timeout(3 * ANSWER_S):
                 self.bus = await NatsBus.connect(to)
         except ConfigError as error:
-            return broken("key", f"{error.setting}: {error.problem}", error.mend)
+            return broken("key", f"{error.setting}: {error.problem}", error.hint)
         except Denied as error:
             if not self._seed:
                 return broken(
                     "key", "the broker asks for a key, and none is named", "Name its file with --key or SYNCLINE_KEY"
                 )
-            mend = "Reload the broker's configuration if the key is new; else use a key of this broker's set"
-            return broken("key", f"{self.name}: {error}", mend)
+            hint = "Reload the broker's configuration if the key is new; else use a key of this broker's set"
+            return broken("key", f"{self.name}: {error}", hint)
         except Unfit as error:
-            return broken("key", f"no login: {error.problem}", error.mend)
+            return broken("key", f"no login: {error.problem}", error.hint)
         except (BusError, TimeoutError) as error:
             return broken("key", f"no login: {str(error) or 'no answer'}", "Look into the broker's log")
         if not self._seed:
@@ -196,17 +196,17 @@ class Broker:
         try:
             await self.bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key("doctor"))
         except Denied as error:
-            mend = f"Use {self.name}'s own key under its own name: --name is {self.name!r}"
-            return broken("rights", f"{error}", mend)
+            hint = f"Use {self.name}'s own key under its own name: --name is {self.name!r}"
+            return broken("rights", f"{error}", hint)
         except NoResponders:
             return ok("rights", f"those of agent {self.name} alone; no coordinator has been on this broker yet")
         return ok("rights", f"those of agent {self.name} alone")
 
     # -- what it offers ------------------------------------------------------------------------------------------------
     async def jetstream(self) -> Finding:
-        mend = "Start nats-server with JetStream: -js, or a jetstream block in its configuration"
+        hint = "Start nats-server with JetStream: -js, or a jetstream block in its configuration"
         if not self._info.get("jetstream"):
-            return broken("jetstream", "the broker stores nothing: JetStream is off", mend)
+            return broken("jetstream", "the broker stores nothing: JetStream is off", hint)
         if self.role not in ("coordinator", "anybody"):
             return ok("jetstream", "on")
         assert self.bus is not None
@@ -222,12 +222,12 @@ class Broker:
     async def payload(self) -> Finding:
         size = int(self._info.get("max_payload", 0))
         text = f"messages of up to {size >> 10} KiB"
-        mend = f"Set max_payload: {MAX_PAYLOAD_BYTES} in the broker's configuration, on every server alike"
+        hint = f"Set max_payload: {MAX_PAYLOAD_BYTES} in the broker's configuration, on every server alike"
         if size < LEAST_PAYLOAD_BYTES:
-            return broken("payload", f"{text}: a run needs {LEAST_PAYLOAD_BYTES >> 10} KiB at least", mend)
+            return broken("payload", f"{text}: a run needs {LEAST_PAYLOAD_BYTES >> 10} KiB at least", hint)
         if size < SMALL_PAYLOAD_BYTES:
             least = f"{LEAST_PAYLOAD_BYTES >> 10} KiB are the least"
-            return warning("payload", f"{text}: models travel in small pieces ({least})", mend)
+            return warning("payload", f"{text}: models travel in small pieces ({least})", hint)
         return ok("payload", text)
 
     async def space(self) -> Finding:
@@ -276,10 +276,10 @@ class Broker:
             await self.bus.request(subject, question, ANSWER_S)
         except NoResponders:
             key = coordinator_key(str(self._key_file or ""))
-            mend = f"Start one: syncline coordinator --connect {masked(self.target.url)}" + (
+            hint = f"Start one: syncline coordinator --connect {masked(self.target.url)}" + (
                 f" --key {key}" if self._seed else ""
             )
-            return broken("coordinator", "none is on this broker", mend)
+            return broken("coordinator", "none is on this broker", hint)
         except Denied as error:
             return broken("coordinator", str(error), "Use a key of this broker's set, under its own name")
         return ok("coordinator", f"answers within {1000 * (time.perf_counter() - began):.1f} ms")

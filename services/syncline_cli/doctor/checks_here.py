@@ -120,22 +120,22 @@ def torch_finding(seen: dict[str, Any], driver: bool, device: str) -> Finding:
     if device == "mps" and not seen["mps"]:
         return broken("torch", f"torch {version} has no mps: this host has no Apple GPU for it", "Use --device auto")
     if lame := [f"cuda:{i} {gpu['name']}: {gpu['error']}" for i, gpu in enumerate(gpus) if gpu["error"]]:
-        mend = "Install a build of torch for this GPU and driver; `nvidia-smi` shows both, and who uses the GPU"
-        return broken("torch", f"torch {version} cannot use {'; '.join(lame)}", mend)
+        hint = "Install a build of torch for this GPU and driver; `nvidia-smi` shows both, and who uses the GPU"
+        return broken("torch", f"torch {version} cannot use {'; '.join(lame)}", hint)
     if gpus and device != "cpu":
         return ok("torch", f"{version}: " + ", ".join(_described(i, gpu) for i, gpu in enumerate(gpus)))
     if driver and device != "cpu":
-        why, mend = _why_no_gpu(seen, driver)
-        return warning("torch", f"torch {version} trains on the CPU: {why}", mend)
+        why, hint = _why_no_gpu(seen, driver)
+        return warning("torch", f"torch {version} trains on the CPU: {why}", hint)
     place = "mps" if seen["mps"] and device != "cpu" else f"the CPU, {seen['threads']} threads"
     return ok("torch", f"{version} on {place}")
 
 
 def _why_no_gpu(seen: dict[str, Any], driver: bool) -> tuple[str, str]:
-    """And the mend."""
+    """And the hint."""
     if not driver:
-        mend = "Install the NVIDIA driver; for a container, the NVIDIA container toolkit, and reserve a GPU for it"
-        return "no NVIDIA driver is seen here", mend
+        hint = "Install the NVIDIA driver; for a container, the NVIDIA container toolkit, and reserve a GPU for it"
+        return "no NVIDIA driver is seen here", hint
     if not seen["cuda"]:
         return (
             "a driver is here, but this build of torch is without CUDA",

@@ -1,4 +1,4 @@
-"""What `syncline doctor` finds: one line per check, each with its mend. Pure."""
+"""What `syncline doctor` finds: one line per check, each with its hint. Pure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Finding:
     check: str
     verdict: Verdict
     text: str
-    mend: str = ""
+    hint: str = ""
 
 
 def ok(check: str, text: str) -> Finding:
     return Finding(check, "ok", text)
 
 
-def warning(check: str, text: str, mend: str) -> Finding:
-    return Finding(check, "warning", text, mend)
+def warning(check: str, text: str, hint: str) -> Finding:
+    return Finding(check, "warning", text, hint)
 
 
-def broken(check: str, text: str, mend: str) -> Finding:
-    return Finding(check, "broken", text, mend)
+def broken(check: str, text: str, hint: str) -> Finding:
+    return Finding(check, "broken", text, hint)
 
 
 def skipped(check: str, text: str) -> Finding:
@@ -48,8 +48,8 @@ def as_lines(findings: list[Finding]) -> list[str]:
     lines = []
     for finding in findings:
         lines.append(f"{finding.verdict:<8} {finding.check:<{wide}}  {finding.text}")
-        if finding.mend:
-            lines.append(f"{'':<{9 + wide}}  → {finding.mend}")
+        if finding.hint:
+            lines.append(f"{'':<{9 + wide}}  → {finding.hint}")
     return lines
 
 

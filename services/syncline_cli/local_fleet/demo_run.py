@@ -48,7 +48,7 @@ class Demo:
             self._say_how_to_watch(fleet)
             services = Services(
                 fleet, self.screen.say, coordinator_starts=0
-            )  # a demo shows what there is, and not a mend
+            )  # a demo shows what there is, and not a hint
             name = f"demo-{secrets.token_hex(3)}"
             await self._together(services, bus, watch, self.settings.spec(name))
             able = len(services.able(self.shared))

@@ -73,7 +73,7 @@ async def submit(bus: Bus, spec: RunSpec, *, patience_s: float = 60.0, say: Say 
     if not answer.run:
         if lost and answer.setting == "name" and await _is_there(bus, spec):  # accepted, and the answer was lost
             return Submitted(run=spec.name, warnings=[*spec.warnings])
-        raise ConfigError(answer.setting, answer.problem, answer.mend)
+        raise ConfigError(answer.setting, answer.problem, answer.hint)
     return answer
 
 
@@ -119,8 +119,8 @@ async def submit_remote(bus: Bus, spec: RunSpec, url: str, key: str = "", say: S
         await _check_jetstream(bus, url)
         url = masked(url)
         start = f"syncline coordinator --connect {url}" + (f" --key {key}" if key else "")
-        mend = f"Start one with `{start}`, or name another broker with --connect"
-        raise ConfigError("--connect", f"no coordinator answers on {url}", mend) from None
+        hint = f"Start one with `{start}`, or name another broker with --connect"
+        raise ConfigError("--connect", f"no coordinator answers on {url}", hint) from None
     except Denied as error:
         raise ConfigError("--key", f"it may not submit runs: {error}", "Use the coordinator's key") from None
     except BusError as error:

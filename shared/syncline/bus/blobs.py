@@ -164,7 +164,7 @@ async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int,
 
 async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int) -> Stored:
     """Chunk k as the stream holds it. Raises BlobGone."""
-    stored = await patiently(lambda: bus.get(stream, f"{prefix(ref.id)}.{k}", bulk=True))
+    stored = await with_retries(lambda: bus.get(stream, f"{prefix(ref.id)}.{k}", bulk=True))
     if stored is None:
         raise BlobGone(f"chunk {k} of blob {ref.id[:8]} is not on the bus")
     return stored
@@ -173,13 +173,13 @@ async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int)
 async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
     """Puts one frame. False where it is there already: an earlier try of ours has put it."""
     try:
-        await patiently(lambda: bus.put(subject, frame, bulk=True))
+        await with_retries(lambda: bus.put(subject, frame, bulk=True))
     except AlreadyPut:
         return False
     return True
 
 
-async def patiently(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
+async def with_retries(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
     """Asks again, with growing pauses, while the bus is out of reach; what will not pass is raised at once."""
     deadline = _now() + patience_s
     for attempt in itertools.count():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import get_record, patiently, put_record
+from syncline.bus.blobs import get_record, put_record, with_retries
 from syncline.wire import subjects
 from syncline.wire.messages import LINE_INLINE_BYTES, MAX_BLOB_RECORD_BYTES, BlobRef, Committed, LogLine, decode, encode
 
@@ -26,7 +26,7 @@ async def put_commit(bus: Bus, record: Committed) -> None:
         held = await put_record(bus, partial(subjects.log_blob, record.run, record.version, record.term), data)
     line = LogLine(version=record.version, term=record.term, model=record.model, record=held)
     subject = subjects.log_record(record.run, record.version, record.term)
-    await patiently(partial(bus.put, subject, encode(line)))
+    await with_retries(partial(bus.put, subject, encode(line)))
 
 
 async def line_of(bus: Bus, run: str, version: int, most_term: int) -> LogLine | None:
@@ -35,11 +35,11 @@ async def line_of(bus: Bus, run: str, version: int, most_term: int) -> LogLine |
     A line under a lower term was put by a coordinator that was replaced before it could commit.
     """
     stream, every_term = subjects.log_stream(run), subjects.log_record(run, version, "*")
-    found = (await patiently(partial(bus.state, stream, every_term))).subjects
+    found = (await with_retries(partial(bus.state, stream, every_term))).subjects
     terms = [term for term in (int(subject.rpartition(".")[2]) for subject in found) if term <= most_term]
     if not terms:
         return None
-    stored = await patiently(partial(bus.get, stream, subjects.log_record(run, version, max(terms))))
+    stored = await with_retries(partial(bus.get, stream, subjects.log_record(run, version, max(terms))))
     return None if stored is None else decode(LogLine, stored.data)
 
 

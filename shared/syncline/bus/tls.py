@@ -44,8 +44,8 @@ def _loaded(setting: str, file: str, load: Callable[[], T]) -> T:
         return load()
     except ssl.SSLError as error:
         problem = f"{file} cannot be used: {error.reason or error}"
-        mend = "Name a file in PEM form; of a certificate and its key, both without a passphrase"
-        raise ConfigError(setting, problem, mend) from None
+        hint = "Name a file in PEM form; of a certificate and its key, both without a passphrase"
+        raise ConfigError(setting, problem, hint) from None
     except OSError as error:
         raise ConfigError(setting, f"{file}: {error.strerror}", "Name a file that you can read") from None
 
@@ -53,8 +53,8 @@ def _loaded(setting: str, file: str, load: Callable[[], T]) -> T:
 def check_info(info: dict[str, Any], wants_tls: bool, tls: Tls) -> None:
     """Raise Unfit where what a server says first of TLS does not fit what was asked for."""
     if wants_tls and not info.get("tls_required"):
-        mend = "Add a `tls` block to its nats-server.conf, or write nats:// where the network is your own"
-        raise Unfit("the address or an option asks for TLS, and the broker answers without TLS", mend)
+        hint = "Add a `tls` block to its nats-server.conf, or write nats:// where the network is your own"
+        raise Unfit("the address or an option asks for TLS, and the broker answers without TLS", hint)
     if info.get("tls_verify") and not tls.cert:
         raise Unfit("the broker asks for a client certificate, and none is named", "Name it: --tls-cert, --tls-key")
 
@@ -64,14 +64,14 @@ def unfit(error: Exception, tls: Tls) -> Unfit | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         why = error.verify_message or str(error)
         if "ostname mismatch" in why or "IP address mismatch" in why:
-            mend = "Use the name that stands in its certificate, or a certificate with this name"
-            return Unfit(f"the broker's certificate is another host's: {why}", mend)
+            hint = "Use the name that stands in its certificate, or a certificate with this name"
+            return Unfit(f"the broker's certificate is another host's: {why}", hint)
         if "expired" in why or "not yet valid" in why:
             return Unfit(f"the broker's certificate: {why}", "Renew it; or set the clock of this machine")
         known = f"--tls-ca {tls.ca}" if tls.ca else "the system's authorities"
-        mend = "Name the certificate of its authority with --tls-ca, SYNCLINE_TLS_CA or SSL_CERT_FILE"
-        return Unfit(f"the authority of the broker's certificate is not among {known}: {why}", mend)
+        hint = "Name the certificate of its authority with --tls-ca, SYNCLINE_TLS_CA or SSL_CERT_FILE"
+        return Unfit(f"the authority of the broker's certificate is not among {known}: {why}", hint)
     if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "").upper():
-        mend = "Use one that the broker's authority (`ca_file` in its `tls` block) has signed"
-        return Unfit(f"the broker refuses this client's certificate: {error.reason}", mend)
+        hint = "Use one that the broker's authority (`ca_file` in its `tls` block) has signed"
+        return Unfit(f"the broker refuses this client's certificate: {error.reason}", hint)
     return None

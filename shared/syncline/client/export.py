@@ -78,8 +78,8 @@ async def _kept(bus: Bus, head: Head, version: int) -> _Kept:
 
 
 def _not_kept(head: Head, version: int) -> ConfigError:
-    mend = f"The newest is {head.version}; a run keeps its last `keep_models` versions, 2 where its spec says nothing"
-    return ConfigError("--version", f"version {version} of {head.run} is not on the bus", mend)
+    hint = f"The newest is {head.version}; a run keeps its last `keep_models` versions, 2 where its spec says nothing"
+    return ConfigError("--version", f"version {version} of {head.run} is not on the bus", hint)
 
 
 def _model(layout: Manifest, flat: bytearray, kept: _Kept, run: str) -> Model:
@@ -100,7 +100,7 @@ def _model(layout: Manifest, flat: bytearray, kept: _Kept, run: str) -> Model:
         "tensors": len(tensors),
         "elements": layout.elements,
         "bytes": layout.nbytes,
-        "at_home": list(layout.at_home),
+        "local": list(layout.local),
     }
     return Model(tensors, about)
 

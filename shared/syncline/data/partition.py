@@ -66,8 +66,8 @@ class Part:
 class TooManyParts(ConfigError):
     """The data can be split in no more than `most` parts."""
 
-    def __init__(self, most: int, setting: str, problem: str, mend: str) -> None:
-        super().__init__(setting, problem, mend)
+    def __init__(self, most: int, setting: str, problem: str, hint: str) -> None:
+        super().__init__(setting, problem, hint)
         self.most = most
 
 

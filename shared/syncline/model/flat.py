@@ -75,7 +75,7 @@ def manifest_of(
         chunk_elements=max(ALIGN_ELEMENTS, chunk_bytes // itemsize // ALIGN_ELEMENTS * ALIGN_ELEMENTS),
         tensors=tensors,
         sections=sections,
-        at_home=[name for name, _ in tensors_of(model) if name not in names],
+        local=[name for name, _ in tensors_of(model) if name not in names],
         frozen=digests_of(model, local, shared),
         code=[NamedDigest(name=name, digest=digest) for name, digest in (code or {}).items()],
     )
@@ -224,14 +224,14 @@ class FlatModel:
     def _slot_of(self, place: _Place, slots: Mapping[str, Slot]) -> Slot:
         """Return where the model holds the tensor now. Raises ConfigError where it holds none that fits."""
         name, slot = place.entry.name, slots.get(place.entry.name)
-        mend = "Make the model in its final form in model(), after one batch if its tensors grow with the first one"
+        hint = "Make the model in its final form in model(), after one batch if its tensors grow with the first one"
         if slot is None:
-            raise ConfigError("task", f"the model's {name} is averaged, and training has removed it", mend)
+            raise ConfigError("task", f"the model's {name} is averaged, and training has removed it", hint)
         before = (list(place.view.shape), place.dtype, isinstance(place.tensor, nn.Parameter))
         after = (list(slot.tensor.shape), slot.tensor.dtype, isinstance(slot.tensor, nn.Parameter))
         if before != after or slot.tensor.layout is not torch.strided:
             kinds = [f"a {'parameter' if p else 'buffer'} of {d} {s}" for s, d, p in (before, after)]
-            raise ConfigError("task", f"the model's {name} was {kinds[0]}, and training has made it {kinds[1]}", mend)
+            raise ConfigError("task", f"the model's {name} was {kinds[0]}, and training has made it {kinds[1]}", hint)
         return slot
 
     def _refuse_newly_trainable(self, slots: Mapping[str, Slot]) -> None:
@@ -247,7 +247,7 @@ class FlatModel:
                     "Return it trainable from model(), and freeze it in `train` or `loss` until its time has come",
                 )
 
-    def at_home(self) -> dict[str, Tensor]:
+    def local(self) -> dict[str, Tensor]:
         """Return what changes as this agent trains and does not travel, by name.
 
         Tensors are looked up each time, because a model may put another tensor in a buffer's place. Sparse ones are left
@@ -258,12 +258,12 @@ class FlatModel:
         return {n: t for n, t in changing.items() if t.layout is torch.strided and n not in self._travelling}
 
     def restore_at_home(self, kept: Mapping[str, Tensor]) -> None:
-        """Write back what `at_home` was. A buffer that the model makes only as it trains is made anew.
+        """Write back what `local` was. A buffer that the model makes only as it trains is made anew.
 
         Raises:
             ValueError: a tensor has another shape or dtype. One that was empty takes the shape that it grew to.
         """
-        own = self.at_home()
+        own = self.local()
         with torch.no_grad():
             for name in own.keys() & kept.keys():
                 found, there = kept[name], own[name]
@@ -294,8 +294,8 @@ def _check(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> Non
             problem = f"the model's {name} has no shape before the first batch"
             raise ConfigError("task", problem, "Send one batch through the model in model(), and return it then")
         if tensor.is_complex() and is_trained(tensor) and not matches(name, local):
-            mend = "Hold its real and imaginary parts as two parameters, or name it in the task's `local`"
-            raise ConfigError("task", f"the model's {name} is {tensor.dtype}, and cannot be averaged", mend)
+            hint = "Hold its real and imaginary parts as two parameters, or name it in the task's `local`"
+            raise ConfigError("task", f"the model's {name} is {tensor.dtype}, and cannot be averaged", hint)
     _check_patterns(tensors, local, shared)
     travelling = {name for name, _ in averaged_of(model, local, shared)}
     for first, second in overlapping(tensors):

@@ -55,7 +55,7 @@ class Manifest(Record):
         1,
         description="vectors in a blob: of an update delta, then control; of a center W, then the sum of all controls",
     )
-    at_home: Annotated[list[str], Field(max_length=100_000)] = Field(
+    local: Annotated[list[str], Field(max_length=100_000)] = Field(
         default_factory=list, description="tensors that do not travel"
     )
 

@@ -129,7 +129,7 @@ class Event(Published):
         description="its kind, for programs: agent-joined, agent-slow, agent-lost, update-dropped, advice, …"
     )
     level: Literal["info", "warning", "error"]
-    text: str = Field(description="the same for people, with the mend where there is one")
+    text: str = Field(description="the same for people, with the hint where there is one")
     agent: str = Field("", description="whom it concerns")
 
 

@@ -1,6 +1,6 @@
 """What a run shows of itself that its owner should know: facts of offers and judgements in, advice in plain words out.
 
-Pure. Each advice is given once for an agent; it says what is seen, with figures, and the mend. Nothing here changes a run.
+Pure. Each advice is given once for an agent; it says what is seen, with figures, and the hint. Nothing here changes a run.
 """
 
 from __future__ import annotations

@@ -45,13 +45,13 @@ class ChildDied(SynclineError):
 class ChildFailed(SynclineError):
     """The child answered with an error. `config`: the user's input is at fault; else its code."""
 
-    def __init__(self, problem: str, *, setting: str = "", mend: str = "") -> None:
-        self.setting, self.problem, self.mend = setting, problem, mend
-        super().__init__(f"{setting}: {problem}. {mend}" if setting else problem)
+    def __init__(self, problem: str, *, setting: str = "", hint: str = "") -> None:
+        self.setting, self.problem, self.hint = setting, problem, hint
+        super().__init__(f"{setting}: {problem}. {hint}" if setting else problem)
 
     @property
     def config(self) -> ConfigError | None:
-        return ConfigError(self.setting, self.problem, self.mend) if self.setting else None
+        return ConfigError(self.setting, self.problem, self.hint) if self.setting else None
 
 
 class Asked(Protocol):
@@ -107,7 +107,7 @@ class Child:
                 raise self._obituary(await self.worker.exited)
             answer = exchange.result()
         if "error" in answer:
-            raise ChildFailed(answer["error"], setting=answer.get("setting", ""), mend=answer.get("mend", ""))
+            raise ChildFailed(answer["error"], setting=answer.get("setting", ""), hint=answer.get("hint", ""))
         return answer
 
     async def close(self) -> None:
@@ -182,7 +182,7 @@ def answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[st
     try:
         return handlers[question.pop("ask")](**question)
     except ConfigError as error:
-        return {"error": _clean(error.problem), "setting": _clean(error.setting), "mend": _clean(error.mend)}
+        return {"error": _clean(error.problem), "setting": _clean(error.setting), "hint": _clean(error.hint)}
     except PeerError as error:
         return {"error": _told(error)}
     except Exception as error:

@@ -1,6 +1,6 @@
 """Settings beside each other: combinations that have no meaning are refused, those rarely meant are doubted in plain words.
 
-Each names the setting, its value and the mend. Sources: the stability bounds of elastic averaging follow from EASGD
+Each names the setting, its value and the hint. Sources: the stability bounds of elastic averaging follow from EASGD
 (arXiv:1412.6651) on ½ h x² as the learning rate goes to 0; the others are of the papers that `spec` names.
 """
 
@@ -244,9 +244,9 @@ def doubts(spec: RunSpec) -> list[str]:
     return found
 
 
-def doubts_of_model(averaged: Iterable[str], at_home: Iterable[str] = ()) -> list[str]:
+def doubts_of_model(averaged: Iterable[str], local: Iterable[str] = ()) -> list[str]:
     """Return what is doubtful about a model, by the names of the tensors that travel and of those that do not."""
-    if kept := [name for name in at_home if name.endswith(BATCH_NORM)]:
+    if kept := [name for name in local if name.endswith(BATCH_NORM)]:
         return [
             f"task: BatchNorm's statistics stay with the agents ({kept[0]} and {len(kept) - 1} more), so the center is "
             "evaluated and exported with those that model() gave it, and its metrics mean little. Use GroupNorm, or look at "

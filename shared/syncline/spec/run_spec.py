@@ -1,7 +1,7 @@
 """What a run is: the frozen settings that a user writes as YAML. Knows no bus, no torch and no file but the one it reads.
 
 Everything but `task` has a default. A setting that does not exist, is out of range or has no meaning beside another is
-refused here, before anything starts, with the setting, its value and the mend.
+refused here, before anything starts, with the setting, its value and the hint.
 """
 
 from __future__ import annotations
@@ -368,7 +368,7 @@ class RunSpec(Settings):
 
     @property
     def warnings(self) -> list[str]:
-        """Settings that are allowed and rarely meant, in plain words with the mend."""
+        """Settings that are allowed and rarely meant, in plain words with the hint."""
         return doubts(self)
 
 

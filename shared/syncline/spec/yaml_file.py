@@ -102,7 +102,7 @@ class _Loader(yaml.SafeLoader):
             return self.construct_object(node, deep=True)
         except ConfigError as error:
             setting = name if error.setting == "spec" else f"{name}.{error.setting}"
-            raise ConfigError(setting, error.problem, error.mend) from None
+            raise ConfigError(setting, error.problem, error.hint) from None
 
     def _check_names(self, node: yaml.MappingNode) -> None:
         names: set[str] = set()
@@ -122,9 +122,9 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
-def _at(place: Any, problem: str, mend: str) -> ConfigError:
+def _at(place: Any, problem: str, hint: str) -> ConfigError:
     """An error about a place in the file: a node, or an event of the parser."""
-    return ConfigError("spec", f"line {place.start_mark.line + 1}: {problem}", mend)
+    return ConfigError("spec", f"line {place.start_mark.line + 1}: {problem}", hint)
 
 
 def _scalar(tag: str, meaning: str, convert: Callable[[str], Any]) -> None:

@@ -192,8 +192,8 @@ def _load_module(path: str, module_path: str, directory: Path) -> ModuleType:
         raise _broken(path, error, directory) from error
     ready_made = {name: f"{_READY_MADE}.{name}" for name in _ready_made()}
     near = difflib.get_close_matches(module_path.rpartition(".")[2], ready_made, n=1)
-    mend = f"Did you mean `{ready_made[near[0]]}`?" if near else f"Ready-made ones: {', '.join(ready_made.values())}"
-    raise ConfigError("task", f"{path!r}: there is no module {module_path!r} on this machine", mend)
+    hint = f"Did you mean `{ready_made[near[0]]}`?" if near else f"Ready-made ones: {', '.join(ready_made.values())}"
+    raise ConfigError("task", f"{path!r}: there is no module {module_path!r} on this machine", hint)
 
 
 def _checked_file(path: str, file: Path) -> Path:
@@ -240,8 +240,8 @@ def _find_class(path: str, module: ModuleType, name: str) -> type[Task]:
     found = getattr(module, name, None)
     if not isinstance(found, type):
         problem = "there is no such class" if found is None else f"{name} is a {type(found).__name__}, not a class"
-        mend = _suggestion(name, classes) or f"Classes there: {', '.join(classes) or 'none'}"
-        raise ConfigError("task", f"{path!r}: {problem}", mend)
+        hint = _suggestion(name, classes) or f"Classes there: {', '.join(classes) or 'none'}"
+        raise ConfigError("task", f"{path!r}: {problem}", hint)
     required = sorted(Task.__abstractmethods__)
     missing = [n for n in required if n in getattr(found, "__abstractmethods__", ()) or not hasattr(found, n)]
     if missing:
@@ -274,8 +274,8 @@ def _make(path: str, task_class: type[Task], options: Mapping[str, Any]) -> Task
     has_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in options:
         if name not in known and not has_any:
-            mend = _suggestion(name, known) or (f"Known here: {', '.join(known)}" if known else "It takes none")
-            raise ConfigError(f"task_options.{name}", f"{path!r} has no such option", mend)
+            hint = _suggestion(name, known) or (f"Known here: {', '.join(known)}" if known else "It takes none")
+            raise ConfigError(f"task_options.{name}", f"{path!r} has no such option", hint)
     try:
         return task_class(**options)
     except (TypeError, ValueError) as error:
@@ -468,7 +468,7 @@ def _gradients_explained(hook: str) -> Iterator[None]:
         raise ConfigError("task", problem, hint) from error
 
 
-def as_number(value: Any, what: str, mend: str) -> float:
+def as_number(value: Any, what: str, hint: str) -> float:
     """One number that the task gave: also a tensor of one element. Raises ConfigError for anything else."""
     try:
         if not isinstance(value, str | bytes):
@@ -476,7 +476,7 @@ def as_number(value: Any, what: str, mend: str) -> float:
     except Exception:  # whatever its class raises
         pass
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-    raise ConfigError("task", f"{what} a {type(value).__name__}{shape}", mend)
+    raise ConfigError("task", f"{what} a {type(value).__name__}{shape}", hint)
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -491,13 +491,13 @@ def checked_loss(loss: Any) -> Tensor:
 
 def _checked(metrics: Any, hook: str) -> dict[str, float]:
     """Return what `metrics` or `evaluate` has returned, as numbers by name. Raises ConfigError."""
-    mend = "Return numbers by name, as {'loss': loss.item()}"
+    hint = "Return numbers by name, as {'loss': loss.item()}"
     if not isinstance(metrics, Mapping):
-        raise ConfigError("task", f"`{hook}` returned a {type(metrics).__name__}", mend)
+        raise ConfigError("task", f"`{hook}` returned a {type(metrics).__name__}", hint)
     for name in metrics:
         if not isinstance(name, str) or not name.isprintable():
-            raise ConfigError("task", f"`{hook}` returned a metric by the name of {name!r}", mend)
-    return {name: as_number(value, f"`{hook}` returned for {name!r}", mend) for name, value in metrics.items()}
+            raise ConfigError("task", f"`{hook}` returned a metric by the name of {name!r}", hint)
+    return {name: as_number(value, f"`{hook}` returned for {name!r}", hint) for name, value in metrics.items()}
 
 
 def whole_gradient(

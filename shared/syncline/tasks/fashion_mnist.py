@@ -20,7 +20,7 @@ from syncline.tasks.classification import SIDE, GreyImages, Labelled
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 MOST_ROWS = 1_000_000
-_MEND = (
+_HINT = (
     "On Debian or Ubuntu: `apt-get install dataset-fashion-mnist`. Elsewhere: take the four files from "
     "github.com/zalandoresearch/fashion-mnist, and name their directory in `task_options: {directory: ...}`"
 )
@@ -56,7 +56,7 @@ class FashionMnist(GreyImages):
         for file in (self.directory / f"{name}.gz", self.directory / name):
             if file.is_file():
                 return file
-        raise ConfigError("task_options.directory", f"there is no file {name}.gz in {self.directory}", _MEND)
+        raise ConfigError("task_options.directory", f"there is no file {name}.gz in {self.directory}", _HINT)
 
 
 @read_once
@@ -81,4 +81,4 @@ def _checked(file: Path, dimensions: int, most_bytes: int) -> np.ndarray[tuple[i
 
 
 def _unusable(file: Path, why: str) -> ConfigError:
-    return ConfigError("task_options.directory", f"{file} cannot be used: {why}", _MEND)
+    return ConfigError("task_options.directory", f"{file} cannot be used: {why}", _HINT)

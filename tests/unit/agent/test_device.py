@@ -1,4 +1,4 @@
-"""Devices: on a host with several GPUs every agent gets one of its own, and what is not there is said with the mend."""
+"""Devices: on a host with several GPUs every agent gets one of its own, and what is not there is said with the hint."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from syncline_agent.update_sender import How, Me, Sender, Update
 RUN, ME = "r", Me("a1", "5" * 32, Path(), None)
 CONTENT = memoryview(bytes(range(LAYOUT.blob_bytes)))
 SYNC, ASYNC = How(LAYOUT, 2, keep=False), How(LAYOUT, 2, keep=True)
-UPDATE = Update(3, base=2, term=1, line=0, box=0, report={"rows": 8, "steps": 4, "seconds": 0.5})
+UPDATE = Update(3, base=2, term=1, epoch=0, box=0, report={"rows": 8, "steps": 4, "seconds": 0.5})
 Simulated = Callable[[Coroutine[Any, Any, Any]], tuple[Any, float]]
 
 
@@ -67,7 +67,7 @@ def test_it_is_kept_while_the_bus_is_out_of_reach_and_then_delivered(
     [
         (SYNC, {"version": 3}, False),
         (ASYNC, {"version": 3}, True),
-        (ASYNC, {"version": 3, "term": 2, "line": 7}, False),
+        (ASYNC, {"version": 3, "term": 2, "epoch": 7}, False),
         (SYNC, {"term": 2}, True),
     ],
 )

@@ -91,7 +91,7 @@ def test_an_address_may_say_how_to_log_in(text: str, login: tuple[str, str, str]
 def test_what_is_no_address_is_refused_with_setting_value_and_hint(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         address_of(text, "SYNCLINE_NATS_URL")
-    assert said in error.value.problem and error.value.setting == "SYNCLINE_NATS_URL" and error.value.mend
+    assert said in error.value.problem and error.value.setting == "SYNCLINE_NATS_URL" and error.value.hint
 
 
 @pytest.mark.parametrize(

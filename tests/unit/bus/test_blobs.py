@@ -21,11 +21,11 @@ from syncline.bus.blobs import (
     get_chunk,
     get_record,
     paced,
-    patiently,
     put_blob,
     put_chunk,
     put_record,
     windowed,
+    with_retries,
 )
 from syncline.errors import (
     AlreadyPut,
@@ -213,7 +213,7 @@ async def test_a_record_larger_than_allowed_is_refused_before_memory_is_taken(bu
 def test_what_is_out_of_reach_is_asked_for_again_with_growing_pauses(bus: Any, simulated: Simulated) -> None:
     bus.fail("get", *[Unreachable("no answer")] * 6, NoResponders("not yet"))
     bus.held["s"] = b"data"
-    stored, took_s = simulated(patiently(lambda: bus.get(STREAM, "s")))
+    stored, took_s = simulated(with_retries(lambda: bus.get(STREAM, "s")))
     assert stored.data == b"data" and took_s == pytest.approx(sum(RETRY_S) + 2 * RETRY_S[-1])
 
 
@@ -222,7 +222,7 @@ def test_after_a_while_it_gives_up_and_says_why(bus: Any, simulated: Simulated) 
 
     async def ask() -> float:
         with pytest.raises(Unreachable, match=r"^gave up after 60 s: no connection$"):
-            await patiently(lambda: bus.get(STREAM, "s"))
+            await with_retries(lambda: bus.get(STREAM, "s"))
         return asyncio.get_running_loop().time()
 
     at_s, _ = simulated(ask())
@@ -237,7 +237,7 @@ def test_what_will_not_pass_is_raised_at_once(bus: Any, simulated: Simulated, er
 
     async def ask() -> None:
         with pytest.raises(type(error)):
-            await patiently(lambda: bus.get(STREAM, "s"))
+            await with_retries(lambda: bus.get(STREAM, "s"))
 
     assert simulated(ask())[1] == 0.0 and len(bus.calls) == 1
 
@@ -245,7 +245,7 @@ def test_what_will_not_pass_is_raised_at_once(bus: Any, simulated: Simulated, er
 def test_our_own_bugs_are_not_tried_again(bus: Any, simulated: Simulated) -> None:
     bus.fail("get", KeyError("bug"))
     with pytest.raises(KeyError):
-        simulated(patiently(lambda: bus.get(STREAM, "s")))
+        simulated(with_retries(lambda: bus.get(STREAM, "s")))
     assert len(bus.calls) == 1
 
 

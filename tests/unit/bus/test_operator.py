@@ -177,12 +177,12 @@ def test_a_revocation_that_is_interrupted_stands_and_can_be_finished(
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [("a22", "Did you mean 'a2'"), ("zebra", "keys list"), ("coordinator", "--keep"), ("watch", "--keep")],
 )
-def test_who_is_no_agent_cannot_be_revoked_and_then_nobody_is(made: OperatorSet, name: str, mend: str) -> None:
+def test_who_is_no_agent_cannot_be_revoked_and_then_nobody_is(made: OperatorSet, name: str, hint: str) -> None:
     before = content(made.directory)
-    with pytest.raises(ConfigError, match=mend):
+    with pytest.raises(ConfigError, match=hint):
         made.revoke(["a1", name])
     assert content(made.directory) == before
 

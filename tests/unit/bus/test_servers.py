@@ -45,7 +45,7 @@ async def test_a_server_that_is_too_old_is_refused_and_told_nothing(version: str
         with pytest.raises(Unfit, match=f"the broker is nats-server {version}, .* Upgrade it: the oldest that works"):
             await NatsBus.connect(Connection(url, "a1", patience_s=1.0))
         found = await Broker(Target(url)).reachable()
-        assert found.verdict == "broken" and version in found.text and "Upgrade it" in found.mend
+        assert found.verdict == "broken" and version in found.text and "Upgrade it" in found.hint
     assert not heard
 
 
@@ -97,7 +97,7 @@ async def test_naming_certificates_asks_for_tls(tmp_path: Path) -> None:
 async def test_certificates_that_cannot_be_read_are_named(tls: Tls, setting: str) -> None:
     with pytest.raises(ConfigError) as error:
         await NatsBus.connect(Connection("nats://127.0.0.1:1", "a1", patience_s=0.0, tls=tls))
-    assert error.value.setting == setting and error.value.mend
+    assert error.value.setting == setting and error.value.hint
 
 
 def test_a_lost_connection_goes_to_the_server_with_the_fewest_attempts() -> None:

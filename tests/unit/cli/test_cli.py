@@ -139,7 +139,7 @@ def test_a_flag_out_of_range_is_named(setting: str, value: float) -> None:
     with pytest.raises(ConfigError) as caught:
         DemoSettings(**{setting: value})  # type: ignore[arg-type]
     assert caught.value.setting == f"--{setting}"
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_alone_means_the_same_steps_on_the_same_parts_and_alpha_0() -> None:

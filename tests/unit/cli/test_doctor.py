@@ -1,4 +1,4 @@
-"""What the doctor makes of what it sees: each trouble is named, with its mend."""
+"""What the doctor makes of what it sees: each trouble is named, with its hint."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_asyncio_without_back_pressure_is_named_unless_uvloop_mends_it(
     found = python_finding(version, uvloop)
     assert found.verdict == verdict
     assert ("CVE-2024-12254" in found.text) == (verdict == "broken")
-    assert ("pip install uvloop" in found.mend) == (verdict == "broken")
+    assert ("pip install uvloop" in found.hint) == (verdict == "broken")
 
 
 # -- torch -------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def seen(gpus: int = 0, cuda: str = "", error: str = "", **changes: Any) -> dict
 
 
 @pytest.mark.parametrize(
-    ("what", "driver", "device", "verdict", "text", "mend"),
+    ("what", "driver", "device", "verdict", "text", "hint"),
     [
         (seen(), False, "auto", "ok", "the CPU, 8 threads", ""),
         (seen(), False, "cpu", "ok", "the CPU", ""),
@@ -87,11 +87,11 @@ def seen(gpus: int = 0, cuda: str = "", error: str = "", **changes: Any) -> dict
         (seen(), False, "gpu", "broken", "'gpu' is no device", "cuda:N"),
     ],
 )
-def test_what_torch_sees(what: dict[str, Any], driver: bool, device: str, verdict: str, text: str, mend: str) -> None:
+def test_what_torch_sees(what: dict[str, Any], driver: bool, device: str, verdict: str, text: str, hint: str) -> None:
     found = torch_finding(what, driver, device)
     assert found.verdict == verdict
-    assert text in found.text and mend in found.mend
-    assert bool(found.mend) == (verdict != "ok")
+    assert text in found.text and hint in found.hint
+    assert bool(found.hint) == (verdict != "ok")
 
 
 async def test_torch_is_asked_in_a_process_of_its_own() -> None:
@@ -155,7 +155,7 @@ def test_room_in_the_store() -> None:
         "space", "ok", "8.0 of 10.0 GiB (max_file_store) are free, 1.00 used"
     )
     full = space_finding(10 * GIB, 10 * GIB, GIB)
-    assert full.verdict == "warning" and "max_file_store" in full.mend
+    assert full.verdict == "warning" and "max_file_store" in full.hint
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_findings_are_lines_for_people_and_an_object_for_programs() -> None:
         "check": "key",
         "verdict": "broken",
         "text": "no",
-        "mend": "Make one",
+        "hint": "Make one",
     }
 
 
@@ -203,10 +203,10 @@ def test_the_exit_code_says_whether_anything_is_broken(
     assert found["ok"] is False and [check["check"] for check in found["checks"]] == ["disk"]
 
 
-@pytest.mark.parametrize(("check", "mend"), [("pyhton", "Did you mean 'python'?"), ("zzz", "Use python, torch")])
-def test_a_check_that_does_not_exist_is_wrong_input(check: str, mend: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("check", "hint"), [("pyhton", "Did you mean 'python'?"), ("zzz", "Use python, torch")])
+def test_a_check_that_does_not_exist_is_wrong_input(check: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--only", check]) == 2
-    assert mend in capsys.readouterr().err
+    assert hint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["hub:8222", "http://", "http://hub:82x2", "ftp://hub", "http://[::1", "nats://hub"])

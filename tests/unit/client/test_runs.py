@@ -45,7 +45,7 @@ async def test_a_bus_where_no_coordinator_has_ever_been_has_no_runs(bus: MemoryB
 
 
 @pytest.mark.parametrize(
-    ("typed", "mend"),
+    ("typed", "hint"),
     [
         ("digits-2", "Did you mean `digits-1`?"),
         ("Digits-1", "Did you mean `digits-1`?"),
@@ -53,12 +53,12 @@ async def test_a_bus_where_no_coordinator_has_ever_been_has_no_runs(bus: MemoryB
         ("x", "There are: digits-1, other"),
     ],
 )
-async def test_a_run_that_is_not_there_is_answered_with_what_is(bus: MemoryBus, typed: str, mend: str) -> None:
+async def test_a_run_that_is_not_there_is_answered_with_what_is(bus: MemoryBus, typed: str, hint: str) -> None:
     await submitted(bus)
     await submitted(bus, "other")
     with pytest.raises(ConfigError) as caught:
         await runs.head_of(bus, typed)
-    assert says(caught) == f"RUN: there is no run {typed!r}. {mend}"
+    assert says(caught) == f"RUN: there is no run {typed!r}. {hint}"
 
 
 def test_of_many_runs_a_few_are_named() -> None:
@@ -166,7 +166,7 @@ async def test_a_center_comes_as_named_tensors(bus: MemoryBus, asked: int | None
     assert held(model) == expected(version)
     assert model.about["version"] == version
     assert model.about["digest"] == digest_of(version)
-    assert model.about["at_home"] == ["bn.num_batches_tracked"]
+    assert model.about["local"] == ["bn.num_batches_tracked"]
 
 
 async def test_averaged_vectors_of_spectral_norm_leave_with_length_1(

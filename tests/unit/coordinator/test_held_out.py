@@ -225,7 +225,7 @@ class Slope(Numbers):
 def test_metrics_that_need_gradients_are_told_how_to_get_them() -> None:
     with pytest.raises(ConfigError, match=r"^task: `metrics` needs gradients, .*does not require grad") as error:
         found(Slope())
-    assert "`with torch.enable_grad():`" in error.value.mend
+    assert "`with torch.enable_grad():`" in error.value.hint
     task = Slope()
     task.grad = True
     model = task.model()
@@ -258,7 +258,7 @@ def test_a_held_out_set_that_is_missing_or_empty_is_refused_with_the_setting() -
     ):
         with pytest.raises(ConfigError, match=rf"^task: dataset\(\) returned {what} for the held-out set\.") as error:
             make_held_out(Gives(given), 0)
-        assert "`evaluate: {center: false, agents: false}`" in error.value.mend
+        assert "`evaluate: {center: false, agents: false}`" in error.value.hint
 
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:

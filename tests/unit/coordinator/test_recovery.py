@@ -24,7 +24,7 @@ from syncline_sim.dice import Dice
 
 SESSION = "5" * 32
 KEY = subjects.head_key("r")
-HEAD = Head(run="r", term=3, version=5, line=77, phase="training", offers_seq=0)
+HEAD = Head(run="r", term=3, version=5, epoch=77, phase="training", offers_seq=0)
 
 
 def blob(i: int) -> BlobRef:
@@ -50,12 +50,12 @@ class Stage:
         return cls(broker, bus, keeper, Ledger(spec, 4, head, Purger(bus)))
 
     def beat(self, agent: str = "a1", **said: Any) -> None:
-        fields = {"seen_term": 3, "seen_version": 5, "seen_line": 77, **said}
+        fields = {"seen_term": 3, "seen_version": 5, "seen_epoch": 77, **said}
         self.lookout.heard(agent, Heartbeat(session=SESSION, clock=9, progress=0, **fields))
 
     async def offer(self, agent: str, clock: int) -> int:
         offer = Offer(
-            session=SESSION, clock=clock, base=5, term=3, line=77, samples=1, steps=1, blob=blob(1), digest=bytes(16)
+            session=SESSION, clock=clock, base=5, term=3, epoch=77, samples=1, steps=1, blob=blob(1), digest=bytes(16)
         )
         return await self.bus.put(subjects.offer("r", agent), encode(offer))
 
@@ -88,7 +88,7 @@ async def nothing(stage: Stage) -> None:
     stage.ledger.read("a1", 6)
     stage.beat(handed=6)
     stage.beat("a2", seen_term=2, seen_version=5)
-    stage.beat("a3", seen_term=1, seen_version=9, seen_line=1, handed=9)  # of before a roll-back that is known
+    stage.beat("a3", seen_term=1, seen_version=9, seen_epoch=1, handed=9)  # of before a roll-back that is known
     stage.lookout.look()
 
 
@@ -176,20 +176,20 @@ def test_what_is_lost_is_noticed_and_nothing_else(trouble: Trouble, words: str, 
     assert said == words and (not words or after_s < 2 * LOST_OFFER_S)
 
 
-@pytest.mark.parametrize("set_back", [False, True])
+@pytest.mark.parametrize("rolled_back", [False, True])
 def test_an_update_that_is_gone_is_believed_lost_once_for_each_time_the_connection_was(
-    set_back: bool, simulated: Simulated
+    rolled_back: bool, simulated: Simulated
 ) -> None:
     """A lying agent may say so for ever; a coordinator that has just gone back for it does not go back for it again."""
 
     async def play() -> list[bool]:
         stage = await Stage.set()
-        lookout = Lookout(stage.bus, stage.keeper, stage.ledger, set_back=set_back)
+        lookout = Lookout(stage.bus, stage.keeper, stage.ledger, rolled_back=rolled_back)
         believed = [lookout.suspects("a1", "gone"), lookout.suspects("a1", "gone")]
         stage.broker.restart()
         return [*believed, lookout.suspects("a2", "gone"), lookout.suspects("a2", "gone")]
 
-    assert simulated(play())[0] == [not set_back, False, True, False]
+    assert simulated(play())[0] == [not rolled_back, False, True, False]
 
 
 def test_a_reconnect_is_reason_to_look_at_once(simulated: Simulated) -> None:
@@ -230,8 +230,8 @@ def test_whoever_takes_over_after_a_roll_back_begins_a_new_line_under_a_higher_t
         assert same == merging.model_copy(update={"term": 4})
         other = await taken_over(stage.bus, merging, 9)
         assert (other.term, other.phase, other.plan, other.round, other.offers_seq) == (10, "training", None, 9, 2)
-        assert other.version == 5 and other.line not in (0, 77)
+        assert other.version == 5 and other.epoch not in (0, 77)
         short = await taken_over(stage.bus, merging.model_copy(update={"offers_seq": 3}), None)
-        assert short.term == 4 and short.line not in (0, 77) and short.offers_seq == 2
+        assert short.term == 4 and short.epoch not in (0, 77) and short.offers_seq == 2
 
     simulated(play())

@@ -56,7 +56,7 @@ def test_trainable_parameters_and_saved_floating_buffers_travel_and_nothing_else
     assert names(layout) == [
         "scale", "embed.weight", "norm.weight", "norm.bias", "drift", "norm.running_mean", "norm.running_var",
     ]  # fmt: skip
-    assert layout.at_home == ["frozen.weight", "frozen.bias", "cache", "steps", "norm.num_batches_tracked"]
+    assert layout.local == ["frozen.weight", "frozen.bias", "cache", "steps", "norm.num_batches_tracked"]
 
 
 def test_tied_weights_travel_once() -> None:
@@ -74,13 +74,13 @@ def test_a_run_of_adapters_sends_only_the_adapters() -> None:
 def test_what_the_task_calls_local_stays_with_the_agent() -> None:
     layout = layout_of(Everything(), local=("norm.running_*", "drift"))
     assert names(layout) == ["scale", "embed.weight", "norm.weight", "norm.bias"]
-    assert {"norm.running_mean", "norm.running_var", "drift"} <= set(layout.at_home)
+    assert {"norm.running_mean", "norm.running_var", "drift"} <= set(layout.local)
 
 
 def test_a_mask_of_infinities_stays_where_it_is() -> None:
     model = nn.Linear(4, 4)
     model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
-    assert names(layout_of(model)) == ["weight", "bias"] and layout_of(model).at_home == ["mask"]
+    assert names(layout_of(model)) == ["weight", "bias"] and layout_of(model).local == ["mask"]
 
 
 def _tied_by_data() -> nn.Module:

@@ -61,12 +61,12 @@ def test_a_fast_agent_that_dominates_an_asynchronous_run_is_named_with_its_share
 
 
 @pytest.mark.parametrize(
-    ("settings", "mend"),
+    ("settings", "hint"),
     [({}, "sync.quorum with grace_s"), ({"max_ahead": 3, "max_lag": 20}, "leave sync.max_ahead out")],
 )
-def test_who_is_waited_for_is_named_with_how_much_slower_it_is(settings: dict[str, Any], mend: str) -> None:
+def test_who_is_waited_for_is_named_with_how_much_slower_it_is(settings: dict[str, Any], hint: str) -> None:
     ((agent, text),) = play(adviser(**settings), seconds={"a3": 5.0})
-    assert agent == "a3" and "takes 5.0 times as long" in text and mend in text
+    assert agent == "a3" and "takes 5.0 times as long" in text and hint in text
     assert play(adviser(waits=False), seconds={"a3": 5.0}) == [], "nobody waits for it"
     assert play(adviser(), seconds=dict.fromkeys(NAMES, 0.001) | {"a3": 0.005}) == [], "not worth a word"
 

@@ -51,8 +51,8 @@ def test_an_error_is_told_whatever_it_says_of_itself(error: Exception) -> None:
 
 
 def test_an_error_of_the_user_s_names_setting_and_mend_whatever_they_hold() -> None:
-    told = asked(raising(ConfigError("task", "caf\udce9.py is not there", "mend caf\udce9.py")))
-    assert told == {"error": "caf?.py is not there", "setting": "task", "mend": "mend caf?.py"}
+    told = asked(raising(ConfigError("task", "caf\udce9.py is not there", "hint caf\udce9.py")))
+    assert told == {"error": "caf?.py is not there", "setting": "task", "hint": "hint caf?.py"}
 
 
 def test_an_error_within_torch_names_the_line_that_called_it() -> None:

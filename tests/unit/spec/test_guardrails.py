@@ -1,4 +1,4 @@
-"""Settings beside each other: what is refused names the setting, the value and the mend; what is doubted says so in a line."""
+"""Settings beside each other: what is refused names the setting, the value and the hint; what is doubted says so in a line."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_what_is_refused_names_the_setting_the_value_and_the_mend(settings: dict
     with pytest.raises(ConfigError) as error:
         spec(**settings)
     assert str(error.value) == words
-    assert error.value.setting and error.value.problem and error.value.mend
+    assert error.value.setting and error.value.problem and error.value.hint
 
 
 # -- what is not -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Settings: defaults, and for every mistake the setting, its value and the mend."""
+"""Settings: defaults, and for every mistake the setting, its value and the hint."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_rules_that_have_weights_take_them(rule: str) -> None:
 
 def test_a_mistake_names_its_setting_apart_from_the_words() -> None:
     error = refused(agents={"mn": 4})
-    assert (error.setting, error.problem, error.mend) == (
+    assert (error.setting, error.problem, error.hint) == (
         "agents.mn",
         "there is no such setting",
         "Did you mean `min`?",

@@ -21,7 +21,7 @@ def read(tmp_path: Path, text: str) -> Any:
 def refused(tmp_path: Path, text: str) -> str:
     with pytest.raises(ConfigError) as error:
         read(tmp_path, text)
-    assert error.value.mend, "an error says what to do"
+    assert error.value.hint, "an error says what to do"
     return str(error.value)
 
 

@@ -161,7 +161,7 @@ def test_rows_that_do_not_collate_are_refused_with_the_data_set_and_the_hook(dat
             ConfigError, match=rf"^task: the rows of dataset\(\) \({kind}\) do not collate .*{why}"
         ) as error:
             next(batches(dataset, "all", 0, 0, 0, task))
-        assert "`collate(rows)`" in error.value.mend and "pads" in error.value.mend
+        assert "`collate(rows)`" in error.value.hint and "pads" in error.value.hint
 
 
 def test_an_error_of_the_data_set_or_of_the_tasks_collate_stays_what_it_is() -> None:
@@ -237,4 +237,4 @@ def test_what_gives_no_rows_by_number_is_refused_by_its_kind(dataset: Any, probl
     for refused in (lambda: rows_of_part(dataset, 0), lambda: first_batch(dataset)):
         with pytest.raises(ConfigError) as error:
             refused()
-        assert str(error.value).startswith(f"task: dataset() returned {problem}") and hint in error.value.mend
+        assert str(error.value).startswith(f"task: dataset() returned {problem}") and hint in error.value.hint

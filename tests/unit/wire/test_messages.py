@@ -75,7 +75,7 @@ EXAMPLES: dict[type[Record], Record] = {
             phases_s={"merge": 0.5},
         ),
         LogLine(version=8, term=1, model=BLOB, record=b"record"),
-        Manifest(dtype="fp32", elements=6, chunk_elements=1024, tensors=[], at_home=["steps"]),
+        Manifest(dtype="fp32", elements=6, chunk_elements=1024, tensors=[], local=["steps"]),
     )
 }
 KINDS = sorted(EXAMPLES, key=lambda model: model.kind)
@@ -179,7 +179,7 @@ def test_a_part_of_a_message_does_not_travel_alone() -> None:
 
 @every_record
 def test_fields_of_a_newer_minor_version_are_ignored(model: type[Record]) -> None:
-    assert decode(model, packed(model, hint={"of": [1, 2, 3]}, **{"": b"\xff"})) == EXAMPLES[model]
+    assert decode(model, packed(model, unknown={"of": [1, 2, 3]}, **{"": b"\xff"})) == EXAMPLES[model]
 
 
 def test_unknown_fields_of_parts_are_ignored_too() -> None:
@@ -348,7 +348,7 @@ LARGEST_HEAD = Head(
     term=LARGEST,
     version=LARGEST,
     round=LARGEST,
-    line=LARGEST,
+    epoch=LARGEST,
     gate=LARGEST,
     phase="training",
     digest="f" * 32,

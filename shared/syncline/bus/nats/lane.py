@@ -132,7 +132,7 @@ class Lane:
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
             await _give_up(client)
             if isinstance(error, Refused):
-                raise Unfit(error.why.problem, error.why.mend) from None
+                raise Unfit(error.why.problem, error.why.hint) from None
             why = self._last_error or str(error) or type(error).__name__
             if "authorization" in f"{why} {error}".lower():
                 raise Denied(f"the broker at {url} {self._why_denied()}") from None

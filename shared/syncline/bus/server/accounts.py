@@ -167,8 +167,8 @@ def read_seed(path: Path) -> str:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             content = file.read(_SEED_BYTES)
     except OSError as error:
-        mend = "Name the key file that was made for this broker and this name"
-        raise ConfigError("key file", f"{path}: {error.strerror or error}", mend) from None
+        hint = "Name the key file that was made for this broker and this name"
+        raise ConfigError("key file", f"{path}: {error.strerror or error}", hint) from None
     if mode & 0o077:
         problem = f"{path} can be read or written by other users (mode {mode:04o})"
         raise ConfigError("key file", problem, f"Run: chmod 600 {path}")
@@ -176,8 +176,8 @@ def read_seed(path: Path) -> str:
     try:
         public_key_of(seed)
     except ValueError:  # and not a word of what the file holds
-        mend = "It should hold one line that begins with SU. Copy it again, or make a new key"
-        raise ConfigError("key file", f"{path} holds no nkey user seed", mend) from None
+        hint = "It should hold one line that begins with SU. Copy it again, or make a new key"
+        raise ConfigError("key file", f"{path} holds no nkey user seed", hint) from None
     return seed
 
 

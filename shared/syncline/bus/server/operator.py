@@ -60,8 +60,8 @@ class OperatorSet:
     def __init__(self, directory: Path) -> None:
         """Raises ConfigError where there is no set."""
         if not _config(directory).is_file():
-            mend = f"Name the directory of a set, or make one: syncline keys make {directory}"
-            raise ConfigError("DIR", f"{directory} holds no set of keys (no broker/{CONFIG})", mend)
+            hint = f"Name the directory of a set, or make one: syncline keys make {directory}"
+            raise ConfigError("DIR", f"{directory} holds no set of keys (no broker/{CONFIG})", hint)
         self.directory = directory
         self.keyring = Keyring(directory, by_kind=True)
 
@@ -72,10 +72,10 @@ class OperatorSet:
         """A new set. Where one is there: with `keep` what is missing is added to it, and nothing that is there changes;
         else ConfigError. An agent that was revoked stays so."""
         if _config(directory).is_file() and not keep:
-            mend = (
+            hint = (
                 "Add agents with `syncline keys add`, or complete the set with --keep; to begin anew, use another DIR"
             )
-            raise ConfigError("DIR", f"{directory} holds a set of keys already", mend)
+            raise ConfigError("DIR", f"{directory} holds a set of keys already", hint)
         for agent in agents:
             checked_name("agent", agent)
         (directory / "broker").mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -96,10 +96,10 @@ class OperatorSet:
             for name in names:
                 checked_name("agent", name)
                 if name not in gone and self.keyring.path(name).exists():
-                    mend = (
+                    hint = (
                         f"Use its key, or replace it: syncline keys revoke {self.directory} {name}, then add it again"
                     )
-                    raise ConfigError("agent", f"{name!r} has a key already", mend)
+                    raise ConfigError("agent", f"{name!r} has a key already", hint)
             for name in names:
                 if name in gone:
                     self.keyring.path(name).unlink(missing_ok=True)  # of a revocation that was interrupted
@@ -138,13 +138,13 @@ class OperatorSet:
 
     def _unknown(self, name: str, agents: Sequence[str]) -> ConfigError:
         if name in (COORDINATOR, WATCH):
-            mend = (
+            hint = (
                 f"To replace it, delete {self.keyring.path(name)} and run: syncline keys make {self.directory} --keep"
             )
-            return ConfigError("agent", f"{name!r} is no agent, and a broker without it is of no use", mend)
+            return ConfigError("agent", f"{name!r} is no agent, and a broker without it is of no use", hint)
         close = difflib.get_close_matches(name, agents, n=1)
-        mend = f"Did you mean {close[0]!r}?" if close else f"See: syncline keys list {self.directory}"
-        return ConfigError("agent", f"there is no key of {name!r} in {self.directory}", mend)
+        hint = f"Did you mean {close[0]!r}?" if close else f"See: syncline keys list {self.directory}"
+        return ConfigError("agent", f"there is no key of {name!r} in {self.directory}", hint)
 
 
 def in_order(names: Sequence[str] | dict[str, str]) -> list[str]:
