@@ -239,6 +239,7 @@ def run(child: Child, periods: int, center_P: Tensor | None = None) -> Tensor:
         ("OnSelfKept", {}),
         ("EachPeriodAnew", {}),
         ("Quasi", {}),
+        ("Quasi", {"schedule": {"kind": "step", "step_size": 2}}),
         ("Quasi", {"schedule": {"kind": "step", "step_size": 2, "warmup": 3}}),
         ("Quasi", {"optimizer_state": "reset"}),
         ("Scaled", {"optimizer": {"kind": "sgd", "lr": 1e-6}, "schedule": {"kind": "step", "step_size": 2}}),

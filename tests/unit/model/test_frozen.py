@@ -61,6 +61,19 @@ class Late(Based):
         model.largest = torch.maximum(model.largest, batch[0].max().float())
         model.seen.resize_(2).fill_(1.0)
         return super().loss(model, batch)
+
+class Observed(LinearRegression):
+    """Two observers side by side, both empty before the first batch, of the type that the vector has."""
+    def model(self):
+        head = super().model()
+        for name in ("low", "high"):
+            head.register_buffer(name, torch.zeros(0, dtype=torch.float64))
+        return head
+
+    def loss(self, model, batch):
+        model.low.resize_(2).fill_(1.0)
+        model.high.resize_(2).fill_(2.0)
+        return super().loss(model, batch)
 '''
 
 
@@ -192,6 +205,14 @@ def test_a_statistic_without_a_value_at_first_is_advised_once(own: Path) -> None
 def test_a_local_pattern_without_a_tensor_is_advised(own: Path) -> None:
     (advice,) = prepare_again(own, child_of(own, "Typing"), "Typing")["advice"]
     assert "`local` names 'haed.*', which no tensor of the model matches" in advice
+
+
+def test_empty_buffers_that_grow_have_memory_of_their_own(own: Path) -> None:
+    """In one vector they would begin at the same place, and each would overwrite the other and the weights behind it."""
+    child = child_of(own, "Observed")
+    child.period(child.initial_P)
+    model = child.trainer._flat.model
+    assert (model.low.tolist(), model.high.tolist()) == ([1.0, 1.0], [2.0, 2.0])
 
 
 def test_a_buffer_may_grow_after_it_was_kept(own: Path) -> None:
