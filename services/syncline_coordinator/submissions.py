@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from syncline import __version__
 from syncline.bus.base import Delivery
 from syncline.errors import BusError, ConfigError, PeerError
 from syncline.runtime.child import ChildDied
@@ -67,7 +68,7 @@ class Submissions:
         if check is None:
             try:
                 record = decode(Submit, question.data)
-                spec = submitted_spec(record)
+                spec = _spec_in(record)
                 if len(self._checks) >= MOST_CHECKS:
                     raise ConfigError("spec", f"{MOST_CHECKS} submitted runs are being checked", "Try again later")
             except (ConfigError, PeerError) as error:
@@ -125,6 +126,15 @@ class Submissions:
             except Exception as error:  # a bug of ours: the submitter must not wait for ever
                 log.exception("checking run %s failed", spec.name)
                 return refusal(PeerError(f"the coordinator failed to check it: {type(error).__name__}: {error}"))
+
+
+def _spec_in(record: Submit) -> RunSpec:
+    """Return the settings of a submitted run. Raises ConfigError, as for settings that only a newer Syncline knows."""
+    try:
+        return submitted_spec(record)
+    except ConfigError as error:
+        ours = f"The coordinator is Syncline {__version__}: upgrade it, where a newer Syncline accepts this"
+        raise ConfigError(error.setting, error.problem, f"{error.hint}. {ours}" if error.hint else ours) from None
 
 
 def refusal(error: Exception) -> Submitted:

@@ -23,6 +23,7 @@ class Command:
 
     place: Path
     args: tuple[str, ...]
+    program: tuple[str, ...] = SYNCLINE
     process: subprocess.Popen[bytes] = field(init=False)
     mark: str = field(init=False)
 
@@ -35,7 +36,7 @@ class Command:
         environment |= {_MARK: self.mark, "TMPDIR": str(self.temporary), **caches}
         with self._path("out").open("wb") as out, self._path("err").open("wb") as err:
             self.process = subprocess.Popen(
-                [*SYNCLINE, *self.args],
+                [*self.program, *self.args],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

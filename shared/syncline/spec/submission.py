@@ -21,7 +21,8 @@ def submission(spec: RunSpec, read_from: Submit | None = None) -> Submit:
 
     Args:
         spec: the run's settings.
-        read_from: the record that `spec` was read from, where it is stored again: what was not written there still is not.
+        read_from: the record that `spec` was read from, where it is stored again: what was not written there still is not, and
+            what this version ignored is kept for readers that know it.
 
     Raises:
         ConfigError: the record is larger than a reader accepts.
@@ -29,6 +30,8 @@ def submission(spec: RunSpec, read_from: Submit | None = None) -> Submit:
     settings = spec.model_dump(mode="json")
     written = spec.model_dump(mode="json", exclude_unset=True) if read_from is None else read_from.spec
     earlier = () if read_from is None else read_from.defaults
+    for name in earlier:
+        _keep(name.split("."), settings, written)
     record = Submit(spec=settings, defaults=sorted({*earlier, *_absent(settings, written)}))
     size = len(encode(record))
     if size > Submit.max_bytes:
@@ -40,6 +43,16 @@ def submission(spec: RunSpec, read_from: Submit | None = None) -> Submit:
 def submitted_spec(record: Submit, model: type[RunSpec] = RunSpec) -> RunSpec:
     """Return the spec in a record. Raises ConfigError, also for a written setting that this version does not know."""
     return parse(model, record.spec, ignored=frozenset(record.defaults))
+
+
+def _keep(path: list[str], settings: Any, written: Any) -> None:
+    """Copy the value at a path of nested mappings, where there is one and `settings` has none."""
+    for section in path[:-1]:
+        settings, written = (
+            mapping.get(section) if isinstance(mapping, dict) else None for mapping in (settings, written)
+        )
+    if isinstance(settings, dict) and isinstance(written, dict) and path[-1] in written:
+        settings.setdefault(path[-1], written[path[-1]])
 
 
 def _absent(settings: dict[str, Any], written: Any, prefix: str = "") -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from syncline import __version__
 from syncline.bus.base import Bus, Delivery
 from syncline.errors import BusError, ConfigError, NoResponders, Unavailable, Unreachable
 from syncline.spec.run_spec import RunSpec, parse
@@ -179,6 +180,17 @@ def test_what_is_no_submission_and_one_too_many_are_answered_at_once(simulated: 
 
     _, seconds = simulated(work())
     assert seconds == 1.0
+
+
+def test_a_refusal_of_settings_names_the_version_that_refuses_them(simulated: Simulated) -> None:
+    async def work() -> None:
+        record = encode(Submit(spec={"task": "a.b:C", "local": {"warmth": 0.5}}))
+        answer = decode(Submitted, await Coordinator({}).request("submit", record, 1.0))
+        assert (answer.setting, answer.problem) == ("local.warmth", "there is no such setting")
+        assert answer.hint.startswith("Known here: batch_size, ")
+        assert f"The coordinator is Syncline {__version__}: upgrade it" in answer.hint
+
+    simulated(work())
 
 
 def test_the_submitter_outlasts_a_coordinator_that_is_started_again_and_no_silence(simulated: Simulated) -> None:

@@ -103,6 +103,28 @@ def test_a_record_that_is_stored_again_remembers_what_was_not_written() -> None:
     assert submitted_spec(stored).local.steps == 3
 
 
+def test_an_older_coordinator_keeps_what_it_ignores_for_newer_agents() -> None:
+    submitted = newer(local={"steps": 3})
+    stored = sent(submission(submitted_spec(submitted), submitted))
+    assert stored.spec == submitted.spec and {"local.warmth", "sight"} <= set(stored.defaults)
+
+    class YetNewerLocal(Local):
+        warmth: float = 0.7
+
+    class YetNewer(Newer):
+        local: YetNewerLocal = YetNewerLocal()  # type: ignore[assignment]
+
+    read = submitted_spec(stored, YetNewer)
+    assert isinstance(read, YetNewer) and read.local.warmth == 0.5, "the default of the version that submitted the run"
+    assert submitted_spec(stored).local.steps == 3
+
+
+def test_names_of_defaults_that_lead_nowhere_change_nothing() -> None:
+    spec = {"task": "a.b:C", "seed": 3}
+    record = Submit(spec=spec, defaults=["seed.x", "nothing.at.all", "", ".", "local.steps.y", "local"])
+    assert submission(submitted_spec(record), record).spec == submission(parse(RunSpec, spec)).spec
+
+
 def test_settings_as_a_person_writes_them_are_all_written() -> None:
     raw = Submit(spec={"task": "a.b:C", "nonsense": 1})
     with pytest.raises(ConfigError, match="nonsense: there is no such setting"):
