@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test soak check bench bench-merge bench-memory sim results-tasks docs clean experiment
+.PHONY: help install demo test soak check bench bench-merge bench-memory sim results-tasks docs prose clean experiment
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
@@ -17,6 +17,7 @@ help:
 	@echo "make experiment NAME=straggler  one of experiments/, in virtual time: straggler, fedavg, scaffold, diloco, shakespeare"
 	@echo "make install  make $(VENV) and install Syncline into it"
 	@echo "make docs     write docs/protocol.md anew from the code"
+	@echo "make prose    figures about the docstrings and comments of every package; WORST=20 lists the worst"
 	@echo "make clean    remove $(VENV) and caches"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -70,6 +71,10 @@ experiment: install
 
 docs: install
 	@$(BIN)/python tools/protocol_reference.py > docs/protocol.md
+
+WORST ?= 0
+prose: install
+	@$(BIN)/python tools/prose.py --worst $(WORST)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
