@@ -7,7 +7,8 @@ It talks to the service over a socket, and shares memory with it:
     inbox      the center as it came over the bus, coded
     outboxes   updates, coded; two of them where one is sent while the next one is made
 
-W_i is kept on disk, so that an agent that was killed goes on from its own work.
+W_i is kept on disk, so that an agent that was killed goes on from its own work. Saving is limited, so that a large model with
+short periods still trains most of the time; what the limit holds back is saved while the child waits for its next question.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from syncline.local.duration import Duration
 from syncline.model.flat import DTYPES, FlatModel
 from syncline.model.manifest import Manifest
 from syncline.model.tensors import slots_of
-from syncline.runtime.child import Handler, described, serve
+from syncline.runtime.child import Chore, Handler, described, serve
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import (
@@ -93,6 +94,8 @@ class Trainer:
         self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
         self._wanted = device
         self._steps_ever = 0
+        self._unsaved_clock: int | None = None  # of the state in memory, where it is not on the disk yet
+        self._not_kept = ""  # why the disk took nothing the last time
 
     @cached_property
     def _claim(self) -> Claim:
@@ -104,6 +107,7 @@ class Trainer:
 
     def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
         """Loads the task, makes the model, and finds what this agent kept of the run. Answers with its clock."""
+        self._unsaved_clock, self._not_kept = None, ""
         settings = self._settings = parse(RunSpec, spec)
         self._layout = decode(Manifest, manifest)
         self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
@@ -167,6 +171,7 @@ class Trainer:
         """
         period = Period(**asked)
         number, clock = period.number, period.clock
+        self._unsaved_clock = None  # from here on the state is of no clock
         self._take_part(number, period.parts)
         with self._reporting():
             self._begin(period)
@@ -216,6 +221,24 @@ class Trainer:
             "meet": self.meet,
             "keep": self.keep,
         }
+
+    def chore(self) -> Chore:
+        return Chore(self.save_due_in_s, self.save_held_back)
+
+    def save_due_in_s(self) -> float | None:
+        """Return the seconds until a state that is not on the disk may be saved, or None where there is none."""
+        return None if self._unsaved_clock is None else self._save_after_s - self._clock()
+
+    def save_held_back(self) -> None:
+        """Save the state that is not on the disk, between two questions: the next period would change it."""
+        clock, self._unsaved_clock = self._unsaved_clock, None
+        if clock is None:
+            return
+        try:
+            with self._reporting():
+                self._save(clock)
+        except Exception:  # of the task's own state: the save after the next period raises it to the service
+            log.warning("the state of clock %d is not saved", clock, exc_info=True)
 
     def load_task(self, settings: RunSpec) -> Task:
         return load_task(
@@ -406,12 +429,14 @@ class Trainer:
     def _save(self, clock: int, *, at_once: bool = False) -> str:
         """Keeps W_i and all that goes with it, at most every second and for a small share of the time.
 
-        Returns why the disk did not take it: then the file from before is still there, and it is tried again. `at_once`: in
-        any case, for what is given up to the center must be on the disk before it is offered.
+        What is held back is saved as soon as the limit allows while no question comes, see `save_held_back`. Returns why the
+        disk took nothing the last time: then the file from before is still there, and it is tried again. `at_once`: in any
+        case, for what is given up to the center must be on the disk before it is offered.
         """
         now_s, problem = self._clock(), ""
         if now_s < self._save_after_s and not at_once:
-            return ""
+            self._unsaved_clock = clock
+            return self._not_kept
         variates = {} if self._variates is None else self._variates.kept()
         own_P, pending = self._flat.flat_P.detach(), self._updates.pending
         kept = Kept(clock, own_P, self._inner_state(), dict(pending), variates, self._flat.local())
@@ -422,6 +447,7 @@ class Trainer:
             log.warning("not kept: %s", problem)
         took_s = self._clock() - now_s
         self._save_after_s = now_s + max(SAVE_EVERY_S if not problem else SAVE_AGAIN_S, took_s / SAVE_SHARE)
+        self._unsaved_clock, self._not_kept = (clock if problem else None), problem
         return problem
 
     def _evaluated(self, version: int) -> dict[str, Any]:
@@ -480,4 +506,4 @@ def main(device: str, threads: int, allowed: list[str], task_dir: str, end_fd: i
     if threads:
         torch.set_num_threads(threads)
     trainer = Trainer(SharedMemory(memory_fd), device, allowed, Path(task_dir), enter=os.chdir, ticking=ticking)
-    return serve(end_fd, trainer.questions())
+    return serve(end_fd, trainer.questions(), trainer.chore())

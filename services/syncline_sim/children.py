@@ -68,7 +68,7 @@ class TaskChildren:
         from syncline_agent.trainer import Trainer
 
         trainer = Trainer(memory, "cpu", ["*"], self.scene.task_dir, self.clock)
-        return InlineChild(trainer.questions(), memory, period_of(self.scene, agent))
+        return InlineChild(trainer.questions(), memory, period_of(self.scene, agent), trainer.chore())
 
     def state_dir(self, agent: str) -> Path:
         return self.disk / agent

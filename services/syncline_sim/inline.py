@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from syncline.model.manifest import ALIGN_ELEMENTS, Entry, Manifest
-from syncline.runtime.child import ChildDied, ChildFailed, Handler, Start, packed_answer
+from syncline.runtime.child import ChildDied, ChildFailed, Chore, Handler, Start, packed_answer
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire.messages import decode, encode
@@ -28,10 +28,16 @@ Vector = NDArray[np.float64]
 
 
 class InlineChild:
-    """Asked like a process. What it says travels as msgpack, and takes the virtual time that `seconds` says."""
+    """Asked like a process. What it says travels as msgpack, and takes the virtual time that `seconds` says.
 
-    def __init__(self, handlers: Mapping[str, Handler], memory: SharedMemory, seconds: Seconds) -> None:
-        self._handlers, self._memory, self._seconds = handlers, memory, seconds
+    A chore is done as soon as it is due and no question waits, and takes no time.
+    """
+
+    def __init__(
+        self, handlers: Mapping[str, Handler], memory: SharedMemory, seconds: Seconds, chore: Chore | None = None
+    ) -> None:
+        self._handlers, self._memory, self._seconds, self._chore = handlers, memory, seconds, chore
+        self._chore_timer: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
         self._died = asyncio.Event()
         self.doing = ""
@@ -40,19 +46,21 @@ class InlineChild:
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         asked: dict[str, Any] = msgpack.unpackb(msgpack.packb({"ask": question, **fields}), strict_map_key=False)
         async with self._lock:
+            self._stop_waiting()
             if not await self._spend(asked):
                 return {"stopped": True}
             said: dict[str, Any] = msgpack.unpackb(packed_answer(self._handlers, asked), strict_map_key=False)
+            self._wait_for_chore()
         if "error" in said:
             raise ChildFailed(said["error"], setting=said.get("setting", ""), hint=said.get("hint", ""))
         return said
 
     async def close(self) -> None:
-        self._died.set()
+        self._end()
 
     def die(self) -> None:
         """As if the kernel had killed it."""
-        self._died.set()
+        self._end()
 
     def hold(self, seconds: float) -> None:
         """Let the step that is under way, or else the next one, take so much longer."""
@@ -63,6 +71,25 @@ class InlineChild:
 
     def stop(self) -> None:
         """The wish to end the period lies in the shared memory."""
+
+    def _end(self) -> None:
+        self._died.set()
+        self._stop_waiting()
+
+    def _wait_for_chore(self) -> None:
+        due_in_s = None if self._chore is None or self._died.is_set() else self._chore.due_in_s()
+        if due_in_s is not None:
+            self._chore_timer = asyncio.get_running_loop().call_later(max(0.0, due_in_s), self._do_chore)
+
+    def _do_chore(self) -> None:
+        assert self._chore is not None
+        self._chore.do()
+        self._wait_for_chore()
+
+    def _stop_waiting(self) -> None:
+        if self._chore_timer is not None:
+            self._chore_timer.cancel()
+            self._chore_timer = None
 
     async def _spend(self, asked: dict[str, Any]) -> bool:
         """Lets the time pass; a period shows progress, and ends early (False) where the service asks for it."""

@@ -186,7 +186,7 @@ class TimedChild(InlineChild):
     """A period passes first and is computed then, with as many steps as there was time for."""
 
     def __init__(self, trainer: TimedTrainer, memory: SharedMemory, speed: Speed, clock: Clock) -> None:
-        super().__init__(trainer.questions(), memory, lambda _: QUICK_S)
+        super().__init__(trainer.questions(), memory, lambda _: QUICK_S, trainer.chore())
         self._trainer, self._speed, self._clock = trainer, speed, clock
         self._woken = asyncio.Event()
         self._begun: tuple[float, float] | None = None  # when, and seconds a step

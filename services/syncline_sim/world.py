@@ -233,6 +233,8 @@ class World:
         for task in life.tasks:
             if not task.done():
                 task.cancel()
+        if life.training is not None:
+            life.training.die()
 
     def _on_exit(self, life: Life, task: asyncio.Task[Any]) -> None:
         error = None if task.cancelled() else task.exception()

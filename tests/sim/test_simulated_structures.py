@@ -48,6 +48,23 @@ def test_it_learns_what_a_plain_loop_learns_also_when_it_is_killed(name: str) ->
     assert any("the training process died" in text for text in events)
 
 
+def test_an_agent_that_is_killed_while_the_coordinator_is_away_has_saved_its_last_period() -> None:
+    """Periods of 60 ms: all of them but the first one are too soon to be saved at their end."""
+    spec = parse(RunSpec, {**STRUCTURES["own scheduler"].spec, "stop": {"versions": 40}})
+    away = {"kind": "crash", "service": "coordinator", "after_s": 1.0, "for_s": 5.0}
+    killed = {"kind": "trainer", "service": "a1", "after_s": 4.0}
+    results = []
+    for faults in ([away], [away, killed]):
+        events: list[str] = []
+        settings = parse(SimSettings, {"step_s": 0.01, "faults": faults}, "sim")
+        result = run_fleet(spec, settings, follow=lambda subject, data, told=events: told.append(f"{subject} {data!r}"))
+        results.append(result)
+        assert any("the training process died" in text for text in events) == (killed in faults)
+    assert results[0].digest == results[1].digest
+    early = [commit for commit in results[0].commits if commit.time_s < 1.0]
+    assert 1 < len(early) < 40, "the coordinator goes in the middle"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_by_name(name: str) -> None:
     structure = STRUCTURES[name]

@@ -69,16 +69,18 @@ class Child:
         verdicts: dict[int, bool] | None = None,
         *,
         fresh: bool = True,
+        pause_s: float = 60.0,
     ) -> dict[str, Any]:
         """One local period from this center; the answer, with the update as `update`, and `control` beside `sum_P`.
 
-        `fresh`: the center is newer than that of the period before.
+        `fresh`: the center is newer than that of the period before. `pause_s`: since that period; by default it is time to
+        save again.
         """
         self._box(0).copy_(center_P)
         if sum_P is not None:
             self._box(0, 1).copy_(sum_P)
         self.clock += 1
-        self._clock.now_s += 60.0  # it is time to save again
+        self._clock.now_s += pause_s
         judged = [*(verdicts or {}).items()]
         asked = Period(self.version, self.clock, self.number, self.parts, fresh, verdicts=judged)
         answer = self.trainer.period(**asked._asdict())

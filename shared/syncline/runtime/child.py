@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import struct
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +34,19 @@ _LENGTH = struct.Struct("<I")
 _DOING = "doing"  # the one key of what is no answer yet
 
 Handler = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """Work that a child does while no question waits for it.
+
+    Attributes:
+        due_in_s: Returns the seconds until the work is due, at most 0 where it is due now, or None where there is none.
+        do: Does the work. Afterwards there is none, or it is due later.
+    """
+
+    due_in_s: Callable[[], float | None]
+    do: Callable[[], None]
 
 
 class ChildDied(SynclineError):
@@ -147,11 +162,11 @@ class Child:
         return ChildDied(text, from_outside=-code in FROM_OUTSIDE)
 
 
-def serve(end_fd: int, handlers: Mapping[str, Handler]) -> int:
+def serve(end_fd: int, handlers: Mapping[str, Handler], chore: Chore | None = None) -> int:
     """The child's side: answers until the service hangs up. Returns the exit code."""
     with socket.socket(fileno=end_fd) as end:
         end.setblocking(True)
-        while (question := _read(end)) is not None:
+        while (question := _next_question(end, chore)) is not None:
             data = packed_answer(handlers, question)
             try:
                 end.sendall(_LENGTH.pack(len(data)) + data)
@@ -223,6 +238,16 @@ def _told(error: Exception) -> str:
 def _clean(text: str) -> str:
     """As UTF-8 can hold it: names of files may bring anything."""
     return text.encode(errors="replace").decode()
+
+
+def _next_question(end: socket.socket, chore: Chore | None) -> dict[str, Any] | None:
+    """Wait for a question, and do the chore while there is none; None where the service has hung up."""
+    while chore is not None and (due_in_s := chore.due_in_s()) is not None:
+        readable, _, _ = select.select([end], [], [], max(0.0, due_in_s))
+        if readable:  # a question, or the end
+            break
+        chore.do()
+    return _read(end)
 
 
 def _read(end: socket.socket) -> dict[str, Any] | None:

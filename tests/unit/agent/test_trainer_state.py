@@ -15,6 +15,8 @@ from torch import Tensor
 from trainers import Child, Ticking
 
 from syncline_agent.local_state import DIGEST, _digest
+from syncline_agent.trainer import SAVE_EVERY_S
+from syncline_agent.training_child import SAVE_AGAIN_S, STOP_EARLY
 
 OWN_TASKS = '''
 from collections import OrderedDict
@@ -50,6 +52,15 @@ class Odd(LinearRegression):
             model.phases = model.phases * 1j
             model.later = torch.ones(2)
         return super().loss(model, batch)
+
+class Forgetful(LinearRegression):
+    forgets = False
+    def state_dict(self):
+        if self.forgets:
+            raise KeyError("forgotten")
+        return {"count": 1}
+    def load_state_dict(self, state):
+        pass
 '''
 
 
@@ -120,6 +131,77 @@ def test_control_variates_are_of_one_submission(path: Path) -> None:
     again = Child(path, spec, submission="second")
     assert again.trainer._variates is not None
     assert not again.trainer._variates.own_P.any() and not again.trainer._variates.pending
+
+
+# -- what the limit holds back -----------------------------------------------------------------------------------------
+HELD_BACK = {"local": {"steps": 3, "optimizer": {"kind": "adam"}}, "mix": {"alpha": 0.5}}
+
+
+def soon(child: Child) -> dict[str, Any]:
+    """One period, a tenth of a second after the one before: too soon to be saved."""
+    return child.period(child.initial_P, pause_s=0.1)
+
+
+def wait(child: Child, clock: Ticking, seconds: float) -> None:
+    """No question comes for so long, and what is due then is done."""
+    clock.now_s += seconds
+    due_in_s = child.trainer.save_due_in_s()
+    if due_in_s is not None and due_in_s <= 0:
+        child.trainer.save_held_back()
+
+
+def test_what_the_limit_holds_back_is_saved_while_no_question_waits(path: Path) -> None:
+    """Without waiting, a child that is killed repeats the periods that the limit has held back."""
+    clock = Ticking()
+    child = Child(path, HELD_BACK, clock=clock)
+    child.period(child.initial_P)
+    assert child.trainer.save_due_in_s() is None, "it is saved"
+    for _ in range(2):
+        soon(child)
+    assert Child(path, HELD_BACK).clock == 1
+    assert child.trainer.save_due_in_s() == pytest.approx(SAVE_EVERY_S - 0.2)
+    wait(child, clock, SAVE_EVERY_S / 2)
+    assert Child(path, HELD_BACK).clock == 1
+    wait(child, clock, SAVE_EVERY_S / 2)
+    assert child.trainer.save_due_in_s() is None
+    restarted = Child(path, HELD_BACK)
+    assert restarted.clock == 3
+    assert torch.equal(*(c.period(c.initial_P)["update"] for c in (child, restarted)))
+
+
+def test_saving_while_no_question_waits_counts_for_the_limit_too(path: Path) -> None:
+    clock = Ticking()
+    child = Child(path, HELD_BACK, clock=clock)
+    child.period(child.initial_P)
+    soon(child)
+    wait(child, clock, SAVE_EVERY_S)
+    soon(child)
+    assert Child(path, HELD_BACK).clock == 2
+    assert child.trainer.save_due_in_s() == pytest.approx(SAVE_EVERY_S - 0.1)
+
+
+def test_the_state_of_a_period_that_was_stopped_is_not_saved(path: Path) -> None:
+    child = Child(path, HELD_BACK)
+    child.period(child.initial_P)
+    soon(child)
+    child.memory.view()[STOP_EARLY] = 1
+    assert soon(child)["stopped"] and child.trainer.save_due_in_s() is None
+
+
+def test_a_state_that_cannot_be_saved_while_no_question_waits_is_told_after_the_next_period(
+    path: Path, own: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = {"task": own + "Forgetful", "local": {"steps": 2}}
+    clock = Ticking()
+    child = Child(path, spec, clock=clock)
+    child.period(child.initial_P)
+    child.trainer._task.forgets = True
+    soon(child)
+    wait(child, clock, SAVE_EVERY_S)
+    assert "the state of clock 2 is not saved" in caplog.text and child.trainer.save_due_in_s() is None
+    with pytest.raises(KeyError, match="forgotten"):
+        child.period(child.initial_P)
+    assert Child(path, spec).clock == 1
 
 
 # -- files that cannot be used -----------------------------------------------------------------------------------------
@@ -241,6 +323,21 @@ def test_a_full_disk_is_not_written_to_all_the_time(path: Path, disk: Disk) -> N
         child.period(child.initial_P)
         tries.append(disk.tries)
     assert tries == [1, 1, 1, 2]
+
+
+def test_a_disk_that_takes_nothing_while_no_question_waits_is_told_with_the_next_period(path: Path, disk: Disk) -> None:
+    """It is tried again half a minute later, and no sooner."""
+    clock = Ticking()
+    child = Child(path, {"local": {"steps": 2}}, clock=clock)
+    child.period(child.initial_P)
+    soon(child)
+    disk.full = True
+    wait(child, clock, SAVE_EVERY_S)
+    assert child.trainer.save_due_in_s() == pytest.approx(SAVE_AGAIN_S)
+    assert FULL in soon(child)["not_kept"] and disk.tries == 2
+    disk.full = False
+    wait(child, clock, SAVE_AGAIN_S)
+    assert soon(child)["not_kept"] == "" and Child(path, {"local": {"steps": 2}}).clock == 3
 
 
 def test_a_state_directory_that_cannot_be_made_is_a_disk_that_takes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 import threading
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from syncline.errors import ConfigError
-from syncline.runtime.child import Child, Handler, packed_answer, serve, tell
+from syncline.runtime.child import Child, Chore, Handler, packed_answer, serve, tell
 from syncline.tasks.quadratic import LinearRegression
 
 
@@ -97,3 +98,64 @@ async def test_a_child_tells_what_it_is_doing_before_it_answers() -> None:
     await answering
     assert seen == ["loads caf?.py", "makes the model"]
     assert await asking == {"doing": "nothing", "elements": 3}
+
+
+# -- what a child does while no question waits ---------------------------------------------------------------------------
+class Served:
+    """A child with one chore, in a thread; `done`: what it has done, in its order."""
+
+    def __init__(self, due_in_s: float, *, asked_before: bool = False) -> None:
+        self.ours, theirs = socket.socketpair()
+        self.done: list[str] = []
+        self.idle = threading.Event()
+        self._due_in_s: float | None = due_in_s
+        if asked_before:
+            self.ask()
+        chore = Chore(lambda: self._due_in_s, self._do)
+        self._thread = threading.Thread(target=serve, args=(theirs.detach(), {"period": self._period}, chore))
+        self._thread.start()
+
+    def ask(self) -> None:
+        data = msgpack.packb({"ask": "period"})
+        self.ours.sendall(struct.pack("<I", len(data)) + data)
+
+    def answered(self) -> bool:
+        return len(self.ours.recv(4)) == 4
+
+    def hang_up(self) -> None:
+        self.ours.close()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def _do(self) -> None:
+        self._due_in_s = None
+        self.done.append("chore")
+        self.idle.set()
+
+    def _period(self) -> dict[str, Any]:
+        self.done.append("period")
+        return {}
+
+
+def test_a_child_does_its_chore_while_no_question_waits_and_answers_afterwards() -> None:
+    child = Served(0.0)
+    assert child.idle.wait(30)
+    child.ask()
+    assert child.answered()
+    child.hang_up()
+    assert child.done == ["chore", "period"]
+
+
+def test_a_question_that_waits_comes_before_a_chore_that_is_due() -> None:
+    child = Served(-1.0, asked_before=True)
+    assert child.idle.wait(30)
+    child.hang_up()
+    assert child.done == ["period", "chore"]
+
+
+def test_a_chore_that_is_due_later_keeps_neither_a_question_waiting_nor_the_end() -> None:
+    child = Served(3600.0)
+    child.ask()
+    assert child.answered()
+    child.hang_up()
+    assert child.done == ["period"]
