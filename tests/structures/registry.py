@@ -2,7 +2,8 @@
 
 To add one: write its task into a file of this directory, and add a line to STRUCTURES. `tests/unit/agent/test_structures.py`
 trains each of them with one agent, without and with a kill after the first period, and compares the center with what the plain
-loop has learned.
+loop has learned. `tests/sim/test_simulated_structures.py` does so in a simulation, and
+`tests/system/test_structure_processes.py` in real processes, with a kill after the third period.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ STRUCTURES: dict[str, Structure] = {
 def _result(structure: Structure) -> str:
     if structure.refused:
         return f"refused: “… {structure.refused} …”"
-    return "as the plain loop" + (f"; advice: “… {structure.advised} …”" if structure.advised else "")
+    return "as the plain loop, also when killed once" + (
+        f"; advice: “… {structure.advised} …”" if structure.advised else ""
+    )
 
 
 def table() -> str:
