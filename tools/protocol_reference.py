@@ -28,6 +28,7 @@ from syncline.observe.telemetry import (
 from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
 from syncline.wire.messages import (
+    DIGEST_BYTES,
     INLINE_BYTES,
     MESSAGES,
     VERSION,
@@ -153,8 +154,10 @@ chunks before it asks (from the manifest, or from the blob's reference). It refu
 checksum does not match, or that is longer than its content by more than {FRAME_OVERHEAD_BYTES // 1024} KiB. Chunks of
 tensors hold a multiple of {ALIGN_ELEMENTS} elements, little-endian.
 
-The **digest** of an update, which its offer carries and the agent signs, is xxh3-128 over the checksums of its chunks in
-their order, 8 little-endian bytes each; the digest of a center is xxh3-128 over its bytes.
+The **digest** of an update, which its offer carries and the agent signs, is BLAKE3 over the BLAKE3 digests of the `data` of
+its chunks, in their order, {DIGEST_BYTES} bytes each. It binds the content: the coordinator computes it while it merges, and
+commits no version with an update whose digest differs. The digest of a center is xxh3-128 over its bytes; like the checksums
+it finds corruption and is no protection against forgery.
 """
 
 TIME_S = 1767225600.0

@@ -30,7 +30,7 @@ from syncline.runtime.service import loop_factory
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
-from syncline.wire.chunks import blob_digest, checksum, pack_chunk
+from syncline.wire.chunks import BlobDigest, chunk_digest, pack_chunk
 from syncline.wire.messages import BlobRef, Plan, PlanEntry, decode, encode
 from syncline_coordinator.app import REDUCERS
 from syncline_coordinator.merge.center import Center
@@ -103,17 +103,17 @@ async def offer(bus: NatsBus, case: Case, layout: Manifest) -> bytes:
     entries = []
     for i in range(case.agents):
         agent, ref = f"a{i:03d}", BlobRef(id=new_id(), size=layout.nbytes, chunks=layout.chunks)
-        sums = [0] * layout.chunks
+        digest = BlobDigest()
 
-        async def one(k: int, agent: str = agent, ref: BlobRef = ref, sums: list[int] = sums) -> None:
+        async def one(k: int, agent: str = agent, ref: BlobRef = ref, digest: BlobDigest = digest) -> None:
             part = layout.chunk(k)
             data = torch.randn(part.stop - part.start).numpy().data.cast("B")
-            sums[k] = checksum(data)
+            digest.add(k, chunk_digest(data))
             frame = pack_chunk(ref.id, k, ref.chunks, "fp32", data)
             await put_chunk(bus, f"{subjects.update_prefix('bench', agent, ref.id)}.{k}", frame)
 
         await windowed(layout.chunks, 8, one)
-        entries.append(PlanEntry(agent=agent, clock=1, weight=1 / case.agents, blob=ref, digest=blob_digest(sums)))
+        entries.append(PlanEntry(agent=agent, clock=1, weight=1 / case.agents, blob=ref, digest=digest.digest()))
     return encode(Plan(version=1, reason="bench", merged=entries))
 
 

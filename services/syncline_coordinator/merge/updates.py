@@ -18,7 +18,7 @@ from syncline.errors import PeerError, SynclineError
 from syncline.model.manifest import Manifest
 from syncline.transform.codecs import CODECS, tensor_of
 from syncline.wire import subjects
-from syncline.wire.chunks import blob_digest, unpack_checked
+from syncline.wire.chunks import BlobDigest, chunk_digest, unpack_chunk
 from syncline.wire.messages import Plan, PlanEntry
 
 
@@ -41,7 +41,7 @@ class Updates:
     def __init__(self, bus: Bus, run: str, manifest: Manifest, plan: Plan, chosen: Sequence[int] | None = None) -> None:
         self._bus, self._run, self._manifest, self._codec = bus, run, manifest, CODECS[manifest.dtype]
         self.entries = plan.merged if chosen is None else [plan.merged[i] for i in chosen]
-        self._checksums = [[0] * manifest.blob_chunks for _ in self.entries]
+        self._digests = [BlobDigest() for _ in self.entries]
 
     async def get(self, k: int) -> list[bytes]:
         """The frame of chunk k of each."""
@@ -71,9 +71,9 @@ class Updates:
             raise UpdateUnusable(self.entries[largest], why)
 
     def finish(self) -> None:
-        """After the last slice: is the content what was signed?"""
-        for entry, sums in zip(self.entries, self._checksums, strict=True):
-            if blob_digest(sums) != entry.digest:
+        """Compare each update's content with the digest that its agent signed, after the last slice."""
+        for entry, digest in zip(self.entries, self._digests, strict=True):
+            if digest.digest() != entry.digest:
                 raise UpdateUnusable(entry, "its content is not what it signed")
 
     async def _frame(self, entry: PlanEntry, k: int) -> bytes:
@@ -90,7 +90,8 @@ class Updates:
         blob, elements = entry.blob, part.stop - part.start
         what: dict[str, Any] = {"blob": blob.id, "k": k, "n": blob.chunks, "codec": self._codec.name}
         try:
-            data, self._checksums[i][k] = unpack_checked(frame, **what, size=self._codec.nbytes(elements))
+            data = unpack_chunk(frame, **what, size=self._codec.nbytes(elements))
         except PeerError as error:
             raise UpdateUnusable(entry, str(error)) from None
+        self._digests[i].add(k, chunk_digest(data))
         return tensor_of(self._codec, data, elements)

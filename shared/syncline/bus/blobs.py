@@ -17,7 +17,7 @@ from typing import TypeVar
 from syncline.bus.base import Bus, Stored
 from syncline.chance import new_id
 from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
-from syncline.wire.chunks import blob_digest, checksum, content_bytes, pack_chunk, unpack_chunk
+from syncline.wire.chunks import BlobDigest, chunk_digest, content_bytes, pack_chunk, unpack_chunk
 from syncline.wire.messages import BlobRef
 
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
@@ -45,18 +45,18 @@ class Growth:
 
     def __init__(self) -> None:
         self._at_s = _now()
-        self.checksums: dict[int, int] = {}  # of the chunks that are on the bus
+        self.digests: dict[int, bytes] = {}  # of the chunks that are on the bus
 
     @property
     def left_s(self) -> float:
         """How long it is safe to go on with the blob, and to offer it."""
         return self._at_s + STALE_S - _now()
 
-    def put(self, k: int, checksum: int, new: bool) -> None:
+    def put(self, k: int, digest: bytes, new: bool) -> None:
         """A chunk is on the bus. Raises Stale where others may not be there any more."""
         if self.left_s < 0:
             raise Stale(f"no new chunk for more than {STALE_S:g} s")
-        self.checksums[k] = checksum
+        self.digests[k] = digest
         if new:
             self._at_s = _now()
 
@@ -82,19 +82,22 @@ async def put_blob(
     data = data.cast("B")
     places = _places(len(data), chunk_bytes, sections)
     n = len(places)
-    checksums = dict(growth.checksums) if growth is not None else {}
-    todo = [k for k in range(n) if k not in checksums]
+    whole, before = BlobDigest(), growth.digests if growth is not None else {}
+    for k, digest in before.items():
+        whole.add(k, digest)
+    todo = [k for k in range(n) if k not in before]
 
     async def put(i: int) -> None:
         k = todo[i]
         part = data[places[k]]
-        checksums[k] = checksum(part)
+        digest = chunk_digest(part)
         new = await put_chunk(bus, f"{prefix(blob)}.{k}", pack_chunk(blob, k, n, codec, part))
+        whole.add(k, digest)
         if growth is not None:
-            growth.put(k, checksums[k], new)
+            growth.put(k, digest, new)
 
     await paced(len(todo), window, put)
-    return BlobRef(id=blob, size=len(data), chunks=n), blob_digest(checksums[k] for k in range(n))
+    return BlobRef(id=blob, size=len(data), chunks=n), whole.digest()
 
 
 async def get_blob(

@@ -1,22 +1,27 @@
-"""A tensor's bytes on the wire: frames of one msgpack map each. Knows no bus and no tensor, only bytes.
+"""Frames: the bytes of a tensor on the wire, one msgpack map for each chunk. This module knows neither bus nor tensor.
 
 Frame: `{t: "chunk", v, blob, k, n, codec, crc, data}`; `crc` is xxh3-64 over `data`. A frame names its blob and its place,
-so that a frame under a wrong subject is refused; blobs have random ids, so that no two writers meet.
+so that a frame under a wrong subject is refused. Blobs have random ids, so that two writers never use the same subject.
+
+A checksum finds corruption in one frame. It does not resist forgery: anybody can compute it for other bytes. The content of
+an update is bound by its *digest*: BLAKE3 over the BLAKE3 digests of its chunks, in their order. An offer carries the digest,
+and the signature of the offer covers it. The digest of a list, not of the bytes in one stream, lets a reader take the chunks
+in any order and hash them in several threads, and keep one hash state for each update instead of its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
 
 import msgpack
 import xxhash
+from blake3 import blake3
 
 from syncline.errors import PeerError
 from syncline.wire.messages import VERSION, shown
 
 FRAME_OVERHEAD_BYTES = 16 * 1024  # what a message may need beside the tensor bytes: frame, subject, headers, slack
 LEAST_PAYLOAD_BYTES = 16 * 1024  # of a broker: a head, a heartbeat and 1,024 float64 numbers each travel in one message
-DIGEST_BYTES = 16
 
 
 def content_bytes(max_payload: int) -> int:
@@ -25,19 +30,23 @@ def content_bytes(max_payload: int) -> int:
 
 
 def pack_chunk(blob: str, k: int, n: int, codec: str, data: bytes | memoryview) -> bytes:
-    """The frame of chunk k of n."""
+    """Return the frame of chunk k of n."""
     frame = {"t": "chunk", "v": VERSION, "blob": blob, "k": k, "n": n, "codec": codec}
     packed: bytes = msgpack.packb({**frame, "crc": checksum(data), "data": data}, use_bin_type=True)
     return packed
 
 
 def unpack_chunk(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: int) -> bytes:
-    """The `size` bytes of chunk k of blob, or a PeerError that says what is wrong with the frame."""
-    return unpack_checked(frame, blob=blob, k=k, n=n, codec=codec, size=size)[0]
+    """Return the content of chunk k of a blob.
 
+    Args:
+        frame: the message as it was got from the bus.
+        blob, k, n, codec: what the frame has to say of itself.
+        size: bytes of content.
 
-def unpack_checked(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: int) -> tuple[bytes, int]:
-    """The same, with the checksum of those bytes."""
+    Raises:
+        PeerError: the frame is not the one expected, or damaged. Says in what.
+    """
     what = f"chunk {k} of blob {blob[:8]}"
     if len(frame) > size + FRAME_OVERHEAD_BYTES:
         raise PeerError(f"{what}: a frame of {len(frame)} bytes for {size} bytes of content")
@@ -57,16 +66,44 @@ def unpack_checked(frame: bytes, *, blob: str, k: int, n: int, codec: str, size:
     data = fields.get("data")
     if not isinstance(data, bytes) or len(data) != size:
         raise PeerError(f"{what}: {len(data) if isinstance(data, bytes) else 'no'} bytes of data, expected {size}")
-    found = checksum(data)
-    if found != fields.get("crc"):
+    if checksum(data) != fields.get("crc"):
         raise PeerError(f"{what}: the checksum does not match")
-    return data, found
+    return data
 
 
 def checksum(data: bytes | memoryview) -> int:
+    """Return xxh3-64 of the bytes: finds corruption, and is no protection against forgery."""
     return xxhash.xxh3_64_intdigest(data)
 
 
-def blob_digest(checksums: Iterable[int]) -> bytes:
-    """xxh3-128 over the checksums of a blob's chunks, in their order."""
-    return xxhash.xxh3_128_digest(b"".join(c.to_bytes(8, "little") for c in checksums))
+def chunk_digest(data: bytes | memoryview) -> bytes:
+    """Return BLAKE3 of a chunk's content, 32 bytes: other content with the same digest cannot be made."""
+    return blake3(data).digest()
+
+
+class BlobDigest:
+    """The digest of a blob, from the digests of its chunks, which may come in any order and from any thread.
+
+    Keeps the state of one hash, and the digests of those chunks that came before an earlier one.
+    """
+
+    def __init__(self) -> None:
+        self._hash = blake3()
+        self._next = 0
+        self._early: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def add(self, k: int, digest: bytes) -> None:
+        """Take the digest of chunk k. A chunk that was taken before is left out."""
+        with self._lock:
+            if k < self._next:
+                return
+            self._early[k] = digest
+            while self._next in self._early:
+                self._hash.update(self._early.pop(self._next))
+                self._next += 1
+
+    def digest(self) -> bytes:
+        """Return the digest over all chunks taken, which are the first ones of the blob without a gap."""
+        assert not self._early, f"chunk {self._next} is missing"
+        return self._hash.digest()

@@ -18,6 +18,7 @@ from syncline.errors import PeerError
 from syncline.wire.allow_list import MAX_PATTERN_CHARS, MAX_PATTERNS
 
 VERSION = 1
+DIGEST_BYTES = 32  # BLAKE3 of the content of an update
 MAX_RECORD_BYTES = 1 << 20
 MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and so travel as blobs
 MAX_HEAD_BYTES = 4096
@@ -28,6 +29,7 @@ HEAD_REASON_BYTES = 2000  # of UTF-8: with the largest value in every other fiel
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]+$")]
 BlobId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
+ContentDigest = Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Text = Annotated[str, Field(max_length=2000)]
 
@@ -109,17 +111,21 @@ class Offer(Record):
     steps: Count = Field(description="local steps in the update")
     seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(0.0, description="that the period took")
     blob: BlobRef = Field(description="the update's chunks")
-    digest: Annotated[bytes, Field(min_length=16, max_length=16)] = Field(description="over the frames' checksums")
+    digest: ContentDigest = Field(description="BLAKE3 over the BLAKE3 digests of the update's chunks, in their order")
     signature: Annotated[bytes, Field(max_length=64)] = Field(
         b"",
-        description="by the agent's nkey, over msgpack of [`offer`, run, agent, session, clock, base, samples, steps, "
-        "blob.id, blob.size, blob.chunks, digest]",
+        description="by the agent's nkey, over msgpack of [`offer`, run, agent, the other fields]: a map with its keys "
+        "sorted, in which a field that has its default is left out; the same for the blob inside",
     )
 
     def signed_bytes(self, run: str, agent: str) -> bytes:
-        """What the agent signs: all that decides what the update is and whose."""
-        said = ["offer", run, agent, self.session, self.clock, self.base, self.samples, self.steps]
-        return _pack([*said, self.blob.id, self.blob.size, self.blob.chunks, self.digest])
+        """Return the bytes that the agent signs: whose update it is, and every field but the signature.
+
+        A field that has its default is left out, so that a later minor version can add fields: offers without them have the
+        same signature before and after.
+        """
+        fields = self.model_dump(exclude={"signature"}, exclude_defaults=True)
+        return _pack([self.kind, run, agent, _sorted(fields)])
 
 
 class PlanEntry(Record):
@@ -130,7 +136,7 @@ class PlanEntry(Record):
     lag: Count = Field(0, description="versions between the one it was trained from and the one it is merged into")
     weight: float = Field(description="its share; weights need not sum to 1")
     blob: BlobRef
-    digest: Annotated[bytes, Field(min_length=16, max_length=16)]
+    digest: ContentDigest
     samples: Count = 0
     steps: Count = 0
     seconds: float = 0.0
@@ -425,6 +431,11 @@ def decode(model: type[R], data: bytes, *, limit: int | None = None) -> R:
 def shown(value: Any) -> str:
     """What a peer sent, for an error's text: short, and safe where it is nested so deeply that `repr` would give up."""
     return repr(value)[:40] if isinstance(value, str | int | float | bytes | None) else f"a {type(value).__name__}"
+
+
+def _sorted(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the map with its keys in order, and the maps inside it likewise: one encoding for one content."""
+    return {k: _sorted(v) if isinstance(v, dict) else v for k, v in sorted(fields.items())}
 
 
 def _pack(value: Any) -> bytes:

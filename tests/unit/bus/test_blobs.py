@@ -37,7 +37,7 @@ from syncline.errors import (
     Unavailable,
     Unreachable,
 )
-from syncline.wire.chunks import LEAST_PAYLOAD_BYTES, blob_digest, checksum
+from syncline.wire.chunks import LEAST_PAYLOAD_BYTES, BlobDigest, chunk_digest
 from syncline.wire.messages import BlobRef
 
 CHUNK = 100
@@ -91,9 +91,11 @@ async def test_a_blob_of_other_sections_is_refused(bus: Any) -> None:
         await got(bus, ref)
 
 
-async def test_the_digest_is_that_of_the_checksums_in_order(bus: Any) -> None:
-    _, digest = await put_blob(bus, prefix, memoryview(DATA), CHUNK)
-    assert digest == blob_digest(checksum(DATA[i : i + CHUNK]) for i in range(0, len(DATA), CHUNK))
+async def test_the_digest_is_that_of_the_chunks_in_order(bus: Any) -> None:
+    expected = BlobDigest()
+    for k, begin in enumerate(range(0, len(DATA), CHUNK)):
+        expected.add(k, chunk_digest(DATA[begin : begin + CHUNK]))
+    assert (await put_blob(bus, prefix, memoryview(DATA), CHUNK))[1] == expected.digest()
 
 
 async def test_a_blob_lies_under_its_own_random_name(bus: Any) -> None:
@@ -285,12 +287,12 @@ def test_a_blob_that_stands_still_too_long_is_stale_and_chunks_that_are_there_al
     async def grow() -> list[float]:
         growth, left = Growth(), []
         for new, pause in ((True, 60.0), (True, 60.0), (False, STALE_S - 60.0)):
-            growth.put(0, 0, new)
+            growth.put(0, b"", new)
             await asyncio.sleep(pause)
             left.append(growth.left_s)
         await asyncio.sleep(0.1)
         with pytest.raises(Stale):
-            growth.put(0, 0, True)
+            growth.put(0, b"", True)
         return left
 
     assert simulated(grow())[0] == pytest.approx([STALE_S - 60.0, STALE_S - 60.0, 0.0], abs=1e-6)

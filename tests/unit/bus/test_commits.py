@@ -30,7 +30,7 @@ LAYOUT = Manifest(dtype="fp32", elements=6, chunk_elements=1024, tensors=[])
 
 
 def entry(name: str) -> PlanEntry:
-    return PlanEntry(agent=name, clock=1 << 40, lag=1 << 20, weight=0.1, blob=LARGE, digest=b"d" * 16,
+    return PlanEntry(agent=name, clock=1 << 40, lag=1 << 20, weight=0.1, blob=LARGE, digest=b"d" * 32,
                      samples=1 << 40, steps=1 << 40, seconds=1.5)  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_the_newest_version_is_not_one_of_so_many() -> None:
 def test_of_hundreds_the_farthest_behind_are_shown_and_the_rest_counted() -> None:
     record = commit(8, 1, MODEL)
     many = [
-        PlanEntry(agent=f"a{i}", clock=8, lag=i % 3, weight=0.0025, blob=MODEL, digest=b"d" * 16) for i in range(400)
+        PlanEntry(agent=f"a{i}", clock=8, lag=i % 3, weight=0.0025, blob=MODEL, digest=b"d" * 32) for i in range(400)
     ]
     record = record.model_copy(update={"plan": record.plan.model_copy(update={"merged": many, "late": ["a3"] * 30})})
     shown = lines(record, 5)

@@ -33,7 +33,7 @@ def ledger() -> tuple[Ledger, Purges]:
 def offer(clock: int, seed: int = 0) -> Offer:
     blob = BlobRef(id=f"{seed:016x}{clock:016x}", size=8, chunks=1)
     return Offer(
-        session="0" * 32, clock=clock, base=0, term=1, samples=clock, steps=3, blob=blob, digest=bytes(16)
+        session="0" * 32, clock=clock, base=0, term=1, samples=clock, steps=3, blob=blob, digest=bytes(32)
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def head(version: int, **more: Any) -> Head:
 
 
 def record(version: int, term: int, model: BlobRef, updates: int = 0) -> Committed:
-    entry = PlanEntry(agent="a1", clock=1, weight=1.0, blob=model, digest=b"d" * 16)
+    entry = PlanEntry(agent="a1", clock=1, weight=1.0, blob=model, digest=b"d" * 32)
     plan = Plan(version=version, reason="all", merged=[entry] * updates)
     return Committed(run="r", term=term, version=version, digest="", model=model, plan=plan,
                      bytes_up=0, bytes_down=0, phases_s={})  # fmt: skip

@@ -55,7 +55,7 @@ class Stage:
 
     async def offer(self, agent: str, clock: int) -> int:
         offer = Offer(
-            session=SESSION, clock=clock, base=5, term=3, epoch=77, samples=1, steps=1, blob=blob(1), digest=bytes(16)
+            session=SESSION, clock=clock, base=5, term=3, epoch=77, samples=1, steps=1, blob=blob(1), digest=bytes(32)
         )
         return await self.bus.put(subjects.offer("r", agent), encode(offer))
 

@@ -344,7 +344,7 @@ async def test_no_rule_takes_values_that_are_too_large_to_be_squared(make: Make,
 async def test_no_rule_takes_content_that_was_not_signed(make: Make, rule: str) -> None:
     place = ruled(make, rule)
     plan = await place.plan(vectors(7, torch.float64))
-    entries = [e.model_copy(update={"digest": b"x" * 16}) if e.agent == "a6" else e for e in plan.merged]
+    entries = [e.model_copy(update={"digest": b"x" * 32}) if e.agent == "a6" else e for e in plan.merged]
     assert (
         str(await unusable(place, plan.model_copy(update={"merged": entries})))
         == "a6: its content is not what it signed"
@@ -516,7 +516,7 @@ async def test_infinities_that_cancel_are_found_all_the_same(place: Place) -> No
 
 async def test_content_that_was_not_signed_is_named(place: Place) -> None:
     plan = await place.plan(vectors(3))
-    entries = [e.model_copy(update={"digest": b"x" * 16}) if e.agent == "a3" else e for e in plan.merged]
+    entries = [e.model_copy(update={"digest": b"x" * 32}) if e.agent == "a3" else e for e in plan.merged]
     error = await unusable(place, plan.model_copy(update={"merged": entries}))
     assert str(error) == "a3: its content is not what it signed"
 

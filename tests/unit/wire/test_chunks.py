@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgpack
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncline.errors import PeerError
-from syncline.wire.chunks import FRAME_OVERHEAD_BYTES, blob_digest, checksum, pack_chunk, unpack_chunk
+from syncline.wire.chunks import FRAME_OVERHEAD_BYTES, BlobDigest, checksum, chunk_digest, pack_chunk, unpack_chunk
+from syncline.wire.messages import DIGEST_BYTES
 
 BLOB = "0123456789abcdef" * 2
 DATA = bytes(range(40))
@@ -129,7 +132,36 @@ def test_a_mutated_frame_gives_the_same_bytes_or_none(cuts: list[tuple[int, byte
         pass
 
 
-def test_the_digest_of_a_blob_depends_on_every_chunk_and_their_order() -> None:
-    digests = {blob_digest(sums) for sums in ([], [1], [1, 2], [2, 1], [1, 2, 0])}
-    assert len(digests) == 5 and {len(d) for d in digests} == {16}
-    assert blob_digest(iter([1, 2])) == blob_digest([1, 2])
+# -- digests -----------------------------------------------------------------------------------------------------------
+def digest_of(chunks: Sequence[bytes], order: Iterable[int] | None = None) -> bytes:
+    whole = BlobDigest()
+    for k in range(len(chunks)) if order is None else order:
+        whole.add(k, chunk_digest(chunks[k]))
+    return whole.digest()
+
+
+def test_the_digest_of_a_blob_is_the_documented_one() -> None:
+    assert digest_of([b"one", b"two"]) == blake3(blake3(b"one").digest() + blake3(b"two").digest()).digest()
+    assert len(digest_of([])) == DIGEST_BYTES
+
+
+@given(st.lists(st.binary(max_size=8), min_size=1, max_size=8).flatmap(lambda c: st.tuples(st.just(c), orders_of(c))))
+def test_chunks_may_come_in_any_order_and_twice(drawn: tuple[list[bytes], list[int]]) -> None:
+    chunks, order = drawn
+    assert digest_of(chunks, order) == digest_of(chunks) == digest_of(chunks, [*order, order[0]])
+
+
+def orders_of(chunks: list[bytes]) -> st.SearchStrategy[list[int]]:
+    return st.permutations(range(len(chunks)))
+
+
+def test_the_digest_of_a_blob_depends_on_every_chunk_their_order_and_their_borders() -> None:
+    blobs = ([], [b""], [b"a"], [b"a", b"b"], [b"b", b"a"], [b"ab"], [b"a", b"b", b""], [chunk_digest(b"a")])
+    assert len({digest_of(chunks) for chunks in blobs}) == len(blobs)
+
+
+def test_a_digest_with_a_gap_is_none() -> None:
+    whole = BlobDigest()
+    whole.add(1, chunk_digest(b"late"))
+    with pytest.raises(AssertionError, match="chunk 0 is missing"):
+        whole.digest()

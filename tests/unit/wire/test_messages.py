@@ -44,7 +44,7 @@ from syncline.wire.messages import (
 
 ID = "0123456789abcdef" * 2
 BLOB = BlobRef(id=ID, size=4096, chunks=1)
-ENTRY = PlanEntry(agent="a1", clock=4, weight=0.25, blob=BLOB, digest=b"d" * 16)
+ENTRY = PlanEntry(agent="a1", clock=4, weight=0.25, blob=BLOB, digest=b"d" * 32)
 PLAN = Plan(version=8, reason="4 of 4", merged=[ENTRY], late=["a2"])
 EXAMPLES: dict[type[Record], Record] = {
     type(r): r
@@ -52,7 +52,7 @@ EXAMPLES: dict[type[Record], Record] = {
         Hello(session=ID, tasks=["syncline.tasks.*"]),
         Welcome(run="r", reason="welcome"),
         Heartbeat(session=ID, clock=3, progress=60, state="training"),
-        Offer(session=ID, clock=4, base=7, term=1, samples=449, steps=20, blob=BLOB, digest=b"d" * 16),
+        Offer(session=ID, clock=4, base=7, term=1, samples=449, steps=20, blob=BLOB, digest=b"d" * 32),
         PLAN,
         Roster(parts=2, agents=["a1", "a2"], clocks=[4, 3], flags=bytes([3, 4]), presence=bytes([1, 2])),
         Head(run="r", term=1, version=7, phase="training", digest=ID, model=BLOB, plan=b"plan"),
@@ -279,7 +279,7 @@ def test_values_are_not_bent_to_fit() -> None:
         ("clock", 4.0),
         ("clock", True),
         ("session", ID.encode()),
-        ("digest", "d" * 16),
+        ("digest", "d" * 32),
     ):
         assert refused(Offer, packed(Offer, **{field: value})).startswith(f"offer: {field}: ")
 
@@ -459,7 +459,8 @@ def test_what_an_agent_signs_depends_on_all_that_says_what_the_update_is_and_who
     offer = EXAMPLES[Offer]
     assert isinstance(offer, Offer)
     changes: list[dict[str, Any]] = [
-        {"session": "f" * 32}, {"clock": 5}, {"base": 6}, {"samples": 1}, {"steps": 1}, {"digest": b"e" * 16},
+        {"session": "f" * 32}, {"clock": 5}, {"base": 6}, {"samples": 1}, {"steps": 1}, {"digest": b"e" * 32},
+        {"term": 2}, {"epoch": 1}, {"seconds": 0.5},
         *({"blob": BLOB.model_copy(update=u)} for u in ({"id": "f" * 32}, {"size": 1}, {"chunks": 2})),
     ]  # fmt: skip
     signed = {offer.model_copy(update=change).signed_bytes("r", "a1") for change in changes}
