@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from syncline.bus.nats.bus import Connection, NatsBus, mended
+from syncline.bus.base import Bus
+from syncline.bus.connect import connect, connection_problem
 from syncline.bus.server.accounts import read_seed
 from syncline.bus.tls import Tls
 from syncline.errors import BusError, ConfigError, Denied
@@ -63,9 +64,9 @@ def run(options: AgentOptions) -> int:
 async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: list[Agent]) -> int:
     try:
         tls = Tls(options.tls_ca, options.tls_cert, options.tls_key)
-        bus = await NatsBus.connect(Connection(options.connect, options.name, seed, options.patience_s, tls))
+        bus = await connect(options.connect, options.name, seed, tls=tls, patience_s=options.patience_s)
     except BusError as error:
-        raise mended(error, options.connect) from None
+        raise connection_problem(error, options.connect) from None
     try:
         await _check_key(bus, options)
     except BaseException:
@@ -90,7 +91,7 @@ async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: li
     return 0
 
 
-async def _check_key(bus: NatsBus, options: AgentOptions) -> None:
+async def _check_key(bus: Bus, options: AgentOptions) -> None:
     """Raises ConfigError for a key of somebody else's: it would be refused at every question, for ever."""
     try:
         await bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(options.name))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from syncline.bus.address import masked
-from syncline.bus.nats.bus import Connection, NatsBus, mended
+from syncline.bus.base import Bus
+from syncline.bus.connect import connect, connection_problem
 from syncline.bus.server.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.server.embedded import TEMPORARY
 from syncline.bus.tls import Tls
@@ -44,8 +45,9 @@ class Place:
     def shown(self) -> str:
         return masked(self.url)
 
-    def connection(self, name: str, seed: str) -> Connection:
-        return Connection(self.url, name, seed, tls=self.tls)
+    async def connect(self, identity: str, seed: str) -> Bus:
+        """Connect to this broker, as `syncline.bus.connect` does."""
+        return await connect(self.url, identity, seed, tls=self.tls)
 
 
 def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = None) -> Place:
@@ -111,7 +113,7 @@ def check_task_dir(at: Place, task: str, spec: Path) -> None:
                 raise ConfigError("task", problem, f"Start another fleet for it: syncline run {spec} --local 4")
 
 
-def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:
+def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
     """Connects, does the work and returns its result; what is wrong with the broker is said as a ConfigError."""
     logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is in the error
     seed = read_seed(Path(at.key)) if at.key else ""
@@ -119,7 +121,7 @@ def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:
 
     async def all_of_it() -> int:
         try:
-            bus = await NatsBus.connect(at.connection("cli", seed))
+            bus = await at.connect("cli", seed)
         except BusError as error:
             raise unreachable(error, at) from None
         try:
@@ -127,7 +129,7 @@ def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:
         except Denied as error:
             raise ConfigError("--key", str(error), "Use the coordinator's key") from None
         except BusError as error:
-            raise mended(error, at.url) from None
+            raise connection_problem(error, at.url) from None
         finally:
             await bus.close()
         return 0
@@ -139,7 +141,7 @@ def ask(at: Place, work: Callable[[NatsBus], Awaitable[T]]) -> T:
 def unreachable(error: BusError, at: Place) -> ConfigError:
     """What a person should read where there is nothing to connect to."""
     if at.named or isinstance(error, Denied):
-        return mended(error, at.url)
+        return connection_problem(error, at.url)
     hint = "Start one with `syncline demo` or `syncline run SPEC.yaml --local 4`, or name a broker: --connect URL"
     return ConfigError("--connect", f"no local fleet is up on this machine, and {error}", hint)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from syncline.bus.address import masked
-from syncline.bus.nats.bus import Connection, NatsBus, mended
+from syncline.bus.base import Bus
+from syncline.bus.connect import connect, connection_problem
 from syncline.bus.server.accounts import Keyring, read_seed
 from syncline.bus.tls import Tls
 from syncline.errors import BusError, ConfigError
@@ -57,9 +58,9 @@ def run(options: CoordinatorOptions) -> int:
 async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> int:
     try:
         tls = Tls(options.tls_ca, options.tls_cert, options.tls_key)
-        bus = await NatsBus.connect(Connection(options.connect, COORDINATOR, seed, options.patience_s, tls))
+        bus = await connect(options.connect, COORDINATOR, seed, tls=tls, patience_s=options.patience_s)
     except BusError as error:
-        raise mended(error, options.connect) from None
+        raise connection_problem(error, options.connect) from None
     await _be_the_only_one(bus, options.connect)
     arguments = (options.threads, list(options.allow_task), options.task_dir)
 
@@ -79,14 +80,14 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> in
         log.error("%s; exiting", error)
         return FAILED
     except BusError as error:
-        raise mended(error, options.connect) from None
+        raise connection_problem(error, options.connect) from None
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         await bus.close()
     return DONE
 
 
-async def _be_the_only_one(bus: NatsBus, url: str) -> None:
+async def _be_the_only_one(bus: Bus, url: str) -> None:
     """Two would answer every agent, and take the run from each other. One that was asked to stop is given time to; one that
     hangs answers nothing, and is replaced. Raises ConfigError."""
     deadline = time.monotonic() + LEAVING_S

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from syncline.bus.address import Server, address_of, masked
-from syncline.bus.base import StreamConfig
-from syncline.bus.nats.bus import Connection, NatsBus
-from syncline.bus.nats.client import check_version
+from syncline.bus.base import Bus, StreamConfig
+from syncline.bus.connect import connect
 from syncline.bus.server.accounts import MAX_PAYLOAD_BYTES, SUFFIX, WATCH, public_key_of, read_seed
 from syncline.bus.server.operator import in_order
+from syncline.bus.server_version import check_version
 from syncline.bus.tls import Tls, check_info, unfit
 from syncline.chance import new_id
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable, Unfit
@@ -77,7 +77,7 @@ class Broker:
         self.name, self._seed = "", ""
         self._key_file: Path | None = None
         self.role: Role = "anybody"
-        self.bus: NatsBus | None = None
+        self.bus: Bus | None = None
         self._host = ""  # of the server that has answered
         self._info: dict[str, Any] = {}
         self._varz: dict[str, Any] | None = None
@@ -142,9 +142,9 @@ class Broker:
         try:
             self.name, self._seed, path = self.target.identity()
             self._key_file = path
-            to = Connection(self.target.url, self.name, self._seed, 1.0, self.target.tls)
+            url, tls = self.target.url, self.target.tls
             async with asyncio.timeout(3 * ANSWER_S):
-                self.bus = await NatsBus.connect(to)
+                self.bus = await connect(url, self.name, self._seed, tls=tls, patience_s=1.0)
         except ConfigError as error:
             return broken("key", f"{error.setting}: {error.problem}", error.hint)
         except Denied as error:

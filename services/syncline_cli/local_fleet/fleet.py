@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.base import Bus
+from syncline.bus.connect import connect
 from syncline.bus.server.accounts import MAX_PAYLOAD_BYTES
 from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.errors import ConfigError, NoResponders
@@ -148,10 +149,10 @@ class LocalFleet:
         return str(self.broker.directory / "logs" / f"{name}.log")
 
     # -- connections ---------------------------------------------------------------------------------------------------
-    async def connect(self, name: str) -> NatsBus:
+    async def connect(self, name: str) -> Bus:
         """A bus connection as the coordinator, as `watch`, or as an agent."""
         identity = self.broker.keyring.identity(name)
-        return await NatsBus.connect(Connection(self.broker.url, name, identity.seed))
+        return await connect(self.broker.url, name, identity.seed)
 
     @property
     def watch_command(self) -> str:
@@ -161,7 +162,7 @@ class LocalFleet:
         return f"syncline watch --connect {self.broker.url} --key {self.broker.keyring.path('watch')}"
 
     @staticmethod
-    async def ask_coordinator(bus: NatsBus, subject: str, question: bytes, patience_s: float = 60.0) -> bytes:
+    async def ask_coordinator(bus: Bus, subject: str, question: bytes, patience_s: float = 60.0) -> bytes:
         """One question to the coordinator, asked again while it is still coming up. Raises NoResponders after that."""
         deadline = asyncio.get_running_loop().time() + patience_s
         while True:

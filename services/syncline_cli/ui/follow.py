@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from syncline.bus.address import masked
 from syncline.bus.base import Bus, Delivery
-from syncline.bus.nats.bus import mended
+from syncline.bus.connect import connection_problem
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, PeerError, RunFailed, Unavailable, Unreachable
 from syncline.observe.run_state import RunState
 from syncline.spec.run_spec import RunSpec
@@ -124,7 +124,7 @@ async def submit_remote(bus: Bus, spec: RunSpec, url: str, key: str = "", say: S
     except Denied as error:
         raise ConfigError("--key", f"it may not submit runs: {error}", "Use the coordinator's key") from None
     except BusError as error:
-        raise mended(error, url) from None
+        raise connection_problem(error, url) from None
 
 
 async def _check_jetstream(bus: Bus, url: str) -> None:
@@ -133,7 +133,7 @@ async def _check_jetstream(bus: Bus, url: str) -> None:
         await bus.state(f"KV_{subjects.RUNS_BUCKET}")
     except Unavailable as error:
         if "JetStream" in str(error):
-            raise mended(error, url) from None
+            raise connection_problem(error, url) from None
     except BusError:
         pass
 

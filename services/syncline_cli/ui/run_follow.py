@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 
 from syncline.bus.base import Bus
-from syncline.bus.nats.bus import NatsBus
 from syncline.errors import BusError, RunFailed
 from syncline.observe.run_state import RunState
 from syncline.runtime.service import DONE, FAILED
@@ -160,9 +159,9 @@ async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) 
     return DONE
 
 
-async def _connect(at: Place, seed: str) -> NatsBus:
+async def _connect(at: Place, seed: str) -> Bus:
     try:
-        return await NatsBus.connect(at.connection("cli", seed))
+        return await at.connect("cli", seed)
     except BusError as error:
         raise unreachable(error, at) from None
 

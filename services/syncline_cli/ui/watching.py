@@ -21,7 +21,6 @@ from rich.live import Live
 from rich.text import Text
 
 from syncline.bus.base import Delivery
-from syncline.bus.nats.bus import NatsBus
 from syncline.bus.server.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.tls import Tls
 from syncline.client.runs import head_of
@@ -127,7 +126,7 @@ def watch_run(watching: Watching) -> int:
 async def _watch(watching: Watching, seed: str) -> int:
     at = watching.at
     try:
-        bus = await NatsBus.connect(at.connection(WATCH, seed))
+        bus = await at.connect(WATCH, seed)
     except BusError as error:
         raise unreachable(error, at) from None
     try:
@@ -152,7 +151,7 @@ async def _how_it_ended(watching: Watching) -> Head | None:
         return None
     seed = read_seed(Path(watching.asks)) if watching.asks else ""
     try:
-        bus = await NatsBus.connect(watching.at.connection("cli", seed))
+        bus = await watching.at.connect("cli", seed)
     except BusError:
         return None
     try:

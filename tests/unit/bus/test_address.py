@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from syncline.bus.address import Address, address_of, masked
-from syncline.bus.nats.bus import Connection
+from syncline.bus.connect import connect
 from syncline.errors import ConfigError
 from syncline_cli import main as cli
 from syncline_cli.connect import Place, come_back
@@ -168,7 +168,7 @@ def test_every_command_names_the_option_or_the_variable(
 def test_a_command_that_reaches_no_server_shows_no_password(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Place, "connection", lambda at, name, seed: Connection(at.url, name, seed, patience_s=0.0))
+    monkeypatch.setattr(Place, "connect", lambda at, name, seed: connect(at.url, name, seed, patience_s=0.0))
     assert cli.main([*command, "--connect", f"nats://alice:{SECRET}@{NOWHERE},{NOWHERE}"]) in (1, 2)
     said = "".join(capsys.readouterr())
     assert NOWHERE in said and SECRET not in said and "alice" not in said, said

