@@ -32,7 +32,7 @@ from syncline.averaging.kernels import finite
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.local.duration import Duration
-from syncline.model.flat import DTYPES, FlatModel
+from syncline.model.flat import FlatModel
 from syncline.model.manifest import Manifest
 from syncline.model.tensors import slots_of
 from syncline.runtime.child import Chore, Handler, described, serve
@@ -53,6 +53,7 @@ from syncline.tasks.base import (
 )
 from syncline.tasks.seeding import seed_all, seed_of
 from syncline.transform.codecs import CODECS
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire.messages import decode
 from syncline_agent.control_variates import Variates
 from syncline_agent.device import Claim, claim_device
@@ -333,7 +334,7 @@ class Trainer:
 
     def _inbox(self, section: int = 0) -> torch.Tensor:
         """The center in the inbox, on the device."""
-        center_P = torch.empty(self._layout.elements, dtype=DTYPES[self._layout.dtype])
+        center_P = torch.empty(self._layout.elements, dtype=TORCH_DTYPES[self._layout.dtype])
         self._codec.decode(self._box(0, section), center_P)
         return center_P.to(self._flat.flat_P.device)
 

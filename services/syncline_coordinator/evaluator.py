@@ -18,7 +18,7 @@ import torch
 
 from syncline.averaging.kernels import finite
 from syncline.errors import ConfigError
-from syncline.model.flat import DTYPES, FlatModel, manifest_of
+from syncline.model.flat import FlatModel, manifest_of
 from syncline.model.frozen import insist_on_frozen
 from syncline.model.manifest import Manifest
 from syncline.runtime.child import Handler, serve, tell
@@ -28,6 +28,7 @@ from syncline.tasks.base import Task, evaluate, load_task, make_held_out, make_m
 from syncline.tasks.optimizers import check_inner
 from syncline.tasks.seeding import seed_all, seed_of
 from syncline.tasks.sources import digests_of_code
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire import subjects
 from syncline.wire.messages import decode, encode
 
@@ -118,7 +119,9 @@ class Evaluator:
         )
 
     def _center(self) -> torch.Tensor:
-        return torch.frombuffer(self._memory.view(), dtype=DTYPES[self._layout.dtype], count=self._layout.elements)
+        return torch.frombuffer(
+            self._memory.view(), dtype=TORCH_DTYPES[self._layout.dtype], count=self._layout.elements
+        )
 
 
 def _insist_on_numbers(flat: FlatModel, layout: Manifest) -> None:

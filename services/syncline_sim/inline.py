@@ -17,6 +17,7 @@ from syncline.model.manifest import ALIGN_ELEMENTS, Entry, Manifest
 from syncline.runtime.child import ChildDied, ChildFailed, Chore, Handler, Start, packed_answer
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
+from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import decode, encode
 from syncline_agent.local_update import updates_of
 from syncline_agent.training_child import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
@@ -185,7 +186,7 @@ class StubEvaluator:
         return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
 
     def _center(self) -> Vector:
-        return np.frombuffer(self._memory.view(), "<f8", self._elements)
+        return np.frombuffer(self._memory.view(), DTYPES["fp64"].little_endian, self._elements)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from syncline.bus.base import Stored
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Event
 from syncline.wire import subjects
+from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import (
     ENDED,
     MAX_HEAD_BYTES,
@@ -33,7 +34,6 @@ from syncline_sim.books import is_line
 from syncline_sim.chronicle import Chronicle
 from syncline_sim.oracle import Vector, next_center
 
-DTYPES = {"fp32": "<f4", "fp64": "<f8"}
 ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
 
 
@@ -245,7 +245,7 @@ class Invariants(Chronicle):
         layout = self._record(Manifest, head.manifest)
         data = self._content("model", head.model)
         self._insist(xxhash.xxh3_128_hexdigest(data) == head.digest, f"version {head.version}: a wrong digest")
-        dtype, close = DTYPES[layout.dtype], ROUNDING[layout.dtype]
+        dtype, close = DTYPES[layout.dtype].little_endian, ROUNDING[layout.dtype]
         center, *updates = (
             np.frombuffer(self._content(what, ref), dtype).astype(np.float64)
             for what, ref in (("model", before.model), *((f"agent.{e.agent}.update", e.blob) for e in plan.merged))
@@ -285,7 +285,7 @@ class Invariants(Chronicle):
         if any(offer.blob.id in subject for offer in self.offers.get((agent, clock), ()) for subject in self.lost):
             return True
         blobs = [self._content(f"agent.{agent}.update", offer.blob) for offer in self.offers.get((agent, clock), ())]
-        return any(bool(np.isnan(np.frombuffer(blob, "<f8")).any()) for blob in blobs)
+        return any(bool(np.isnan(np.frombuffer(blob, DTYPES["fp64"].little_endian)).any()) for blob in blobs)
 
     def _check_verdicts(self, head: Head, roster: Roster) -> None:
         """What a roster says was merged is what was merged; of the last clocks, that is all that an agent will know."""

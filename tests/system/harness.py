@@ -18,8 +18,8 @@ from syncline.bus.base import Delivery
 from syncline.bus.blobs import get_blob, get_record
 from syncline.bus.commits import record_in
 from syncline.bus.nats.bus import NatsBus
-from syncline.model.flat import DTYPES
 from syncline.model.manifest import Manifest
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Committed, Head, LogLine, Roster, Stop, Submit, Submitted, decode, encode
 from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet
@@ -121,7 +121,7 @@ class Fleet:
         flat = bytearray(layout.blob_bytes)
         how: dict[str, Any] = {"codec": layout.dtype, "sections": layout.sections}
         await get_blob(self.bus, stream, prefix, head.model, memoryview(flat), layout.chunk_bytes, **how)
-        return list(torch.frombuffer(flat, dtype=DTYPES[layout.dtype]).view(layout.sections, -1))
+        return list(torch.frombuffer(flat, dtype=TORCH_DTYPES[layout.dtype]).view(layout.sections, -1))
 
     async def roster(self, head: Head) -> Roster:
         assert head.roster is not None

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncline.model.flat import DTYPES, FlatModel, manifest_of
+from syncline.model.flat import FlatModel, manifest_of
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import Task, load_task
 from syncline.tasks.sources import digests_of_code
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire.messages import encode
 from syncline_agent.trainer import Trainer
 from syncline_agent.training_child import PROGRESS, PROGRESS_BYTES, Period, Progress
@@ -102,4 +103,6 @@ class Child:
     def _box(self, which: int, section: int = 0) -> Tensor:
         layout = self.layout
         offset = PROGRESS_BYTES + which * layout.blob_bytes + section * layout.nbytes
-        return torch.frombuffer(self.memory.view(), dtype=DTYPES[layout.dtype], count=layout.elements, offset=offset)
+        return torch.frombuffer(
+            self.memory.view(), dtype=TORCH_DTYPES[layout.dtype], count=layout.elements, offset=offset
+        )

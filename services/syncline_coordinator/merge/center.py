@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncline.model.flat import DTYPES
 from syncline.model.manifest import Manifest
 from syncline.shm import SharedMemory
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 
 
 class Center:
@@ -19,7 +19,7 @@ class Center:
 
     def __init__(self, manifest: Manifest, memory: SharedMemory, states: int = 0) -> None:
         memory.grow(manifest.nbytes)
-        dtype, elements = DTYPES[manifest.dtype], manifest.elements
+        dtype, elements = TORCH_DTYPES[manifest.dtype], manifest.elements
         self.w_P = torch.frombuffer(memory.view(), dtype=dtype, count=elements)
         self.control_P = torch.zeros(elements if manifest.sections > 1 else 0, dtype=dtype)
         self._states = [torch.zeros(elements, dtype=dtype) for _ in range(states)]

@@ -34,10 +34,10 @@ from syncline.averaging.kernels import Sums, squares
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Prefix, get_chunk, put_chunk, windowed
 from syncline.chance import new_id
-from syncline.model.flat import DTYPES
 from syncline.model.manifest import Manifest
 from syncline.spec.run_spec import RunSpec
 from syncline.transform.codecs import CODECS, bytes_of
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes, pack_chunk
 from syncline.wire.messages import BlobRef, Plan
@@ -260,7 +260,7 @@ class Reducer:
         slices, part, chunks = updates.slice(k, frames), self._manifest.chunk(k), self._manifest.chunks
         buffers = self._buffers.get(k, [])
         squares_BN = updates.figures(slices, buffers) if work.chosen is None else None
-        merged_E = torch.empty(part.stop - part.start, dtype=DTYPES[self._manifest.dtype])
+        merged_E = torch.empty(part.stop - part.start, dtype=TORCH_DTYPES[self._manifest.dtype])
         w_E, kept, keeps = self._center.w_P[part], self._center.states(part), self._rule.keeps
         rules, outers = kept[:keeps], kept[keeps:]
         means = mean_of_values(w_E, slices, work.shares, buffers)

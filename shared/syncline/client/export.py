@@ -20,9 +20,9 @@ from syncline.client import runs
 from syncline.errors import ConfigError, PeerError
 from syncline.model.manifest import Manifest
 from syncline.wire import subjects
+from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, BlobRef, Head, decode
 
-DTYPES: dict[str, str] = {"fp32": "<f4", "fp64": "<f8"}
 TRIES = 20  # each lost to a purge: versions come and go quickly while a run goes on
 
 
@@ -86,7 +86,7 @@ def _model(layout: Manifest, flat: bytearray, kept: _Kept, run: str) -> Model:
     digest = xxhash.xxh3_128_hexdigest(flat)
     if kept.digest not in ("", digest):
         raise PeerError(f"version {kept.version} of {run} has digest {digest}, and its record says {kept.digest}")
-    elements = np.frombuffer(flat, DTYPES[layout.dtype])
+    elements = np.frombuffer(flat, DTYPES[layout.dtype].little_endian)
     tensors = {t.name: elements[t.offset : t.offset + t.elements].reshape(t.shape) for t in layout.tensors}
     for entry in layout.tensors:
         length = float(np.linalg.norm(tensors[entry.name])) if entry.unit else 0.0

@@ -24,9 +24,9 @@ from syncline.model.tensors import (
     tensors_of,
     unit_vectors,
 )
+from syncline.transform.torch_dtypes import TORCH_DTYPES
 
 UNIT_TOLERANCE = 1e-5  # above float32's rounding of a vector's length
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def manifest_of(
@@ -54,7 +54,7 @@ def manifest_of(
             "task", "the model has no trainable floating-point parameter to average", "Return a model with parameters"
         )
     dtype = "fp64" if any(t.dtype == torch.float64 for _, t in travelling) else "fp32"
-    itemsize = DTYPES[dtype].itemsize
+    itemsize = TORCH_DTYPES[dtype].itemsize
     units = set(unit_vectors(model))
     tensors, offset = [], 0
     for name, tensor in travelling:
@@ -148,7 +148,7 @@ class FlatModel:
         self._trainable = {n for n, slot in slots_of(model) if is_trained(slot.tensor) and id(slot.tensor) not in ids}
         self._local = tuple(local)
         device = next(iter(tensors.values())).device
-        self.flat_P = torch.empty(manifest.elements, dtype=DTYPES[manifest.dtype], device=device)
+        self.flat_P = torch.empty(manifest.elements, dtype=TORCH_DTYPES[manifest.dtype], device=device)
         self.sites: list[Site] = []
         self.replaced: dict[str, tuple[Tensor, Tensor]] = {}
         self._places = [self._place(entry, tensors[entry.name]) for entry in manifest.tensors]

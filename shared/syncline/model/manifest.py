@@ -12,11 +12,11 @@ from typing import Annotated, ClassVar
 import xxhash
 from pydantic import Field
 
+from syncline.wire.dtypes import DTYPE_PATTERN, DTYPES
 from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, Count, Record
 
 ALIGN_ELEMENTS = 1024  # chunks hold a multiple of this, so that a codec's blocks never cross them
 MAX_CODE_FILES = 1000
-_ITEMSIZE = {"fp32": 4, "fp64": 8}
 
 
 class Entry(Record):
@@ -45,9 +45,7 @@ class Manifest(Record):
 
     kind: ClassVar[str] = "manifest"
     max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
-    dtype: Annotated[str, Field(pattern="^(fp32|fp64)$")] = Field(
-        description="of the flat vector; also names its codec"
-    )
+    dtype: Annotated[str, Field(pattern=DTYPE_PATTERN)] = Field(description="of the flat vector")
     elements: Annotated[int, Field(ge=1, lt=1 << 48)]
     chunk_elements: Annotated[int, Field(ge=1)]
     tensors: Annotated[list[Entry], Field(max_length=100_000)]
@@ -70,7 +68,7 @@ class Manifest(Record):
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return _ITEMSIZE[self.dtype]
+        return DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
