@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from syncline.bus.base import Bus
 from syncline.bus.blobs import with_retries
 from syncline.errors import BusError, Conflict, NoResponders, SynclineError, Unreachable
+from syncline.policy.states import PHASE_TRANSITIONS, check_transition
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes
 from syncline.wire.messages import ENDED, MAX_HEAD_BYTES, Head, Notify, Roster, decode, encode
@@ -60,6 +61,7 @@ class HeadKeeper:
         Raises Deposed where another coordinator was faster. An answer that does not come is *unknown*: head is read again,
         and is ours if it holds what we wrote. `verify_durable()` before it is written once more: what it names may be lost.
         """
+        check_transition(PHASE_TRANSITIONS, self.head.phase, head.phase)
         key, value = subjects.head_key(head.run), _encoded(head)
         try:
             self._revision = await self._bus.kv_update(subjects.RUNS_BUCKET, key, value, self._revision)

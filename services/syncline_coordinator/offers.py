@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus, Delivery, Stored
@@ -24,6 +25,18 @@ log = logging.getLogger(__name__)
 READ_AT_ONCE = 256
 READ_AGAIN_S = 2.0
 SOON_S = (0.0005, 0.001, 0.002, 0.005, 0.02, 0.1)
+
+
+@dataclass(slots=True)
+class StreamPosition:
+    """How far a coordinator has read the stream of offers."""
+
+    read_up_to: int  # sequence number
+    last_read: Stored | None = None  # the message there, unless it was read by a coordinator before
+
+    def passed(self, message: Stored) -> None:
+        """Note that this message was read, acceptable or not."""
+        self.read_up_to, self.last_read = message.seq, message
 
 
 class OfferReader:

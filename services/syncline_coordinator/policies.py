@@ -5,15 +5,20 @@ from __future__ import annotations
 from syncline.policy.advice import Adviser
 from syncline.policy.asynchronous import Asynchronous
 from syncline.policy.base import Policy, Standing
+from syncline.policy.ledger import Ledger
+from syncline.policy.membership import Numbering
 from syncline.policy.rounds import Rounds
 from syncline.spec.run_spec import Async, RunSpec
 from syncline.wire.messages import Head, Presence, Roster
 
 
-def policy_of(spec: RunSpec) -> Policy:
+def policy_of(spec: RunSpec, max_agents: int) -> Policy:
+    """Make the policy of a spec, with the ledger of a run of at most so many agents."""
+    ledger = Ledger(Numbering(fixed_parts=spec.partition.parts, max_agents=max_agents))
     sync, merge, elastic = spec.sync, spec.merge, spec.mix.kind == "elastic"
     if not isinstance(sync, Async):
         return Rounds(
+            ledger=ledger,
             min_agents=spec.agents.min,
             versions=spec.stop.versions,
             quorum=None if sync.quorum == "all" else sync.quorum,
@@ -27,6 +32,7 @@ def policy_of(spec: RunSpec) -> Policy:
             seed=spec.seed,
         )
     return Asynchronous(
+        ledger=ledger,
         min_agents=spec.agents.min,
         versions=spec.stop.versions,
         buffer=sync.updates(spec.agents.min),
@@ -64,7 +70,6 @@ def standing_of(head: Head, roster: Roster) -> Standing:
         participants=tuple(a for i, a in agents if roster.participant(i)),
         live=frozenset(a for i, a in agents if roster.state(i) == Presence.PRESENT),
         slow=frozenset(a for i, a in agents if roster.state(i) == Presence.SLOW),
-        judged={a: roster.clocks[i] for i, a in agents},
         offsets={a: roster.offset(i) for i, a in agents if roster.offset(i)},
         gate=head.gate,
     )

@@ -15,10 +15,11 @@ from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, with_retries
 from syncline.bus.records import record_of
 from syncline.chance import jitter, new_number
+from syncline.policy.ledger import Ledger
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Heartbeat, Roster, decode
 from syncline_coordinator.head import HeadKeeper, RolledBack
-from syncline_coordinator.ledger import Ledger
+from syncline_coordinator.offers import StreamPosition
 from syncline_coordinator.reservation import RUNS
 
 WORDS = 3  # of one agent: an honest one may be the only one to notice two losses in a row
@@ -69,12 +70,13 @@ class Lookout:
         bus: Bus,
         keeper: HeadKeeper,
         ledger: Ledger,
+        position: StreamPosition,
         *,
         believes: Callable[[str], bool] = lambda agent: True,
         rolled_back: bool = False,
         outer_ref: Callable[[BlobRef], BlobRef] | None = None,
     ) -> None:
-        self._bus, self._keeper, self._ledger = bus, keeper, ledger
+        self._bus, self._keeper, self._ledger, self._position = bus, keeper, ledger, position
         self._believes, self._outer_ref = believes, outer_ref
         self._stream = subjects.offers_stream(keeper.head.run)
         self._doubt = asyncio.Event()
@@ -188,18 +190,18 @@ class Lookout:
 
     async def _check_offers(self, term: int) -> None:
         """Every offer that was read, or acknowledged to its agent, is in the stream."""
-        read = self._ledger.read_up_to
+        read = self._position.read_up_to
         state = await with_retries(partial(self._bus.state, self._stream))
         if state.last_seq < read:
             raise RolledBack(f"{self._stream} ends at {state.last_seq}, and {read} was read", term)
-        if self._settled != self.losses and self._ledger.last_read is not None:
-            last = self._ledger.last_read
+        if self._settled != self.losses and self._position.last_read is not None:
+            last = self._position.last_read
             for there in await with_retries(partial(self._bus.read, self._stream, last.seq, 1)):
                 if there.seq == last.seq and (there.subject, there.data) != (last.subject, last.data):
                     raise RolledBack(f"{self._stream} holds another offer {last.seq} than was read", term)
         self._missing = {a: (c, s) for a, (c, s) in self._missing.items() if self._ledger.misses(a, c)}
         for agent, (clock, since_s) in self._missing.items():
-            if _now() - since_s > LOST_OFFER_S and state.last_seq == self._ledger.read_up_to:
+            if _now() - since_s > LOST_OFFER_S and state.last_seq == self._position.read_up_to:
                 raise RolledBack(f"{agent}'s offer of clock {clock} is not in {self._stream}", term, agent)
 
     async def _check_blobs(self, head: Head, before: Head, losses: int) -> None:
@@ -233,12 +235,12 @@ async def taken_over(bus: Bus, head: Head, lost_term: int | None) -> Head:
     """
     last_seq = (await with_retries(partial(bus.state, subjects.offers_stream(head.run)))).last_seq
     if lost_term is None and last_seq >= head.offers_seq:
-        return head.model_copy(update={"term": head.term + 1})
+        return head.changed(term=head.term + 1)
     phase = head.phase
     if phase == "merging":
         phase = "training" if await _somebody_trains(bus, head) else "waiting"
     again = {"plan": None, "phase": phase, "round": head.round + 1, "epoch": new_number(), "offers_seq": last_seq}
-    return head.model_copy(update={"term": max(head.term, lost_term or 0) + 1, **again})
+    return head.changed(term=max(head.term, lost_term or 0) + 1, **again)
 
 
 async def _somebody_trains(bus: Bus, head: Head) -> bool:

@@ -7,24 +7,22 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from syncline.bus.server.violations import ViolationLog
 from syncline.errors import StoreDown, StreamFull
-from syncline.observe.telemetry import LOST_NAMED, REASON_CHARS, Pace, Round, RunStatus, Telemetry
+from syncline.observe.telemetry import Pace, Round, Telemetry
 from syncline.policy.advice import Norms
 from syncline.policy.events import Drop
 from syncline.spec.run_spec import RunSpec
-from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan
+from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan, clipped
 from syncline_coordinator.merge.reducer import Merged
 from syncline_coordinator.policies import adviser_of
-
-if TYPE_CHECKING:
-    from syncline_coordinator.run import Run
+from syncline_coordinator.reservation import LOG_REASON_BYTES, most_updates
 
 LATE_NAMED = 20
 METRICS_NAMED = 8
 ROUNDS_S = 0.1  # at most so often
+DROPPED_AT_ONCE = 1000  # listed beyond what the log reserves for each version, where some is unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +32,23 @@ class MergeDone:
     seconds: float
 
 
-class Account:
-    """Times are the event loop's."""
+class RunReport:
+    """Commit records, metrics, events and advice of one run. Times are the event loop's.
 
-    def __init__(self, spec: RunSpec, telemetry: Telemetry) -> None:
+    A commit record lists the updates that were dropped since the last one, as far as the log has room for them.
+    """
+
+    def __init__(self, spec: RunSpec, telemetry: Telemetry, max_agents: int) -> None:
         self._telemetry, self._elastic = telemetry, spec.mix.kind == "elastic"
         self._is_mean = spec.merge.rule == "mean" and not self._elastic
         self._adviser, self._target = adviser_of(spec), spec.stop.target
         self._pace = Pace(ROUNDS_S)
         self._opened_s = self._collect_s = 0.0
         self._bytes_up = self._bytes_down = 0
+        self._dropped: list[Dropped] = []  # since the last commit
+        self._dropped_more = 0  # beside those listed
+        self._dropped_room = DROPPED_AT_ONCE
+        self._dropped_per_version = most_updates(spec, max_agents)  # the log reserves room for so many
 
     def opened(self, now_s: float) -> None:
         """A round has been opened, or a version committed."""
@@ -56,6 +61,11 @@ class Account:
         self._adviser.offered(agent, offer.samples, offer.seconds)
 
     async def dropped(self, drop: Drop) -> None:
+        if len(self._dropped) < self._dropped_room:
+            reason = clipped(drop.reason, LOG_REASON_BYTES)
+            self._dropped.append(Dropped(agent=drop.agent, clock=drop.clock, reason=reason))
+        else:
+            self._dropped_more += 1
         self._adviser.judged(drop.agent, drop.lag, merged=False, too_stale=drop.lag > 0)
         text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
         await self._telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
@@ -70,8 +80,9 @@ class Account:
             )
             await self._telemetry.event("advice", text, level="warning")
 
-    def record(self, head: Head, done: MergeDone, dropped: list[Dropped], dropped_more: int) -> Committed:
-        """`head`: as it is before the commit; `dropped_more`: updates that were dropped and are not listed."""
+    def record(self, head: Head, done: MergeDone) -> Committed:
+        """Make the record of a commit. `head`: as it is before the commit."""
+        dropped, dropped_more = self._take_dropped()
         return Committed(
             run=head.run,
             term=head.term,
@@ -87,6 +98,14 @@ class Account:
             bytes_down=done.merged.bytes_put,
             phases_s={"collect": self._collect_s, "merge": done.seconds},
         )
+
+    def _take_dropped(self) -> tuple[list[Dropped], int]:
+        """Return the updates dropped since the last commit, and how many more there were, and forget them."""
+        dropped, more = self._dropped, self._dropped_more
+        self._dropped, self._dropped_more = [], 0
+        left = self._dropped_room - len(dropped)
+        self._dropped_room = min(left, DROPPED_AT_ONCE) + self._dropped_per_version
+        return dropped, more
 
     async def committed(self, done: MergeDone, now_s: float, *, last: bool) -> None:
         """A version is there. `last`: nobody trains for another."""
@@ -116,21 +135,6 @@ class Account:
         norms = None if self._elastic else Norms(lengths, drift)  # an elastic difference tells where an agent is
         for advice in self._adviser.committed(norms):
             await self._telemetry.event("advice", advice.text, level="warning", agent=advice.agent)
-
-
-def status_of(run: Run) -> RunStatus:
-    head, spec = run.keeper.head, run.parts.spec
-    return RunStatus(
-        task=spec.task,
-        phase=head.phase,
-        version=head.version,
-        versions=spec.stop.versions,
-        agents=len(run.present),
-        needed=spec.agents.min,
-        lost=[agent for agent in run.ledger.numbering.names if agent not in run.present][:LOST_NAMED],
-        slow=sorted(run.slow)[:LOST_NAMED],
-        reason=head.reason[:REASON_CHARS],
-    )
 
 
 REFUSALS_S = 0.25

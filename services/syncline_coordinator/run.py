@@ -1,8 +1,8 @@
-"""One run at the coordinator: the shell around the policy. It gathers facts, does what commands say, and decides nothing.
+"""One run at the coordinator: the shell around the policy. It gathers facts, executes commands, and decides nothing.
 
-Decide, merge, commit: participants go into head by compare-and-set before an agent trains; the plan goes into head before
-the first chunk is reduced; the commit is the compare-and-set that moves head to the next version. A coordinator that starts
-again reads head and goes on from there: it executes the very plan it finds, and judges offers from where head stopped.
+Participants go into head by compare-and-set before an agent trains. The plan goes into head before the first chunk is reduced.
+The commit is the compare-and-set that moves head to the next version. A coordinator that starts again reads head and goes on
+from there: it executes the plan that it finds, and judges the offers after head's `offers_seq`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from syncline.bus.commits import put_commit
 from syncline.bus.records import record_of
 from syncline.errors import ConfigError, PeerError, StreamFull
 from syncline.model.manifest import Manifest
-from syncline.observe.telemetry import Telemetry, tell_often
+from syncline.observe.telemetry import LOST_NAMED, REASON_CHARS, RunStatus, Telemetry, tell_often
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
@@ -35,6 +35,7 @@ from syncline.policy.events import (
     LetRun,
     Merge,
     OfferReady,
+    PresenceFact,
     StartRound,
     TargetReached,
     Tell,
@@ -53,23 +54,22 @@ from syncline.wire.messages import (
     Offer,
     Phase,
     Plan,
+    Presence,
     Roster,
-    Verdict,
     decode,
     encode,
 )
 from syncline_coordinator.evaluation import Evaluation
 from syncline_coordinator.head import HeadKeeper
-from syncline_coordinator.ledger import Ledger
 from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.merge.updates import UpdateGone, UpdateUnusable
-from syncline_coordinator.offers import OfferReader
+from syncline_coordinator.offers import OfferReader, StreamPosition
 from syncline_coordinator.policies import policy_of, standing_of
 from syncline_coordinator.recovery import Lookout
-from syncline_coordinator.reporting import Account, MergeDone, Room, status_of
+from syncline_coordinator.reporting import MergeDone, Room, RunReport
 from syncline_coordinator.reservation import Reservation, is_log_full
-from syncline_coordinator.retention import Janitor, Purger, kept_models, leftovers, uncommitted
+from syncline_coordinator.retention import Janitor, Purger, Retention, kept_models, leftovers, uncommitted
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ RAISE_LOST_AFTER = "Raise agents.lost_after_s where a step may take so long"
 
 @dataclass(slots=True)
 class Parts:
-    """What a run is made of; the coordinator puts it together, a simulation puts in its own."""
+    """The parts of a run. The coordinator puts them together; a simulation puts in its own."""
 
     bus: Bus
     spec: RunSpec
@@ -94,131 +94,176 @@ class Parts:
 
 
 class Run:
-    """`start` or `resume`, then `pump` until the run has ended."""
+    """A run that is being driven: `resume`, then `pump` until it has ended."""
 
     def __init__(
         self, parts: Parts, keeper: HeadKeeper, *, believes: Callable[[str], bool], rolled_back: bool = False
     ) -> None:
         spec = parts.spec
-        self.parts, self.keeper = parts, keeper
-        self.policy, self._account = policy_of(spec), Account(spec, parts.telemetry)
-        self.present: set[str] = set()  # agents that take part, slow ones too, as the policy was told
-        self.slow: set[str] = set()
+        self.parts = parts
+        self.keeper = keeper
+        self.policy = policy_of(spec, parts.max_agents)
+        self.ledger = self.policy.ledger
+        self.position = StreamPosition(keeper.head.offers_seq)
         self.ended = asyncio.Event()
+        self._report = RunReport(spec, parts.telemetry, parts.max_agents)
         self._inbox: asyncio.Queue[Fact | MergeDone] = asyncio.Queue(INBOX_FACTS)
+        self._unhandled: dict[
+            str, PresenceFact
+        ] = {}  # by agent: the newest fact in the inbox that changes its presence
         self._wake_at_s: float | None = None
         self._purger = Purger(parts.bus)
-        self.ledger = Ledger(spec, parts.max_agents, keeper.head, self._purger)
-        self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.offered_blobs)
-        outer_ref = parts.reducer.outer_ref if spec.states else None
+        self._retention = Retention(spec, keeper.head, self._purger)
+        self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.needed_blobs)
         self.lookout = Lookout(
-            parts.bus, keeper, self.ledger, believes=believes, rolled_back=rolled_back, outer_ref=outer_ref
+            parts.bus,
+            keeper,
+            self.ledger,
+            self.position,
+            believes=believes,
+            rolled_back=rolled_back,
+            outer_ref=parts.reducer.outer_ref if spec.states else None,
         )
         self._diverged_at: int | None = None  # the newest version whose held-out loss was not finite
         self._work: set[asyncio.Task[None]] = set()
 
-    # -- facts from outside --------------------------------------------------------------------------------------------
-    def room_for(self, agent: str) -> str:
-        """'' where the agent can take part, else why not."""
-        why_not = self.ledger.room_for(agent, self.present)
-        return why_not or too_many_agents(self.parts.spec, len(self.present | {agent}))
+    # -- presence ------------------------------------------------------------------------------------------------------
+    def presence(self, agent: str) -> Presence:
+        """Return the agent's presence: the policy's, once it has handled the facts that wait in the inbox."""
+        match self._unhandled.get(agent):
+            case AgentJoined():
+                return Presence.PRESENT
+            case AgentSlow():
+                return Presence.SLOW
+            case AgentLost():
+                return Presence.LOST
+            case None:
+                return self.policy.presence(agent)
+
+    def present(self) -> set[str]:
+        """Return the agents that take part, slow ones included."""
+        known = self.policy.live | self.policy.slow | self._unhandled.keys()
+        return {agent for agent in known if self.presence(agent) != Presence.LOST}
+
+    def slow(self) -> set[str]:
+        """Return the agents that take part and make no progress."""
+        return {agent for agent in self.policy.slow | self._unhandled.keys() if self.presence(agent) == Presence.SLOW}
+
+    def why_no_room(self, agent: str) -> str:
+        """Return why the agent cannot take part, or ''."""
+        present = self.present()
+        why_not = self.ledger.why_no_room(agent, present)
+        return why_not or too_many_agents(self.parts.spec, len(present | {agent}))
 
     async def joined(self, agent: str) -> str:
-        """Takes the agent in; returns why there is no room for it, or ''."""
-        if agent not in self.present:
-            if why_not := self.room_for(agent):
-                return why_not
-            self.present.add(agent)
-            if self.policy.started:
-                self.ledger.numbering.admit([agent])
-            await self.parts.telemetry.event("agent-joined", f"{agent} joined", agent=agent)
-            await self._inbox.put(AgentJoined(agent))
-        elif agent in self.slow:
-            self.slow.discard(agent)
+        """Take the agent in; return why there is no room for it, or ''."""
+        presence = self.presence(agent)
+        if presence == Presence.PRESENT:
+            return ""
+        if presence == Presence.SLOW:
+            await self._presence_changed(AgentJoined(agent))
             await self.parts.telemetry.event("agent-present", f"{agent} makes progress again", agent=agent)
-            await self._inbox.put(AgentJoined(agent))
+            return ""
+        if why_not := self.why_no_room(agent):
+            return why_not
+        if self.policy.started:
+            self.ledger.numbering.admit([agent])
+        await self._presence_changed(AgentJoined(agent))
+        await self.parts.telemetry.event("agent-joined", f"{agent} joined", agent=agent)
         return ""
 
     async def slowed(self, agent: str, reason: str) -> None:
-        """Its heartbeats arrive and its training makes no progress."""
-        if agent not in self.present or agent in self.slow or self.keeper.head.phase in ENDED:
+        """Note that the agent's heartbeats arrive and its training makes no progress."""
+        if self.presence(agent) != Presence.PRESENT or self.keeper.head.phase in ENDED:
             return
-        self.slow.add(agent)
+        await self._presence_changed(AgentSlow(agent, reason))
         text = f"{agent} slow: {reason}. It is not waited for until it makes progress. {RAISE_LOST_AFTER}"
         await self.parts.telemetry.event("agent-slow", text, level="warning", agent=agent)
-        await self._inbox.put(AgentSlow(agent, reason))
 
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
-        """No news once the run has ended: agents go then."""
-        if self.keeper.head.phase in ENDED:
-            return
-        if agent in self.present:
-            self.present.discard(agent)
-            self.slow.discard(agent)
-            if not failed:  # it has said so itself
-                await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
-            await self._inbox.put(AgentLost(agent, reason, failed))
-        elif failed:
-            await self._inbox.put(AgentLost(agent, reason, failed))
+        """Note that the agent is gone. A run that has ended reports no losses: its agents leave then.
 
-    async def stop(self, why: str) -> None:
-        """Ends the run as if it had reached its target: at once, or with the merge that is under way."""
-        await self._inbox.put(TargetReached(why))
+        Args:
+            failed: the agent said itself that it cannot train.
+        """
+        is_present = self.presence(agent) != Presence.LOST
+        if self.keeper.head.phase in ENDED or not (is_present or failed):
+            return
+        await self._presence_changed(AgentLost(agent, reason, failed))
+        if is_present and not failed:
+            await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
+
+    async def _presence_changed(self, fact: PresenceFact) -> None:
+        self._unhandled[fact.agent] = fact
+        await self._inbox.put(fact)
+
+    async def stop(self, reason: str) -> None:
+        """End the run as if it had reached its target: at once, or with the merge that is under way."""
+        await self._inbox.put(TargetReached(reason))
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def resume(self) -> None:
-        """Goes on from head, as a restarted coordinator: same round, same plan, offers from where head stopped."""
+        """Go on from head, as a restarted coordinator: same round, same plan, offers from head's `offers_seq` on."""
         head, bus = self.keeper.head, self.parts.bus
         if head.term > 1:
             kept = await kept_models(bus, head, self.parts.spec.keep_models)
-            self.ledger.taken_over(kept, await leftovers(bus, head, kept), await uncommitted(bus, head))
+            self._retention.take_over(kept, await leftovers(bus, head, kept), await uncommitted(bus, head))
         if head.roster is None:
             return
         roster = decode(Roster, await record_of(bus, head.run, head.roster))
         self.ledger.restore(roster)
-        standing = standing_of(head, roster)
-        self.present, self.slow = {*standing.live, *standing.slow}, set(standing.slow)
-        self.policy.resume(standing, _now())
+        self.policy.resume(standing_of(head, roster), _now())
         if head.plan is not None:
-            plan = decode(
-                Plan, head.plan if isinstance(head.plan, bytes) else await record_of(bus, head.run, head.plan)
-            )
+            packed = head.plan if isinstance(head.plan, bytes) else await record_of(bus, head.run, head.plan)
+            plan = decode(Plan, packed)
             offers = [OfferReady(e.agent, e.clock, head.version - e.lag, e.samples, e.steps) for e in plan.merged]
             self.policy.resume_merge(offers)
-            self.ledger.planned(plan, head.offers_seq + 1)
+            self.ledger.resume_plan(plan, head.offers_seq + 1)
             self._begin(self._merge(plan))
-        await self._inbox.put(Tick())  # nobody may have anything to say: a head can stand between two rounds
+        await self._inbox.put(Tick())  # head can stand between two rounds, and no other fact may follow
 
     async def pump(self) -> None:
-        """Feeds the policy until the run has ended. Raises Deposed where another coordinator took over, and RolledBack where
-        the broker lost what it had acknowledged."""
+        """Feed the policy until the run has ended.
+
+        Raises:
+            Deposed: another coordinator took over.
+            RolledBack: the broker lost writes that it had acknowledged.
+        """
         try:
             self._begin(self._read_offers())
             self._begin(self._purger.run(self.lookout.verify_durable))
             self._begin(self._janitor.run())
             self._begin(self.lookout.watch())
-            self._begin(tell_often(self.parts.telemetry, partial(status_of, self)))
+            self._begin(tell_often(self.parts.telemetry, self.status))
             while not self.ended.is_set():
                 fact = await self._next()
                 if isinstance(fact, MergeDone):
                     await self._commit(fact)
-                    continue
-                try:
-                    commands = self.policy.handle(fact, _now())
-                except PeerError as error:
-                    if isinstance(fact, OfferReady):
-                        self.ledger.forget(fact.agent, fact.clock)
-                    await self.parts.telemetry.event("offer-refused", str(error), level="warning")
-                    continue
-                for command in commands:
-                    await self._execute(command)
+                else:
+                    await self._handle(fact)
         finally:
             for task in self._work:
                 task.cancel()
             await asyncio.gather(*self._work, return_exceptions=True)
 
+    async def _handle(self, fact: Fact) -> None:
+        try:
+            commands = self.policy.handle(fact, _now())
+        except PeerError as error:
+            if isinstance(fact, OfferReady):
+                self.ledger.refuse(fact.agent, fact.clock)
+            await self.parts.telemetry.event("offer-refused", str(error), level="warning")
+            return
+        if isinstance(fact, PresenceFact) and self._unhandled.get(fact.agent) is fact:
+            del self._unhandled[fact.agent]
+        for command in commands:
+            await self._execute(command)
+
     async def _next(self) -> Fact | MergeDone:
-        """The next fact; a Tick when the policy's time has come. A background task's error is raised here."""
+        """Return the next fact: a Tick when the time of the last `WakeAt` has come.
+
+        Raises what a background task has raised.
+        """
         self._look_after_work()
         if not self._inbox.empty():
             return self._inbox.get_nowait()
@@ -236,7 +281,7 @@ class Run:
             get.cancel()
 
     def _look_after_work(self) -> None:
-        """Raises what a background task has raised."""
+        """Raise what a background task has raised."""
         for task in [t for t in self._work if t.done()]:
             self._work.discard(task)
             task.result()
@@ -261,32 +306,36 @@ class Run:
                 await self._finish(reason, "failed" if failed else "done")
 
     async def _let_train(self, command: StartRound | LetRun) -> None:
-        """Who trains goes into head. A round begins anew; in an asynchronous run a merge under way goes on."""
+        """Write the participants into head. A round begins anew; in an asynchronous run a merge under way goes on."""
         before = self.keeper.head
         roster, ref = await self._put_roster(command)
-        moved: dict[str, Any] = {"roster": ref, "round": before.round + 1, "offers_seq": self.ledger.judged_up_to()}
+        moved: dict[str, Any] = {
+            "roster": ref,
+            "round": before.round + 1,
+            "offers_seq": self.ledger.judged_up_to(self.position.read_up_to),
+        }
         if isinstance(command, LetRun) and command.merging:
             moved |= {"gate": command.gate}
         else:
             moved |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
         if (isinstance(command, StartRound) and before.phase != "training") or not before.round:
-            self._account.opened(_now())
-        await self._move(before.model_copy(update=moved), roster)
+            self._report.opened(_now())
+        await self._move(before.changed(**moved), roster)
 
     async def _move(self, head: Head, roster: Roster) -> None:
-        """Head goes on, and what only the older one needed can go."""
+        """Write head, and purge what only the older one needed."""
         before = self.keeper.head
         await self.lookout.write(head, roster)
-        self.ledger.settled(before, head)
+        self._retention.head_moved(before, head, self.ledger.take_purgeable())
 
     async def _decide(self, merge: Merge) -> None:
-        """The plan goes into head; then it is executed."""
-        head, entries = self.keeper.head, self.ledger.entries(merge.updates)
+        """Write the plan into head, then execute it."""
+        head, entries = self.keeper.head, self.ledger.plan_entries(merge.updates)
         plan = Plan(version=head.version + 1, reason=merge.reason, merged=entries, late=list(merge.late))
-        self._account.decided(_now())
+        self._report.decided(_now())
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
-        await self.lookout.write(head.model_copy(update={"plan": held, "phase": "merging"}), tell=False)
+        await self.lookout.write(head.changed(plan=held, phase="merging"), tell=False)
         self._begin(self._merge(plan))
 
     async def _merge(self, plan: Plan) -> None:
@@ -297,18 +346,17 @@ class Run:
             merged = await self.parts.reducer.merge(plan)
         except UpdateUnusable as error:
             if error.blob:
-                self.ledger.abandoned(error.blob)
+                self._retention.purge_model(error.blob)
             if isinstance(error, UpdateGone) and self.lookout.suspects(error.agent, error.why):
-                return  # who watches knows more in a moment
+                return  # `Lookout.watch` raises in a moment
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
         self.lookout.was_put(merged.model, losses)
         await self._inbox.put(MergeDone(plan, merged, _now() - began))
 
     async def _commit(self, done: MergeDone) -> None:
-        """Version v + 1: roster and record on the bus, then the compare-and-set that makes it so."""
+        """Commit version v + 1: put roster and record on the bus, then move head by compare-and-set."""
         parts, head, plan = self.parts, self.keeper.head, done.plan
-        self.ledger.merged(plan)
         commands = self.policy.handle(Committed(plan.version), _now())
         start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
         for drop in [c for c in commands if isinstance(c, Drop)]:  # the roster of this version tells of them
@@ -324,21 +372,20 @@ class Run:
             "phase": _phase(start),
             "round": head.round + bool(start),
             "gate": _gate(start),
-            "offers_seq": self.ledger.judged_up_to(),
+            "offers_seq": self.ledger.judged_up_to(self.position.read_up_to),
             "reason": plan.reason[:2000],
         }
-        await self._move(head.model_copy(update=moved), roster)
+        await self._move(head.changed(**moved), roster)
         if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
             parts.evaluation.offer(plan.version)
-        await self._account.committed(done, _now(), last=start is None)
+        await self._report.committed(done, _now(), last=start is None)
         await parts.room.committed()
         for command in commands:
             if command is not start and not isinstance(command, Drop):
                 await self._execute(command)
 
     async def _drop(self, drop: Drop) -> None:
-        self.ledger.drop(drop.agent, drop.clock, drop.reason, Verdict.BROKEN if drop.broken else Verdict.LATE)
-        await self._account.dropped(drop)
+        await self._report.dropped(drop)
 
     async def _finish(self, reason: str, phase: Phase) -> None:
         head = self.keeper.head
@@ -346,20 +393,20 @@ class Run:
             await self.parts.evaluation.last(head.version)
         if self._diverged_at == head.version:
             phase, reason = "failed", f"{_diverged(head.version)}. Before that: {reason}"
-        await self.lookout.write(head.model_copy(update={"phase": phase, "plan": None, "reason": reason[:2000]}))
-        await self.parts.telemetry.metric(status_of(self))
+        await self.lookout.write(head.changed(phase=phase, plan=None, reason=reason[:2000]))
+        await self.parts.telemetry.metric(self.status())
         level = "info" if phase == "done" else "error"
         await self.parts.telemetry.event(f"run-{phase}", f"run {head.run}: {reason}", level=level)  # type: ignore[arg-type]
         self.ended.set()
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
-        async with aclosing(self.parts.offers.read(self.ledger.read_up_to, self.lookout.verify_durable)) as offers:
+        async with aclosing(self.parts.offers.read(self.position.read_up_to, self.lookout.verify_durable)) as offers:
             async for stored, offer in offers:
-                self.ledger.passed(stored)
+                self.position.passed(stored)
                 agent = subjects.agent_of(stored.subject)
                 if isinstance(offer, Offer) and offer.epoch == self.keeper.head.epoch:
-                    self.ledger.read(agent, offer.clock)
+                    self.ledger.found(agent, offer.clock)
                 problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
                 if problem is not None:
                     await self.parts.telemetry.event(
@@ -367,14 +414,14 @@ class Run:
                     )
                 elif isinstance(offer, Offer):
                     if self.ledger.offer(agent, offer, stored.seq):
-                        self._account.offered(agent, offer)
+                        self._report.offered(agent, offer)
                     await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
         if agent not in self.ledger.numbering.names:
             if (
                 offer.epoch == self.keeper.head.epoch
-            ):  # it trains where head's roster has a place for it, and not before
+            ):  # an agent trains once head's roster has a place for it, not before
                 self.lookout.lost(agent, "has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
         if offer.epoch != self.keeper.head.epoch or self.lookout.is_lost(agent, offer.term, offer.base):
@@ -387,7 +434,7 @@ class Run:
     async def _put_roster(self, start: StartRound | LetRun | None) -> tuple[Roster, BlobRef]:
         offsets = dict(start.offsets) if isinstance(start, LetRun) else {}
         participants = start.participants if start else ()
-        roster = self.ledger.roster(self.present, participants, offsets, self.policy.presence)
+        roster = self.ledger.roster(self.present(), participants, offsets, self.policy.presence)
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:
@@ -397,8 +444,8 @@ class Run:
         return ref
 
     async def _put_commit_record(self, done: MergeDone) -> None:
-        parts, (dropped, more) = self.parts, self.ledger.take_dropped()
-        record = self._account.record(self.keeper.head, done, dropped, more)
+        parts = self.parts
+        record = self._report.record(self.keeper.head, done)
         try:
             await put_commit(parts.bus, record)
         except StreamFull as error:
@@ -410,7 +457,7 @@ class Run:
             raise ConfigError("stop.versions", problem, hint) from None
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
-        """A held-out result is in: perhaps the target is reached, or the center is of no use any more."""
+        """Take in a held-out result: the target may be reached, or the training have diverged."""
         loss = metrics.get("loss")
         if loss is not None and not math.isfinite(loss):
             if self._diverged_at is None:
@@ -419,10 +466,25 @@ class Run:
         target = self.parts.spec.stop.target
         value = metrics.get(target.metric) if target is not None else None
         if target is not None and target.metric not in metrics:
-            self._begin(self._account.no_such_metric(metrics))
+            self._begin(self._report.no_such_metric(metrics))
         if target is not None and value is not None and target.reached(value) and not self._inbox.full():
             why = f"target reached: {target.metric} = {value:.4g} at version {version}"
             self._inbox.put_nowait(TargetReached(why))
+
+    def status(self) -> RunStatus:
+        """Return the run's state for watchers that begin to listen late."""
+        head, spec, present = self.keeper.head, self.parts.spec, self.present()
+        return RunStatus(
+            task=spec.task,
+            phase=head.phase,
+            version=head.version,
+            versions=spec.stop.versions,
+            agents=len(present),
+            needed=spec.agents.min,
+            lost=[agent for agent in self.ledger.numbering.names if agent not in present][:LOST_NAMED],
+            slow=sorted(self.slow())[:LOST_NAMED],
+            reason=head.reason[:REASON_CHARS],
+        )
 
 
 def _diverged(version: int) -> str:

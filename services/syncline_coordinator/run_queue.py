@@ -142,7 +142,7 @@ async def end_undriven(bus: Bus, stop: Stop) -> Stopped:
             return Stopped(run=run, outcome="ended", reason=head.reason)
         ended: dict[str, object] = {"term": head.term + 1, "phase": "done", "plan": None, "reason": reason}
         try:
-            await keeper.write(head.model_copy(update=ended))
+            await keeper.write(head.changed(**ended))
         except Deposed:
             continue
         await release(bus, run, ended=True)
@@ -167,7 +167,7 @@ async def give_up(keeper: HeadKeeper, reason: str, telemetry: Telemetry) -> None
     if head.phase in ENDED:
         return
     try:
-        await keeper.write(head.model_copy(update={"phase": "failed", "reason": reason[:2000]}))
+        await keeper.write(head.changed(phase="failed", reason=reason[:2000]))
     except Deposed as error:
         log.warning("run %s: %s; given up here: %s", head.run, error, reason)
     else:
@@ -184,4 +184,4 @@ async def commit_initial(
     moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
     head = keeper.head if rolled_back is None else await taken_over(bus, keeper.head, rolled_back)
     await keeper.check()  # a broker that was set back gives revisions again
-    await keeper.write(head.model_copy(update=moved))
+    await keeper.write(head.changed(**moved))

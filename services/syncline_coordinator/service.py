@@ -179,7 +179,7 @@ class Coordinator:
         if not is_allowed(task, self._hellos[agent].tasks):
             hint = f"If you trust it, start the agent with `--allow-task '{task}'`"
             return Welcome(reason=f"task {task} is not allowed on this agent. {hint}")
-        why_not = run.room_for(agent)
+        why_not = run.why_no_room(agent)
         return Welcome(reason=why_not) if why_not else Welcome(run=run.parts.spec.name)
 
     async def _on_heartbeat(self, delivery: Delivery) -> None:
@@ -358,8 +358,9 @@ class Coordinator:
         self._opening = name
         try:
             run = await self._open(keeper, memory, telemetry)
-            for agent in sorted(run.present):
-                self._fleet.expect(agent, _now(), agent in run.slow)
+            slow = run.slow()
+            for agent in sorted(run.present()):
+                self._fleet.expect(agent, _now(), agent in slow)
             self._active, self._opening = run, ""
             self._active_changed.set()
             if (stop := self._stop_asked.get(name)) is not None:

@@ -12,16 +12,17 @@ import pytest
 from syncline.bus import blobs, commits
 from syncline.bus.base import Bus
 from syncline.errors import AlreadyPut, Conflict, Unreachable
-from syncline.policy.events import Drop, OfferReady
+from syncline.policy.events import Drop, LetRun, OfferReady, StartRound
+from syncline.policy.ledger import Judged, Ledger
 from syncline.policy.rounds import Rounds
 from syncline.wire import subjects
-from syncline.wire.messages import BlobRef, Head, Offer, Roster, Verdict, encode
+from syncline.wire.messages import BlobRef, Head, Offer, Roster, encode
 from syncline_agent.run_view import News
 from syncline_coordinator.head import HeadKeeper
-from syncline_coordinator.ledger import Judged, Ledger
 from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.recovery import Lookout
+from syncline_coordinator.retention import Retention
 from syncline_coordinator.run import Run
 from syncline_sim.seeds import play
 
@@ -84,45 +85,47 @@ def what_was_judged_is_judged_again(patch: pytest.MonkeyPatch) -> None:
             self._judged = kept
 
     def policy(self: Rounds, offer: OfferReady, now_s: float) -> list[Any]:
-        self.judged = {}
-        return real_policy(self, offer, now_s)
+        kept, self.ledger._judged = self.ledger._judged, {}
+        try:
+            return real_policy(self, offer, now_s)
+        finally:
+            self.ledger._judged = kept | self.ledger._judged
 
     patch.setattr(Ledger, "offer", offer)
     patch.setattr(Rounds, "_offer", policy)
 
 
 def updates_are_purged_before_head_says_they_are_judged(patch: pytest.MonkeyPatch) -> None:
-    real = Ledger._judge
+    real = Run._put_roster
 
-    def judge(self: Ledger, agent: str, clock: int, verdict: Verdict) -> None:
-        offered = self._offered.get(agent, {}).get(clock)
-        if offered is not None:
-            prefix = subjects.update_prefix(self._run, agent, offered.entry.blob.id)
-            self._purger.add(subjects.updates_stream(self._run), prefix)
-        real(self, agent, clock, verdict)
+    async def put_roster(self: Run, start: StartRound | LetRun | None) -> tuple[Roster, BlobRef]:
+        run = self.parts.spec.name
+        for agent, blob in self.ledger._purgeable:
+            self._purger.add(subjects.updates_stream(run), subjects.update_prefix(run, agent, blob.id))
+        return await real(self, start)
 
-    patch.setattr(Ledger, "_judge", judge)
+    patch.setattr(Run, "_put_roster", put_roster)
 
 
 def models_are_purged_one_too_many(patch: pytest.MonkeyPatch) -> None:
-    real = Ledger.settled
+    real = Retention.head_moved
 
-    def settled(self: Ledger, before: Head, after: Head) -> None:
+    def moved(self: Retention, before: Head, after: Head, judged: list[tuple[str, BlobRef]]) -> None:
         self._keep_models = 0
-        real(self, before, after)
+        real(self, before, after, judged)
 
-    patch.setattr(Ledger, "settled", settled)
+    patch.setattr(Retention, "head_moved", moved)
 
 
 def all_updates_of_an_agent_are_purged_at_once(patch: pytest.MonkeyPatch) -> None:
-    real = Ledger.settled
+    real = Retention.head_moved
 
-    def settled(self: Ledger, before: Head, after: Head) -> None:
-        for agent, _ in self._purge_later:
+    def moved(self: Retention, before: Head, after: Head, judged: list[tuple[str, BlobRef]]) -> None:
+        for agent, _ in judged:
             self._purger.add(subjects.updates_stream(self._run), subjects.update_prefix(self._run, agent, "x")[:-2])
-        real(self, before, after)
+        real(self, before, after, judged)
 
-    patch.setattr(Ledger, "settled", settled)
+    patch.setattr(Retention, "head_moved", moved)
 
 
 def the_merge_starts_without_its_plan_in_head(patch: pytest.MonkeyPatch) -> None:
@@ -156,7 +159,7 @@ def late_offers_are_merged(patch: pytest.MonkeyPatch) -> None:
 
 
 def offers_seq_runs_ahead_of_what_is_judged(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Ledger, "judged_up_to", lambda self: self.read_up_to)
+    patch.setattr(Ledger, "judged_up_to", lambda self, read_up_to: read_up_to)
 
 
 def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
@@ -203,14 +206,14 @@ def a_restarted_coordinator_forgets_the_outer_state(patch: pytest.MonkeyPatch) -
 
 
 def the_outer_state_is_purged_with_the_model_before_the_last(patch: pytest.MonkeyPatch) -> None:
-    real = Ledger._purge_model
+    real = Retention.purge_model
 
-    def purge(self: Ledger, blob: str) -> None:
+    def purge(self: Retention, blob: str) -> None:
         real(self, blob)
         for model in self._kept:
             self._purger.add(subjects.model_stream(self._run), subjects.outer_prefix(self._run, model.id))
 
-    patch.setattr(Ledger, "_purge_model", purge)
+    patch.setattr(Retention, "purge_model", purge)
 
 
 def the_outer_state_stays_where_it_was(patch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ from test_planted import SEEDS, Plant, found_in
 from syncline.averaging.staleness import Staleness
 from syncline.policy.asynchronous import Asynchronous
 from syncline.policy.events import Command, LetRun, OfferReady, StartRound
+from syncline.policy.ledger import Judged, Ledger
 from syncline.wire.messages import Verdict
 from syncline_agent.local_update import Elastic, Verdicts
 from syncline_agent.run_view import Place
 from syncline_agent.session import Session
 from syncline_agent.training_child import Period
-from syncline_coordinator.ledger import Judged, Ledger
 from syncline_coordinator.run import Run
 from syncline_sim.inline import InlineTraining
 
@@ -139,7 +139,7 @@ def an_unusable_update_is_judged_before_the_one_before_it(patch: pytest.MonkeyPa
         return forgetting
 
     instead(patch, Asynchronous, "_broken", broken)
-    instead(patch, Ledger, "_judge", judge)
+    instead(patch, Ledger, "judge", judge)
 
 
 # -- takeovers ---------------------------------------------------------------------------------------------------------
@@ -176,9 +176,7 @@ def agents_look_at_the_last_verdict_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def every_verdict_is_that_it_was_merged(patch: pytest.MonkeyPatch) -> None:
-    instead(
-        patch, Ledger, "_judge", lambda real: lambda self, agent, clock, _: real(self, agent, clock, Verdict.MERGED)
-    )
+    instead(patch, Ledger, "judge", lambda real: lambda self, agent, clock, _: real(self, agent, clock, Verdict.MERGED))
 
 
 def what_was_dropped_is_not_given_back(patch: pytest.MonkeyPatch) -> None:

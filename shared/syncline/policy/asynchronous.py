@@ -28,13 +28,14 @@ from syncline.averaging.staleness import Staleness
 from syncline.averaging.weights import Normalize, Weights, weights_of
 from syncline.policy.base import REASON_CHARS, Policy, Standing, brief
 from syncline.policy.events import Chosen, Command, Drop, LetRun, Merge, OfferReady, WakeAt
+from syncline.wire.messages import Verdict
 
 OVERLAPPING = 2  # updates of an agent that may wait to be judged, where it sends one while it trains the next
 
 
 @dataclass(slots=True)
-class Told:
-    """What the agents know: who takes part, up to where they may run, and what was judged."""
+class Broadcast:
+    """The last news to the agents: participants, gate and judged clocks."""
 
     participants: tuple[str, ...] = ()
     gate: int | None = None
@@ -57,30 +58,31 @@ class Asynchronous(Policy):
     one_each: bool = False  # at most one update of an agent in a merge
     waiting: list[OfferReady] = field(default_factory=list)  # in the order of their arrival
     merging: list[OfferReady] = field(default_factory=list)
-    offered: dict[str, int] = field(default_factory=dict)  # newest offered clock of each agent
     offsets: dict[str, int] = field(default_factory=dict)  # added to an agent's clock where clocks are compared
     broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
-    told: Told = field(default_factory=Told)
+    last_broadcast: Broadcast = field(default_factory=Broadcast)
     closed_by: str = ""  # what closed the buffer that is merging
-    lifted: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
-    untold: bool = False  # something was judged that agents may not have been told
+    gate_relaxed: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
+    dirty: bool = False  # something was judged that agents may not have been told
     runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
 
     def resume(self, standing: Standing, now_s: float) -> None:
         self.live, self.version = set(standing.live & {*standing.participants}), standing.version
         self.slow = set(standing.slow)
-        self.judged = dict(standing.judged)
-        self.offered, self.offsets = dict(standing.judged), dict(standing.offsets)
-        self.told = Told(standing.participants, standing.gate, dict(standing.judged))
-        self.started, self.state, self.opened_at_s, self.untold = True, "open", now_s, True
+        self.offsets = dict(standing.offsets)
+        self.last_broadcast = Broadcast(standing.participants, standing.gate, self.ledger.judged_clocks())
+        self._enter("open")
+        self.started = self.dirty = True
+        self.opened_at_s = now_s
         for agent in sorted(standing.live - self.live):  # it was about to join
             self._set_beside(agent)
             self.live.add(agent)
 
     def resume_merge(self, offers: list[OfferReady]) -> None:
-        self.merging, self.state = list(offers), "merging"
+        self._enter("merging")
+        self.merging = list(offers)
         for offer in offers:
-            self.offered[offer.agent] = max(offer.clock, self.offered.get(offer.agent, 0))
+            self.ledger.note_known(offer.agent, offer.clock)
         self.closed_by = self._count(offers)
 
     # -- one fact each -------------------------------------------------------------------------------------------------
@@ -92,15 +94,16 @@ class Asynchronous(Policy):
         """By an offset to its clock it stands where the slowest of the others does."""
         others = [self._clock(a) for a in self.live if a != agent]
         if self.max_ahead is not None and others:
-            self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.judged.get(agent, 0))
+            self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.ledger.judged_clock(agent))
 
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
-        if offer.clock <= max(self.offered.get(offer.agent, 0), self.judged.get(offer.agent, 0)):
+        known_clock = self.ledger.known_clock(offer.agent)
+        if offer.clock <= known_clock:
             return []  # told twice
-        is_second = self.offered.get(offer.agent, 0) > self.judged.get(offer.agent, 0)
+        is_second = known_clock > self.ledger.judged_clock(offer.agent)
         if is_second:
             self._insist_on_order(offer, [*self.waiting, *self.merging])
-        self.offered[offer.agent] = offer.clock
+        self.ledger.note_known(offer.agent, offer.clock)
         if not self.started:
             return [self._drop(offer, "the run has not started")]
         if (drop := self._too_stale(offer)) is not None:
@@ -126,13 +129,16 @@ class Asynchronous(Policy):
         if not self.waiting and self.live | self.slow <= self.broken:
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
             return [dropped, *self._finish(every, failed=True)]
-        self.state = "open"
+        self._enter("open")
         return [dropped, *self._replaced(), *self._let_run(), *self._close(now_s)]
 
     def _committed(self, now_s: float) -> list[Command]:
-        for offer in self.merging:
-            self._judge(offer)
-        self.merging, self.state, self.opened_at_s, self.lifted = [], "open", now_s, False
+        for offer in sorted(self.merging, key=lambda o: (o.agent, o.clock)):
+            self._judge(offer, Verdict.MERGED)
+        self._enter("open")
+        self.merging = []
+        self.opened_at_s = now_s
+        self.gate_relaxed = False
         self.missed.clear()
         self.broken.clear()
         if self.stop:
@@ -140,7 +146,7 @@ class Asynchronous(Policy):
         if self.version >= self.versions:
             return self._go_on(now_s)
         drops: list[Command] = [drop for o in self.waiting if (drop := self._too_stale(o)) is not None]
-        self.waiting = [o for o in self.waiting if o.clock > self.judged.get(o.agent, 0)]
+        self.waiting = [o for o in self.waiting if o.clock > self.ledger.judged_clock(o.agent)]
         return [*drops, *self._replaced(), *self._let_run(), *self._close(now_s)]
 
     def _put_back(self, offer: OfferReady) -> None:
@@ -167,8 +173,10 @@ class Asynchronous(Policy):
         if not self.started:
             if len(self.live) < self.min_agents:
                 return []
-            self.started, self.state, self.opened_at_s = True, "open", now_s
-        changed = self.untold or self.lifted or len(self.live) != len(self.told.participants)
+            self._enter("open")
+            self.started = True
+            self.opened_at_s = now_s
+        changed = self.dirty or self.gate_relaxed or len(self.live) != len(self.last_broadcast.participants)
         news = self._let_run() if changed and self._is_news() else []
         return [*news, *self._close(now_s)]
 
@@ -197,8 +205,8 @@ class Asynchronous(Policy):
 
     def _with_too_few(self, updates: int, now_s: float) -> list[Command]:
         """Nobody may run, and the rule needs more. Where a gate holds agents up, what waits is as good as judged for it."""
-        if self.max_ahead is not None and not self.lifted:
-            self.lifted = True
+        if self.max_ahead is not None and not self.gate_relaxed:
+            self.gate_relaxed = True
             if self._is_news():
                 return [*self._let_run(), *self._close(now_s)]
         return self._tell_too_few(updates)
@@ -222,7 +230,8 @@ class Asynchronous(Policy):
         taken = {(o.agent, o.clock) for o in chosen}
         self.waiting = [o for o in self.waiting if (o.agent, o.clock) not in taken]
         self.merging = list(chosen)
-        self.state, self.closes_at_s = "merging", None
+        self._enter("merging")
+        self.closes_at_s = None
         return self._plan(chosen, reason + self._absent({*self.missed}))
 
     def _plan(self, offers: list[OfferReady], reason: str) -> Merge:
@@ -252,7 +261,7 @@ class Asynchronous(Policy):
     # -- who may run ---------------------------------------------------------------------------------------------------
     def _clock(self, agent: str) -> int:
         """The agent's judged clock, comparable with the others'."""
-        return self.judged.get(agent, 0) + self.offsets.get(agent, 0)
+        return self.ledger.judged_clock(agent) + self.offsets.get(agent, 0)
 
     def _gate(self) -> int | None:
         """An agent may begin a period while its clock and offset are not above this.
@@ -262,17 +271,17 @@ class Asynchronous(Policy):
         """
         if self.max_ahead is None or not self.live:
             return None
-        if not self.lifted:
+        if not self.gate_relaxed:
             return min(map(self._clock, self.live)) + self.max_ahead
-        ahead = {a: max(0, self.offered.get(a, 0) - self.judged.get(a, 0)) for a in self.live}
+        ahead = {a: self.ledger.known_clock(a) - self.ledger.judged_clock(a) for a in self.live}
         idle = [self._clock(a) for a in self.live if not ahead[a]]
         slowest = min(self._clock(a) + ahead[a] for a in self.live)
-        return max(slowest + self.max_ahead, min(idle, default=0), self.told.gate or 0)
+        return max(slowest + self.max_ahead, min(idle, default=0), self.last_broadcast.gate or 0)
 
     def _may_run(self, agent: str) -> bool:
         """Whether the agent, by what it was told, may be training or begin to."""
-        told = self.told
-        clock = max(self.offered.get(agent, 0), told.judged.get(agent, 0))
+        told = self.last_broadcast
+        clock = max(self.ledger.known_clock(agent), told.judged.get(agent, 0))
         if agent not in told.participants or clock - told.judged.get(agent, 0) >= self.ahead:
             return False
         return told.gate is None or clock + self.offsets.get(agent, 0) <= told.gate
@@ -288,20 +297,28 @@ class Asynchronous(Policy):
         return OVERLAPPING if self.overlap and self.max_ahead != 0 else 1
 
     def _is_news(self) -> bool:
-        told = self.told
+        told = self.last_broadcast
         if told.participants != tuple(sorted(self.live)) or told.gate != self._gate():
             return True
-        return any(self.judged.get(a, 0) != told.judged.get(a, 0) for a in self.live)
+        return any(self.ledger.judged_clock(a) != told.judged.get(a, 0) for a in self.live)
 
-    def _judge(self, offer: OfferReady) -> None:
-        Policy._judge(self, offer)
-        self.untold = True
+    def _judge(self, offer: OfferReady, verdict: Verdict) -> None:
+        Policy._judge(self, offer, verdict)
+        self.dirty = True
 
     def _let_run(self) -> list[Command]:
-        self.untold = False
-        self.told = Told(tuple(sorted(self.live)), self._gate(), dict(self.judged))
+        self.dirty = False
+        self.last_broadcast = Broadcast(tuple(sorted(self.live)), self._gate(), self.ledger.judged_clocks())
         offsets = tuple(sorted((a, o) for a, o in self.offsets.items() if o))
-        return [LetRun(self.version, self.told.participants, self.told.gate, offsets, self.state == "merging")]
+        return [
+            LetRun(
+                self.version,
+                self.last_broadcast.participants,
+                self.last_broadcast.gate,
+                offsets,
+                self.state == "merging",
+            )
+        ]
 
     def _count(self, offers: list[OfferReady]) -> str:
         if self.buffer is not None:
@@ -316,7 +333,7 @@ class Asynchronous(Policy):
         assert not stale or self.state == "ended", "a lag above the bound"
         both = [(o.agent, o.clock) for o in self.waiting + self.merging]
         assert len(both) == len(set(both)), "an update twice"
-        assert all(clock > self.judged.get(agent, 0) for agent, clock in both), "a judged update waits"
+        assert all(clock > self.ledger.judged_clock(agent) for agent, clock in both), "a judged update waits"
         self._check_presence()
         if self.one_each:
             assert len({o.agent for o in self.merging}) == len(self.merging), "two updates of an agent in a merge"

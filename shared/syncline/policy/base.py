@@ -1,11 +1,7 @@
-"""What every policy shares: who is there, who has gone and why, what was judged, and how long a version takes.
+"""The base of all policies: presence of agents, verdicts on their updates, and the time that a version takes.
 
-A policy is a pure state machine with one entry, `handle`: a fact and the time in, commands out. It is in one of these states:
-
-    waiting   fewer agents than the run starts with, or none to train
-    open      participants train; offers are gathered
-    merging   a plan is decided and being executed
-    ended     nothing more is asked for
+A policy is a pure state machine with one entry, `handle`: a fact and the time in, commands out. Its states and the transitions
+between them are in `states.py`. It owns the presence of agents; its ledger owns their clocks.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from syncline.errors import PeerError
 from syncline.policy.events import (
@@ -33,7 +28,10 @@ from syncline.policy.events import (
     Tick,
     UpdateBroken,
 )
-from syncline.wire.messages import Presence
+from syncline.policy.ledger import Ledger
+from syncline.policy.states import POLICY_TRANSITIONS, State, check_transition
+from syncline.policy.story import History, Step
+from syncline.wire.messages import Presence, Verdict
 
 MEDIAN_OVER = 9  # versions
 FIRST_GRACE_S = 1.0  # while no version has shown how long one takes
@@ -48,7 +46,6 @@ class Standing:
     version: int
     participants: tuple[str, ...]
     live: frozenset[str]  # present
-    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
     offsets: dict[str, int] = field(default_factory=dict)  # where an agent's clock stands beside the others'
     gate: int | None = None
     slow: frozenset[str] = frozenset()
@@ -63,7 +60,7 @@ class Policy(ABC):
     rule: str = "mean"
     told_of: int = -1  # the version for which it was told that there are too few
     version: int = 0
-    state: Literal["waiting", "open", "merging", "ended"] = "waiting"
+    state: State = "waiting"
     live: set[str] = field(default_factory=set)  # present: these are waited for
     slow: set[str] = field(default_factory=set)  # heartbeats without progress: not waited for
     started: bool = False  # the run has had its first round
@@ -71,15 +68,32 @@ class Policy(ABC):
     closes_at_s: float | None = None  # end of the grace period, once it runs
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEDIAN_OVER))
     missed: dict[str, str] = field(default_factory=dict)  # agents lost or slow since the last commit, and why
-    judged: dict[str, int] = field(default_factory=dict)  # last judged clock of each agent
+    ledger: Ledger = field(default_factory=Ledger)  # owns offered and judged clocks
     gone: set[str] = field(default_factory=set)  # agents that were lost and may come back
     failed: dict[str, str] = field(default_factory=dict)  # agents that said they cannot train, and why
     stop: str = ""  # why to finish at the next commit
+    history: History = field(default_factory=History, compare=False, repr=False)
 
     def handle(self, fact: Fact, now_s: float) -> list[Command]:
-        """Raises PeerError, and changes nothing, for a fact that a well-behaved agent cannot cause."""
+        """Return the commands that follow from a fact.
+
+        Args:
+            now_s: the time, of a clock that does not jump.
+
+        Raises:
+            PeerError: a well-behaved agent cannot cause this fact; nothing is changed.
+        """
         if self.state == "ended":
             return []
+        commands = self._handle(fact, now_s)
+        self.history.add(fact, commands, now_s)
+        return commands
+
+    def story(self, agent: str) -> list[Step]:
+        """Return the recent facts and commands that concern an agent, and those that caused them, the oldest first."""
+        return self.history.story(agent)
+
+    def _handle(self, fact: Fact, now_s: float) -> list[Command]:
         match fact:
             case AgentJoined(agent):
                 if agent in self.live:
@@ -160,6 +174,10 @@ class Policy(ABC):
     def validate(self) -> None:
         """What always holds; tests call it after every fact."""
 
+    def _enter(self, state: State) -> None:
+        check_transition(POLICY_TRANSITIONS, self.state, state)
+        self.state = state
+
     # -- what they share -----------------------------------------------------------------------------------------------
     def presence(self, agent: str) -> Presence:
         if agent in self.live:
@@ -195,7 +213,8 @@ class Policy(ABC):
         return [Tell("too-few-updates", text)]
 
     def _finish(self, reason: str, failed: bool = False) -> list[Command]:
-        self.state, self.closes_at_s = "ended", None
+        self._enter("ended")
+        self.closes_at_s = None
         return [Finish(reason, failed)]
 
     @staticmethod
@@ -207,11 +226,11 @@ class Policy(ABC):
                     f"{offer.agent}: base {offer.base} is older than {other.base}, that of clock {other.clock}"
                 )
 
-    def _judge(self, offer: OfferReady) -> None:
-        self.judged[offer.agent] = max(offer.clock, self.judged.get(offer.agent, 0))
+    def _judge(self, offer: OfferReady, verdict: Verdict) -> None:
+        self.ledger.judge(offer.agent, offer.clock, verdict)
 
     def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
-        self._judge(offer)
+        self._judge(offer, Verdict.BROKEN if broken else Verdict.LATE)
         return Drop(offer.agent, offer.clock, reason, broken)
 
     def grace(self) -> float:

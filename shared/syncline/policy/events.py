@@ -63,6 +63,7 @@ class Tick:
     """Time has passed: at least up to what `WakeAt` asked for."""
 
 
+PresenceFact = AgentJoined | AgentSlow | AgentLost
 Fact = AgentJoined | AgentLost | AgentSlow | OfferReady | UpdateBroken | Committed | TargetReached | Tick
 
 # -- commands ------------------------------------------------------------------------------------------------------------

@@ -150,13 +150,13 @@ class Numbering:
         """Numbers new agents in the order of their names; returns those there is no place for, with the reason."""
         refused = []
         for agent in sorted(set(agents) - set(self.names)):
-            if why_not := self.room_beside(len(self.names)):
+            if why_not := self.why_no_room(len(self.names)):
                 refused.append((agent, why_not))
             else:
                 self.names.append(agent)
         return refused
 
-    def room_beside(self, agents: int) -> str:
+    def why_no_room(self, agents: int) -> str:
         """Return '' where there is a place for one more beside so many agents, else why there is none."""
         if self.max_agents is not None and agents >= self.max_agents:
             return f"the run has its agents.max = {self.max_agents} agents"

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from syncline.averaging.weights import Normalize, Weights, weights_of
 from syncline.policy.base import REASON_CHARS, Policy, Standing, brief
 from syncline.policy.events import Chosen, Command, Drop, Merge, OfferReady, StartRound, WakeAt
+from syncline.wire.messages import Verdict
 
 ASKED_AGAIN = 3  # times in a round, an agent that could not know that its clock was judged
 
@@ -41,23 +42,27 @@ class Rounds(Policy):
     offers: dict[str, OfferReady] = field(default_factory=dict)
     closed_by: str = ""  # what closed the round that is merging
     broken: set[str] = field(default_factory=set)  # whose update of this version was unusable
-    again: list[str] = field(default_factory=list)  # they were asked again for this version, each time
-    spent: set[str] = field(default_factory=set)  # their update of this version was dropped: no other is to be expected
+    retries: list[str] = field(default_factory=list)  # they were asked again for this version, each time
+    no_more_expected: set[str] = field(
+        default_factory=set
+    )  # their update of this version was dropped: no other is to be expected
 
     def resume(self, standing: Standing, now_s: float) -> None:
         self.live, self.slow = set(standing.live), set(standing.slow)
         self.version, self.participants = standing.version, standing.participants
-        self.judged, self.started = dict(standing.judged), True
-        self.state, self.opened_at_s = "open" if self.participants else "waiting", now_s
+        self.started = True
+        self._enter("open" if self.participants else "waiting")
+        self.opened_at_s = now_s
 
     def resume_merge(self, offers: list[OfferReady]) -> None:
-        self.offers, self.state = {o.agent: o for o in offers}, "merging"
+        self._enter("merging")
+        self.offers = {o.agent: o for o in offers}
         self.participants = tuple(sorted({*self.participants, *self.offers}))
         self.closed_by = self._count()
 
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _noted(self, commands: list[Command]) -> list[Command]:
-        left = tuple(p for p in self.participants if p not in self.spent)
+        left = tuple(p for p in self.participants if p not in self.no_more_expected)
         if self.state != "open" or not left or any(isinstance(c, StartRound) for c in commands):
             return commands
         self.participants = left
@@ -66,16 +71,16 @@ class Rounds(Policy):
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]:
         agent = offer.agent
         known = self.offers.get(agent)
-        used_up = offer.clock <= self.judged.get(agent, 0) and offer.base == self.version and known is None
+        used_up = offer.clock <= self.ledger.judged_clock(agent) and offer.base == self.version and known is None
         if (
-            used_up and agent in {*self.participants} - self.spent
+            used_up and agent in {*self.participants} - self.no_more_expected
         ):  # by another process of its name; this one was not told
-            if self.state == "open" and self.again.count(agent) < ASKED_AGAIN:
-                self.again.append(agent)
+            if self.state == "open" and self.retries.count(agent) < ASKED_AGAIN:
+                self.retries.append(agent)
                 return [StartRound(self.version, self.participants)]  # with a roster that says so: it trains once more
-            self.spent.add(agent)
+            self.no_more_expected.add(agent)
             return self._go_on(now_s)
-        if offer.clock <= max(known.clock if known is not None else 0, self.judged.get(agent, 0)):
+        if offer.clock <= max(known.clock if known is not None else 0, self.ledger.judged_clock(agent)):
             return []  # told twice
         self._insist_on_order(offer, filter(None, [self.offers.get(offer.agent)]))
         if offer.base < self.version or self.state == "merging":
@@ -83,7 +88,7 @@ class Rounds(Policy):
         if agent not in self.participants:
             return [self._drop(offer, f"not a participant of the round of version {self.version}")]
         self.offers[agent] = offer
-        self.spent.discard(agent)
+        self.no_more_expected.discard(agent)
         self.broken.discard(agent)
         replaced = (
             [] if known is None else [Drop(agent, known.clock, f"replaced by clock {offer.clock} of the same agent")]
@@ -101,20 +106,20 @@ class Rounds(Policy):
             return [dropped, self._plan(f"{self.closed_by}; without {agent}: {brief(why)}")]
         if self.stop:
             return [dropped, *self._finish(self.stop)]
-        if not (self.offers or self._awaited() or self._others() or self.slow - self.spent):
+        if not (self.offers or self._awaited() or self._others() or self.slow - self.no_more_expected):
             every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
             return [dropped, *self._finish(every, failed=True)]
         if self.state == "open":
             return [dropped, *self._go_on(now_s)]
-        self.state = "open"
+        self._enter("open")
         return [dropped, self._ask_others(self.slow), *self._go_on(now_s)]
 
     def _committed(self, now_s: float) -> list[Command]:
-        for offer in self.offers.values():
-            self._judge(offer)
-        self.state = "waiting"
-        self.participants, self.offers, self.missed, self.spent, self.broken = (), {}, {}, set(), set()
-        self.again.clear()
+        for _, offer in sorted(self.offers.items()):
+            self._judge(offer, Verdict.MERGED)
+        self._enter("waiting")
+        self.participants, self.offers, self.missed, self.no_more_expected, self.broken = (), {}, {}, set(), set()
+        self.retries.clear()
         if self.stop:
             return self._finish(self.stop)
         return self._go_on(now_s)
@@ -132,7 +137,9 @@ class Rounds(Policy):
             return self._finish(f"{self.versions} versions")
         if len(self.live) < (1 if self.started else self.min_agents) or not self._others():
             return []
-        self.state, self.started, self.opened_at_s = "open", True, now_s
+        self._enter("open")
+        self.started = True
+        self.opened_at_s = now_s
         self.participants = self._draw()
         return [StartRound(self.version, self.participants)]
 
@@ -156,11 +163,13 @@ class Rounds(Policy):
 
     def _awaited(self) -> bool:
         """Whether the update of a participant is still to come. Stops at the first, as this is asked with every offer."""
-        return any(p in self.live and p not in self.offers and p not in self.spent for p in self.participants)
+        return any(
+            p in self.live and p not in self.offers and p not in self.no_more_expected for p in self.participants
+        )
 
     def _others(self) -> set[str]:
         """Who else could train for this round: live agents that are not asked yet."""
-        return self.live - {*self.participants} - self.spent
+        return self.live - {*self.participants} - self.no_more_expected
 
     def _ask_others(self, slow: Iterable[str] = ()) -> StartRound:
         """Let every other live agent train for this round, as the quorum is not reached and no update is awaited.
@@ -168,11 +177,12 @@ class Rounds(Policy):
         An agent whose update was unusable is no participant any more: a coordinator that takes over would wait for it in vain.
         `slow`: agents that train for it once they move again.
         """
-        self.participants = tuple(sorted({*self.participants, *self._others(), *slow} - self.spent))
+        self.participants = tuple(sorted({*self.participants, *self._others(), *slow} - self.no_more_expected))
         return StartRound(self.version, self.participants)
 
     def _merge(self, reason: str) -> Merge:
-        self.state, self.closes_at_s = "merging", None
+        self._enter("merging")
+        self.closes_at_s = None
         return self._plan(reason + self._absent({*self.participants} - {*self.offers}))
 
     def _plan(self, reason: str) -> Merge:
@@ -181,12 +191,12 @@ class Rounds(Policy):
         whole = [1.0] * len(offers)
         shares = whole if self.elastic else weights_of(offers, self.weights, self.normalize)
         chosen = tuple(Chosen(o.agent, o.clock, self.version - o.base, w) for o, w in zip(offers, shares, strict=True))
-        late = tuple(p for p in self.participants if p not in self.offers and p not in self.spent)
+        late = tuple(p for p in self.participants if p not in self.offers and p not in self.no_more_expected)
         return Merge(chosen, self.closed_by, late)
 
     def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
         if offer.base == self.version and offer.agent not in self.offers:
-            self.spent.add(offer.agent)
+            self.no_more_expected.add(offer.agent)
         return Policy._drop(self, offer, reason, broken)
 
     def _count(self) -> str:
@@ -208,7 +218,7 @@ class Rounds(Policy):
         assert (self.state == "merging") <= bool(self.offers), "a merge of nothing"
         assert not self.broken & set(self.offers), "an update both broken and offered"
         assert self.started or self.state in ("waiting", "ended"), "a round before the start"
-        assert not self.spent & set(self.offers), "an update both dropped and offered"
+        assert not self.no_more_expected & set(self.offers), "an update both dropped and offered"
         self._check_presence()
         if self.state == "open":
             enough = not self._too_few(self.offers.values(), self.broken)

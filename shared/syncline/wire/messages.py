@@ -9,7 +9,7 @@ of one kind where another is expected, and the tag makes that a refused record i
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
@@ -45,6 +45,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
     kind: ClassVar[str] = ""
     max_bytes: ClassVar[int] = MAX_RECORD_BYTES
+
+    def changed(self, **fields: Any) -> Self:
+        """Return a copy with other values of these fields, validated as a whole. Raises ValidationError."""
+        return type(self).model_validate({**dict(self), **fields})
 
 
 class BlobRef(Record):
@@ -162,7 +166,6 @@ class Verdict(IntEnum):
     MERGED = 1
     LATE = 2
     BROKEN = 3
-    REFUSED = 4
 
 
 class Presence(IntEnum):
@@ -235,8 +238,8 @@ class Roster(Record):
 
 REMEMBERED = 3  # clocks before the last judged one, of which a roster says whether they were merged
 
-Phase = Literal["waiting", "training", "merging", "done", "failed", "refused"]
-ENDED: frozenset[str] = frozenset({"done", "failed", "refused"})
+Phase = Literal["waiting", "training", "merging", "done", "failed"]
+ENDED: frozenset[str] = frozenset({"done", "failed"})
 
 
 class Head(Record):
@@ -253,7 +256,7 @@ class Head(Record):
         description="random id of the run's history: a new one starts after the broker loses acknowledged writes, and offers "
         "of an older one are dropped",
     )
-    phase: Phase = Field(description="`done`, `failed` and `refused` are ends")
+    phase: Phase = Field(description="`done` and `failed` are ends")
     digest: Digest = Field("", description="xxh3-128 over the center's bytes")
     model: BlobRef | None = Field(None, description="the center")
     previous: BlobRef | None = Field(None, description="the model one version back")

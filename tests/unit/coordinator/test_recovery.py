@@ -12,14 +12,13 @@ from stored_run import lose_head
 from syncline import chance
 from syncline.bus.base import StreamConfig
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
-from syncline.spec.run_spec import RunSpec
+from syncline.policy.ledger import Ledger
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Heartbeat, Offer, encode
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
-from syncline_coordinator.ledger import Ledger
+from syncline_coordinator.offers import StreamPosition
 from syncline_coordinator.recovery import LOST_OFFER_S, Lookout, taken_over
 from syncline_coordinator.reservation import RUNS
-from syncline_coordinator.retention import Purger
 from syncline_sim.dice import Dice
 
 SESSION = "5" * 32
@@ -36,7 +35,8 @@ class Stage:
 
     def __init__(self, broker: MemoryBroker, bus: MemoryBus, keeper: HeadKeeper, ledger: Ledger) -> None:
         self.broker, self.bus, self.keeper, self.ledger = broker, bus, keeper, ledger
-        self.lookout = Lookout(bus, keeper, ledger)
+        self.position = StreamPosition(keeper.head.offers_seq)
+        self.lookout = Lookout(bus, keeper, ledger, self.position)
 
     @classmethod
     async def set(cls, head: Head = HEAD) -> Stage:
@@ -46,8 +46,7 @@ class Stage:
         await bus.ensure_stream(StreamConfig(subjects.offers_stream("r"), (subjects.offer("r", "*"),), 1 << 20))
         await bus.ensure_stream(StreamConfig(subjects.model_stream("r"), ("syncline.v1.r.model.>",), 1 << 20))
         keeper = await HeadKeeper.create(bus, head)
-        spec = RunSpec(name="r", task="m:T")
-        return cls(broker, bus, keeper, Ledger(spec, 4, head, Purger(bus)))
+        return cls(broker, bus, keeper, Ledger())
 
     def beat(self, agent: str = "a1", **said: Any) -> None:
         fields = {"seen_term": 3, "seen_version": 5, "seen_epoch": 77, **said}
@@ -84,8 +83,8 @@ Trouble = Callable[[Stage], Awaitable[None]]
 
 
 async def nothing(stage: Stage) -> None:
-    stage.ledger.read_up_to = await stage.offer("a1", 6)
-    stage.ledger.read("a1", 6)
+    stage.position.read_up_to = await stage.offer("a1", 6)
+    stage.ledger.found("a1", 6)
     stage.beat(handed=6)
     stage.beat("a2", seen_term=2, seen_version=5)
     stage.beat("a3", seen_term=1, seen_version=9, seen_epoch=1, handed=9)  # of before a roll-back that is known
@@ -94,7 +93,7 @@ async def nothing(stage: Stage) -> None:
 
 async def an_offer_that_is_read_a_little_later(stage: Stage) -> None:
     stage.beat(handed=6)
-    asyncio.get_running_loop().call_later(LOST_OFFER_S / 2, stage.ledger.read, "a1", 6)
+    asyncio.get_running_loop().call_later(LOST_OFFER_S / 2, stage.ledger.found, "a1", 6)
 
 
 async def an_older_head(stage: Stage) -> None:
@@ -116,7 +115,7 @@ async def a_version_that_an_agent_saw_under_an_older_term(stage: Stage) -> None:
 
 
 async def fewer_offers_than_were_read(stage: Stage) -> None:
-    stage.ledger.read_up_to = 4
+    stage.position.read_up_to = 4
 
 
 async def an_offer_that_was_acknowledged_to_its_agent(stage: Stage) -> None:
@@ -184,7 +183,7 @@ def test_an_update_that_is_gone_is_believed_lost_once_for_each_time_the_connecti
 
     async def play() -> list[bool]:
         stage = await Stage.set()
-        lookout = Lookout(stage.bus, stage.keeper, stage.ledger, rolled_back=rolled_back)
+        lookout = Lookout(stage.bus, stage.keeper, stage.ledger, stage.position, rolled_back=rolled_back)
         believed = [lookout.suspects("a1", "gone"), lookout.suspects("a1", "gone")]
         stage.broker.restart()
         return [*believed, lookout.suspects("a2", "gone"), lookout.suspects("a2", "gone")]
@@ -196,7 +195,7 @@ def test_a_reconnect_is_reason_to_look_at_once(simulated: Simulated) -> None:
     async def play() -> str:
         stage = await Stage.set()
         asyncio.get_running_loop().call_later(30.0, stage.lookout.look)
-        asyncio.get_running_loop().call_later(29.9, setattr, stage.ledger, "read_up_to", 4)
+        asyncio.get_running_loop().call_later(29.9, setattr, stage.position, "read_up_to", 4)
         return await stage.concludes()
 
     said, after_s = simulated(play())

@@ -7,13 +7,13 @@ import json
 from conftest import FakeBus
 from syncline.observe.telemetry import Telemetry
 from syncline.spec.run_spec import RunSpec, parse
-from syncline_coordinator.reporting import Account
+from syncline_coordinator.reporting import RunReport
 
 
 async def test_a_target_that_no_metric_can_reach_is_told_once_with_those_that_there_are(bus: FakeBus) -> None:
     target = {"metric": "acuracy", "at_least": 0.9}
     spec = parse(RunSpec, {"name": "r", "task": "t:T", "stop": {"versions": 3, "target": target}})
-    account = Account(spec, Telemetry(bus, "r", "coordinator"))
+    account = RunReport(spec, Telemetry(bus, "r", "coordinator"), 9)
     await account.no_such_metric(["loss", "accuracy"])
     await account.no_such_metric(["loss", "accuracy"])
     ((subject, data),) = bus.published

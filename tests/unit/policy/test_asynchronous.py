@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from ledgers import ledger_at
 
 from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.errors import PeerError
@@ -410,7 +411,7 @@ def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
     made = policy(4, buffer=3, least=3, rule="median", max_ahead=1, overlap=False)
     for v in range(2):
         tell(made, *offers("a1", "a2", "a3", clock=v + 1, base=v), Committed(v + 1))
-    assert made.told.gate == 1, "all three are at 2"
+    assert made.last_broadcast.gate == 1, "all three are at 2"
     assert tell(made, *offers("a4", base=0)) == [run(2, *ALL, gate=2)]
     assert tell(made, *offers("a1", "a2", clock=3, base=2)) == [
         merge(("a1", 3, 0), ("a2", 3, 0), ("a4", 1, 2), reason="3 of 3")
@@ -421,7 +422,7 @@ def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
 def test_the_rule_gets_its_updates_also_of_an_agent_whose_clock_has_left_some_out() -> None:
     made = policy(3, buffer=None, least=3, rule="median", max_ahead=0)
     tell(made, *offers("a1", clock=3), *offers("a2", "a3"), Committed(1))
-    assert made.told.gate == 1, "a1 is at 3"
+    assert made.last_broadcast.gate == 1, "a1 is at 3"
     assert tell(made, *offers("a2", "a3", clock=2, base=1)) == [run(1, "a1", "a2", "a3", gate=3)]
     (merged,) = tell(made, *offers("a1", clock=4, base=1))
     assert isinstance(merged, Merge) and merged.reason == "3 of 3"
@@ -492,7 +493,7 @@ def test_the_loss_of_the_slowest_raises_the_gate() -> None:
     made = policy(3, buffer=1, max_ahead=1)
     for version, agent in enumerate(("a1", "a2", "a1", "a2")):
         tell(made, *offers(agent, clock=version // 2 + 1, base=version), Committed(version + 1))
-    assert made.told.gate == 1, "a3 holds them up"
+    assert made.last_broadcast.gate == 1, "a3 holds them up"
     assert tell(made, AgentLost("a3", SILENT)) == [run(4, "a1", "a2", gate=3)]
 
 
@@ -628,7 +629,7 @@ def merged_by(commands: list[Command]) -> list[Merge]:
 def test_a_slow_agent_is_outside_the_gate_and_its_update_is_still_merged() -> None:
     made = policy(2, buffer=1, max_ahead=1)
     tell(made, AgentSlow("a2", STILL))
-    assert made.told.participants == ("a1",) and made.presence("a2") == Presence.SLOW
+    assert made.last_broadcast.participants == ("a1",) and made.presence("a2") == Presence.SLOW
     for clock in (1, 2, 3):
         assert merged_by(tell(made, OfferReady("a1", clock, made.version))), (
             "the gate of a2's clock does not hold it up"
@@ -833,10 +834,15 @@ def test_after_the_end_nothing_is_asked_for() -> None:
 
 # -- a coordinator takes over ------------------------------------------------------------------------------------------
 def taken_over(
-    standing: Standing, plan: list[OfferReady] | None = None, at: float = 100.0, **settings: Any
+    standing: Standing,
+    plan: list[OfferReady] | None = None,
+    at: float = 100.0,
+    clocks: dict[str, int] | None = None,
+    **settings: Any,
 ) -> Asynchronous:
     """As the shell does it: resume, the plan where head has one, and a look."""
     made = policy(2, joined=False, **settings)
+    made.ledger = ledger_at(CLOCKS if clocks is None else clocks)
     made.resume(standing, at)
     if plan is not None:
         made.resume_merge(plan)
@@ -844,7 +850,8 @@ def taken_over(
 
 
 BOTH = frozenset({"a1", "a2"})
-STANDING = Standing(7, ("a1", "a2"), BOTH, {"a1": 5, "a2": 9})
+STANDING = Standing(7, ("a1", "a2"), BOTH)
+CLOCKS = {"a1": 5, "a2": 9}
 
 
 def test_an_open_buffer_taken_over_is_told_its_offers_again() -> None:
@@ -857,13 +864,13 @@ def test_an_open_buffer_taken_over_is_told_its_offers_again() -> None:
 
 
 def test_what_the_roster_did_not_tell_is_told_after_the_takeover() -> None:
-    made = taken_over(Standing(7, ("a1", "a2", "a3"), BOTH))
+    made = taken_over(Standing(7, ("a1", "a2", "a3"), BOTH), clocks={})
     assert tell(made, Tick()) == [run(7, "a1", "a2")]
 
 
 def test_the_gate_and_the_offsets_go_on_after_a_takeover() -> None:
-    standing = Standing(7, ("a1", "a2"), BOTH, {"a1": 5, "a2": 2}, {"a2": 4}, gate=6)
-    made = taken_over(standing, buffer=1, max_ahead=1)
+    standing = Standing(7, ("a1", "a2"), BOTH, {"a2": 4}, gate=6)
+    made = taken_over(standing, clocks={"a1": 5, "a2": 2}, buffer=1, max_ahead=1)
     assert tell(made, Tick()) == []
     tell(made, *offers("a1", clock=6, base=7))
     assert tell(made, Committed(8)) == [run(8, "a1", "a2", gate=7, a2=4)]
@@ -895,24 +902,26 @@ def test_a_loss_while_a_merge_taken_over_is_executed_leaves_the_plan() -> None:
 
 
 def test_a_run_taken_over_with_nobody_there_goes_on_with_whoever_comes() -> None:
-    made = taken_over(Standing(3, (), frozenset()), buffer=1)
+    made = taken_over(Standing(3, (), frozenset()), clocks={}, buffer=1)
     assert tell(made, Tick()) == []
     assert tell(made, AgentJoined("a1")) == [run(3, "a1")], "the run has started: it waits for no other"
 
 
 def test_a_run_taken_over_after_its_last_version_is_done() -> None:
-    assert tell(taken_over(Standing(100, (), frozenset())), Tick()) == [Finish("100 versions")]
-    assert tell(taken_over(Standing(100, ("a1",), BOTH)), *offers("a1", base=100)) == [Finish("100 versions")]
+    assert tell(taken_over(Standing(100, (), frozenset()), clocks={}), Tick()) == [Finish("100 versions")]
+    assert tell(taken_over(Standing(100, ("a1",), BOTH), clocks={}), *offers("a1", base=100)) == [
+        Finish("100 versions")
+    ]
 
 
 def test_the_last_version_taken_over_in_its_merge_ends_the_run() -> None:
-    made = taken_over(Standing(99, ("a1", "a2"), BOTH), offers("a1", "a2", base=99), buffer=2)
+    made = taken_over(Standing(99, ("a1", "a2"), BOTH), offers("a1", "a2", base=99), clocks={}, buffer=2)
     assert tell(made, Tick(), *offers("a1", clock=2, base=99)) == []
     assert tell(made, Committed(100)) == [Finish("100 versions")]
 
 
 def test_a_merge_of_nobody_left_taken_over_is_committed() -> None:
-    made = taken_over(Standing(3, (), frozenset(), {"a1": 1}), [OfferReady("a1", 2, 3)], buffer=4)
+    made = taken_over(Standing(3, (), frozenset()), [OfferReady("a1", 2, 3)], clocks={"a1": 1}, buffer=4)
     assert tell(made, Tick()) == []
     assert tell(made, Committed(4)) == [run(4)]
 

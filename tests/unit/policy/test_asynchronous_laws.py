@@ -98,7 +98,7 @@ class Clockwork:
         if told is None:
             return
         for agent in told.participants:
-            clock, known = self.finished[agent], self.policy.told.judged.get(agent, 0)
+            clock, known = self.finished[agent], self.policy.last_broadcast.judged.get(agent, 0)
             gated = told.gate is not None and clock + dict(told.offsets).get(agent, 0) > told.gate
             if agent in self.training or gated or clock - known >= self.policy.ahead:
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledgers import ledger_at
 
 from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.averaging.weights import weights_of
@@ -171,7 +172,7 @@ class Fleet:
         if bound is None or late or who in self.restarted:
             return
         clocks = dict(self.written.judged)
-        if self.policy.lifted:  # for want of updates what waits counts too
+        if self.policy.gate_relaxed:  # for want of updates what waits counts too
             for offer in self.stream:
                 clocks[offer.agent] = max(offer.clock, clocks.get(offer.agent, 0))
         level = {a: clocks.get(a, 0) + self.written.offsets.get(a, 0) for a in self.written.participants}
@@ -211,8 +212,8 @@ class Fleet:
             del self.verdicts[update]
         self.unwritten = set()
         new = copy.deepcopy(self.fresh)
-        judged, offsets = dict(w.judged), dict(w.offsets)
-        new.resume(Standing(w.version, w.participants, w.live, judged, offsets, w.gate, w.slow), self.now_s)
+        new.ledger = ledger_at(w.judged)
+        new.resume(Standing(w.version, w.participants, w.live, dict(w.offsets), w.gate, w.slow), self.now_s)
         self.live, self.slow, self.plan, self.wake_at_s = set(w.live), set(w.slow), w.plan, None
         if w.plan:
             by = {(o.agent, o.clock): o for o in self.stream}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledgers import ledger_at
 
 from syncline.errors import PeerError
 from syncline.policy.base import REASON_CHARS, Standing
@@ -183,7 +184,7 @@ def test_an_agent_whose_clock_another_process_of_its_name_has_used_up_is_asked_a
     rounds = policy(2)
     tell(rounds, *offers("a1", "a2"), Committed(1))
     tell(rounds, OfferReady("a2", 2, 0, 10, 5))  # late, of the older process
-    assert rounds.judged["a2"] == 2
+    assert rounds.ledger.judged_clock("a2") == 2
     assert tell(rounds, OfferReady("a2", 2, 1, 10, 5)) == [StartRound(1, ("a1", "a2"))]
     (merge,) = [
         c for c in tell(rounds, OfferReady("a1", 2, 1, 10, 5), OfferReady("a2", 3, 1, 10, 5)) if isinstance(c, Merge)
@@ -923,7 +924,8 @@ class Fleet:
         live, slow = frozenset(self.live), frozenset(self.slow)
         assert {a: old.presence(a) for a in live} == dict.fromkeys(live, Presence.PRESENT)
         assert {a: old.presence(a) for a in slow} == dict.fromkeys(slow, Presence.SLOW)
-        new.resume(Standing(old.version, old.participants, live, dict(old.judged), slow=slow), self.now_s)
+        new.ledger = ledger_at(old.ledger.judged_clocks())
+        new.resume(Standing(old.version, old.participants, live, slow=slow), self.now_s)
         if merging:
             new.resume_merge(list(old.offers.values()))
         self.trained = {

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 
 from syncline.policy.events import Chosen
-from syncline.spec.run_spec import RunSpec, parse
-from syncline.wire import subjects
-from syncline.wire.messages import REMEMBERED, BlobRef, Head, Offer, Plan, Presence, Roster, Verdict
-from syncline_coordinator.ledger import Judged, Ledger
-
-SPEC = parse(RunSpec, {"name": "r", "task": "a:B"})
-HEAD = Head(run="r", term=1, version=0, phase="training")
-
-
-class Purges:
-    def __init__(self) -> None:
-        self.prefixes: list[str] = []
-
-    def add(self, stream: str, prefix: str) -> None:
-        self.prefixes.append(prefix)
-
-
-def ledger() -> tuple[Ledger, Purges]:
-    purges: Any = Purges()
-    return Ledger(SPEC, 9, HEAD, purges), purges
+from syncline.policy.ledger import Judged, Ledger
+from syncline.wire.messages import REMEMBERED, BlobRef, Offer, Plan, Presence, Roster, Verdict
 
 
 def offer(clock: int, seed: int = 0) -> Offer:
@@ -42,7 +23,7 @@ def chosen(*clocks: int) -> list[Chosen]:
 
 
 def plan(books: Ledger, *clocks: int) -> Plan:
-    return Plan(version=1, reason="x", merged=books.entries(chosen(*clocks)))
+    return Plan(version=1, reason="x", merged=books.plan_entries(chosen(*clocks)))
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -76,55 +57,56 @@ def slow(agent: str) -> Presence:
 
 
 def test_what_a_roster_tells_is_what_the_next_coordinator_knows() -> None:
-    books, _ = ledger()
+    books = Ledger()
     for clock in (1, 2, 4):
         assert books.offer("a1", offer(clock), clock)
-        books.drop("a1", clock, "late", Verdict.LATE) if clock == 2 else books.merged(plan(books, clock))
+        books.judge("a1", clock, Verdict.LATE if clock == 2 else Verdict.MERGED)
     told = books.roster({"a1"}, ("a1",), {}, slow)
     assert (told.clocks, told.verdict(0), told.merged_before(0)) == ([4], Verdict.MERGED, 0b100)
     assert told.state(0) == Presence.SLOW
-    after, _ = ledger()
+    after = Ledger()
     after.restore(told)
     assert after.judged("a1") == books.judged("a1") and after.roster({"a1"}, ("a1",), {}, slow) == told
     assert not after.offer("a1", offer(3), 9), "a clock left out is judged with the next one"
 
 
 def test_a_plan_names_updates_as_they_were_offered_with_lag_and_weight() -> None:
-    books, _ = ledger()
+    books = Ledger()
     for clock in (1, 2):
         books.offer("a1", offer(clock), clock)
-    entries = books.entries(chosen(2))
+    entries = books.plan_entries(chosen(2))
     assert [(e.clock, e.lag, e.weight, e.samples, e.steps, e.blob) for e in entries] == [
         (2, 2, 0.25, 2, 3, offer(2).blob)
     ]
 
 
 def test_what_a_plan_names_stays_although_a_newer_update_of_its_agent_is_dropped() -> None:
-    books, purges = ledger()
+    books = Ledger()
     for clock in (1, 2):
         books.offer("a1", offer(clock), clock)
     planned = plan(books, 1)
-    books.drop("a1", 2, "late: the round is closed", Verdict.LATE)
-    assert books.entries(chosen(1)) == planned.merged, "a plan without somebody else's broken update names it again"
-    assert books.judged_up_to() == 0, "whoever takes over has to read its offer again"
-    books.settled(HEAD, HEAD)
-    assert purges.prefixes == [subjects.update_prefix("r", "a1", offer(2).blob.id)]
-    books.merged(planned)
-    books.read_up_to = 2
-    assert books.judged("a1") == Judged(2, Verdict.LATE, 0b1) and books.judged_up_to() == 2
+    books.judge("a1", 2, Verdict.LATE)
+    assert books.plan_entries(chosen(1)) == planned.merged, (
+        "a plan without somebody else's broken update names it again"
+    )
+    assert books.judged_up_to(2) == 0, "whoever takes over has to read its offer again"
+    assert books.take_purgeable() == [("a1", offer(2).blob)]
+    books.judge("a1", 1, Verdict.MERGED)
+    assert books.judged("a1") == Judged(2, Verdict.LATE, 0b1) and books.judged_up_to(2) == 2
 
 
 def test_an_older_update_that_no_plan_names_goes_with_the_verdict_on_a_newer_one() -> None:
-    books, purges = ledger()
+    books = Ledger()
     for clock in (1, 2):
         books.offer("a1", offer(clock), clock)
-    books.merged(plan(books, 2))
-    books.settled(HEAD, HEAD)
-    assert len(purges.prefixes) == 2 and books.offered_blobs() == set()
+    plan(books, 2)
+    books.judge("a1", 2, Verdict.MERGED)
+    assert books.needed_blobs() == {offer(1).blob.id, offer(2).blob.id}, "until head says so"
+    assert len(books.take_purgeable()) == 2 and books.needed_blobs() == set()
 
 
 def test_offsets_travel_where_there_are_any() -> None:
-    books, _ = ledger()
+    books = Ledger()
     assert books.roster({"a1", "a2"}, ("a1", "a2"), {}, slow).offsets == []
     told = books.roster({"a1", "a2"}, ("a1", "a2"), {"a2": 7}, slow)
     assert isinstance(told, Roster) and told.offsets == [0, 7] and told.offset(1) == 7
