@@ -97,6 +97,7 @@ SUBJECTS = (
     (subjects.notify(RUN), "coordinator", "agents", "`notify`, a hint that head has moved"),
     (subjects.submit(), "anybody in `CORE`", "coordinator", "`submit`, a request; the reply is a `submitted`"),
     (subjects.stop(), "anybody in `CORE`", "coordinator", "`stop`, a request; the reply is a `stopped`"),
+    (subjects.story(), "anybody in `CORE`", "coordinator", "`story`, a request; the reply is a `story-told`"),
     (subjects.metrics(RUN, WHO, "<what>"), "agents, coordinator", "anybody", "a metric, JSON"),
     (subjects.events(RUN, WHO), "agents, coordinator", "anybody", "an event, JSON"),
 )

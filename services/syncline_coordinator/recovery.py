@@ -48,7 +48,7 @@ class Losses:
         """The highest term seen of a run that has lost something and was not opened since, or None."""
         return self._terms.get(run)
 
-    def mended(self, run: str) -> None:
+    def recovered(self, run: str) -> None:
         """It goes on under a higher term."""
         self._terms.pop(run, None)
 

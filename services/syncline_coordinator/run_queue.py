@@ -5,6 +5,7 @@ The queue lives on the bus, so that it survives every coordinator.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from functools import partial
 
@@ -17,7 +18,7 @@ from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline.wire.messages import ENDED, Head, Stop, Stopped, Welcome, encode
+from syncline.wire.messages import ENDED, Head, Stop, Stopped, Submit, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.recovery import taken_over
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def exists(head: Head) -> ConfigError:
+    """Return the refusal of a run whose name is taken."""
     there, other = f"there is a run {head.run!r} already", "or choose another name (--name)"
     if head.phase in ENDED:
         hint = f"See how it went with `syncline why {head.run}`, {other}"
@@ -36,103 +38,123 @@ def exists(head: Head) -> ConfigError:
 
 
 def payload_too_small(max_payload: int) -> ConfigError:
-    """Say what a broker must let through in one message."""
+    """Return the refusal of a run on a broker whose messages are too small."""
     problem = f"the broker takes messages of at most {max_payload} bytes, a run needs {LEAST_PAYLOAD_BYTES}"
     hint = f"Set max_payload: {MAX_PAYLOAD_BYTES} in the broker's configuration, on every server alike, and reload it"
     return ConfigError("max_payload", problem, hint)
 
 
 def gone(name: str, error: BlobGone) -> str:
-    """Why a run fails whose head names what the broker has lost."""
+    """Return why a run fails whose head names a blob that the broker has lost."""
     hint = f"Give the broker its store back, or submit the run again under another name; {name} itself cannot go on"
-    return f"what head names is not on the bus any more: {error}. {hint}"
+    return f"a blob that head names is not on the bus any more: {error}. {hint}"
 
 
-def superseded(agent: str) -> Welcome:
-    return Welcome(superseded=True, reason=f"another process has claimed the name {agent}")
+class RunQueue:
+    """The runs that have not ended, the oldest first.
 
-
-class WaitingRuns:
-    """The runs that have not ended. Remembers those that have, so that looking costs the same however many there are."""
+    Remembers those that have ended, so that reading costs the same however many there are.
+    """
 
     def __init__(self, bus: Bus) -> None:
+        self.names: list[str] = []  # as last read
+        self.changed = asyncio.Event()  # set: read the queue now
         self._bus = bus
         self._ended: set[str] = set()
-        self._names: list[str] = []
-        self._looked_at: tuple[int, int, int] | None = None  # losses of the connection, and where the bucket stood
+        self._found: list[str] = []
+        self._bucket_at: tuple[int, int, int] | None = None  # losses of the connection, and state of the bucket
 
-    def accepted(self, name: str) -> None:
-        """A run was submitted under that name; one that had it before may have ended."""
-        self._ended.discard(name)
-        self._looked_at = None
+    @property
+    def first(self) -> str:
+        """The name of the oldest run, or '?'."""
+        return self.names[0] if self.names else "?"
 
-    async def look(self) -> list[str]:
-        """Return their names, the oldest first. One whose head cannot be read stands in no other's way."""
+    async def put(self, name: str, record: Submit) -> None:
+        """Queue an accepted run. Raises ConfigError where there is a run of that name."""
+        try:
+            await self._bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(name), encode(record))
+        except Conflict:
+            raise exists(Head(run=name, term=1, version=0, phase="waiting")) from None
+        await first_head(self._bus, name)
+        self._ended.discard(name)  # a run that had this name before may have ended
+        self._bucket_at = None
+        self.names.append(name)
+
+    def remove(self, name: str) -> None:
+        """Take a run out of the names as last read."""
+        self.names = [other for other in self.names if other != name]
+
+    async def read(self) -> list[str]:
+        """Read the names from the bus. A run whose head cannot be read is left out, and logged."""
         losses = self._bus.losses
         await with_retries(partial(self._bus.ensure_bucket, RUNS))  # a broker may have lost even that
         state = await with_retries(partial(self._bus.state, f"KV_{subjects.RUNS_BUCKET}"))
-        stands_at = losses, state.last_seq, state.messages
-        if stands_at != self._looked_at:
-            if self._looked_at is None or self._looked_at[0] != losses:  # the broker may be back with an older store
+        bucket_at = losses, state.last_seq, state.messages
+        if bucket_at != self._bucket_at:
+            if self._bucket_at is None or self._bucket_at[0] != losses:  # the broker may be back with an older store
                 self._ended.clear()
-            self._names = await self._read()
-            self._looked_at = stands_at
-        return self._names
+            self._found = await self._read_bucket()
+            self._bucket_at = bucket_at
+        self.names = list(self._found)
+        return self.names
 
-    async def _read(self) -> list[str]:
-        waiting = []
+    async def _read_bucket(self) -> list[str]:
+        found = []
         for key in await with_retries(partial(self._bus.kv_keys, subjects.RUNS_BUCKET)):
             name, _, kind = key.rpartition(".")
             if kind != "spec" or name in self._ended:
                 continue
             try:
-                revision = await self._place_of(name)
+                revision = await self._revision_of(name)
             except PeerError as error:
                 log.error("run %s: its head cannot be read: %s", name, error)
                 continue
             if revision is not None:
-                waiting.append((revision, name))
-        return [name for _, name in sorted(waiting)]
+                found.append((revision, name))
+        return [name for _, name in sorted(found)]
 
-    async def _place_of(self, name: str) -> int | None:
-        """Return the revision of the run's spec, or None where it has ended."""
+    async def _revision_of(self, name: str) -> int | None:
+        """Return the revision of the run's spec, or None where the run has ended."""
         keeper = await HeadKeeper.read(self._bus, name)
         if keeper is not None and keeper.head.phase in ENDED:
             self._ended.add(name)
             return None
-        key = subjects.spec_key(name)
-        entry = await with_retries(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
-        if (
-            entry is not None and keeper is None
-        ):  # the coordinator that accepted the run died between its spec and its head
+        entry = await with_retries(partial(self._bus.kv_get, subjects.RUNS_BUCKET, subjects.spec_key(name)))
+        if entry is not None and keeper is None:  # a coordinator that accepted the run died between spec and head
             await with_retries(partial(first_head, self._bus, name))
             keeper = await HeadKeeper.read(self._bus, name)
-        return entry.revision if entry is not None and keeper is not None and keeper.head.phase not in ENDED else None
+        if entry is None or keeper is None or keeper.head.phase in ENDED:
+            return None
+        return entry.revision
 
 
 async def first_head(bus: Bus, name: str) -> None:
-    """Where it is there already, whoever takes the run from the queue was faster."""
+    """Create the first head of a run, unless there is one: another coordinator was faster then."""
     try:
         await HeadKeeper.create(bus, Head(run=name, term=1, version=0, epoch=new_number(), phase="waiting"))
     except Conflict:
         pass
 
 
-TRIES = 5  # each lost to somebody who moved head meanwhile
+TRIES = 5  # each lost to another coordinator that moved head meanwhile
 
 
-def why(stop: Stop) -> str:
-    """The reason as it stands in head, in the events and in the commit log. It may hold anything: people read it."""
+def stop_reason(stop: Stop) -> str:
+    """Return the reason for head, events and the commit log, without the control characters that `stop.by` may hold."""
     by = "".join(c if c.isprintable() else "�" for c in stop.by).strip()
     return f"stopped by {by or 'somebody'}"
 
 
 async def end_undriven(bus: Bus, stop: Stop) -> Stopped:
-    """Moves head to `done` under a higher term, so that whoever opens the run just now learns that it is over.
+    """End a run that no host drives: move head to `done` under a higher term.
 
-    Raises BusError, and Deposed where head moves too often to be caught up with.
+    So a coordinator that is opening the run learns that it has ended.
+
+    Raises:
+        BusError: the bus is out of reach.
+        Deposed: head moved at each of `TRIES` tries.
     """
-    run, reason = stop.run, why(stop)
+    run, reason = stop.run, stop_reason(stop)
     for _ in range(TRIES):
         keeper = await HeadKeeper.read(bus, run)
         if keeper is None:
@@ -152,17 +174,17 @@ async def end_undriven(bus: Bus, stop: Stop) -> Stopped:
 
 
 async def _without_head(bus: Bus, stop: Stop) -> Stopped:
-    """Whoever accepted the run may have died between its spec and its head: then it gets one that says it is over."""
+    """End a run whose coordinator died between its spec and its head: create a head that says so."""
     spec = await with_retries(partial(bus.kv_get, subjects.RUNS_BUCKET, subjects.spec_key(stop.run)))
     if spec is None:
         return Stopped(run=stop.run, outcome="unknown")
-    await HeadKeeper.create(bus, Head(run=stop.run, term=1, version=0, phase="done", reason=why(stop)))
+    await HeadKeeper.create(bus, Head(run=stop.run, term=1, version=0, phase="done", reason=stop_reason(stop)))
     await release(bus, stop.run, ended=True)
-    return Stopped(run=stop.run, outcome="stopped", reason=why(stop))
+    return Stopped(run=stop.run, outcome="stopped", reason=stop_reason(stop))
 
 
 async def give_up(keeper: HeadKeeper, reason: str, telemetry: Telemetry) -> None:
-    """The run has failed, unless another coordinator has moved it on: then what was missing here is only out of date."""
+    """End the run as failed, unless another coordinator has advanced it: this coordinator's view is stale then."""
     head = keeper.head
     if head.phase in ENDED:
         return
@@ -175,13 +197,17 @@ async def give_up(keeper: HeadKeeper, reason: str, telemetry: Telemetry) -> None
 
 
 async def commit_initial(
-    bus: Bus, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest, rolled_back: int | None
+    bus: Bus, keeper: HeadKeeper, reducer: Reducer, manifest: Manifest, lost_term: int | None
 ) -> None:
-    """The model as the task makes it under the run's seed. `rolled_back`: as in `taken_over`."""
+    """Commit version 0: the model as the task makes it under the run's seed.
+
+    Args:
+        lost_term: as in `taken_over`.
+    """
     merged = await reducer.put_center()
     prefix = partial(subjects.model_prefix, keeper.head.run)
     layout = await put_record(bus, prefix, encode(manifest))
     moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
-    head = keeper.head if rolled_back is None else await taken_over(bus, keeper.head, rolled_back)
+    head = keeper.head if lost_term is None else await taken_over(bus, keeper.head, lost_term)
     await keeper.check()  # a broker that was set back gives revisions again
     await keeper.write(head.changed(**moved))

@@ -330,6 +330,24 @@ class Stopped(Record):
     reason: Text = Field("", description="why it ended")
 
 
+class Story(Record):
+    """Asks for the recent decisions that concern an agent, while its run goes on."""
+
+    kind: ClassVar[str] = "story"
+    max_bytes: ClassVar[int] = 16 * 1024
+    run: Name
+    agent: Name
+
+
+class StoryTold(Record):
+    """The answer: facts and decisions that concern the agent, one on each line, the oldest first."""
+
+    kind: ClassVar[str] = "story-told"
+    run: Name
+    known: bool = Field(description="false: this coordinator does not drive the run now")
+    lines: list[Text] = Field(default_factory=list, max_length=200)
+
+
 class Dropped(Record):
     """An update that was judged and not merged."""
 
@@ -387,6 +405,8 @@ MESSAGES: tuple[type[Record], ...] = (
     Submitted,
     Stop,
     Stopped,
+    Story,
+    StoryTold,
     Committed,
     LogLine,
 )

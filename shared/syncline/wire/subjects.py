@@ -91,6 +91,10 @@ def stop() -> str:
     return f"{PREFIX}.{FLEET}.stop"
 
 
+def story() -> str:
+    return f"{PREFIX}.{FLEET}.story"
+
+
 def log_record(run: str, version: int | str, term: int | str) -> str:
     return f"{PREFIX}.{run}.log.{version}.{term}"
 

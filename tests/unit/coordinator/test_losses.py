@@ -10,7 +10,7 @@ from syncline.wire.messages import Head, Submit, encode
 from syncline_coordinator.head import HeadKeeper, RolledBack
 from syncline_coordinator.recovery import WORDS, Losses
 from syncline_coordinator.reservation import RUNS
-from syncline_coordinator.run_queue import WaitingRuns
+from syncline_coordinator.run_queue import RunQueue
 
 
 def test_an_agent_is_believed_so_many_times_for_each_run_until_the_connection_was_gone() -> None:
@@ -27,7 +27,7 @@ def test_what_the_bus_shows_counts_against_nobody_and_the_highest_term_is_kept_u
     for term in (3, 7, 5):
         assert losses.noticed("r", RolledBack("head is gone", term)) == ""
     assert (losses.term("r"), losses.term("q")) == (7, None)
-    losses.mended("r")
+    losses.recovered("r")
     assert losses.term("r") is None
 
 
@@ -40,6 +40,6 @@ def test_a_run_whose_head_cannot_be_read_stands_in_nobodys_way() -> None:
             await bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(run), spec)
         await bus.kv_create(subjects.RUNS_BUCKET, subjects.head_key("broken"), b"\xc1 no head")
         await HeadKeeper.create(bus, Head(run="first", term=1, version=0, phase="waiting"))
-        return await WaitingRuns(bus).look()
+        return await RunQueue(bus).read()
 
     assert asyncio.run(play()) == ["first", "second"], "and the second got its first head"

@@ -15,7 +15,7 @@ from syncline.observe.telemetry import Telemetry
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Stop, Stopped, decode, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
-from syncline_coordinator.run_queue import TRIES, end_undriven, give_up, why
+from syncline_coordinator.run_queue import TRIES, end_undriven, give_up, stop_reason
 
 STOP = Stop(run=RUN, by="ann@hub")
 
@@ -109,7 +109,7 @@ async def test_it_is_told_in_the_events(bus: MemoryBus) -> None:
     ("by", "said"), [("ann@hub", "ann@hub"), ("", "somebody"), (" \t", "�"), ("a\x1b[2Jb", "a�[2Jb")]
 )
 def test_who_asked_is_said_as_people_can_read_it(by: str, said: str) -> None:
-    assert why(Stop(run=RUN, by=by)) == f"stopped by {said}"
+    assert stop_reason(Stop(run=RUN, by=by)) == f"stopped by {said}"
 
 
 async def test_a_run_that_cannot_be_opened_fails_but_not_where_another_coordinator_has_moved_it_on(

@@ -34,6 +34,8 @@ from syncline.wire.messages import (
     Roster,
     Stop,
     Stopped,
+    Story,
+    StoryTold,
     Submit,
     Submitted,
     Verdict,
@@ -61,6 +63,8 @@ EXAMPLES: dict[type[Record], Record] = {
         Submitted(run="r", warnings=["w"]),
         Stop(run="r", by="ann@hub"),
         Stopped(run="r", outcome="ended", reason="40 versions"),
+        Story(run="r", agent="a1"),
+        StoryTold(run="r", known=True, lines=["1 +0.00 s: a1 joined"]),
         Committed(
             run="r",
             term=1,
@@ -145,7 +149,7 @@ def any_of(model: type[Record]) -> st.SearchStrategy[Record]:
                 parts=max(1, len(rows)),
                 agents=[name for name, _, _ in rows],
                 clocks=[clock for _, clock, _ in rows],
-                flags=bytes(flag % 10 for _, _, flag in rows),
+                flags=bytes(flag % 8 for _, _, flag in rows),
                 presence=bytes(flag % 5 for _, _, flag in rows),
             )
         )
@@ -433,15 +437,15 @@ def test_a_roster_holds_presence_participant_and_verdict() -> None:
 
 
 def test_a_flag_holds_which_of_the_clocks_before_were_merged() -> None:
-    flags = bytes(Roster.flag(True, Verdict.REFUSED, merged) for merged in range(1 << REMEMBERED))
+    flags = bytes(Roster.flag(True, Verdict.BROKEN, merged) for merged in range(1 << REMEMBERED))
     n = len(flags)
     roster = Roster(parts=1, agents=[f"a{i}" for i in range(n)], clocks=[9] * n, flags=flags, presence=bytes(n))
     assert decode(Roster, encode(roster)) == roster
     assert [roster.merged_before(i) for i in range(len(flags))] == [*range(1 << REMEMBERED)]
-    assert {roster.verdict(i) for i in range(len(flags))} == {Verdict.REFUSED}
+    assert {roster.verdict(i) for i in range(len(flags))} == {Verdict.BROKEN}
 
 
-@pytest.mark.parametrize("flag", [5 << 1, 1 << 7])
+@pytest.mark.parametrize("flag", [4 << 1, 1 << 7])
 def test_a_flag_with_an_unknown_verdict_or_bit_is_refused(flag: int) -> None:
     assert refused(Roster, packed(Roster, flags=bytes([3, flag]))) == (
         f"roster: Value error, flags hold {flag:#04x}, with an unknown verdict or bit"

@@ -10,7 +10,7 @@ from syncline.wire import subjects
 from syncline.wire.messages import Head, Phase, Submit, encode
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.reservation import RUNS
-from syncline_coordinator.run_queue import WaitingRuns, first_head
+from syncline_coordinator.run_queue import RunQueue
 
 
 class Place:
@@ -42,27 +42,27 @@ async def test_an_idle_look_costs_the_same_however_many_runs_have_ended() -> Non
     await place.bus.ensure_bucket(RUNS)
     for i in range(300):
         await place.add(f"r{i}", "done")
-    waiting = WaitingRuns(place.bus)
-    assert await waiting.look() == []
+    waiting = RunQueue(place.bus)
+    assert await waiting.read() == []
     place.asked.clear()
     for _ in range(10):
-        assert await waiting.look() == []
+        assert await waiting.read() == []
     assert place.asked == {"ensure_bucket": 10, "state": 10}
     await place.add("new", "waiting")
     place.asked.clear()
-    assert await waiting.look() == ["new"] and place.asked["kv_get"] == 2
+    assert await waiting.read() == ["new"] and place.asked["kv_get"] == 2
 
 
 async def test_runs_come_and_go_in_the_order_of_their_specs() -> None:
     place = Place()
-    waiting = WaitingRuns(place.bus)
-    assert await waiting.look() == []
+    waiting = RunQueue(place.bus)
+    assert await waiting.read() == []
     for name in ("b", "a"):
         await place.add(name, "waiting")
     await place.add("c")  # its coordinator died before it made a head
-    assert await waiting.look() == ["b", "a", "c"]
+    assert await waiting.read() == ["b", "a", "c"]
     await place.end("b")
-    assert await waiting.look() == ["a", "c"] == await waiting.look()
+    assert await waiting.read() == ["a", "c"] == await waiting.read()
 
 
 async def test_after_a_loss_of_the_connection_everything_is_read_again() -> None:
@@ -70,24 +70,22 @@ async def test_after_a_loss_of_the_connection_everything_is_read_again() -> None
     place = Place()
     await place.bus.ensure_bucket(RUNS)
     await place.add("r", "training")
-    older, waiting = place.broker.snapshot(), WaitingRuns(place.bus)
+    older, waiting = place.broker.snapshot(), RunQueue(place.bus)
     await place.end("r")
-    assert await waiting.look() == []
+    assert await waiting.read() == []
     place.broker.stop()
     place.broker.roll_back(older)
     place.broker.start()
-    assert await waiting.look() == ["r"]
+    assert await waiting.read() == ["r"]
 
 
 async def test_a_name_that_is_submitted_again_is_no_longer_an_ended_run() -> None:
     place = Place()
     await place.bus.ensure_bucket(RUNS)
     await place.add("r", "done")
-    waiting = WaitingRuns(place.bus)
-    assert await waiting.look() == []
+    waiting = RunQueue(place.bus)
+    assert await waiting.read() == []
     for key in (subjects.spec_key("r"), subjects.head_key("r")):
         await place.bus.purge(f"KV_{subjects.RUNS_BUCKET}", f"$KV.{subjects.RUNS_BUCKET}.{key}")
-    await place.add("r")
-    await first_head(place.bus, "r")
-    waiting.accepted("r")
-    assert await waiting.look() == ["r"]
+    await waiting.put("r", Submit(spec={}))
+    assert await waiting.read() == ["r"]

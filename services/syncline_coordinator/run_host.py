@@ -1,0 +1,197 @@
+"""One run at this coordinator, from the moment it is opened to its end: everything that the coordinator keeps per run.
+
+A host holds nothing that it could not read again: the spec and head are in the key-value bucket, and everything else of a run
+hangs on its head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+from syncline.bus.base import Bus
+from syncline.bus.blobs import BlobGone
+from syncline.bus.records import record_of
+from syncline.errors import ConfigError, PeerError, StoreDown, Unavailable
+from syncline.observe.telemetry import Telemetry
+from syncline.runtime.child import Asked, ChildDied
+from syncline.shm import SharedMemory
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.submission import submitted_spec
+from syncline.wire import subjects
+from syncline.wire.messages import ENDED, Stop, Submit, decode, encode
+from syncline_coordinator.evaluation import Evaluation
+from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
+from syncline_coordinator.merge.center import Center
+from syncline_coordinator.merge.reducer import Reducer
+from syncline_coordinator.model_loader import ModelLoader
+from syncline_coordinator.offers import OfferReader
+from syncline_coordinator.recovery import WORDS, Losses, taken_over
+from syncline_coordinator.reporting import Room
+from syncline_coordinator.reservation import Reservation, insist_on_models, most_agents, release, reserve, restore
+from syncline_coordinator.run import Parts, Run
+from syncline_coordinator.run_queue import commit_initial, give_up, gone, stop_reason
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the hosts of all runs share."""
+
+    bus: Bus
+    loader: ModelLoader
+    losses: Losses
+    room: Room
+    executor: Executor | None  # reduces; None: inline
+    evaluation_s: float | None  # that an evaluation may take
+    public_key: Callable[[str], str]  # of an agent, '' where it is not known
+    hold: Callable[[int], None]  # takes the bytes that are reserved on the bus for the hosted run
+
+
+class RunHost:
+    """Opens a run and drives it to its end. `run` is None until it is open."""
+
+    def __init__(self, shared: Shared, keeper: HeadKeeper, opened: Callable[[RunHost], None]) -> None:
+        """
+        Args:
+            opened: called when the run is open, before its policy is fed.
+        """
+        self.name = keeper.head.run
+        self.run: Run | None = None
+        self._shared = shared
+        self._keeper = keeper
+        self._opened = opened
+        self._memory = SharedMemory()
+        self._telemetry = Telemetry(shared.bus, self.name, subjects.COORDINATOR)
+        self._stop_asked: Stop | None = None  # while the run was opened
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether head says that the run has ended."""
+        return self._keeper.head.phase in ENDED
+
+    async def stop(self, stop: Stop) -> None:
+        """End the run, at once or with the merge that is under way; a run that is being opened, when it is open."""
+        if self.run is None:
+            self._stop_asked = stop
+        else:
+            await self.run.stop(stop_reason(stop))
+
+    async def drive(self) -> None:
+        """Drive the run from its start, or from where head stands, to its end, unless it must be opened again.
+
+        Raises:
+            StoreDown: the broker stores nothing now.
+            ChildDied: the child was killed from outside, for memory perhaps; opening the run again may succeed.
+            Deposed: another coordinator drives the run.
+            BusError: the bus is out of reach.
+        """
+        try:
+            self.run = await self._open()
+            self._opened(self)
+            if self._stop_asked is not None:
+                await self.run.stop(stop_reason(self._stop_asked))
+            await self.run.keeper.notify()
+            await self.run.pump()
+        except RolledBack as error:
+            await self._report_loss(error)
+        except BlobGone as error:
+            await give_up(self._keeper, gone(self.name, error), self._telemetry)
+        except StoreDown:  # the run goes on when the broker stores again
+            raise
+        except (ConfigError, Unavailable, PeerError) as error:
+            await give_up(self._keeper, str(error), self._telemetry)
+            if self.run is not None and self.has_ended:  # else the streams may belong to another coordinator's run
+                await release(self._shared.bus, self.name, ended=True)
+        except ChildDied as error:
+            if error.from_outside:
+                raise
+            await give_up(self._keeper, f"the process that makes the model died: {error}", self._telemetry)
+        except Deposed as error:
+            log.warning("run %s: %s", self.name, error)
+            if await self._keeper.is_taken():  # else both would take the run from each other without end
+                raise
+        else:
+            await release(self._shared.bus, self.name, ended=True)
+        finally:
+            if self.has_ended:  # else it is opened again, and holds its streams meanwhile
+                self._shared.hold(0)
+
+    async def close(self) -> None:
+        """End the evaluating child and free the center's memory."""
+        if self.run is not None and self.run.parts.evaluation is not None:
+            await self.run.parts.evaluation.close()
+        self._memory.close()
+
+    async def _report_loss(self, error: RolledBack) -> None:
+        text = f"run {self.name}: {error}. It goes on from what is there; updates not merged by then are trained again"
+        await self._telemetry.event("broker-rolled-back", text, level="error")
+        if liar := self._shared.losses.noticed(self.name, error):
+            text = (
+                f"{liar} has reported {WORDS} losses that no other agent reported: its reports are ignored until the "
+                "connection to the broker is lost again"
+            )
+            await self._telemetry.event("not-believed", text, level="warning", agent=liar)
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+    async def _open(self) -> Run:
+        entry = await self._shared.bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(self.name))
+        if entry is None or self.has_ended:
+            raise Deposed("it was ended before it was opened")
+        spec = submitted_spec(decode(Submit, entry.value))
+        try:
+            return await self._opened_run(spec)
+        except BlobGone:  # lost by the broker, or purged because another coordinator has moved on
+            if not await self._keeper.is_newest():
+                raise Deposed("it has moved on while it was opened") from None
+            if self._keeper.head.version == 0:  # that version can be made again
+                raise RolledBack("the first version is gone", self._keeper.head.term) from None
+            raise
+
+    async def _opened_run(self, spec: RunSpec) -> Run:
+        shared, keeper, bus = self._shared, self._keeper, self._shared.bus
+        lost_term = shared.losses.term(self.name)
+        anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
+        if not anew:
+            await insist_on_models(bus, self.name)
+        layout = None if anew else keeper.head.manifest
+        known = b"" if layout is None else await record_of(bus, self.name, layout)
+        child, manifest = await shared.loader.load(spec, self._memory, known, check=False)
+        try:
+            await (reserve if anew else restore)(bus, spec, manifest)
+            shared.hold(Reservation.of(spec, manifest, most_agents(spec)).total)
+            center = Center(manifest, self._memory, spec.states)
+            reducer = Reducer(bus, spec, manifest, center, shared.executor)
+            if anew or keeper.head.model is None:
+                await child.ask("initial")
+                await commit_initial(bus, keeper, reducer, manifest, lost_term)
+            else:
+                await reducer.get_center(keeper.head.model, keeper.head.version)
+                head = await taken_over(bus, keeper.head, lost_term)
+                await keeper.check()  # a broker that lost writes gives revisions again
+                await keeper.write(head)
+            shared.losses.recovered(self.name)
+            offers = OfferReader(bus, self.name, manifest, shared.public_key)
+            parts = Parts(
+                bus, spec, manifest, center, reducer, self._telemetry, offers, None, most_agents(spec), shared.room
+            )
+            believes = partial(shared.losses.believes, self.name)
+            run = Run(parts, keeper, believes=believes, rolled_back=lost_term is not None)
+            if spec.evaluate.center:
+                start = partial(self._fresh_evaluator, spec, encode(manifest))
+                parts.evaluation = Evaluation(child, start, self._telemetry, run.evaluated, shared.evaluation_s)
+            else:
+                await child.close()
+            await run.resume()
+        except BaseException:
+            await child.close()
+            raise
+        return run
+
+    async def _fresh_evaluator(self, spec: RunSpec, manifest: bytes) -> Asked:
+        child, _ = await self._shared.loader.load(spec, self._memory, manifest)
+        return child
