@@ -247,7 +247,7 @@ def _metrics() -> Iterable[str]:
     )
     for who, metric in METRICS:
         run = subjects.FLEET if metric is FleetStatus else RUN
-        yield from _published(subjects.metrics(run, who, metric.what), metric)
+        yield from _published(subjects.metrics(run, who, metric.kind), metric)
     yield from _published(subjects.events(RUN, "<who>"), Event)
 
 

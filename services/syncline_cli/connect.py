@@ -18,11 +18,15 @@ from typing import TypeVar
 from syncline.bus.address import masked
 from syncline.bus.base import Bus
 from syncline.bus.connect import connect, connection_problem
-from syncline.bus.server.accounts import SUFFIX, WATCH, read_seed
+from syncline.bus.server.accounts import SUFFIX, read_seed
 from syncline.bus.server.embedded import TEMPORARY
 from syncline.bus.tls import Tls
-from syncline.errors import BusError, ConfigError, Denied
+from syncline.client.submit import Say, submit
+from syncline.errors import BusError, ConfigError, Denied, NoResponders, Unavailable
+from syncline.spec.run_spec import RunSpec
+from syncline.wire import subjects
 from syncline.wire.allow_list import is_file
+from syncline.wire.messages import Submitted
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.local_fleet.fleet import TASK_DIR, URL
 from syncline_cli.options import DEFAULT_URL
@@ -63,23 +67,6 @@ def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = Non
         raise ConfigError("--connect", f"several local fleets are up: {urls}", "Name one of them")
     directory, url = fleets[0]
     return Place(url, str(_key(directory, role)), found=True)
-
-
-def watch_key(key: str) -> str:
-    """The key of one who only reads the public feeds, where it lies by the one that was given; else that one itself."""
-    return _beside(key, WATCH, WATCH) or key
-
-
-def coordinator_key(key: str) -> str:
-    """The coordinator's key file where it lies by the one that was given, or is that one; else where a set has it."""
-    return _beside(key, COORDINATOR, "core") or f"core/{COORDINATOR}{SUFFIX}"
-
-
-def _beside(key: str, role: str, kind: str) -> str:
-    """Another key file of the same set, as `syncline keys` and local fleets lay them down; '' where it is not there."""
-    directory, name = Path(key).parent, f"{role}{SUFFIX}"
-    near = (directory / name, directory.parent / kind / name) if key else ()
-    return next((str(path) for path in near if path.is_file()), "")
 
 
 def local_fleets() -> list[tuple[Path, str]]:
@@ -136,6 +123,32 @@ def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
 
     run_interruptible(all_of_it)
     return results[0]
+
+
+async def submit_remote(bus: Bus, spec: RunSpec, at: Place, say: Say) -> Submitted:
+    """Submit a run to a coordinator that somebody else operates; every problem with the broker becomes a ConfigError."""
+    try:
+        return await submit(bus, spec, patience_s=5.0, say=say)
+    except NoResponders:
+        await _check_jetstream(bus, at.url)
+        start = f"syncline coordinator --connect {at.shown}" + (f" --key {at.key}" if at.key else "")
+        hint = f"Start one with `{start}`, or name another broker with --connect"
+        raise ConfigError("--connect", f"no coordinator answers on {at.shown}", hint) from None
+    except Denied as error:
+        raise ConfigError("--key", f"the key may not submit runs: {error}", "Use the coordinator's key") from None
+    except BusError as error:
+        raise connection_problem(error, at.url) from None
+
+
+async def _check_jetstream(bus: Bus, url: str) -> None:
+    """Raise ConfigError if the broker has no JetStream: then no coordinator can start there."""
+    try:
+        await bus.state(f"KV_{subjects.RUNS_BUCKET}")
+    except Unavailable as error:
+        if "JetStream" in str(error):
+            raise connection_problem(error, url) from None
+    except BusError:
+        pass
 
 
 def unreachable(error: BusError, at: Place) -> ConfigError:

@@ -32,9 +32,12 @@ def _age_s() -> float:
 _BEGAN_S = time.monotonic() - _age_s()
 
 
-def since_start_s() -> float:
-    """Seconds since this process was created; since this module was imported, where the system does not tell."""
-    return time.monotonic() - _BEGAN_S
+def since_start_s(at_s: float | None = None) -> float:
+    """Return the seconds between the creation of this process and `at_s`, a time by time.monotonic(); default: now.
+
+    Counts from the import of this module if the system does not tell when the process was created.
+    """
+    return (time.monotonic() if at_s is None else at_s) - _BEGAN_S
 
 
 def as_typed() -> str:

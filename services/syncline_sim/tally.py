@@ -89,7 +89,7 @@ class Tally:
             self.broken = error
             self.problems.append(f"whoever follows the run failed: {type(error).__name__}: {error}")
         run = self.spec.name
-        if subject == subjects.metrics(run, subjects.COORDINATOR, CenterEval.what):
+        if subject == subjects.metrics(run, subjects.COORDINATOR, CenterEval.kind):
             self._on_metrics(CenterEval.model_validate_json(data))
         elif kind == ["events"] and subjects.run_of(subject) == run and b'"level":"info"' not in data:
             event = Event.model_validate_json(data)

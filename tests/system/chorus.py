@@ -57,7 +57,7 @@ class Chorus:
             status = self.status("training")
             await self._say(COORDINATOR, status)
             await self._publish(
-                subjects.metrics(subjects.FLEET, COORDINATOR, FleetStatus.what),
+                subjects.metrics(subjects.FLEET, COORDINATOR, FleetStatus.kind),
                 FleetStatus(agents=status.agents, run=self.run, queued=[]),
             )
 
@@ -126,7 +126,7 @@ class Chorus:
         )
 
     async def _say(self, who: str, metric: Published) -> None:
-        await self._publish(subjects.metrics(self.run, who, metric.what), metric)
+        await self._publish(subjects.metrics(self.run, who, metric.kind), metric)
 
     async def _publish(self, subject: str, published: Published) -> None:
         self.published += 1

@@ -92,7 +92,7 @@ async def test_a_running_run_is_listed_explained_stopped_and_listed_again(fleet:
     assert len(await fleet.log(run)) >= head.version > 2
     assert "stopped by ann" in (await shell.done("ls")).out
     again = await shell.done("stop", run)
-    assert f"had ended already, at version {head.version}: stopped by ann" in again.out
+    assert f"had ended before, at version {head.version}: stopped by ann" in again.out
 
 
 async def test_an_agent_that_is_late_is_named_with_the_reason(fleet: Fleet, shell: Shell) -> None:

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from syncline.bus.base import Delivery
+from syncline.client.submit import submit
 from syncline.errors import RunFailed
 from syncline.runtime.service import loop_factory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Notify, decode
 from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet, agent_names
-from syncline_cli.ui.follow import submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -27,8 +27,8 @@ WARM_UP_ROUNDS = 20
 
 
 @dataclass(slots=True)
-class Watched:
-    """When each version was seen committed."""
+class CommitTimes:
+    """The times at which the versions of a run were seen committed."""
 
     times_s: list[float]
     ended: asyncio.Event
@@ -88,7 +88,7 @@ async def _measure(fleet: LocalFleet, params: int, rounds: int) -> dict[str, Any
     async with fleet:
         bus = await fleet.connect(subjects.COORDINATOR)
         try:
-            watched = Watched([], asyncio.Event())
+            watched = CommitTimes([], asyncio.Event())
             await bus.subscribe(subjects.notify("bench"), watched.on_notify)
             await submit(bus, parse(RunSpec, spec))
             await watched.ended.wait()

@@ -3,79 +3,15 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from syncline.errors import ConfigError
 from syncline_cli.options import HELP_NAMES, Json, new_app
 
-if TYPE_CHECKING:
-    from syncline.spec.run_spec import RunSpec
-
 app = new_app()
-
-TASK = "syncline.tasks.digits:Digits"
-MAX_AGENTS = 64
-MAX_ROUNDS = 1_000_000
-LOCAL_STEPS = 20
-PRELOAD = ("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "syncline.tasks.digits")
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """The flags of `syncline demo`, checked."""
-
-    agents: int = 4
-    rounds: int = 40
-    alpha: float = 1.0
-    seed: int = 1
-    port: int = 0
-    directory: Path | None = None
-    as_json: bool = False
-
-    def __post_init__(self) -> None:
-        _within("--agents", self.agents, 1, MAX_AGENTS)
-        _within("--rounds", self.rounds, 1, MAX_ROUNDS)
-        _within("--seed", self.seed, 0, 2**31)
-        _within("--port", self.port, 0, 65535)
-        if not 0 <= self.alpha < 2:
-            hint = "Use 0 up to but not including 2: 1 takes over the shared model, 0 leaves every agent alone"
-            raise ConfigError("--alpha", f"{self.alpha:g} is out of range", hint)
-
-    def spec(self, name: str, **changes: Any) -> RunSpec:
-        from syncline.spec.run_spec import RunSpec, parse
-
-        settings = {
-            "name": name,
-            "task": TASK,
-            "agents": {"min": self.agents},
-            "partition": {"kind": "dirichlet", "alpha": 0.5},
-            "local": {"steps": LOCAL_STEPS, "batch_size": 32, "optimizer": {"kind": "sgd", "lr": 0.2}},
-            "mix": {"alpha": self.alpha},
-            "stop": {"versions": self.rounds},
-            "seed": self.seed,
-        }
-        return parse(RunSpec, {**settings, **changes})
-
-    def spec_alone(self, name: str, agents: int) -> RunSpec:
-        """Every agent on its own part, for as many steps: that is what alpha 0 means."""
-        together = self.spec(name)
-        return self.spec(
-            name,
-            agents={"min": agents, "lost_after_s": 60.0},
-            local={**together.local.model_dump(), "steps": self.rounds * LOCAL_STEPS},
-            mix={"alpha": 0.0},
-            evaluate={"agents": True, "center": False},
-            stop={"versions": 1},
-        )
-
-
-def _within(setting: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise ConfigError(setting, f"{value} is out of range", f"Use {least} to {most:,}")
 
 
 @app.command(
@@ -102,6 +38,8 @@ def demo(
     Starts a broker, a coordinator and agents, each a process; splits 1,797 handwritten digits unevenly among the agents;
     trains one shared model in synchronous rounds, then every agent alone for as many steps, and compares.
     """
+    from syncline_cli.local_fleet.demo_settings import PRELOAD, DemoSettings
+
     settings = DemoSettings(agents, rounds, alpha, seed, port, directory, as_json)
     _check_port(port)
     _check_directory(directory)
@@ -110,9 +48,9 @@ def demo(
 
     nursery = start_nursery(*PRELOAD)  # as early as can be: everything waits for torch
 
-    from syncline_cli.local_fleet.demo_run import Demo
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names
     from syncline_cli.local_fleet.supervise import with_fleet
+    from syncline_cli.ui.demo_run import Demo
 
     show = Demo(settings)
     fleet = FleetSettings(tuple(agent_names(agents)), directory=directory, port=port, device="cpu")

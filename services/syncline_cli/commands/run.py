@@ -102,7 +102,8 @@ def _remote(
 ) -> int:
     from syncline.bus.server.accounts import read_seed
     from syncline.bus.tls import Tls
-    from syncline_cli.connect import check_task_dir, come_back, place, watch_key
+    from syncline.client.keys import watch_key
+    from syncline_cli.connect import check_task_dir, come_back, place
     from syncline_cli.process import Interrupted, run_interruptible
     from syncline_cli.ui.run_follow import RunWatch, follow_remote, submit_alone
 

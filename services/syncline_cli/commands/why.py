@@ -38,13 +38,14 @@ def why(
     from rich.text import Text
 
     from syncline.bus.tls import Tls
-    from syncline.client import runs
+    from syncline.client.history import commit_of
+    from syncline.client.runs import head_of
     from syncline_cli.connect import ask, place
     from syncline_cli.ui.results import print_json
 
     async def read(bus: Any) -> tuple[Head, Committed]:
-        head = await runs.head_of(bus, run)
-        return head, await runs.commit_of(bus, head, head.version if version is None else version)
+        head = await head_of(bus, run)
+        return head, await commit_of(bus, head, head.version if version is None else version)
 
     head, commit = ask(place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), read)
     if as_json:
@@ -81,13 +82,14 @@ def _entry(e: PlanEntry) -> dict[str, Any]:
 
 def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[str, str]]:
     """The same for people: lines, each with the style it is shown in. `rows`: names to list at most of each kind."""
-    from syncline_cli.ui.display import clean, megabytes, natural
+    from syncline.observe.naming import natural_order
+    from syncline_cli.ui.display import clean, megabytes
 
     plan = commit.plan
     of = f" of {head.version:,} so far" if commit.version < head.version else ""
     yield f"run {commit.run}, version {commit.version:,}{of}", "bold"
     yield f"  closed by: {clean(plan.reason)}", ""
-    merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural(e.agent)))
+    merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural_order(e.agent)))
     table: list[tuple[str, ...]] = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
     for e in merged[:rows]:
         counts = (f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
@@ -96,7 +98,7 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
     for i, row in enumerate(table):
         cells = [row[0].ljust(widths[0]), *(f.rjust(w) for f, w in zip(row[1:], widths[1:], strict=True))]
         yield f"  {'  '.join(cells)}", "" if i else "dim"
-    late = [f"late: {name} was not waited for" for name in sorted(plan.late, key=natural)]
+    late = [f"late: {name} was not waited for" for name in sorted(plan.late, key=natural_order)]
     dropped = [f"dropped: {d.agent}, clock {d.clock:,}: {clean(d.reason)}" for d in commit.dropped]
     if commit.dropped_more:
         dropped.append(f"dropped: {commit.dropped_more:,} more, which the log had no room for")

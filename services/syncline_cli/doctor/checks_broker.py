@@ -26,11 +26,11 @@ from syncline.bus.server.operator import in_order
 from syncline.bus.server_version import check_version
 from syncline.bus.tls import Tls, check_info, unfit
 from syncline.chance import new_id
+from syncline.client.keys import coordinator_key
 from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable, Unfit
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import Heartbeat, encode
-from syncline_cli.connect import coordinator_key
 from syncline_cli.doctor.findings import Finding, broken, in_thread, ok, skipped, warning
 
 Role = Literal["coordinator", "watch", "agent", "anybody"]

@@ -13,6 +13,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar
 
 from syncline.bus.server.violations import LogTail
+from syncline.client.follow import RunFollower, first_of, report_standstill
+from syncline.client.submit import Say
 from syncline.errors import RunFailed, SynclineError
 from syncline.observe.run_state import RunState
 from syncline.runtime.nursery import Nursery
@@ -21,7 +23,6 @@ from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet
 from syncline_cli.process import Interrupted, run_interruptible
-from syncline_cli.ui.follow import Follower, first, tell_standstill
 
 LOOK_S = 0.2
 LOG_LINES = 12
@@ -29,7 +30,6 @@ NO_SPACE = re.compile(r"\[\d+\] \S+ \S+ \[ERR\] JetStream .*: no space left on d
 ENOUGH_BYTES = 64 << 20  # to go on with
 BROKER_STARTS = COORDINATOR_STARTS = 3  # again, after which it will not stay up
 
-Say = Callable[[str, str], None]  # level, text
 T = TypeVar("T")
 
 
@@ -74,25 +74,23 @@ class Services:
         self._look()
         return [name for name in self.fleet.settings.agents if name not in self._gone and name not in state.failed]
 
-    async def until_ended(
-        self, follower: Follower, state: RunState, needed: int, *, stalled_s: float = math.inf
-    ) -> Head:
+    async def until_ended(self, follower: RunFollower, needed: int, *, stalled_s: float = math.inf) -> Head:
         """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end, and
         when nothing has moved for `stalled_s`. `needed`: the agents that the run starts with."""
         watching = (
-            self._until_broken(follower, state, needed),
-            self._until_stalled(follower, state, stalled_s),
-            tell_standstill(follower, state, self._say),
+            self._until_broken(follower, needed),
+            self._until_stalled(follower, stalled_s),
+            report_standstill(follower, self._say),
         )
-        head = await first(follower.until_ended(), *watching)
+        head = await first_of(follower.until_ended(), *watching)
         if head.phase != "done":
-            culprits = sorted(state.failed) or [COORDINATOR]
+            culprits = sorted(follower.state.failed) or [COORDINATOR]
             raise RunFailed(f"run {head.run}: {head.reason}{ends_of_logs(self.fleet, culprits[:2])}")
         return head
 
     async def while_up(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which asks the coordinator. Raises RunFailed where that one has gone: it has no answer."""
-        return await first(work, self._until_no_coordinator())
+        return await first_of(work, self._until_no_coordinator())
 
     async def keep_up(self) -> NoReturn:
         """Broker and coordinator, until cancelled. Raises RunFailed where one does not stay up."""
@@ -163,8 +161,9 @@ class Services:
         self._full = False
         return True
 
-    async def _until_broken(self, follower: Follower, state: RunState, needed: int) -> NoReturn:
+    async def _until_broken(self, follower: RunFollower, needed: int) -> NoReturn:
         """Raises RunFailed when too few agents are left, or broker or coordinator do not stay up."""
+        state = follower.state
         while True:
             await self._keep_broker()
             await self._keep_coordinator()
@@ -178,9 +177,9 @@ class Services:
                 raise RunFailed(text + ends_of_logs(self.fleet, unable[:2]))
             await asyncio.sleep(LOOK_S)
 
-    async def _until_stalled(self, follower: Follower, state: RunState, stalled_s: float) -> NoReturn:
+    async def _until_stalled(self, follower: RunFollower, stalled_s: float) -> NoReturn:
         """Raises RunFailed when nobody has made a step, and no round has closed, for so long."""
-        loop = asyncio.get_running_loop()
+        state, loop = follower.state, asyncio.get_running_loop()
         moved_at_s, seen = loop.time(), ""
         while True:
             trains = [

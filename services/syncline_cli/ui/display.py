@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from syncline.observe.naming import natural_order
 from syncline.observe.run_state import AgentState, RunState
 from syncline_cli.process import since_start_s
 
@@ -75,7 +76,7 @@ class RunView:
         state = self.state
         if not state.version:
             return ""
-        metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.shown_metrics()[:3]]
+        metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.metric_names()[:3]]
         if metrics and state.evaluated < state.version:
             metrics.append(f"after {state.evaluated}")
         traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
@@ -103,7 +104,7 @@ def _agents(state: RunState, width: int, room: int) -> RenderableType:
     table.add_column(ratio=1)
     for _ in _FIGURES[: _figures_that_fit(width)]:
         table.add_column(no_wrap=True, justify="right")
-    names = sorted(state.agents, key=natural)
+    names = sorted(state.agents, key=natural_order)
     for name in names[:room]:
         table.add_row(name, *_agent(state, state.agents[name], _figures_that_fit(width)))
     if len(names) > room:
@@ -144,7 +145,7 @@ def _figures_that_fit(width: int) -> int:
 
 def _shared(state: RunState, width: int) -> RenderableType:
     """Rounds, metrics and traffic of the shared model."""
-    metrics = state.shown_metrics()[:4]
+    metrics = state.metric_names()[:4]
     rounds = f"{state.version:,} of {state.versions:,}"
     figures = [number(name, state.metrics[name]) for name in metrics]
     names = max(len(name) for name in ("accuracy", "traffic", *metrics))
@@ -187,12 +188,6 @@ def megabytes(count: int) -> str:
 
 def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def natural(name: str) -> tuple[str, int, str]:
-    """a2 before a10."""
-    stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or 0), name
 
 
 # -- the screen -------------------------------------------------------------------------------------------------------

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from syncline.observe.run_state import RunState
-from syncline.wire.messages import Head
-from syncline_cli.ui.follow import Follower
+from syncline.client.follow import RunFollower
 
 
-def result_of(head: Head, follower: Follower, state: RunState) -> dict[str, Any]:
+def result_of(follower: RunFollower) -> dict[str, Any]:
     """The keys that `demo` and `run` share. A metric that was not measured, or is not finite, is null.
 
     With `evaluate.agents` also `agents`: what each agent's own model reached at the end of its last period.
     """
+    head, state = follower.head, follower.state
+    assert head is not None
     current = state.metrics if state.evaluated == head.version else {}
     own = {name: agent.metrics for name, agent in sorted(state.agents.items()) if agent.metrics}
     return {

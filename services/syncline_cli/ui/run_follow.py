@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.text import Text
 
 from syncline.bus.base import Bus
+from syncline.client.follow import RunFollower, first_of, report_standstill
+from syncline.client.submit import submit
 from syncline.errors import BusError, RunFailed
-from syncline.observe.run_state import RunState
+from syncline.observe.fleet_state import FleetState
 from syncline.runtime.service import DONE, FAILED
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.subjects import COORDINATOR
-from syncline_cli.connect import Place, unreachable
+from syncline_cli.connect import Place, submit_remote, unreachable
 from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_cli.local_fleet.supervise import Services
 from syncline_cli.ui.display import Message, RunView, Screen, megabytes, number
-from syncline_cli.ui.follow import Feed, Follower, first, submit, submit_remote, tell_standstill
 from syncline_cli.ui.results import print_json, result_of
 
 
@@ -29,8 +30,8 @@ class RunWatch:
     def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "") -> None:
         self.spec, self.as_json, self.key = spec, as_json, key
         self.console = Console(stderr=as_json, highlight=False)
-        steps = spec.local.steps_for(0) if spec.local.epochs is None else 0
-        self.state = RunState(spec.name, spec.stop.versions, steps)
+        self.fleet = FleetState.of(spec)
+        self.state = self.fleet.followed
         self.screen = Screen(self.console, Message(text or f"submitting run {spec.name}"))
         self.asked = self.submitted = False
         self.stayed: int | None = None  # the exit code of a run whose fleet stays up
@@ -42,10 +43,9 @@ class RunWatch:
             self.screen.say("warning", warning)
         self.screen.show(RunView(f"run {self.spec.name}", self.state, about=self.spec.task))
 
-    def ended(self, follower: Follower) -> None:
-        """The run has ended, one way or the other."""
-        assert follower.head is not None
-        self.result = result_of(follower.head, follower, self.state)
+    def ended(self, follower: RunFollower) -> None:
+        """Keep the result of a run that has ended, in whatever phase."""
+        self.result = result_of(follower)
 
     def report(self) -> None:
         """What came of it; nothing where the run was not followed to its end. Said once."""
@@ -57,7 +57,7 @@ class RunWatch:
         """The same for people, where all went well."""
         if not self.as_json:
             r = self.result
-            metrics = [f"{name} {number(name, r['metrics'].get(name))}" for name in self.state.shown_metrics()]
+            metrics = [f"{name} {number(name, r['metrics'].get(name))}" for name in self.state.metric_names()]
             traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
             said = [
                 f"run {r['run']}: {r['reason']}",
@@ -79,16 +79,15 @@ async def _follow_local(watch: RunWatch, services: Services) -> int:
     fleet = services.fleet
     bus, feed_bus = await fleet.connect(COORDINATOR), await fleet.connect("watch")
     try:
-        feed = Feed(feed_bus, watch.state)
-        await feed.open()
+        follower = RunFollower(bus, feed_bus, watch.fleet)
+        await follower.open()
         watch.follows((await services.while_up(submit(bus, watch.spec, say=watch.screen.say))).warnings)
         watch.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
-        follower = Follower(bus, watch.spec.name)
         try:
-            await services.until_ended(follower, watch.state, watch.spec.agents.min)
+            await services.until_ended(follower, watch.spec.agents.min)
         finally:
             if follower.ended:
-                await _last_metrics(watch, feed, follower)
+                await follower.last_metrics(watch.spec)
                 watch.ended(follower)
     finally:
         await feed_bus.close()
@@ -128,7 +127,7 @@ async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
     bus = await _connect(at, seed)
     try:
         watch.asked = True
-        warnings = (await submit_remote(bus, watch.spec, at.url, watch.key, errors.say)).warnings
+        warnings = (await submit_remote(bus, watch.spec, at, errors.say)).warnings
     finally:
         await bus.close()
     for warning in warnings:
@@ -152,7 +151,7 @@ async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) 
         if watch_seed != seed:
             feed_bus = await _connect(at, watch_seed)
         async with watch.screen:
-            await _follow_remote(watch, bus, feed_bus, at.url)
+            await _follow_remote(watch, bus, feed_bus, at)
     finally:
         await feed_bus.close()
         await bus.close()
@@ -166,21 +165,13 @@ async def _connect(at: Place, seed: str) -> Bus:
         raise unreachable(error, at) from None
 
 
-async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, url: str) -> None:
-    feed = Feed(feed_bus, watch.state)
-    await feed.open()
+async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, at: Place) -> None:
+    follower = RunFollower(bus, feed_bus, watch.fleet, watch.screen.say)
+    await follower.open()
     watch.asked = True
-    watch.follows((await submit_remote(bus, watch.spec, url, watch.key, watch.screen.say)).warnings)
-    follower = Follower(bus, watch.spec.name, watch.screen.say)
-    head = await first(follower.until_ended(), tell_standstill(follower, watch.state, watch.screen.say))
-    await _last_metrics(watch, feed, follower)
+    watch.follows((await submit_remote(bus, watch.spec, at, watch.screen.say)).warnings)
+    head = await first_of(follower.until_ended(), report_standstill(follower, watch.screen.say))
+    await follower.last_metrics(watch.spec)
     watch.ended(follower)
     if head.phase != "done":
         raise RunFailed(f"run {head.run}: {head.reason}")
-
-
-async def _last_metrics(watch: RunWatch, feed: Feed, follower: Follower) -> None:
-    head = follower.head
-    if head is not None and head.phase == "done":
-        evaluate = watch.spec.evaluate
-        await feed.last(head.version, evaluated=evaluate.center, agents=watch.spec.agents.min if evaluate.agents else 0)

@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from syncline.errors import RunFailed
-from syncline.observe.run_state import RunState
+from syncline.observe.fleet_state import FleetState
 from syncline.observe.telemetry import Train
 from syncline.spec.run_spec import RunSpec
-from syncline.wire import subjects
 from syncline_cli.process import Interrupted
 from syncline_cli.ui.display import FRAME_S, Message, RunView, Screen, counted, megabytes, number
 from syncline_cli.ui.results import print_json
@@ -33,7 +32,8 @@ class SimRun:
         self.spec, self.as_json = spec, as_json
         self.fleet = Fleet(spec, settings, task_dir, self._follow)
         self.console = Console(stderr=as_json, highlight=False)
-        self.state = RunState(spec.name, spec.stop.versions)
+        self.observed = FleetState.of(spec)
+        self.state = self.observed.followed
         self.screen = Screen(self.console, Message("making the model"))
         self.fleet.on_doubt = lambda text: self.screen.say("warning", text)
         self._view = RunView(f"simulated run {spec.name}", self.state)
@@ -62,11 +62,8 @@ class SimRun:
     # -- while it goes on ----------------------------------------------------------------------------------------------
     def _follow(self, subject: str, data: bytes) -> None:
         """A metric or an event: the picture is drawn again when that was some time ago."""
-        tokens = subject.split(".")
-        if tokens[3] == "metrics" and (tokens[5] != Train.what or self.console.is_terminal):
-            self.state.on_metric(tokens[4], tokens[5], data)
-        elif tokens[3] == "events":
-            self.state.on_event(subjects.run_of(subject), data)
+        if self.console.is_terminal or not subject.endswith(f".{Train.kind}"):  # no line prints what agents are doing
+            self.observed.handle(subject, data, self.fleet.now_s)
         if time.monotonic() - self._drawn_s > FRAME_S:
             self._view.about = f"{self.spec.task}, {_seconds(self.fleet.now_s)} of its own time"
             self.screen.frame()
@@ -80,7 +77,7 @@ class SimRun:
             return
         metrics = [
             f"{name} {number(name, result.metrics[name])}"
-            for name in self.state.shown_metrics()
+            for name in self.state.metric_names()
             if name in result.metrics
         ]
         versions = counted(result.versions, "version")

@@ -1,4 +1,4 @@
-"""How a watched run looks: a picture that fits the terminal, whatever the number of agents. Draws what a Watched holds.
+"""How a watched run looks: a picture that fits the terminal, whatever the number of agents. Draws a FleetState.
 
 Lines are laid out by hand: of 400 agents only those that fit are drawn, each in a few microseconds.
 """
@@ -13,11 +13,12 @@ from datetime import datetime
 
 from rich.text import Text
 
+from syncline.observe.fleet_state import LATE_S, SILENT_S, FleetState, RunEvent
+from syncline.observe.naming import natural_order
 from syncline.observe.run_state import TRAINING_LOSS, AgentState, Curve, RunState
-from syncline.observe.watched import LATE_S, SILENT_S, Said, Watched
 from syncline.wire.messages import ENDED
 from syncline.wire.subjects import FLEET
-from syncline_cli.ui.display import STYLES, clean, counted, megabytes, natural, number
+from syncline_cli.ui.display import STYLES, clean, counted, megabytes, number
 
 GAP = "  "
 STATE = 13  # columns of «training 100%»
@@ -83,7 +84,7 @@ def _lag(state: RunState, agent: AgentState, _now_s: float) -> str:
 COLUMNS = (
     Column("clock", 6, _train(lambda s, a: f"{a.train.clock}" if a.train else "")),
     Column("lag", 4, _lag),
-    Column("late", 5, lambda s, a, now_s: str(a.late or ""), wide=True),
+    Column("late", 5, lambda s, a, now_s: str(a.late_rounds or ""), wide=True),
     Column("steps", 13, _train(_steps), wide=True),
     Column(
         "loss", 8, _train(lambda s, a: number("loss", a.train.loss) if a.train and a.train.loss is not None else "")
@@ -98,16 +99,16 @@ COLUMNS = (
 )
 
 
-def picture(watched: Watched, width: int, height: int, now_s: float, wall_s: float, url: str) -> Text:
+def picture(fleet: FleetState, width: int, height: int, now_s: float, wall_s: float, url: str) -> Text:
     """At most `height` lines of at most `width` columns. `now_s` is the clock by which messages were heard."""
-    state = watched.shown(now_s)
+    state = fleet.shown(now_s)
     if state is None:
-        lines = list(_nothing(watched, width, url))
+        lines = list(_nothing(fleet, width, url))
     else:
-        others = [run for run in watched.going(now_s) if run != state.run]
+        others = [run for run in fleet.active(now_s) if run != state.run]
         lines = [*_head(state, others, width, now_s, wall_s), *_curves(state, width), Text("")]
         room = height - len(lines) - 1
-        events = _events(watched, state.run, width, _events_that_fit(room, len(state.agents)))
+        events = _events(fleet, state.run, width, _events_that_fit(room, len(state.agents)))
         lines += _agents(state, width, room - len(events), now_s)
         lines += events
     lines = lines[: height - 1]
@@ -131,31 +132,31 @@ def clock(wall_s: float) -> str:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _nothing(watched: Watched, width: int, url: str) -> Iterator[Text]:
-    wanted = f"run {watched.wanted}" if watched.wanted else "a run"
+def _nothing(fleet: FleetState, width: int, url: str) -> Iterator[Text]:
+    wanted = f"run {fleet.selected}" if fleet.selected else "a run"
     yield Text.assemble((f"waiting for {wanted}", "bold"), (f"  {url}", "dim"))
     yield Text("")
-    for line in waiting_for(watched):
+    for line in waiting_for(fleet):
         yield Text(line)
     yield Text("")
-    yield from _events(watched, FLEET, width, MOST_EVENTS)
+    yield from _events(fleet, FLEET, width, MOST_EVENTS)
 
 
-def waiting_for(watched: Watched) -> Iterator[str]:
+def waiting_for(fleet: FleetState) -> Iterator[str]:
     """What is known while nothing of the run is heard, and what to do."""
-    fleet = watched.fleet
-    if fleet is None:
+    status = fleet.status
+    if status is None:
         yield "nothing is heard of a coordinator so far"
     else:
-        busy = f"run {fleet.run} goes on" if fleet.run else "no run goes on"
-        queued = f", queued: {', '.join(fleet.queued)}" if fleet.queued else ""
-        yield f"the coordinator is up with {counted(fleet.agents, 'agent')}; {busy}{queued}"
-    if watched.wanted:
-        if near := watched.near():
-            yield near
-        if fleet is None:
+        busy = f"run {status.run} is active" if status.run else "no run is active"
+        queued = f", queued: {', '.join(status.queued)}" if status.queued else ""
+        yield f"the coordinator is up with {counted(status.agents, 'agent')}; {busy}{queued}"
+    if fleet.selected:
+        if suggestion := fleet.suggestion():
+            yield suggestion
+        if status is None:
             yield "a run that has ended says nothing more: `syncline ls` lists it, `syncline why` explains it"
-    elif fleet is not None and not fleet.run:
+    elif status is not None and not status.run:
         yield "submit one: syncline run SPEC.yaml"
 
 
@@ -199,7 +200,7 @@ def _progress(state: RunState, width: int) -> Text:
 
 
 def _curves(state: RunState, width: int) -> Iterator[Text]:
-    names = [name for name in state.shown_metrics() if name in state.curves][: MOST_CURVES - 1]
+    names = [name for name in state.metric_names() if name in state.curves][: MOST_CURVES - 1]
     curves: list[tuple[str, float | None, Curve]] = [(n, state.metrics.get(n), state.curves[n]) for n in names]
     if TRAINING_LOSS in state.curves:
         trained = state.curves[TRAINING_LOSS]
@@ -219,7 +220,7 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
         return []
     ended = state.phase in ENDED
     standing = {name: Standing.of(agent, now_s, ended=ended) for name, agent in state.agents.items()}
-    names = sorted(state.agents, key=lambda name: (standing[name].rank, natural(name)))
+    names = sorted(state.agents, key=lambda name: (standing[name].rank, natural_order(name)))
     fits = room - 1
     shown = names if len(names) <= fits else names[: max(0, fits - 1)]
     columns = [column for column in COLUMNS if width >= WIDE or not column.wide]
@@ -257,20 +258,20 @@ def _events_that_fit(room: int, agents: int) -> int:
     return max(0, min(MOST_EVENTS, max(FEWEST_EVENTS, left), room - 3)) if room > 4 else 0
 
 
-def _events(watched: Watched, run: str, width: int, lines: int) -> list[Text]:
+def _events(fleet: FleetState, run: str, width: int, lines: int) -> list[Text]:
     """Under a blank line: the newest advice, which says what to do, in as much as half of the room; then the newest last."""
     if lines < 2:
         return []
-    state = watched.runs.get(run)
+    state = fleet.runs.get(run)
     advice = state.advice if state is not None else None
-    shown = [] if advice is None else _whole(Said(run, advice), width, lines // 2)
+    shown = [] if advice is None else _whole(RunEvent(run, advice), width, lines // 2)
     room = lines - 1 - len(shown)
-    said = [s for s in watched.recent if s.run in (run, FLEET) and s.event is not advice]
+    said = [s for s in fleet.recent if s.run in (run, FLEET) and s.event is not advice]
     shown += [_fitted(event_line(s), width) for s in said[max(0, len(said) - room) :]]
     return [Text(""), *shown] if shown else []
 
 
-def _whole(said: Said, width: int, lines: int) -> list[Text]:
+def _whole(said: RunEvent, width: int, lines: int) -> list[Text]:
     """An event that is not cut off at the end of its line."""
     first = event_line(said)
     indent = len(clock(0)) + len(GAP)
@@ -280,7 +281,7 @@ def _whole(said: Said, width: int, lines: int) -> list[Text]:
     return [_fitted(line, width) for line in (top, *(Text(" " * indent + text, style) for text in texts[1:]))]
 
 
-def event_line(said: Said) -> Text:
+def event_line(said: RunEvent) -> Text:
     event = said.event
     return Text.assemble((clock(event.time_s), "dim"), GAP, (_one_line(event.text), STYLES[event.level]))
 

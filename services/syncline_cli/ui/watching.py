@@ -23,14 +23,16 @@ from rich.text import Text
 from syncline.bus.base import Delivery
 from syncline.bus.server.accounts import SUFFIX, WATCH, read_seed
 from syncline.bus.tls import Tls
+from syncline.client.keys import watch_key
 from syncline.client.runs import head_of
 from syncline.errors import BusError, ConfigError, RunFailed
+from syncline.observe.feed import FeedMessage
+from syncline.observe.fleet_state import FleetState, RunEvent
 from syncline.observe.run_state import RunState
-from syncline.observe.watched import Heard, Said, Watched
 from syncline.runtime.service import DONE
 from syncline.wire.messages import ENDED, Head
 from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
-from syncline_cli.connect import Place, come_back, place, unreachable, watch_key
+from syncline_cli.connect import Place, come_back, place, unreachable
 from syncline_cli.process import Interrupted, run_interruptible
 from syncline_cli.ui.display import STYLES, clean, megabytes, number
 from syncline_cli.ui.watch_view import DEAF, clock, event_line, picture, waiting_for
@@ -56,14 +58,14 @@ class Watching:
     """What to watch, and what was heard. `asks`: the key that may ask how a run ended; None where there is none at hand."""
 
     at: Place
-    watched: Watched
+    fleet: FleetState
     plain: bool
     as_json: bool
     asks: str | None = None
     head: Head | None = None  # of a run that ended unheard
     console: Console = field(default_factory=lambda: _Pipe(highlight=False))
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    fresh: deque[Said] = field(default_factory=lambda: deque(maxlen=1000))  # events that no line was printed for
+    fresh: deque[RunEvent] = field(default_factory=lambda: deque(maxlen=1000))  # events that no line was printed for
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
 
     @classmethod
@@ -76,15 +78,15 @@ class Watching:
         at = replace(at, key=watch_key(at.key))
         if key and at.key != key:
             print(f"watching with the key {at.key}, which lies beside {key}", file=sys.stderr)
-        return cls(at, Watched(run), plain, as_json, asking.key if may_ask else None)
+        return cls(at, FleetState(run), plain, as_json, asking.key if may_ask else None)
 
     async def on_message(self, delivery: Delivery) -> None:
-        heard = self.watched.on_message(delivery.subject, delivery.data, time.monotonic())
-        if heard is None:
+        message = self.fleet.handle(delivery.subject, delivery.data, time.monotonic())
+        if message is None:
             return
-        if heard.event is not None:
-            self.fresh.append(Said(heard.run, heard.event))
-        if self.as_json and self.watched.wanted in ("", heard.run) and (line := json_line(heard, delivery.data)):
+        if message.event is not None:
+            self.fresh.append(RunEvent(message.run, message.event))
+        if self.as_json and self.fleet.selected in ("", message.run) and (line := json_line(message, delivery.data)):
             self.lines.append(line)
         self.news.set()
 
@@ -95,15 +97,15 @@ class Watching:
 
     @property
     def state(self) -> RunState | None:
-        return self.watched.shown(time.monotonic())
+        return self.fleet.shown(time.monotonic())
 
     @property
     def over(self) -> bool:
         """The run that was asked for has ended, or is none; or the local fleet that was found is gone."""
         state = self.state
         return (
-            bool(self.watched.wanted and state is not None and state.phase in ENDED)
-            or self.watched.absent
+            bool(self.fleet.selected and state is not None and state.phase in ENDED)
+            or self.fleet.absent
             or (self.at.found and not Path(self.at.key).exists())
         )
 
@@ -135,12 +137,12 @@ async def _watch(watching: Watching, seed: str) -> int:
         show = _on_terminal if watching.on_terminal else _in_json if watching.as_json else _in_lines
         while True:
             await show(watching)
-            if not watching.watched.absent:
+            if not watching.fleet.absent:
                 return DONE
             watching.head = await _how_it_ended(watching)
             if watching.head is None or watching.head.phase in ENDED:
                 return DONE
-            watching.watched.look_again()
+            watching.fleet.reset_absence()
     finally:
         await bus.close()
 
@@ -155,7 +157,7 @@ async def _how_it_ended(watching: Watching) -> Head | None:
     except BusError:
         return None
     try:
-        return await head_of(bus, watching.watched.wanted)
+        return await head_of(bus, watching.fleet.selected)
     except BusError:
         return None
     finally:
@@ -175,7 +177,7 @@ async def _on_terminal(watching: Watching) -> None:
                 watching.news.clear()
                 last_s = now_s
                 size = console.size
-                text = picture(watching.watched, size.width, size.height, now_s, time.time(), watching.at.shown)
+                text = picture(watching.fleet, size.width, size.height, now_s, time.time(), watching.at.shown)
                 live.update(text, refresh=True)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FRAME_S):
@@ -222,7 +224,7 @@ async def _in_lines(watching: Watching) -> None:
         state, now_s = watching.state, time.monotonic()
         if state is None and not hinted and now_s - began_s > HINT_S:
             hinted = True
-            for line in waiting_for(watching.watched):
+            for line in waiting_for(watching.fleet):
                 _print(watching, Text(line, "dim"))
         if state is None or (state.status is None and not state.version):
             continue
@@ -240,10 +242,10 @@ async def _in_lines(watching: Watching) -> None:
 
 def _print_events(watching: Watching) -> None:
     state = watching.state
-    shown = watching.watched.wanted or (state.run if state is not None else "")
+    shown = watching.fleet.selected or (state.run if state is not None else "")
     while watching.fresh:
         said = watching.fresh.popleft()
-        if said.run in (shown, FLEET) or not watching.watched.wanted:
+        if said.run in (shown, FLEET) or not watching.fleet.selected:
             _print(watching, event_line(said))
 
 
@@ -254,7 +256,7 @@ def _print(watching: Watching, line: Text) -> None:
 def version_line(state: RunState, wall_s: float) -> str:
     """Where the run stands, in a line."""
     of = f" of {state.versions:,}" if state.versions else ""
-    metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.shown_metrics()[:3]]
+    metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.metric_names()[:3]]
     away = [name for name, agent in state.agents.items() if agent.lost or agent.failed]
     agents = f"{len(state.agents) - len(away)} of {len(state.agents)} agents"
     late = [f"late: {', '.join(state.round.late[:5])}"] if state.round is not None and state.round.late else []
@@ -266,9 +268,9 @@ def version_line(state: RunState, wall_s: float) -> str:
 # -- JSON ---------------------------------------------------------------------------------------------------------------
 
 
-def json_line(heard: Heard, data: bytes) -> str:
+def json_line(message: FeedMessage, data: bytes) -> str:
     """The message as it came, with where it came from; '' for one that is no JSON object."""
-    where = {"run": heard.run, "who": heard.who, "what": heard.what}
+    where = {"run": message.run, "sender": message.sender, "kind": message.kind}
     try:
         said = json.loads(data)
     except ValueError:
@@ -301,7 +303,7 @@ def _write(text: str) -> None:
 
 def _summary(watching: Watching) -> int:
     """How the run stood when it was left. Raises RunFailed for one that failed, and ConfigError for one that is none."""
-    if watching.watched.absent:
+    if watching.fleet.absent:
         return _summary_of_head(watching)
     state = watching.state
     if state is not None and state.phase in ("failed", "refused"):
@@ -322,9 +324,9 @@ def _summary(watching: Watching) -> int:
 
 def _summary_of_head(watching: Watching) -> int:
     """The same for a run that ended before anything was heard of it, or while nothing was."""
-    watched, head = watching.watched, watching.head
+    head = watching.head
     if head is None:
-        raise absent(watched, "" if watching.at.found else come_back("", watching.at.url, "", watching.at.tls))
+        raise absent(watching.fleet, "" if watching.at.found else come_back("", watching.at.url, "", watching.at.tls))
     text = f"run {head.run}: {head.reason}"
     if head.phase in ("failed", "refused"):
         raise RunFailed(text)
@@ -333,15 +335,15 @@ def _summary_of_head(watching: Watching) -> int:
     return DONE
 
 
-def absent(watched: Watched, where: str) -> ConfigError:
+def absent(fleet: FleetState, where: str) -> ConfigError:
     """What to say of a run that the coordinator does not know of. `where`: options that lead to its broker."""
-    fleet = watched.fleet
-    running = [fleet.run] if fleet is not None and fleet.run else []
-    queued = fleet.queued if fleet is not None else []
+    status = fleet.status
+    running = [status.run] if status is not None and status.run else []
+    queued = status.queued if status is not None else []
     busy = "; ".join(
         f"{what}: {', '.join(names)}" for what, names in (("running", running), ("queued", queued)) if names
     )
-    problem = f"no run {watched.wanted} is running or queued here; {busy or 'nor is any other'}"
-    close = difflib.get_close_matches(watched.wanted, [*running, *queued], n=1, cutoff=0.5)
+    problem = f"no run {fleet.selected} is running or queued here; {busy or 'nor is any other'}"
+    close = difflib.get_close_matches(fleet.selected, [*running, *queued], n=1, cutoff=0.5)
     ended = f"With the coordinator's key, `syncline ls{where}` lists those that have ended"
     return ConfigError("RUN", problem, f"Did you mean {close[0]}? {ended}" if close else ended)

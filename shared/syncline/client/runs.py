@@ -1,25 +1,29 @@
-"""What the bus knows of runs, read by those who may: names, heads, specs, commit records, models."""
+"""Runs on a bus: their names, heads, specs and records, read with a coordinator's key."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, get_record
-from syncline.bus.commits import line_of, record_in
-from syncline.errors import ConfigError, NoResponders, PeerError, Unavailable
+from syncline.errors import BusError, ConfigError, NoResponders, PeerError, Unavailable
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
-from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, BlobRef, Committed, Head, Submit, decode
+from syncline.wire.messages import ENDED, MAX_BLOB_RECORD_BYTES, BlobRef, Head, Presence, Roster, Submit, decode
 
-NAMED = 8  # runs that an error lists
+MAX_NAMED = 8  # runs that an error lists
+CONCURRENT_READS = 16
+ANSWER_S = 5.0
 
 
+# -- single records --------------------------------------------------------------------------------------------------
 async def names(bus: Bus) -> list[str]:
-    """Every run that was ever submitted, sorted; none where no coordinator has ever been."""
+    """Return the names of all submitted runs, sorted; an empty list if no coordinator was ever on this bus."""
     try:
         keys = await bus.kv_keys(subjects.RUNS_BUCKET)
     except Unavailable as error:
@@ -30,34 +34,38 @@ async def names(bus: Bus) -> list[str]:
 
 
 async def head_of(bus: Bus, run: str) -> Head:
-    """Raises ConfigError, with the names that are near, where there is no such run."""
+    """Return the run's head.
+
+    Raises:
+        ConfigError: no such run, with similar names; or its head cannot be read by this version.
+    """
     if subjects.NAME.fullmatch(run):
         try:
             entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(run))
-        except NoResponders:  # there is no bucket yet
+        except NoResponders:  # the bucket does not exist yet
             entry = None
         if entry is not None:
-            return _readable(run, entry.value)
+            return _decoded(run, entry.value)
     known = await names(bus)
     if run in known:
         raise ConfigError("RUN", f"{run} was submitted just now and has no head yet", "Ask again in a moment")
-    raise ConfigError("RUN", f"there is no run {run!r}", near(run, known))
+    raise ConfigError("RUN", f"there is no run {run!r}", suggestion(run, known))
 
 
-def near(run: str, known: Iterable[str]) -> str:
-    """What to type instead."""
+def suggestion(run: str, known: Iterable[str]) -> str:
+    """Return a hint with runs that the user may have meant."""
     known = list(known)
     close = difflib.get_close_matches(run, known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(f'`{name}`' for name in close)}?"
     if not known:
-        return "No run was ever submitted there; submit one with `syncline run SPEC.yaml`"
-    more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
-    return f"There are: {', '.join(known[:NAMED])}{more}"
+        return "No run was ever submitted on this broker; submit one with `syncline run SPEC.yaml`"
+    more = f" and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
+    return f"Runs: {', '.join(known[:MAX_NAMED])}{more}"
 
 
 async def spec_of(bus: Bus, run: str) -> RunSpec | None:
-    """None where it is not there, or a newer Syncline's."""
+    """Return the run's settings; None if they are missing, or written by a newer Syncline."""
     entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(run))
     try:
         return None if entry is None else submitted_spec(decode(Submit, entry.value))
@@ -66,39 +74,84 @@ async def spec_of(bus: Bus, run: str) -> RunSpec | None:
 
 
 async def record(bus: Bus, run: str, ref: BlobRef) -> bytes:
-    """A record that travels as a blob: a roster, a manifest. Raises BlobGone."""
+    """Return a record that travels as a blob, such as a roster or a manifest. Raises BlobGone if it was purged."""
     prefix = partial(subjects.model_prefix, run)
     return await get_record(bus, subjects.model_stream(run), prefix, ref, MAX_BLOB_RECORD_BYTES)
 
 
-async def commit_of(bus: Bus, head: Head, version: int) -> Committed:
-    """The record of a commit, under the highest term: one under a lower term was put and then not committed.
-
-    Raises ConfigError for a version that is not there.
-    """
-    run, newest = head.run, head.version
-    if not newest:
-        raise ConfigError("VERSION", f"{run} has committed no version yet ({head.phase})", "Ask again when it has")
-    if version > newest or version < 1:
-        why = "is the initial model, which nothing was merged into" if version == 0 else "does not exist"
-        raise ConfigError("VERSION", f"version {version} of {run} {why}", f"There are versions 1 to {newest}")
-    if (line := await line_of(bus, run, version, head.term)) is not None:
-        try:
-            return await record_in(bus, run, line)
-        except BlobGone as error:
-            problem = f"the record of version {version} of {run} is not whole: {error}"
-            raise ConfigError(
-                "VERSION", problem, "The broker has lost a part of it: other versions may be there"
-            ) from None
-    oldest = await bus.read(subjects.log_stream(run), 1, 1)
-    kept = f"It holds versions {oldest[0].subject.split('.')[4]} to {newest}" if oldest else "It is empty"
-    raise ConfigError("VERSION", f"version {version} of {run} is no longer in the log", kept)
-
-
-def _readable(run: str, data: bytes) -> Head:
+def _decoded(run: str, data: bytes) -> Head:
     try:
         return decode(Head, data)
     except PeerError as error:
         raise ConfigError(
-            "RUN", f"the head of {run} cannot be read: {error}", "Use the Syncline that wrote it"
+            "RUN", f"the head of {run} cannot be read: {error}", "Use the Syncline version that wrote it"
         ) from None
+
+
+# -- the list of runs ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A run as it is listed."""
+
+    run: str
+    phase: str  # as in head; `queued` before the run's model is made
+    version: int
+    versions: int | None  # commits after which the run is done; None if its spec cannot be read
+    agents: int  # present or slow ones, in the newest round
+    slow: int  # those of them that make no progress
+    roster: int  # all agents that ever took part
+    task: str
+    reason: str  # of the last round's end, or of the run's
+    revision: int  # of the spec: the order of submission
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ENDED
+
+
+async def summaries(bus: Bus) -> list[RunSummary]:
+    """Return all runs with a head that can be read, the newest first."""
+    known = await names(bus)
+    found: list[RunSummary | None] = []
+    for i in range(0, len(known), CONCURRENT_READS):
+        found += await asyncio.gather(*(_summary(bus, name) for name in known[i : i + CONCURRENT_READS]))
+    return sorted((row for row in found if row is not None), key=lambda row: -row.revision)
+
+
+async def _summary(bus: Bus, name: str) -> RunSummary | None:
+    entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(name))
+    spec = await spec_of(bus, name)
+    agents = slow = roster = 0
+    try:
+        head = await head_of(bus, name)
+        if head.roster is not None:
+            members = decode(Roster, await record(bus, name, head.roster))
+            slow = members.presence.count(Presence.SLOW)
+            agents = slow + members.presence.count(Presence.PRESENT)
+            roster = len(members.agents)
+    except BlobGone:
+        pass  # a newer head has another roster
+    except ConfigError:
+        return None  # without a head yet, or with one of a newer Syncline
+    queued = head.phase not in ENDED and head.manifest is None
+    return RunSummary(
+        run=name,
+        phase="queued" if queued else head.phase,
+        version=head.version,
+        versions=spec.stop.versions if spec is not None else None,
+        agents=agents,
+        slow=slow,
+        roster=roster,
+        task=spec.task if spec is not None else "",
+        reason=head.reason,
+        revision=entry.revision if entry is not None else 0,
+    )
+
+
+async def coordinator_answers(bus: Bus) -> bool:
+    """Tell whether a coordinator is up: an empty submission is refused, and a refusal is an answer."""
+    try:
+        await bus.request(subjects.submit(), b"", ANSWER_S)
+    except BusError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""What a watcher knows of a run, gathered from its metrics and events. Pure: no bus, no terminal, no clock."""
+"""The state of one run as its metrics and events tell it. Pure: no bus, no terminal, no clock."""
 
 from __future__ import annotations
 
@@ -6,59 +6,61 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
-from syncline.observe.telemetry import LOST_NAMED, AgentEval, CenterEval, Event, FleetStatus, Round, RunStatus, Train
+from syncline.observe.feed import FeedMessage
+from syncline.observe.telemetry import LOST_NAMED, AgentEval, CenterEval, Event, Round, RunStatus, Train
 from syncline.wire.messages import ENDED
-from syncline.wire.subjects import COORDINATOR, FLEET, NAME
+from syncline.wire.subjects import COORDINATOR, NAME
 
-POINTS = 1024  # of a curve; a longer one is thinned out
-BLOCKS = "▁▂▃▄▅▆▇█"
-MAX_AGENTS = 10_000  # names that are remembered; a broker without accounts lets anybody make them up
+MAX_POINTS = 1024  # of a curve; a longer one is thinned out
+MAX_AGENTS = 10_000  # a broker without accounts lets any client invent names
 MAX_EVENTS = 1000
+MAX_CURVES = 64
+DEAF_STATUSES = 3  # of the coordinator without a metric of any agent
+BLOCKS = "▁▂▃▄▅▆▇█"
 PRESENCE_EVENTS = ("agent-joined", "agent-present", "agent-slow", "agent-lost", "agent-failed")
-MOST_TEXT = 1000  # of an event: it goes to the terminal
-TRAINING_LOSS = "training loss"  # the curve of the agents' mean
+TRAINING_LOSS = "training loss"  # name of the curve of the agents' mean loss
 
 
 @dataclass(slots=True)
 class AgentState:
-    """One agent, by its newest metric."""
+    """One agent, by its newest metric. Reasons are empty while they do not apply."""
 
     train: Train | None = None
-    metrics: dict[str, float | None] = field(default_factory=dict)  # of its own W_i
-    lost: str = ""  # why, in the words of the coordinator
-    slow: str = ""  # the same
-    failed: str = ""
-    seen_s: float = 0.0  # when its newest metric came, by the watcher's clock
-    late_at_s: float = -math.inf  # when it was last named as late
-    late: int = 0  # rounds in which it was
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of the agent's own model W_i
+    lost: str = ""  # the reason, in the coordinator's words
+    slow: str = ""  # the reason, in the coordinator's words
+    failed: str = ""  # the reason, in the agent's words
+    seen_s: float = 0.0  # time of the newest metric, by the reader's clock
+    late_at_s: float = -math.inf  # time of the last round that named the agent as late, by the reader's clock
+    late_rounds: int = 0
 
 
 @dataclass(slots=True)
 class Curve:
-    """A value by version, thinned out evenly when it grows long."""
+    """A value by version. Every second point is removed when the curve exceeds MAX_POINTS."""
 
     points: list[tuple[int, float]] = field(default_factory=list)
-    _every: int = 1
+    _stride: int = 1  # versions between points
 
     def add(self, version: int, value: float | None) -> None:
+        """Append a point; ignore a missing value and a version that is not newer than the last one."""
         if value is None or (self.points and version <= self.points[-1][0]):
             return
-        if self.points and version - self.points[-1][0] < self._every and version % self._every:
+        if self.points and version - self.points[-1][0] < self._stride and version % self._stride:
             return
         self.points.append((version, value))
-        if len(self.points) > POINTS:
-            self.points, self._every = self.points[::2], 2 * self._every
+        if len(self.points) > MAX_POINTS:
+            self.points = self.points[::2]
+            self._stride *= 2
 
     @property
     def span(self) -> tuple[float, float]:
-        """The lowest and the highest value; of a curve that has points."""
+        """The lowest and the highest value. The curve must have a point."""
         values = [value for _, value in self.points]
         return min(values), max(values)
 
     def sparkline(self, width: int) -> str:
-        """`width` blocks, each the last value up to its version, between the lowest and the highest of all."""
+        """Draw the curve in `width` blocks, each the last value up to its version, scaled from the lowest to the highest."""
         if not self.points or width < 1:
             return ""
         first, last = self.points[0][0], self.points[-1][0]
@@ -75,179 +77,178 @@ class Curve:
 
 @dataclass(slots=True)
 class RunState:
-    """A run as its metrics tell it. `versions`: the commits after which it is done."""
+    """A run as its feed tells it.
+
+    `handle` takes messages in the order of their arrival. Missing messages leave gaps: the run's status, published every few
+    seconds, corrects the state of a reader that subscribed late.
+    """
 
     run: str
-    versions: int
-    steps: int = 0  # of a period, where the spec says it; an agent knows its own only after the first
+    versions: int  # commits after which the run is done; 0: not known yet
+    steps: int = 0  # of a period, from the spec; used until an agent reports its own
     agents: dict[str, AgentState] = field(default_factory=dict)
     round: Round | None = None  # the newest
-    metrics: dict[str, float | None] = field(default_factory=dict)  # of the center, held out
-    evaluated: int = -1  # the version they are of
-    curves: dict[str, Curve] = field(default_factory=dict)  # by metric, of the center
-    events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))  # warnings and errors, not yet shown
-    advice: Event | None = None  # the newest: it is given once, and drops come by the dozen
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of the center, on held-out data
+    evaluated: int = -1  # the version of `metrics`
+    curves: dict[str, Curve] = field(default_factory=dict)  # of the center, by metric
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))  # warnings and errors, not taken yet
+    advice: Event | None = None  # the newest; kept apart because frequent events push it out of every list
     status: RunStatus | None = None  # the newest
-    statuses: int = 0  # of them, so far
-    fleet: FleetStatus | None = None  # what the coordinator has to do, the newest; where that is listened to
-    fleet_statuses: int = 0
-    ended: str = ""  # how, and where that is known why
+    statuses: int = 0  # number of them so far
+    ended: str = ""  # the reason of the end
     phase: str = ""
 
-    # -- facts ---------------------------------------------------------------------------------------------------------
-    def on_metric(self, who: str, what: str, data: bytes, now_s: float = 0.0) -> None:
-        """A message on `….metrics.<who>.<what>`. One that is none, or of a kind we do not know, changes nothing.
-
-        What only the coordinator can know is believed of it alone: the broker holds everybody to his own subjects.
-        """
-        try:
-            if who != COORDINATOR:
-                self._of_agent(who, what, data, now_s)
-            elif what == Round.what:
-                self._committed(Round.model_validate_json(data), now_s)
-            elif what == CenterEval.what:
-                self._evaluated(CenterEval.model_validate_json(data))
-            elif what == RunStatus.what:
-                self._stands(RunStatus.model_validate_json(data))
-        except ValidationError:
-            pass
-
-    def on_fleet(self, who: str, what: str, data: bytes) -> None:
-        """A message on `fleet.metrics.<who>.<what>`."""
-        if (who, what) != (COORDINATOR, FleetStatus.what):
-            return
-        try:
-            self.fleet = FleetStatus.model_validate_json(data)
-        except ValidationError:
-            return
-        self.fleet_statuses += 1
-
-    def on_event(self, run: str, data: bytes, who: str = COORDINATOR) -> Event | None:
-        """A message on `….events.<who>`, of this run or of the fleet; the event, where it is one that concerns us."""
-        if run not in (self.run, FLEET):
-            return None
-        try:
-            event = Event.model_validate_json(data)
-        except ValidationError:
-            return None
-        signed = (
-            "" if who == COORDINATOR or event.text.startswith(who) else f"{who}: "
-        )  # nobody speaks in the run's own name
-        event = event.model_copy(update={"text": f"{signed}{event.text}"[:MOST_TEXT]})
-        if event.level != "info":
-            self.events.append(event)
-        if event.event == "advice" and who == COORDINATOR:
-            self.advice = event
-        about = event.agent if who == COORDINATOR else who
-        if event.event in PRESENCE_EVENTS and (agent := self._agent(about)) is not None:
-            agent.lost = event.text if event.event == "agent-lost" else ""
-            agent.slow = event.text if event.event == "agent-slow" else ""
-            if event.event == "agent-failed":
-                agent.failed = event.text
-        if run == self.run and who == COORDINATOR and event.event.removeprefix("run-") in ENDED:
-            self.ended, self.phase = event.text, event.event.removeprefix("run-")
-        return event
+    # -- messages --------------------------------------------------------------------------------------------------
+    def handle(self, message: FeedMessage, now_s: float = 0.0) -> None:
+        """Apply a message of this run, or an event of the fleet. `now_s` is the reader's clock."""
+        match message.content:
+            case Train() as train:
+                self._on_train(message.sender, train, now_s)
+            case AgentEval() as result:
+                self._on_agent_eval(message.sender, result)
+            case Round() as closed:
+                self._on_round(closed, now_s)
+            case CenterEval() as result:
+                self._on_center_eval(result)
+            case RunStatus() as status:
+                self._on_status(status)
+            case Event() as event:
+                self._on_event(message.run, message.sender, event)
+            case _:
+                pass
 
     def take_events(self) -> list[Event]:
+        """Return the warnings and errors since the last call."""
         taken = list(self.events)
         self.events.clear()
         return taken
 
     def _agent(self, name: str) -> AgentState | None:
-        """None for what is no agent's name, and for one too many."""
+        """Return the agent's state, or None for an invalid name and beyond MAX_AGENTS names."""
         if name not in self.agents and NAME.fullmatch(name) and len(self.agents) < MAX_AGENTS:
             self.agents[name] = AgentState()
         return self.agents.get(name)
 
-    def _of_agent(self, name: str, what: str, data: bytes, now_s: float) -> None:
-        if what == Train.what:
-            train = Train.model_validate_json(data)
-            if (agent := self._agent(name)) is not None:
-                agent.train, agent.seen_s = train, now_s
-        elif what == AgentEval.what:
-            metrics = AgentEval.model_validate_json(data).metrics
-            if (agent := self._agent(name)) is not None:
-                agent.metrics = metrics
+    def _curve(self, name: str) -> Curve:
+        """Return the curve of a metric; beyond MAX_CURVES one that is not kept."""
+        if name not in self.curves and len(self.curves) < MAX_CURVES:
+            self.curves[name] = Curve()
+        return self.curves.get(name) or Curve()
 
-    def _committed(self, round_: Round, now_s: float) -> None:
-        self.round = round_
-        for name in round_.late:
+    def _on_train(self, name: str, train: Train, now_s: float) -> None:
+        if (agent := self._agent(name)) is not None:
+            agent.train = train
+            agent.seen_s = now_s
+
+    def _on_agent_eval(self, name: str, result: AgentEval) -> None:
+        if (agent := self._agent(name)) is not None:
+            agent.metrics = result.metrics
+
+    def _on_round(self, closed: Round, now_s: float) -> None:
+        self.round = closed
+        for name in closed.late:
             if (agent := self._agent(name)) is not None:
-                agent.late_at_s, agent.late = now_s, agent.late + 1
-        here = [a.train for a in self.agents.values() if a.train is not None and not (a.lost or a.failed)]
-        losses = [train.loss for train in here if train.loss is not None]
+                agent.late_at_s = now_s
+                agent.late_rounds += 1
+        trains = [a.train for a in self.agents.values() if a.train is not None and not (a.lost or a.failed)]
+        losses = [train.loss for train in trains if train.loss is not None]
         if losses:
-            self.curves.setdefault(TRAINING_LOSS, Curve()).add(round_.version, sum(losses) / len(losses))
+            self._curve(TRAINING_LOSS).add(closed.version, sum(losses) / len(losses))
 
-    def _stands(self, status: RunStatus) -> None:
-        """The truth, for whoever missed what led to it."""
-        self.status, self.phase, self.versions = status, status.phase, status.versions
+    def _on_center_eval(self, result: CenterEval) -> None:
+        if result.version < self.evaluated:
+            return
+        self.metrics = result.metrics
+        self.evaluated = result.version
+        for name, value in result.metrics.items():
+            self._curve(name).add(result.version, value)
+
+    def _on_status(self, status: RunStatus) -> None:
+        """Replace everything that the status states; keep reasons that were heard before."""
+        self.status = status
         self.statuses += 1
-        gone, slow = {*status.lost}, {*status.slow}
-        for name in gone:
+        self.phase = status.phase
+        self.versions = status.versions
+        lost, slow = {*status.lost}, {*status.slow}
+        for name in lost:
             if (agent := self._agent(name)) is not None:
                 agent.lost = agent.lost or f"{name} lost"
         for name in slow:
             if (agent := self._agent(name)) is not None:
                 agent.slow = agent.slow or f"{name} slow"
-        for name, agent in self.agents.items():
-            if name not in gone and len(gone) < LOST_NAMED:
+        for name, agent in self.agents.items():  # a list at its limit may be cut off: then absence proves nothing
+            if name not in lost and len(lost) < LOST_NAMED:
                 agent.lost = ""
             if name not in slow and len(slow) < LOST_NAMED:
                 agent.slow = ""
         if status.phase in ENDED:
             self.ended = self.ended or f"run {self.run}: {status.reason}"
 
-    def _evaluated(self, result: CenterEval) -> None:
-        if result.version < self.evaluated:
-            return
-        self.metrics, self.evaluated = result.metrics, result.version
-        for name, value in result.metrics.items():
-            self.curves.setdefault(name, Curve()).add(result.version, value)
+    def _on_event(self, run: str, sender: str, event: Event) -> None:
+        """Apply an event. An agent's event concerns that agent alone; only the coordinator ends a run or gives advice."""
+        from_coordinator = sender == COORDINATOR
+        if event.level != "info":
+            self.events.append(event)
+        if event.event == "advice" and from_coordinator:
+            self.advice = event
+        subject = event.agent if from_coordinator else sender
+        if event.event in PRESENCE_EVENTS and (agent := self._agent(subject)) is not None:
+            agent.lost = event.text if event.event == "agent-lost" else ""
+            agent.slow = event.text if event.event == "agent-slow" else ""
+            if event.event == "agent-failed":
+                agent.failed = event.text
+        phase = event.event.removeprefix("run-")
+        if run == self.run and from_coordinator and phase in ENDED:
+            self.ended = event.text
+            self.phase = phase
 
-    # -- what follows --------------------------------------------------------------------------------------------------
+    # -- derived facts ---------------------------------------------------------------------------------------------
     @property
     def version(self) -> int:
-        known = (self.round.version if self.round else 0, self.status.version if self.status else 0)
-        return max(*known, self.evaluated)
+        """The newest version that any message named."""
+        of_round = self.round.version if self.round else 0
+        of_status = self.status.version if self.status else 0
+        return max(of_round, of_status, self.evaluated)
 
     def lag(self, agent: AgentState) -> int | None:
-        """Versions that the center has moved on since the one the agent trains from; None where it trains from none."""
+        """Return the versions between the center and the version the agent trains from; None if it trains from none."""
         train = agent.train
         return None if train is None or train.state == "starting" else max(0, self.version - train.version)
 
     @property
     def bytes_up(self) -> int:
+        """Update bytes since the run began."""
         return self.round.bytes_up if self.round else 0
 
     @property
     def bytes_down(self) -> int:
+        """Model bytes since the run began."""
         return self.round.bytes_down if self.round else 0
 
     @property
     def deaf(self) -> bool:
-        """The coordinator is heard and no agent, though some take part: with the coordinator's own key, for one."""
+        """Whether only the coordinator is heard although agents take part, as with the coordinator's own key."""
         silent = all(agent.train is None for agent in self.agents.values())
-        return silent and self.statuses >= 3 and self.status is not None and self.status.agents > 0
+        return silent and self.statuses >= DEAF_STATUSES and self.status is not None and self.status.agents > 0
 
     @property
     def failed(self) -> dict[str, str]:
-        """Agents that cannot train, and why."""
+        """Reasons of the agents that cannot train, by name."""
         return {name: agent.failed for name, agent in self.agents.items() if agent.failed}
 
     def steps_of(self, agent: AgentState) -> tuple[int, int]:
-        """Steps done and to do in the period that the agent is in; (0, 0) where that is not known."""
+        """Return the steps done and the steps in all of the agent's current period; (0, 0) if not known."""
         train = agent.train
         if train is None or train.state == "starting":
             return 0, 0
         steps = train.steps or self.steps
         return min(train.step, steps), steps
 
-    def shown_metrics(self) -> list[str]:
-        """The metrics of the center in the order of interest: accuracy, loss, then the others by name."""
+    def metric_names(self) -> list[str]:
+        """Return the center's metrics, accuracy and loss first, then the others by name."""
         return sorted(self.metrics, key=lambda name: (name != "accuracy", name != "loss", name))
 
-    def complete(self, version: int, evaluated: bool) -> bool:
-        """Whether the metrics of the last version are all here."""
+    def is_complete(self, version: int, *, evaluated: bool) -> bool:
+        """Tell whether the metrics of a version have arrived. `evaluated`: its evaluation is expected too."""
         counted = self.round is not None and self.round.version >= version
         return counted and (self.evaluated >= version or not evaluated)

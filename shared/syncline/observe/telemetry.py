@@ -32,7 +32,7 @@ class Published(BaseModel):
     """What every metric and event says."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
-    what: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
     time_s: float = Field(
         default_factory=wall_time_s, description="when, in seconds since the epoch, by the sender's clock"
     )
@@ -41,7 +41,7 @@ class Published(BaseModel):
 class Train(Published):
     """An agent at work. At most 10 a second, one when a period ends, and one every few seconds while nothing moves."""
 
-    what: ClassVar[str] = "train"
+    kind: ClassVar[str] = "train"
     state: str = Field(description="starting, waiting, fetching, training, sending or failed")
     version: int = Field(description="version of the center it trains from")
     clock: int = Field(description="local periods finished")
@@ -58,7 +58,7 @@ class Train(Published):
 class AgentEval(Published):
     """An agent's own W_i on the held-out data, after a period; only with `evaluate: {agents: true}`."""
 
-    what: ClassVar[str] = "eval"
+    kind: ClassVar[str] = "eval"
     version: int = Field(description="version of the center it trained from")
     clock: int
     metrics: dict[str, float | None]
@@ -67,7 +67,7 @@ class AgentEval(Published):
 class CenterEval(Published):
     """The center on the held-out data."""
 
-    what: ClassVar[str] = "eval"
+    kind: ClassVar[str] = "eval"
     version: int
     metrics: dict[str, float | None]
     seconds: float
@@ -76,7 +76,7 @@ class CenterEval(Published):
 class Round(Published):
     """A version was committed. At most 10 a second."""
 
-    what: ClassVar[str] = "round"
+    kind: ClassVar[str] = "round"
     version: int
     closed_by: str
     merged: int = Field(description="updates in the merge")
@@ -96,7 +96,7 @@ class Round(Published):
 class RunStatus(Published):
     """Where a run stands, every few seconds and at its end: for whoever begins to listen late."""
 
-    what: ClassVar[str] = "run"
+    kind: ClassVar[str] = "run"
     task: str
     phase: str = Field(description="as in head: waiting, training, merging; done, failed and refused are ends")
     version: int
@@ -115,7 +115,7 @@ class RunStatus(Published):
 class FleetStatus(Published):
     """What the coordinator has to do, every few seconds. The run is `fleet`."""
 
-    what: ClassVar[str] = "fleet"
+    kind: ClassVar[str] = "fleet"
     agents: int = Field(description="agents that are here, with or without a run")
     run: str = Field(description="the run that goes on, or empty")
     doing: str = Field("", max_length=200, description="what the coordinator does before that run can begin")
@@ -150,7 +150,7 @@ class Telemetry:
         self._bus, self._run, self._who = bus, run, who
 
     async def metric(self, metric: Published) -> None:
-        await self._say(subjects.metrics(self._run, self._who, metric.what), metric)
+        await self._say(subjects.metrics(self._run, self._who, metric.kind), metric)
 
     async def event(
         self, event: str, text: str, *, level: Literal["info", "warning", "error"] = "info", agent: str = ""

@@ -17,8 +17,8 @@ from syncline.errors import ConfigError, RunFailed
 from syncline.spec.run_spec import stem_of
 from syncline_cli import main as cli
 from syncline_cli.commands.agent import name_of_host
-from syncline_cli.commands.demo import DemoSettings
 from syncline_cli.commands.run import read_spec
+from syncline_cli.local_fleet.demo_settings import DemoSettings
 from syncline_cli.local_fleet.supervise import how_it_ended
 from syncline_cli.process import Interrupted, as_typed, run_interruptible, since_start_s
 
@@ -113,7 +113,7 @@ def test_no_command_imports_torch_or_anything_slow_before_it_must() -> None:
         "import importlib\n"
         "light = [importlib.import_module(m) for n, m in COMMANDS.items() if n != 'bench']\n"
         "print([m for m in ('torch', 'rich', 'nats', 'numpy', 'sklearn') if m in sys.modules])\n"
-        "import syncline_cli.local_fleet.demo_run, syncline_cli.ui.run_follow, syncline_cli.local_fleet.supervise\n"
+        "import syncline_cli.ui.demo_run, syncline_cli.ui.run_follow, syncline_cli.local_fleet.supervise\n"
         "print([m for m in ('torch', 'sklearn') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

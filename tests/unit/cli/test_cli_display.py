@@ -8,10 +8,12 @@ import io
 import pytest
 from rich.console import Console
 
+from syncline.observe.feed import FeedMessage
+from syncline.observe.naming import natural_order
 from syncline.observe.run_state import RunState
 from syncline.observe.telemetry import CenterEval, Round, Train
 from syncline_cli.ui import display
-from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, natural, number
+from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, number
 
 
 def state_of(agents: int, version: int = 13) -> RunState:
@@ -30,10 +32,10 @@ def state_of(agents: int, version: int = 13) -> RunState:
             bytes_up=0,
             bytes_down=0,
         )
-        state.on_metric(f"a{i}", "train", train.model_dump_json().encode())
+        state.handle(FeedMessage("r", f"a{i}", train.kind, train))
     for v in range(1, version + 1):
         result = CenterEval(version=v, metrics={"loss": 1 / v, "accuracy": 1 - 1 / (v + 1)}, seconds=0.1)
-        state.on_metric("coordinator", "eval", result.model_dump_json().encode())
+        state.handle(FeedMessage("r", "coordinator", result.kind, result))
     done = Round(
         version=version,
         closed_by="",
@@ -45,7 +47,7 @@ def state_of(agents: int, version: int = 13) -> RunState:
         bytes_up=2_700_000,
         bytes_down=700_000,
     )
-    state.on_metric("coordinator", "round", done.model_dump_json().encode())
+    state.handle(FeedMessage("r", "coordinator", done.kind, done))
     return state
 
 
@@ -142,4 +144,4 @@ def test_figures_in_words() -> None:
     assert number("loss", None) == "—"
     assert [megabytes(0), megabytes(2_450_000), megabytes(3_200_000_000)] == ["0.0 MB", "2.5 MB", "3.20 GB"]
     assert [counted(1, "round"), counted(1200, "round")] == ["1 round", "1,200 rounds"]
-    assert sorted(["a10", "a2", "b", "a1"], key=natural) == ["a1", "a2", "a10", "b"]
+    assert sorted(["a10", "a2", "b", "a1"], key=natural_order) == ["a1", "a2", "a10", "b"]

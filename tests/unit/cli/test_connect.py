@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from syncline.bus.tls import Tls
+from syncline.client.keys import watch_key
 from syncline.errors import ConfigError, Denied, Unreachable
 from syncline.wire.allow_list import is_allowed
 from syncline_cli.commands.run import allowed_tasks
-from syncline_cli.connect import Place, check_task_dir, come_back, local_fleets, place, unreachable, watch_key
+from syncline_cli.connect import Place, check_task_dir, come_back, local_fleets, place, unreachable
 from syncline_cli.options import DEFAULT_URL
 
 A, B = "nats://127.0.0.1:5001", "nats://127.0.0.1:5002"

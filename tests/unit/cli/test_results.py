@@ -8,20 +8,23 @@ from typing import Any, cast
 import pytest
 
 from syncline.bus.base import Bus
-from syncline.observe.run_state import RunState
+from syncline.client.follow import RunFollower
+from syncline.observe.fleet_state import FleetState
 from syncline.observe.telemetry import AgentEval, CenterEval, Published
+from syncline.wire import subjects
 from syncline.wire.messages import Head
-from syncline_cli.ui.follow import Follower
 from syncline_cli.ui.results import print_json, result_of
 
 HEAD = Head(run="r", term=1, version=3, phase="done", reason="3 versions")
 
 
 def result(*said: tuple[str, Published]) -> dict[str, Any]:
-    state = RunState("r", 3)
+    fleet = FleetState.of("r")
     for who, metric in said:
-        state.on_metric(who, metric.what, metric.model_dump_json().encode())
-    return result_of(HEAD, Follower(cast(Bus, None), "r"), state)
+        fleet.handle(subjects.metrics("r", who, metric.kind), metric.model_dump_json().encode(), 0.0)
+    follower = RunFollower(cast(Bus, None), cast(Bus, None), fleet)
+    follower.head = HEAD
+    return result_of(follower)
 
 
 def test_only_the_metrics_of_the_last_version_count() -> None:

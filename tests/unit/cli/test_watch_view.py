@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from rich.text import Text
 
+from syncline.observe.feed import parse
+from syncline.observe.fleet_state import LATE_S, SILENT_S, FleetState
 from syncline.observe.run_state import AgentState
 from syncline.observe.telemetry import CenterEval, Event, FleetStatus, Published, Round, RunStatus, Train
-from syncline.observe.watched import LATE_S, SILENT_S, Watched
 from syncline.wire import subjects
 from syncline_cli.ui.watch_view import KEYS, Standing, ago, picture
 from syncline_cli.ui.watching import json_line, version_line
@@ -17,10 +18,10 @@ NOW_S = 100.0
 SIZES = [(40, 10), (80, 24), (160, 45), (20, 3), (300, 100)]
 
 
-def hear(watched: Watched, who: str, said: Published, run: str = "digits-1", now_s: float = NOW_S) -> None:
+def hear(fleet: FleetState, who: str, said: Published, run: str = "digits-1", now_s: float = NOW_S) -> None:
     event = isinstance(said, Event)
-    subject = subjects.events(run, who) if event else subjects.metrics(run, who, said.what)
-    assert watched.on_message(subject, said.model_dump_json().encode(), now_s) is not None
+    subject = subjects.events(run, who) if event else subjects.metrics(run, who, said.kind)
+    assert fleet.handle(subject, said.model_dump_json().encode(), now_s) is not None
 
 
 def train(state: str = "training", **changes: object) -> Train:
@@ -29,29 +30,29 @@ def train(state: str = "training", **changes: object) -> Train:
     return Train.model_validate({**known, **sizes, "state": state, **changes})
 
 
-def going(agents: int, late: list[str] | None = None, lost: list[str] | None = None, wanted: str = "") -> Watched:
+def going(agents: int, late: list[str] | None = None, lost: list[str] | None = None, wanted: str = "") -> FleetState:
     """A run of so many agents at version 13 of 40."""
-    watched = Watched(wanted)
+    fleet = FleetState(wanted)
     for i in range(1, agents + 1):
-        hear(watched, f"a{i}", train())
+        hear(fleet, f"a{i}", train())
     for version in range(1, 14):
         metrics: dict[str, float | None] = {"loss": 1 / version, "accuracy": 1 - 1 / (version + 1)}
-        hear(watched, COORDINATOR, CenterEval(version=version, metrics=metrics, seconds=0.1))
+        hear(fleet, COORDINATOR, CenterEval(version=version, metrics=metrics, seconds=0.1))
     closed = Round(
         version=13, closed_by="quorum 3 of 4 + 2.0 s", merged=3, late=late or [], seconds=2.9, collect_s=2.7, merge_s=0.1,
         bytes_up=10_800_000, bytes_down=4_800_000,
     )  # fmt: skip
-    hear(watched, COORDINATOR, closed)
+    hear(fleet, COORDINATOR, closed)
     status = RunStatus(
         task="syncline.tasks.digits:Digits", phase="training", version=13, versions=40, agents=agents, needed=4,
         lost=lost or [], reason="quorum 3 of 4 + 2.0 s",
     )  # fmt: skip
-    hear(watched, COORDINATOR, status)
-    return watched
+    hear(fleet, COORDINATOR, status)
+    return fleet
 
 
-def drawn(watched: Watched, width: int = 80, height: int = 24, now_s: float = NOW_S) -> list[str]:
-    return picture(watched, width, height, now_s, 0.0, "nats://hub:4222").plain.split("\n")
+def drawn(fleet: FleetState, width: int = 80, height: int = 24, now_s: float = NOW_S) -> list[str]:
+    return picture(fleet, width, height, now_s, 0.0, "nats://hub:4222").plain.split("\n")
 
 
 def names(lines: list[str]) -> list[str]:
@@ -67,12 +68,10 @@ def names(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("agents", [0, 1, 4, 400])
 def test_a_picture_is_never_larger_than_the_terminal(width: int, height: int, agents: int) -> None:
-    watched = going(agents, late=["a1"])
+    fleet = going(agents, late=["a1"])
     for i in range(30):
-        hear(
-            watched, COORDINATOR, Event(event="agent-lost", level="warning", text=f"a{i} lost: {'x' * 400}", agent="a1")
-        )
-    for lines in (drawn(watched, width, height), drawn(Watched("digits-1"), width, height)):
+        hear(fleet, COORDINATOR, Event(event="agent-lost", level="warning", text=f"a{i} lost: {'x' * 400}", agent="a1"))
+    for lines in (drawn(fleet, width, height), drawn(FleetState("digits-1"), width, height)):
         assert len(lines) == height
         assert max(map(len, lines)) <= width
 
@@ -100,9 +99,9 @@ def test_a_wide_terminal_shows_more() -> None:
 
 
 def test_of_400_agents_those_that_need_somebody_to_look_are_shown_and_the_rest_counted() -> None:
-    watched = going(400, late=["a300"], lost=["a200"])
-    hear(watched, "a100", Event(event="agent-failed", level="error", text="a100 cannot train: no data", agent="a100"))
-    lines = drawn(watched)
+    fleet = going(400, late=["a300"], lost=["a200"])
+    hear(fleet, "a100", Event(event="agent-failed", level="error", text="a100 cannot train: no data", agent="a100"))
+    lines = drawn(fleet)
     shown = names(lines)
     assert shown[:4] == ["a100", "a200", "a300", "a1"]
     assert f"… and {400 - len(shown)} more: {400 - len(shown)} training" in lines
@@ -112,12 +111,12 @@ def test_of_400_agents_those_that_need_somebody_to_look_are_shown_and_the_rest_c
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("agents", [0, 4, 400])
 def test_advice_stays_and_is_read_to_its_end_where_there_is_room(width: int, height: int, agents: int) -> None:
-    watched = going(agents)
+    fleet = going(agents)
     text = f"a2 takes 3.1 times as long as the others. {'Read on. ' * 15}Set sync.quorum"
-    hear(watched, COORDINATOR, Event(event="advice", level="warning", text=text, agent="a2"))
+    hear(fleet, COORDINATOR, Event(event="advice", level="warning", text=text, agent="a2"))
     for i in range(100):
-        hear(watched, COORDINATOR, Event(event="update-dropped", level="warning", text=f"a3: clock {i} dropped"))
-    lines = drawn(watched, width, height)
+        hear(fleet, COORDINATOR, Event(event="update-dropped", level="warning", text=f"a3: clock {i} dropped"))
+    lines = drawn(fleet, width, height)
     assert len(lines) == height and max(map(len, lines)) <= width
     if height >= 24:
         assert any("clock 99 dropped" in line for line in lines)
@@ -128,20 +127,20 @@ def test_advice_stays_and_is_read_to_its_end_where_there_is_room(width: int, hei
 
 
 def test_only_the_coordinator_gives_advice() -> None:
-    watched = going(4)
-    hear(watched, "a1", Event(event="advice", level="warning", text="send me your keys", agent="a1"))
-    assert watched.runs["digits-1"].advice is None
+    fleet = going(4)
+    hear(fleet, "a1", Event(event="advice", level="warning", text="send me your keys", agent="a1"))
+    assert fleet.runs["digits-1"].advice is None
 
 
 def test_agents_come_before_events_and_some_events_are_always_there() -> None:
-    watched = going(400)
+    fleet = going(400)
     for i in range(20):
-        hear(watched, COORDINATOR, Event(event="agent-joined", level="info", text=f"a{i} joined", agent=f"a{i}"))
-    lines = drawn(watched)
+        hear(fleet, COORDINATOR, Event(event="agent-joined", level="info", text=f"a{i} joined", agent=f"a{i}"))
+    lines = drawn(fleet)
     assert sum(" joined" in line for line in lines) == 2
     assert "a19 joined" in lines[-2]
     few = going(2)
-    few.recent.extend(watched.recent)
+    few.recent.extend(fleet.recent)
     assert sum(" joined" in line for line in drawn(few)) == 7
 
 
@@ -166,18 +165,18 @@ def test_who_needs_somebody_to_look_comes_first() -> None:
 
 
 def test_an_agent_that_was_lost_says_why_where_there_is_room() -> None:
-    watched = going(2, lost=["a2"])
+    fleet = going(2, lost=["a2"])
     text = "a2 lost: not heard of for 10.2 s"
-    hear(watched, COORDINATOR, Event(event="agent-lost", level="warning", text=text, agent="a2"))
-    row = next(line for line in drawn(watched, 160) if line.startswith("a2"))
+    hear(fleet, COORDINATOR, Event(event="agent-lost", level="warning", text=text, agent="a2"))
+    row = next(line for line in drawn(fleet, 160) if line.startswith("a2"))
     assert row.rstrip().endswith("  not heard of for 10.2 s")
 
 
 def test_an_agent_that_is_slow_says_why_where_there_is_room() -> None:
-    watched = going(2)
+    fleet = going(2)
     text = "a2 slow: no progress for 12.3 s"
-    hear(watched, COORDINATOR, Event(event="agent-slow", level="warning", text=text, agent="a2"))
-    rows = drawn(watched, 160)
+    hear(fleet, COORDINATOR, Event(event="agent-slow", level="warning", text=text, agent="a2"))
+    rows = drawn(fleet, 160)
     assert next(line for line in rows if line.startswith("a2")).rstrip().endswith("  no progress for 12.3 s")
     assert any("2 agents  1 slow" in line for line in rows)
 
@@ -192,12 +191,12 @@ def test_ages_in_words() -> None:
 
 
 def test_before_anything_is_heard_it_says_what_it_waits_for_and_what_to_do() -> None:
-    watched = Watched()
-    assert "nothing is heard of a coordinator so far" in drawn(watched)
-    hear(watched, COORDINATOR, FleetStatus(agents=1, run="", queued=[]), "fleet")
-    text = "\n".join(drawn(watched))
+    fleet = FleetState()
+    assert "nothing is heard of a coordinator so far" in drawn(fleet)
+    hear(fleet, COORDINATOR, FleetStatus(agents=1, run="", queued=[]), "fleet")
+    text = "\n".join(drawn(fleet))
     assert "waiting for a run  nats://hub:4222" in text
-    assert "the coordinator is up with 1 agent; no run goes on" in text
+    assert "the coordinator is up with 1 agent; no run is active" in text
     assert "submit one: syncline run SPEC.yaml" in text
 
 
@@ -208,9 +207,9 @@ def test_a_name_that_is_mistyped_is_answered_with_what_is_near() -> None:
 
 
 def test_a_run_that_has_ended_says_how() -> None:
-    watched = going(2)
-    hear(watched, COORDINATOR, Event(event="run-done", level="info", text="run digits-1: 40 versions"))
-    lines = drawn(watched)
+    fleet = going(2)
+    hear(fleet, COORDINATOR, Event(event="run-done", level="info", text="run digits-1: 40 versions"))
+    lines = drawn(fleet)
     assert lines[0].startswith("run digits-1  done")
     assert lines[1] == "40 versions"
     assert lines[-1] == KEYS
@@ -218,18 +217,18 @@ def test_a_run_that_has_ended_says_how() -> None:
 
 
 def test_a_run_that_waits_for_agents_says_for_how_many() -> None:
-    watched = Watched()
+    fleet = FleetState()
     status = RunStatus(task="t:T", phase="waiting", version=0, versions=40, agents=2, needed=4, lost=[], reason="")
-    hear(watched, COORDINATOR, status)
-    assert "waiting  2 of 4 agents" in drawn(watched)[0]
+    hear(fleet, COORDINATOR, status)
+    assert "waiting  2 of 4 agents" in drawn(fleet)[0]
 
 
 def test_a_key_that_hears_no_agent_is_said() -> None:
-    watched = Watched()
+    fleet = FleetState()
     for _ in range(3):
         status = RunStatus(task="t:T", phase="training", version=1, versions=4, agents=2, needed=2, lost=[], reason="")
-        hear(watched, COORDINATOR, status)
-    assert any(line.startswith("no agent is heard: the key watch.nk") for line in drawn(watched))
+        hear(fleet, COORDINATOR, status)
+    assert any(line.startswith("no agent is heard: the key watch.nk") for line in drawn(fleet))
 
 
 # -- lines --------------------------------------------------------------------------------------------------------------
@@ -243,22 +242,21 @@ def test_a_plain_line_says_where_the_run_stands() -> None:
 
 
 def test_a_json_line_says_where_a_message_came_from_whatever_it_claims() -> None:
-    watched = Watched()
-    heard = watched.on_message("syncline.v1.r.metrics.a1.train", b"{}", 0.0)
+    heard = parse("syncline.v1.r.metrics.a1.newer", b"{}")
     assert heard is not None
-    assert json_line(heard, b'{"loss": 0.5, "who": "coordinator"}') == (
-        '{"run": "r", "who": "a1", "what": "train", "loss": 0.5}'
+    assert json_line(heard, b'{"loss": 0.5, "sender": "coordinator"}') == (
+        '{"run": "r", "sender": "a1", "kind": "newer", "loss": 0.5}'
     )
     assert json_line(heard, b"no JSON") == json_line(heard, b"[1]") == ""
 
 
 def test_what_is_heard_does_not_command_the_terminal() -> None:
-    watched = going(1)
+    fleet = going(1)
     evil = "\x1b[2J\x07evil\nline"
-    hear(watched, COORDINATOR, Event(event="agent-lost", level="warning", text=evil, agent="a1"))
-    hear(watched, COORDINATOR, watched.runs["digits-1"].status.model_copy(update={"task": evil, "reason": evil}))  # type: ignore[union-attr]
+    hear(fleet, COORDINATOR, Event(event="agent-lost", level="warning", text=evil, agent="a1"))
+    hear(fleet, COORDINATOR, fleet.runs["digits-1"].status.model_copy(update={"task": evil, "reason": evil}))  # type: ignore[union-attr]
     for width in (80, 160):
-        text = picture(watched, width, 24, NOW_S, 0.0, "")
+        text = picture(fleet, width, 24, NOW_S, 0.0, "")
         assert isinstance(text, Text)
         assert "\x1b" not in text.plain and "\x07" not in text.plain
         assert text.plain.count("\n") == 23

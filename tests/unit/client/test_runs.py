@@ -15,11 +15,10 @@ from stored_run import RUN, StoredRun, bucket, center, digest_of, lose_head, sub
 
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.client import export as exporting
-from syncline.client import runs
+from syncline.client import history, runs
 from syncline.errors import ConfigError, PeerError
 from syncline.model.manifest import Entry, Manifest
 from syncline.wire import subjects
-from syncline_cli.commands import ls
 from syncline_cli.commands.export import check_file
 
 
@@ -40,7 +39,7 @@ async def test_a_bus_where_no_coordinator_has_ever_been_has_no_runs(bus: MemoryB
     with pytest.raises(ConfigError) as caught:
         await runs.head_of(bus, "r")
     assert says(caught) == (
-        "RUN: there is no run 'r'. No run was ever submitted there; submit one with `syncline run SPEC.yaml`"
+        "RUN: there is no run 'r'. No run was ever submitted on this broker; submit one with `syncline run SPEC.yaml`"
     )
 
 
@@ -49,8 +48,8 @@ async def test_a_bus_where_no_coordinator_has_ever_been_has_no_runs(bus: MemoryB
     [
         ("digits-2", "Did you mean `digits-1`?"),
         ("Digits-1", "Did you mean `digits-1`?"),
-        ("*", "There are: digits-1, other"),
-        ("x", "There are: digits-1, other"),
+        ("*", "Runs: digits-1, other"),
+        ("x", "Runs: digits-1, other"),
     ],
 )
 async def test_a_run_that_is_not_there_is_answered_with_what_is(bus: MemoryBus, typed: str, hint: str) -> None:
@@ -62,7 +61,7 @@ async def test_a_run_that_is_not_there_is_answered_with_what_is(bus: MemoryBus, 
 
 
 def test_of_many_runs_a_few_are_named() -> None:
-    assert runs.near("x", [f"run-{i}" for i in range(20)]).endswith("run-7 and 12 more")
+    assert runs.suggestion("x", [f"run-{i}" for i in range(20)]).endswith("run-7 and 12 more")
 
 
 async def test_a_run_between_its_spec_and_its_head_is_there_in_a_moment(bus: MemoryBus) -> None:
@@ -81,16 +80,16 @@ async def test_a_commit_is_the_one_under_the_highest_term(bus: MemoryBus) -> Non
     await stored.log(2, term=10)
     await stored.log(2, term=11)  # of a history that the broker lost
     head = (await runs.head_of(bus, RUN)).model_copy(update={"term": 10})
-    assert (await runs.commit_of(bus, head, 2)).term == 10
-    assert (await runs.commit_of(bus, head, 3)).term == 1
+    assert (await history.commit_of(bus, head, 2)).term == 10
+    assert (await history.commit_of(bus, head, 3)).term == 1
 
 
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        (4, "version 4 of digits-1 does not exist. There are versions 1 to 3"),
-        (-1, "version -1 of digits-1 does not exist. There are versions 1 to 3"),
-        (0, "version 0 of digits-1 is the initial model, which nothing was merged into. There are versions 1 to 3"),
+        (4, "version 4 of digits-1 does not exist. Use a version from 1 to 3"),
+        (-1, "version -1 of digits-1 does not exist. Use a version from 1 to 3"),
+        (0, "version 0 of digits-1 is the initial model, which is no merge. Use a version from 1 to 3"),
         (1, "version 1 of digits-1 is no longer in the log. It holds versions 2 to 3"),
     ],
 )
@@ -99,7 +98,7 @@ async def test_a_version_that_is_not_there(bus: MemoryBus, version: int, said: s
     await bus.purge(subjects.log_stream(RUN), subjects.log_record(RUN, 1, 1))
     head = await runs.head_of(bus, RUN)
     with pytest.raises(ConfigError) as caught:
-        await runs.commit_of(bus, head, version)
+        await history.commit_of(bus, head, version)
     assert says(caught) == f"VERSION: {said}"
 
 
@@ -108,13 +107,13 @@ async def test_a_record_that_was_put_and_not_committed_is_none(bus: MemoryBus) -
     stored.models.append(stored.models[-1])
     await stored.log(3, term=1)
     with pytest.raises(ConfigError, match=r"version 3 .* does not exist"):
-        await runs.commit_of(bus, await runs.head_of(bus, RUN), 3)
+        await history.commit_of(bus, await runs.head_of(bus, RUN), 3)
 
 
 async def test_a_run_without_a_version_says_so(bus: MemoryBus) -> None:
     await submitted(bus)
     with pytest.raises(ConfigError, match=r"has committed no version yet \(waiting\)"):
-        await runs.commit_of(bus, await runs.head_of(bus, RUN), 0)
+        await history.commit_of(bus, await runs.head_of(bus, RUN), 0)
 
 
 # -- ls -----------------------------------------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ async def test_a_run_without_a_version_says_so(bus: MemoryBus) -> None:
 async def test_runs_are_listed_the_newest_first_with_who_takes_part(bus: MemoryBus) -> None:
     await StoredRun(bus).make(3)
     await submitted(bus, "later")
-    later, first = await ls.read(bus)
+    later, first = await runs.summaries(bus)
     assert (later.run, later.phase, later.version, later.agents) == ("later", "queued", 0, 0)
     assert (first.run, first.phase, first.version, first.versions) == (RUN, "training", 3, 100)
     assert (first.agents, first.slow, first.roster, first.reason) == (1, 1, 2, "2 of 2")
@@ -134,7 +133,7 @@ async def test_a_run_whose_roster_was_purged_just_now_is_listed_all_the_same(bus
     head = await runs.head_of(bus, RUN)
     assert head.roster is not None
     await bus.purge(subjects.model_stream(RUN), f"{subjects.model_prefix(RUN, head.roster.id)}.>")
-    (row,) = await ls.read(bus)
+    (row,) = await runs.summaries(bus)
     assert (row.run, row.roster) == (RUN, 0)
 
 
@@ -142,7 +141,7 @@ async def test_what_is_in_the_bucket_and_cannot_be_read_is_left_out(bus: MemoryB
     await bucket(bus)
     await bus.kv_create(subjects.RUNS_BUCKET, "odd.spec", b"rubbish")
     await bus.kv_create(subjects.RUNS_BUCKET, "odd.head", b"rubbish")
-    assert await ls.read(bus) == []
+    assert await runs.summaries(bus) == []
     with pytest.raises(ConfigError, match="the head of odd cannot be read"):
         await runs.head_of(bus, "odd")
 

@@ -11,11 +11,11 @@ import pytest
 
 from syncline import __version__
 from syncline.bus.base import Bus, Delivery
+from syncline.client.submit import ANSWER_S, SILENT_S, submit
 from syncline.errors import BusError, ConfigError, NoResponders, Unavailable, Unreachable
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.spec.submission import submission
 from syncline.wire.messages import Submit, Submitted, decode, encode
-from syncline_cli.ui.follow import ANSWER_S, SILENT_S, submit
 from syncline_coordinator.submissions import FORGOTTEN_S, MOST_CHECKS, Submissions
 
 Simulated = Callable[[Any], tuple[Any, float]]

@@ -55,13 +55,13 @@ async def test_a_metric_is_published_under_who_and_what(bus: Any, who: str, metr
     name = who.replace("<agent>", "a1")
     await Telemetry(bus, "r", name).metric(EXAMPLES[metric])
     subject, fields = last(bus)
-    assert subject == f"syncline.v1.r.metrics.{name}.{metric.what}"
+    assert subject == f"syncline.v1.r.metrics.{name}.{metric.kind}"
     assert set(fields) == set(metric.model_fields) and metric.model_validate(fields) == EXAMPLES[metric]
 
 
 def test_every_metric_has_a_subject_of_its_own() -> None:
     assert {metric for _, metric in METRICS} == set(EXAMPLES)
-    assert len({(who, metric.what) for who, metric in METRICS}) == len(METRICS) and all(m.what for _, m in METRICS)
+    assert len({(who, metric.kind) for who, metric in METRICS}) == len(METRICS) and all(m.kind for _, m in METRICS)
 
 
 def test_a_metric_says_when(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncline.observe.run_state import BLOCKS, POINTS, Curve, RunState
+from syncline.observe.feed import FeedMessage, parse
+from syncline.observe.run_state import BLOCKS, MAX_POINTS, Curve, RunState
 from syncline.observe.telemetry import AgentEval, CenterEval, Event, Published, Round, Train
 
 
@@ -30,12 +31,18 @@ def committed(version: int) -> Round:
 
 
 def tell(state: RunState, who: str, metric: Published) -> None:
-    state.on_metric(who, metric.what, metric.model_dump_json().encode())
+    state.handle(FeedMessage(state.run, who, metric.kind, metric))
+
+
+def hear(state: RunState, subject: str, data: bytes) -> None:
+    """Give a raw message to the parser, and the result to the state."""
+    if (message := parse(subject, data)) is not None:
+        state.handle(message)
 
 
 def event(state: RunState, kind: str, level: str = "info", agent: str = "", run: str = "r") -> None:
     said = Event.model_validate({"event": kind, "level": level, "text": f"{agent} {kind}", "agent": agent})
-    state.on_event(run, said.model_dump_json().encode())
+    hear(state, f"syncline.v1.{run}.events.coordinator", said.model_dump_json().encode())
 
 
 def test_a_state_holds_the_newest_of_everything() -> None:
@@ -46,9 +53,9 @@ def test_a_state_holds_the_newest_of_everything() -> None:
     tell(state, "coordinator", CenterEval(version=2, metrics={"loss": 0.4, "accuracy": 0.9}, seconds=0.1))
     assert state.steps_of(state.agents["a1"]) == (9, 20)
     assert (state.version, state.evaluated, state.bytes_up, state.bytes_down) == (3, 2, 300, 30)
-    assert state.shown_metrics() == ["accuracy", "loss"]
-    assert not state.complete(3, evaluated=True)
-    assert state.complete(3, evaluated=False)
+    assert state.metric_names() == ["accuracy", "loss"]
+    assert not state.is_complete(3, evaluated=True)
+    assert state.is_complete(3, evaluated=False)
 
 
 def test_an_evaluation_that_comes_late_does_not_replace_a_newer_one() -> None:
@@ -72,9 +79,9 @@ def test_an_agents_own_evaluation_is_not_the_centers() -> None:
 )
 def test_rubbish_on_the_public_feed_changes_nothing(what: str, data: bytes) -> None:
     state = RunState("r", versions=40)
-    state.on_metric("a1", what, data)
-    state.on_metric("coordinator", what, data)
-    state.on_event("r", data)
+    for sender in ("a1", "coordinator"):
+        hear(state, f"syncline.v1.r.metrics.{sender}.{what}", data)
+        hear(state, f"syncline.v1.r.events.{sender}", data)
     assert state == RunState("r", versions=40)
 
 
@@ -88,16 +95,14 @@ def test_steps_are_those_of_the_spec_until_the_agent_knows_its_own() -> None:
     assert state.steps_of(state.agents["a1"]) == (800, 800)
 
 
-def test_warnings_and_errors_are_taken_once_and_only_those_of_the_run_and_the_fleet() -> None:
+def test_warnings_and_errors_of_the_run_and_the_fleet_are_taken_once() -> None:
     state = RunState("r", versions=40)
     event(state, "agent-joined", agent="a1")
     event(state, "agent-lost", "warning", "a1")
     event(state, "refused", "warning", "a2", run="fleet")
-    event(state, "agent-lost", "warning", "a3", run="another")
     assert [e.event for e in state.take_events()] == ["agent-lost", "refused"]
     assert state.take_events() == []
     assert state.agents["a1"].lost
-    assert "a3" not in state.agents
 
 
 def test_an_agent_that_comes_back_is_not_lost() -> None:
@@ -138,9 +143,10 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest() -> None:
 def test_an_agent_speaks_in_its_own_name_and_not_without_end() -> None:
     state = RunState("r", versions=40)
     for who, text in (("a1", "the run is over"), ("a1", "a1 cannot train"), ("coordinator", "x" * 5000)):
-        state.on_event("r", Event(event="advice", level="error", text=text).model_dump_json().encode(), who)
-    said = [event.text for event in state.take_events()]
-    assert said == ["a1: the run is over", "a1 cannot train", "x" * 1000]
+        said = Event(event="advice", level="error", text=text)
+        hear(state, f"syncline.v1.r.events.{who}", said.model_dump_json().encode())
+    texts = [event.text for event in state.take_events()]
+    assert texts == ["a1: the run is over", "a1 cannot train", "x" * 1000]
 
 
 def test_a_constant_is_a_flat_line() -> None:
@@ -162,6 +168,6 @@ def test_a_curve_is_bounded_ordered_and_always_drawable(values: list[float], wid
     for version, value in enumerate(values):
         curve.add(version, value)
     versions = [version for version, _ in curve.points]
-    assert len(versions) <= POINTS + 1
+    assert len(versions) <= MAX_POINTS + 1
     assert versions == sorted(set(versions))
     assert len(curve.sparkline(width)) == (width if values else 0)

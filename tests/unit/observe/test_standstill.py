@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from syncline.observe.fleet_state import FleetState
 from syncline.observe.run_state import RunState
+from syncline.observe.standstill import QUIET_S, WORK_S, Standstill
 from syncline.observe.telemetry import FleetStatus, Published, RunStatus, Train
-from syncline.wire.subjects import COORDINATOR
-from syncline_cli.ui.standstill import QUIET_S, WORK_S, Standstill
+from syncline.wire import subjects
+from syncline.wire.subjects import COORDINATOR, FLEET
 
 
 def status(phase: str, **changes: object) -> RunStatus:
@@ -23,23 +25,21 @@ class Watcher:
     """Hears the same again every two seconds, and looks every second."""
 
     def __init__(self) -> None:
-        self.state, self.still, self.now_s = RunState("r", 3), Standstill(), 100.0
+        self.fleet, self.still, self.now_s = FleetState("r", {"r": RunState("r", 3)}), Standstill(), 100.0
         self.often: list[tuple[str, Published]] = []
 
     def hears(self, who: str, said: Published) -> None:
-        self.often = [o for o in self.often if (o[0], o[1].what) != (who, said.what)] + [(who, said)]
+        self.often = [o for o in self.often if (o[0], o[1].kind) != (who, said.kind)] + [(who, said)]
 
     def looks(self, seconds: float) -> list[tuple[float, str]]:
         """What was said, each after how many seconds."""
         found, began_s = [], self.now_s
         while self.now_s <= began_s + seconds:
             for who, said in self.often:
+                run = FLEET if isinstance(said, FleetStatus) else "r"
                 data = said.model_dump_json().encode()
-                if isinstance(said, FleetStatus):
-                    self.state.on_fleet(who, said.what, data)
-                else:
-                    self.state.on_metric(who, said.what, data, self.now_s)
-            if text := self.still.look(self.state, None, self.now_s):
+                self.fleet.handle(subjects.metrics(run, who, said.kind), data, self.now_s)
+            if text := self.still.look(self.fleet, None, self.now_s):
                 found.append((self.now_s - began_s, text))
             self.now_s += 1
         return found
@@ -49,10 +49,10 @@ def test_agents_that_are_missing_are_counted_more_and_more_seldom() -> None:
     watcher = Watcher()
     watcher.hears(COORDINATOR, status("waiting", agents=0, version=0))
     said = watcher.looks(200)
-    assert said[0] == (QUIET_S, "waiting for agents: 0 of 2 are here")
+    assert said[0] == (QUIET_S, "waiting for agents: 0 of 2 are present")
     assert [at for at, _ in said] == [10.0, 20.0, 40.0, 80.0, 160.0]
     watcher.hears(COORDINATOR, status("waiting", agents=1, version=0))
-    assert watcher.looks(QUIET_S) == [(QUIET_S, "waiting for agents: 1 of 2 are here")]
+    assert watcher.looks(QUIET_S) == [(QUIET_S, "waiting for agents: 1 of 2 are present")]
 
 
 def test_agents_that_make_no_step_are_named() -> None:
@@ -62,7 +62,7 @@ def test_agents_that_make_no_step_are_named() -> None:
         watcher.hears(agent, train(at_work))
     ((at, text),) = watcher.looks(WORK_S + 5)
     assert (at, text.partition(";")[0]) == (WORK_S, "waiting for a2, a10: no step for 30 s")
-    assert "none within 600 s of its start counts as slow" in text
+    assert "An agent without a step within 600 s of its start counts as slow" in text
     watcher.hears("a10", train("training", step=1))
     watcher.hears("a2", train("waiting", clock=1))
     assert watcher.looks(WORK_S) == [(WORK_S, "waiting for a10: no step for 30 s")]
@@ -93,11 +93,11 @@ def test_an_evaluation_at_the_end_that_takes_long_is_said() -> None:
 def test_a_run_in_the_queue_says_which_goes_first_and_a_silent_coordinator_is_told() -> None:
     watcher = Watcher()
     watcher.hears(COORDINATOR, FleetStatus(agents=2, run="other", queued=["r"]))
-    assert watcher.looks(QUIET_S) == [(QUIET_S, "queued: run other goes on first")]
+    assert watcher.looks(QUIET_S) == [(QUIET_S, "queued: run other is active")]
     watcher.hears(COORDINATOR, FleetStatus(agents=2, run="r", queued=[]))
     assert watcher.looks(QUIET_S)[0][1] == "the coordinator loads the task and makes the model, for 10 s"
     watcher.often.clear()
-    assert watcher.looks(30)[0][1].startswith("nothing is heard of the coordinator for ")
+    assert watcher.looks(30)[0][1].startswith("no message from the coordinator for ")
 
 
 def test_a_run_that_has_ended_has_nothing_to_say() -> None:

@@ -12,16 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from syncline.bus.base import Bus
+from syncline.client.follow import RunFollower
+from syncline.client.submit import submit
+from syncline.observe.fleet_state import FleetState
+from syncline.observe.naming import natural_order
 from syncline.observe.run_state import AgentState, RunState
 from syncline.spec.run_spec import RunSpec
-from syncline.wire.messages import Head
 from syncline.wire.subjects import COORDINATOR
-from syncline_cli.commands.demo import TASK, DemoSettings
+from syncline_cli.local_fleet.demo_settings import TASK, DemoSettings
 from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_cli.local_fleet.supervise import Services
-from syncline_cli.process import as_typed
-from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, natural, number
-from syncline_cli.ui.follow import Feed, Follower, submit
+from syncline_cli.process import as_typed, since_start_s
+from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, number
 from syncline_cli.ui.results import print_json, result_of
 
 BAR = 30  # columns of the longest bar in the final table
@@ -60,34 +62,34 @@ class Demo:
         return 0
 
     async def _together(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
-        state = self.shared = RunState(spec.name, spec.stop.versions, spec.local.steps_for(0))
+        fleet_state = FleetState.of(spec)
+        self.shared = fleet_state.followed
         for warning in spec.warnings:
             self.screen.say("warning", warning)
-        self.screen.show(RunView("training together", state, about=self.about))
-        head, follower = await self._follow(services, bus, watch, spec, state)
-        self.result = {**result_of(head, follower, state), "first_commit_s": round(follower.first_commit_s or 0.0, 3)}
+        self.screen.show(RunView("training together", self.shared, about=self.about))
+        follower = await self._follow(services, bus, watch, spec, fleet_state)
+        first_s = 0.0 if follower.first_commit_at_s is None else since_start_s(follower.first_commit_at_s)
+        self.result = {**result_of(follower), "first_commit_s": round(first_s, 3)}
 
     async def _alone(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         steps = spec.local.steps_for(0)
-        state = RunState(spec.name, 1, steps)
+        fleet_state = FleetState.of(spec)
+        state = fleet_state.followed
         accuracy = number("accuracy", self.result["accuracy"])
         done = f"shared model: accuracy {accuracy} after {counted(self.shared.version, 'round')}"
         self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
-        await self._follow(services, bus, watch, spec, state)
-        self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural)}
+        await self._follow(services, bus, watch, spec, fleet_state)
+        self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural_order)}
 
     async def _follow(
-        self, services: Services, bus: Bus, watch: Bus, spec: RunSpec, state: RunState
-    ) -> tuple[Head, Follower]:
-        feed = Feed(watch, state)
-        await feed.open()
+        self, services: Services, bus: Bus, watch: Bus, spec: RunSpec, fleet_state: FleetState
+    ) -> RunFollower:
+        follower = RunFollower(bus, watch, fleet_state)
+        await follower.open()
         await services.while_up(submit(bus, spec, say=self.screen.say))
-        follower = Follower(bus, spec.name)
-        head = await services.until_ended(follower, state, spec.agents.min, stalled_s=STALLED_S)
-        await feed.last(
-            head.version, evaluated=spec.evaluate.center, agents=spec.agents.min if spec.evaluate.agents else 0
-        )
-        return head, follower
+        await services.until_ended(follower, spec.agents.min, stalled_s=STALLED_S)
+        await follower.last_metrics(spec)
+        return follower
 
     def _say_how_to_watch(self, fleet: LocalFleet) -> None:
         broker = fleet.broker
