@@ -192,7 +192,7 @@ async def test_wrong_names_and_versions_are_said_with_what_is_near(fleet: Fleet,
     for command in (("why", "mistpyed"), ("stop", "mistpyed"), ("export", "mistpyed", "m.safetensors")):
         said = await shell.refused(*command)
         assert said == "error: RUN: there is no run 'mistpyed'. Did you mean `mistyped`?\n"
-    assert "There are versions 1 to 1" in await shell.refused("why", run, "7")
+    assert "Use a version from 1 to 1" in await shell.refused("why", run, "7")
     assert (await shell.refused("export", run, "m.pt")).startswith("error: FILE: m.pt does not end with")
 
 

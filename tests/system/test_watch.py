@@ -84,8 +84,8 @@ async def test_who_is_late_or_lost_is_said_as_it_happens(fleet: Fleet, tmp_path:
     assert f"interrupted; run {run} goes on" in watch.err
     late = watching(fleet, tmp_path, "--json", key="watch")
     started.append(late)
-    await asyncio.to_thread(late.says, '"what": "run"')
-    said = [json.loads(line) for line in late.out.splitlines() if '"what": "run"' in line]
+    await asyncio.to_thread(late.says, '"kind": "run"')
+    said = [json.loads(line) for line in late.out.splitlines() if '"kind": "run"' in line]
     assert said[-1]["lost"] == ["a2"]
     await fleet.local.start_agent("a2")
     await fleet.event(run, "agent-joined", "a2", after=1)
@@ -105,10 +105,10 @@ async def test_every_message_comes_as_a_json_line_and_the_watchers_key_is_found_
     assert await asyncio.to_thread(watch.ended) == 0, watch.err
     lines = [json.loads(line) for line in watch.out.splitlines()]
     assert {line["run"] for line in lines} == {run}
-    assert {line["who"] for line in lines if line["what"] == "train"} == {"a1", "a2", "a3", "a4"}
-    versions = [line["version"] for line in lines if line["what"] == "round"]
+    assert {line["sender"] for line in lines if line["kind"] == "train"} == {"a1", "a2", "a3", "a4"}
+    versions = [line["version"] for line in lines if line["kind"] == "round"]
     assert versions == sorted(versions) and versions[-1] == 8
-    assert any(line["what"] == "event" and line["event"] == "run-done" for line in lines)
+    assert any(line["kind"] == "event" and line["event"] == "run-done" for line in lines)
 
 
 async def test_a_run_that_fails_ends_the_watching_with_its_reason(
