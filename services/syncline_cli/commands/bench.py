@@ -20,6 +20,7 @@ from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Notify, decode
 from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet, agent_names
+from syncline_cli.local_fleet.requirements import check_broker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -61,6 +62,7 @@ def round_command(
 
     Example: syncline bench round --agents 4 --params 10000
     """
+    check_broker("syncline bench")
     nursery = LocalFleet.preload("torch._dynamo", "syncline.tasks.noop")
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         result = runner.run(_measure(LocalFleet(FleetSettings(tuple(agent_names(agents))), nursery), params, rounds))

@@ -38,11 +38,15 @@ def demo(
     Starts a broker, a coordinator and agents, each a process; splits 1,797 handwritten digits unevenly among the agents;
     trains one shared model in synchronous rounds, then every agent alone for as many steps, and compares.
     """
+    from syncline.extras import require_modules
     from syncline_cli.local_fleet.demo_settings import PRELOAD, DemoSettings
+    from syncline_cli.local_fleet.requirements import check_broker
 
     settings = DemoSettings(agents, rounds, alpha, seed, port, directory, as_json)
     _check_port(port)
     _check_directory(directory)
+    check_broker("syncline demo")
+    require_modules("syncline demo", "local", "sklearn")
 
     from syncline_cli.local_fleet.preload import start_nursery
 

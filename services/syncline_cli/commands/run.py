@@ -137,7 +137,9 @@ def allowed_tasks(task: str, *, stay: bool) -> tuple[str, ...]:
 
 def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) -> int:
     from syncline_cli.local_fleet.preload import start_nursery
+    from syncline_cli.local_fleet.requirements import check_broker
 
+    check_broker("--local")
     module = spec.task.rpartition(":")[0]
     own = [module] if _is_ready_made(module) else []
     nursery = start_nursery("torch._dynamo", *own)

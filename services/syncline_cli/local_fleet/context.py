@@ -10,6 +10,7 @@ from syncline.errors import ConfigError
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet, agent_names
 from syncline_cli.local_fleet.preload import start_nursery
+from syncline_cli.local_fleet.requirements import check_broker
 
 MAX_AGENTS = 64
 
@@ -21,6 +22,7 @@ async def local_fleet(
     """See `syncline.local_fleet`."""
     if not 1 <= agents <= MAX_AGENTS:
         raise ConfigError("agents", f"{agents} is out of range", f"Use 1 to {MAX_AGENTS}")
+    check_broker("local_fleet")
     settings = FleetSettings(
         tuple(agent_names(agents)),
         directory=directory,

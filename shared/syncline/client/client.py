@@ -27,7 +27,8 @@ from syncline.client.keys import watch_key
 from syncline.client.runs import RunSummary
 from syncline.client.stop import StopResult, stop
 from syncline.client.submit import Say, say_nothing, submit
-from syncline.errors import ConfigError, RunFailed
+from syncline.errors import RunFailed
+from syncline.extras import missing_extra
 from syncline.observe.fleet_state import FleetState
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.messages import Committed, Head
@@ -213,9 +214,7 @@ async def local_fleet(
         # By name: the services import this library, so that a plain import would be a cycle.
         context = importlib.import_module("syncline_cli.local_fleet.context")
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "local_fleet", f"{error.name} is not installed", "Run: pip install 'syncline[local]'"
-        ) from None
+        raise missing_extra("local_fleet", error.name or "syncline_cli", "local") from None
     async with context.local_fleet(agents, tuple(allow_task), task_dir, directory, threads) as up:
         bus = await up.connect("coordinator")
         try:

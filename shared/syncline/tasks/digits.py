@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from syncline.data.once import read_once
 from syncline.data.partition import Part
+from syncline.extras import missing_extra
 from syncline.tasks.classification import Classification
 
 _SPLIT_SEED = 1998  # of the held-out rows; not the run's, so that runs can be compared
@@ -66,8 +67,11 @@ class Digits(Classification):
 @read_once
 def _read() -> tuple[NDArray[Any], ...]:
     """Images and labels: train, test, train, test."""
-    from sklearn.datasets import load_digits  # a second to import, and only agents and evaluation need it
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits  # a second to import, and only agents and evaluation need it
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError:
+        raise missing_extra("task syncline.tasks.digits:Digits", "sklearn", "local") from None
 
     images, labels = load_digits(return_X_y=True)
     return tuple(train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=_SPLIT_SEED))

