@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from syncline.bus.server.accounts import Identity
 from syncline.bus.server.embedded import EmbeddedBroker
 
-pytest.register_assert_rewrite("contract_store", "contract_core", "contract_failures")
+pytest.register_assert_rewrite("bus.contract_store", "bus.contract_core", "bus.contract_failures")
 
 
 async def until(true: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 10.0) -> None:

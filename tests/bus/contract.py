@@ -6,9 +6,9 @@ Each test gets a broker of its own with the accounts of `syncline.bus.server.acc
 
 from __future__ import annotations
 
-from contract_core import Accounts, Core
-from contract_failures import Failures
-from contract_store import Blobs, KeyValue, Streams
+from bus.contract_core import Accounts, Core
+from bus.contract_failures import Failures
+from bus.contract_store import Blobs, KeyValue, Streams
 
 
 class Contract(KeyValue, Streams, Blobs, Core, Accounts, Failures):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from contract_kit import (
+from bus.contract_kit import (
     HEAD,
     MODEL,
     OFFERS,
@@ -24,7 +24,6 @@ from contract_kit import (
     settled,
     until,
 )
-
 from syncline.bus.base import WAITING_BYTES, Delivery
 from syncline.bus.server.violations import Violation
 from syncline.errors import AlreadyPut, Denied, NoResponders, Unavailable, Unreachable

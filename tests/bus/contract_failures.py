@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from contract_kit import (
+from bus.contract_kit import (
     HEAD,
     MODEL,
     PATIENCE_S,
@@ -17,7 +17,6 @@ from contract_kit import (
     settled,
     until,
 )
-
 from syncline.bus.base import Bus
 from syncline.errors import NoResponders, Unreachable
 from syncline.wire.subjects import RUNS_BUCKET

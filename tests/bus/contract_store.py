@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from contract_kit import MAX_STORE_BYTES, MODEL, ROOM, UPDATES, B, Backend, S, a_run, outcome, outcomes, until
 
+from bus.contract_kit import MAX_STORE_BYTES, MODEL, ROOM, UPDATES, B, Backend, S, a_run, outcome, outcomes, until
 from syncline.bus.base import READ_BYTES, BucketConfig, StreamConfig
 from syncline.bus.blobs import BlobGone, get_blob, put_blob, windowed
 from syncline.errors import AlreadyPut, Conflict, NoResponders, StreamFull, Unavailable

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from contract import TESTS, Contract
-from contract_kit import MAX_STORE_BYTES, B, Heard, MemoryBackend, S, VirtualLoop, outcome, settled, until
-from mutants import MUTANTS
 
+from bus.contract import TESTS, Contract
+from bus.contract_kit import MAX_STORE_BYTES, B, Heard, MemoryBackend, S, VirtualLoop, outcome, settled, until
+from bus.mutants import MUTANTS
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.memory.bus import MemoryBroker
 from syncline.bus.memory.faults import Instant, Operation, Seeded

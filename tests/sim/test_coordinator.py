@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 
+from sim.crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 from syncline.bus.base import Delivery
 from syncline.bus.memory.bus import MemoryBroker
 from syncline.observe.telemetry import Event

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 
+from sim.crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 from syncline.bus.blobs import get_record
 from syncline.bus.commits import line_of, record_in
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
-
+from sim.crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.wire import subjects
 from syncline.wire.messages import Story, StoryTold, decode, encode

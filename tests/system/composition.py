@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from command import until
-from dockerfile import ROOT, environment, exec_form, only
-from server import free_port
 
 from syncline.bus.server.process import server_binary
+from system.command import until
+from system.dockerfile import ROOT, environment, exec_form, only
+from system.server import free_port
 
 PATIENCE_S = 90.0
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

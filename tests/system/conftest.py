@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
-from command import until
-from harness import Fleet, settings
 
 from syncline.bus.server.process import server_binary
 from syncline.runtime.nursery import Nursery
 from syncline_cli.local_fleet.fleet import LocalFleet
+from system.command import until
+from system.harness import Fleet, settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,9 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Self
 
-from command import until
-
 from syncline.bus.server.process import server_binary
+from system.command import until
 
 READY_S = 20.0
 

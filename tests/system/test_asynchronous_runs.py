@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Fleet, eventually, task
-from tasks import Watched
 from torch import Tensor
 
 from syncline.wire import subjects
 from syncline.wire.messages import Committed, Offer, decode
+from system.harness import Fleet, eventually, task
+from system.tasks import Watched
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import psutil
-from command import until
+
+from system.command import until
 
 SERVICE = """
 import asyncio, multiprocessing, os, signal, time

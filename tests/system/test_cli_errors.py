@@ -7,11 +7,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from command import Command
-from harness import Fleet
 
 from syncline.errors import Unavailable
 from syncline.wire import subjects
+from system.command import Command
+from system.harness import Fleet
 
 pytestmark = pytest.mark.timeout(180)
 in_module_loop = pytest.mark.asyncio(loop_scope="module")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import trustme
-from command import until
-from server import Server, free_port
 
 from syncline.bus.nats.bus import Connection, NatsBus
 from syncline.bus.tls import Tls
 from syncline.errors import Unfit
 from syncline_cli import main as cli
+from system.command import until
+from system.server import Server, free_port
 
 pytestmark = pytest.mark.timeout(120)
 

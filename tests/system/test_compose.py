@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import until
-from composition import PATIENCE_S, Composition, load
-from dockerfile import ROOT, only
+
+from system.command import until
+from system.composition import PATIENCE_S, Composition, load
+from system.dockerfile import ROOT, only
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,11 +14,11 @@ from typing import Any
 import nats
 import pytest
 import pytest_asyncio
-from command import LONG_S, Command, until
-from harness import Fleet, eventually
 
 from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.wire import subjects
+from system.command import LONG_S, Command, until
+from system.harness import Fleet, eventually
 
 pytestmark = pytest.mark.timeout(180)
 in_module_loop = pytest.mark.asyncio(loop_scope="module")

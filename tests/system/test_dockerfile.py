@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from dockerfile import ROOT, Step, copied, environment, exec_form, only, steps
+
+from system.dockerfile import ROOT, Step, copied, environment, exec_form, only, steps
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Command
-from harness import Fleet
-from server import Server, free_port
 
 from syncline.bus.server.accounts import BrokerSettings, Keyring, server_config
 from syncline.bus.server.operator import OperatorSet
 from syncline.wire import subjects
+from system.command import Command
+from system.harness import Fleet
+from system.server import Server, free_port
 
 pytestmark = pytest.mark.timeout(120)
 in_module_loop = pytest.mark.asyncio(loop_scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import nats
 import pytest
-from command import Command
-from harness import Fleet, eventually, task
 
 from syncline.wire import subjects
 from syncline.wire.messages import Head
+from system.command import Command
+from system.harness import Fleet, eventually, task
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

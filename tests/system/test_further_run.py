@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import Command
 from test_pages import asked, in_another_terminal
+
+from system.command import Command
 
 pytestmark = pytest.mark.timeout(180)
 

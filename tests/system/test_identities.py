@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Fleet, task
-from tasks import Bowls
 from torch import Tensor
 
 from syncline.data.partition import Part
 from syncline.spec.run_spec import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
+from system.harness import Fleet, task
+from system.tasks import Bowls
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import trustme
-from command import Command, until
-from server import Server, free_port
 
 from syncline.bus.base import Delivery
 from syncline.bus.nats.bus import Connection, NatsBus
@@ -17,6 +15,8 @@ from syncline.bus.server.accounts import Identity
 from syncline.bus.server.operator import OperatorSet
 from syncline.errors import BusError, Denied, Unavailable
 from syncline.wire import subjects
+from system.command import Command, until
+from system.server import Server, free_port
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Fleet, task
-from tasks import Bowls
 from torch import Tensor
 
 from syncline.wire.messages import Committed
+from system.harness import Fleet, task
+from system.tasks import Bowls
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

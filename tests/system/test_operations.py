@@ -11,8 +11,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from dockerfile import ROOT
-from server import free_port
+
+from system.dockerfile import ROOT
+from system.server import free_port
 
 pytestmark = pytest.mark.timeout(400)
 

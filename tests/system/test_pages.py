@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import SYNCLINE, Command, until
-from dockerfile import ROOT
+
+from system.command import SYNCLINE, Command, until
+from system.dockerfile import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -8,10 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import Fleet, settings
 
 from syncline.runtime.nursery import Nursery
 from syncline_cli.local_fleet.fleet import LocalFleet
+from system.harness import Fleet, settings
 
 pytestmark = pytest.mark.timeout(240)
 

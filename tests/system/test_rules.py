@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from harness import Fleet, settings, task
-from tasks import Liar
 
 from syncline.averaging.merge import RULES
 from syncline.averaging.outer import OUTERS
 from syncline.runtime.nursery import Nursery
 from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_sim.oracle import stepped
+from system.harness import Fleet, settings, task
+from system.tasks import Liar
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

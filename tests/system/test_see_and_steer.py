@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from command import Command
-from harness import Fleet, task
 from safetensors.torch import load_model
 
 from syncline.data.partition import Part
 from syncline.tasks.base import evaluate
 from syncline.tasks.digits import Digits
 from syncline.wire import subjects
+from system.command import Command
+from system.harness import Fleet, task
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from command import Command
-from harness import Fleet
 
 from structures.registry import STRUCTURES
+from system.command import Command
+from system.harness import Fleet
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import Command
+
+from system.command import Command
 
 pytestmark = pytest.mark.timeout(180)
 

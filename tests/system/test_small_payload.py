@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 import torch
-from harness import Fleet, settings, task
 
 from syncline.runtime.nursery import Nursery
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline_cli.local_fleet.fleet import LocalFleet
+from system.harness import Fleet, settings, task
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import pytest_asyncio
-from harness import Fleet, eventually, settings
 
 from syncline.bus.base import StreamConfig
 from syncline.bus.blobs import UNOFFERED_S, put_blob
@@ -18,6 +17,7 @@ from syncline.runtime.nursery import Nursery
 from syncline.wire import subjects
 from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_coordinator.retention import LOOK_S, QUOTA_BLOBS, Janitor, Purger
+from system.harness import Fleet, eventually, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

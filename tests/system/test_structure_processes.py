@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from harness import Fleet, eventually, settings
 from safetensors import safe_open
 
 from structures.registry import HERE, STRUCTURES, plain_loop
@@ -28,6 +27,7 @@ from syncline.tasks.base import make_model
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Notify, decode
 from syncline_cli.local_fleet.fleet import LocalFleet
+from system.harness import Fleet, eventually, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

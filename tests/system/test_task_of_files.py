@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import SYNCLINE, Command, until
 
 from syncline.bus.server.embedded import EmbeddedBroker
+from system.command import SYNCLINE, Command, until
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -13,14 +13,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from command import SYNCLINE, Command
-from server import Server, free_port
 
 import syncline
 from syncline.bus.nats.bus import Connection, NatsBus
 from syncline.errors import BusError
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Stop, Stopped, decode, encode
+from system.command import SYNCLINE, Command
+from system.server import Server, free_port
 
 ROOT = Path(__file__).parents[2]
 NEWER = "9.0.0"

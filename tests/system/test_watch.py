@@ -22,13 +22,13 @@ import nats
 import psutil
 import pytest
 import pytest_asyncio
-from chorus import Chorus
-from command import SYNCLINE, Command
-from harness import Fleet, task
 
 from syncline.bus.server.violations import ViolationLog
 from syncline.wire import subjects
 from syncline.wire.messages import Stop, encode
+from system.chorus import Chorus
+from system.command import SYNCLINE, Command
+from system.harness import Fleet, task
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from trainers import Child
+
+from unit.trainers import Child
 
 TASK = """
 import torch

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainers import Child
 
 from syncline.errors import ConfigError
 from syncline.spec.run_spec import Local
 from syncline.tasks.optimizers import inner_of
 from syncline.tasks.quadratic import LinearRegression
 from syncline_agent.inner_optimizers import restore_state
+from unit.trainers import Child
 
 TASKS = """
 import torch

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainers import Child
 
 from syncline_agent.control_variates import Variates
+from unit.trainers import Child
 
 BOWLS = f"{Path(__file__).parents[2] / 'system' / 'tasks.py'}:Bowls"
 CURVATURES = [0.3, 0.7, 1.1, 1.6, 2.0]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from trainers import Child
 
 from structures.registry import SEED, STRUCTURES, Structure, plain_loop
 from syncline.data.partition import Part
@@ -17,6 +16,7 @@ from syncline.errors import ConfigError
 from syncline.model.flat import FlatModel, manifest_of, to_unit_
 from syncline.model.tensors import tensors_of
 from syncline.tasks.base import evaluate, make_model
+from unit.trainers import Child
 
 PERIODS = 3
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainers import Child, Ticking
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.spec.run_spec import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
+from unit.trainers import Child, Ticking
 
 LR = 0.05
 EXACT = {"rtol": 1e-12, "atol": 1e-14}

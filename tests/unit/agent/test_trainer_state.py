@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from trainers import Child, Ticking
 
 from syncline_agent.local_state import DIGEST, _digest
 from syncline_agent.trainer import SAVE_EVERY_S
 from syncline_agent.training_child import SAVE_AGAIN_S, STOP_EARLY
+from unit.trainers import Child, Ticking
 
 OWN_TASKS = '''
 from collections import OrderedDict

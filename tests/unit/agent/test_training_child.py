@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainers import Child
-
 from syncline.shm import SharedMemory
 from syncline_agent.training_child import STOP_EARLY, ChildTraining, Period
+from unit.trainers import Child
 
 
 class Asked:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_run import LAYOUT
 
 from syncline.bus.base import Entry
 from syncline.bus.blobs import STALE_S
@@ -18,6 +17,7 @@ from syncline.wire import subjects
 from syncline.wire.messages import Head, Offer, decode, encode
 from syncline_agent.run_view import News
 from syncline_agent.update_sender import How, Me, Sender, Update
+from unit.stored_run import LAYOUT
 
 RUN, ME = "r", Me("a1", "5" * 32, Path(), None)
 CONTENT = memoryview(bytes(range(LAYOUT.blob_bytes)))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from stored_run import RUN, commit
-
 from syncline.wire.messages import BlobRef, Committed, Head, PlanEntry
 from syncline_cli.commands.why import as_lines, as_object
+from unit.stored_run import RUN, commit
 
 MODEL = BlobRef(id="0" * 32, size=24, chunks=2)
 HEAD = Head(run=RUN, term=1, version=9, phase="training")

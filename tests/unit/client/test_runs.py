@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import stored_run
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stored_run import RUN, StoredRun, bucket, center, digest_of, lose_head, submitted
 
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.client import export as exporting
@@ -20,6 +18,8 @@ from syncline.errors import ConfigError, PeerError
 from syncline.model.manifest import Entry, Manifest
 from syncline.wire import subjects
 from syncline_cli.commands.export import check_file
+from unit import stored_run
+from unit.stored_run import RUN, StoredRun, bucket, center, digest_of, lose_head, submitted
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from conftest import FakeBus
 from syncline.errors import ConfigError
 from syncline.observe.telemetry import Telemetry
 from syncline.runtime.child import ChildDied, ChildFailed
 from syncline.runtime.nursery import NurseryDied
 from syncline_coordinator.evaluation import Evaluation
+from unit.fake_bus import FakeBus
 
 LISTED = ConfigError("task", "`metrics` returned for 'recall' a list", "Return numbers by name")
 GOOD = {"metrics": {"loss": 0.5}, "seconds": 0.1}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
-from trainers import Child
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
@@ -22,6 +21,7 @@ from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, make_held_out
 from syncline_coordinator.evaluator import Evaluator
+from unit.trainers import Child
 
 OWN_TASKS = """
 import torch

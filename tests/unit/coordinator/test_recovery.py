@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from stored_run import lose_head
 
 from syncline import chance
 from syncline.bus.base import StreamConfig
@@ -20,6 +19,7 @@ from syncline_coordinator.offers import StreamPosition
 from syncline_coordinator.recovery import LOST_OFFER_S, Lookout, taken_over
 from syncline_coordinator.reservation import RUNS
 from syncline_sim.dice import Dice
+from unit.stored_run import lose_head
 
 SESSION = "5" * 32
 KEY = subjects.head_key("r")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from conftest import FakeBus
 from syncline.observe.telemetry import Telemetry
 from syncline.spec.run_spec import RunSpec, parse
 from syncline_coordinator.reporting import RunReport
+from unit.fake_bus import FakeBus
 
 
 async def test_a_target_that_no_metric_can_reach_is_told_once_with_those_that_there_are(bus: FakeBus) -> None:

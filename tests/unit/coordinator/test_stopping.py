@@ -6,7 +6,6 @@ import asyncio
 import json
 
 import pytest
-from stored_run import RUN, StoredRun, bucket, lose_head, submitted, waiting
 
 from syncline.bus.base import Delivery
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
@@ -16,6 +15,7 @@ from syncline.wire import subjects
 from syncline.wire.messages import Head, Stop, Stopped, decode, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.run_queue import TRIES, end_undriven, give_up, stop_reason
+from unit.stored_run import RUN, StoredRun, bucket, lose_head, submitted, waiting
 
 STOP = Stop(run=RUN, by="ann@hub")
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainers import Child
 
 from syncline.errors import ConfigError
 from syncline.model.flat import FlatModel, manifest_of
@@ -17,6 +16,7 @@ from syncline.model.frozen import digest_of, insist_on_frozen
 from syncline.model.manifest import Manifest
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire.messages import encode
+from unit.trainers import Child
 
 TASK = '''
 import torch

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from ledgers import ledger_at
 
 from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.errors import PeerError
@@ -34,6 +33,7 @@ from syncline.policy.events import (
     WakeAt,
 )
 from syncline.wire.messages import Presence
+from unit.ledgers import ledger_at
 
 SILENT = "not heard of for 5.1 s"
 DEFAULTS: dict[str, Any] = {

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgers import ledger_at
 
 from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.averaging.weights import weights_of
@@ -37,6 +36,7 @@ from syncline.policy.events import (
     UpdateBroken,
     WakeAt,
 )
+from unit.ledgers import ledger_at
 
 NAMES = ("a1", "a2", "a3", "a4", "a5")
 ACTS = ("train",) * 8 + ("deliver",) * 6 + ("join",) * 3 + ("commit",) * 4 + ("hear",) * 2 + (

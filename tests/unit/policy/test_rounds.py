@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgers import ledger_at
 
 from syncline.errors import PeerError
 from syncline.policy.base import REASON_CHARS, Standing
@@ -36,6 +35,7 @@ from syncline.policy.events import (
 )
 from syncline.policy.rounds import ASKED_AGAIN, Rounds
 from syncline.wire.messages import Presence
+from unit.ledgers import ledger_at
 
 SILENT = "not heard of for 5.1 s"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
-from trainers import Child
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.tasks.base import Task, batches, evaluate, rows_of_part, to_device, whole_gradient
+from unit.trainers import Child
 
 LENGTHS = [3, 1, 4, 1, 5, 2, 6]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from trainers import Child
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.tasks.base import evaluate
 from syncline.tasks.quadratic import LinearRegression
+from unit.trainers import Child
 
 ONE_NUMBER = [torch.tensor(0.5), torch.tensor([0.5], requires_grad=True), np.float32(0.5), 0.5]
 TASK = """

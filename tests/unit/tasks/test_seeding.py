@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainers import Child
 
 from syncline.data.partition import Part
 from syncline.shm import SharedMemory
@@ -19,6 +18,7 @@ from syncline.tasks.base import load_task, make_dataset, make_model
 from syncline.tasks.seeding import generators_restored, seed_all, seed_of
 from syncline_coordinator.evaluator import Evaluator
 from syncline_sim.guard import guarded
+from unit.trainers import Child
 
 DRAWING = """
 import random
