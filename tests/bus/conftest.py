@@ -34,11 +34,9 @@ async def flushed(*clients: Client) -> None:
 
 
 class Connect(Protocol):
-    """Connects a bare client; `refused` collects what the broker tells it."""
+    """Connects a bare client."""
 
-    async def __call__(
-        self, broker: EmbeddedBroker, who: str | Identity, refused: list[str] | None = None
-    ) -> Client: ...
+    async def __call__(self, broker: EmbeddedBroker, who: str | Identity) -> Client: ...
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from syncline.bus.base import BucketConfig
 from syncline.bus.nats.bus import Connection, NatsBus
 from syncline.bus.server import embedded
 from syncline.bus.server.embedded import EmbeddedBroker
+from syncline.bus.server.process import free_port
 from syncline.errors import ConfigError, StreamFull, Unavailable
 
 Connect = Callable[..., Awaitable[Client]]
@@ -104,7 +105,7 @@ async def test_a_taken_port_is_named() -> None:
 
 async def test_a_free_port_that_is_taken_meanwhile_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [embedded.free_port(), other.getsockname()[1]]
+        ports = [free_port(), other.getsockname()[1]]
         monkeypatch.setattr(embedded, "free_port", ports.copy().pop)
         async with EmbeddedBroker() as broker:
             assert broker.port == ports[0]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import BlobRef
 from syncline_sim.dice import Dice
@@ -58,7 +59,12 @@ def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
     settings = {"outer": {"kind": "momentum"}, "keep_models": keep, "wire": {"chunk_bytes": 4096}}
     scene = Scene(small_spec(stop={"versions": 5}, task_options={"elements": 2500}, **settings))
     books: list[Invariants] = []
-    monkeypatch.setattr("syncline_sim.simulate.Invariants", lambda spec: books.append(Invariants(spec)) or books[-1])
+
+    def noted(spec: RunSpec) -> Invariants:
+        books.append(Invariants(spec))
+        return books[-1]
+
+    monkeypatch.setattr("syncline_sim.simulate.Invariants", noted)
 
     def left(faults: Faults) -> tuple[int, int]:
         """Models with their outer state, and all blobs."""
@@ -79,7 +85,12 @@ def test_a_commit_interrupted_between_a_large_record_and_its_line_leaves_nothing
 ) -> None:
     scene = Scene(small_spec(stop={"versions": 3}), max_payload=LEAST_PAYLOAD_BYTES)
     books: list[Invariants] = []
-    monkeypatch.setattr("syncline_sim.simulate.Invariants", lambda spec: books.append(Invariants(spec)) or books[-1])
+
+    def noted(spec: RunSpec) -> Invariants:
+        books.append(Invariants(spec))
+        return books[-1]
+
+    monkeypatch.setattr("syncline_sim.simulate.Invariants", noted)
     calm, interrupted = simulate(scene), 0
     assert isinstance(books[-1].lines[1, 1].record, BlobRef), "the record is not large here"
     for at_op in range(60, calm.operations["coordinator"] + 1):

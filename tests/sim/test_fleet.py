@@ -73,7 +73,7 @@ def fleet_of(spec: RunSpec, task_dir: Path = Path(), **settings: Any) -> FleetRe
 
 
 def test_the_same_spec_and_settings_give_the_same_result_bit_for_bit() -> None:
-    settings = {"step_s": [0.01, 0.03], "spread": 0.3, "jitter": 0.2, "link": {"delay_s": 0.01}}
+    settings: dict[str, Any] = {"step_s": [0.01, 0.03], "spread": 0.3, "jitter": 0.2, "link": {"delay_s": 0.01}}
     first, second = (fleet_of(spec_of(sync={"kind": "async", "buffer": 2}), **settings) for _ in range(2))
     assert first == second and first.phase == "done" and first.versions == 5
     assert fleet_of(spec_of(sync={"kind": "async", "buffer": 2}), **settings, seed=5) != first
@@ -132,7 +132,11 @@ def test_a_period_in_seconds_has_the_steps_that_fit_into_it() -> None:
 
 
 def test_a_link_has_a_delay_and_a_rate() -> None:
-    big = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": 250_000}, "local": {"steps": 1}}
+    big: dict[str, Any] = {
+        "task": "syncline.tasks.noop:Noop",
+        "task_options": {"params": 250_000},
+        "local": {"steps": 1},
+    }
     spec = spec_of(**big, evaluate={"center": False}, stop={"versions": 4})
     free = fleet_of(spec, step_s=0.01)
     slow = fleet_of(spec, step_s=0.01, link=[{"up_mbit": 80, "down_mbit": 160}, {}])
@@ -147,7 +151,11 @@ def test_a_link_has_a_delay_and_a_rate() -> None:
 @pytest.mark.parametrize(("params", "mbit", "wire"), [(500_000, 0.1, {"chunk_bytes": 65536}), (250_000, 0.2, {})])
 def test_over_a_thin_link_an_update_arrives_and_is_put_once(params: int, mbit: float, wire: dict[str, int]) -> None:
     """One takes longer than a blob may stand still; a chunk of the other, longer than a broker may take to answer."""
-    big = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": params}, "local": {"steps": 0}}
+    big: dict[str, Any] = {
+        "task": "syncline.tasks.noop:Noop",
+        "task_options": {"params": params},
+        "local": {"steps": 0},
+    }
     spec = spec_of(2, **big, wire=wire, evaluate={"center": False}, stop={"versions": 2})
     result = fleet_of(spec, step_s=0.01, link=[{}, {"up_mbit": mbit}])
     assert (result.phase, result.warnings) == ("done", ())
@@ -471,7 +479,8 @@ class Normed(LinearRegression):
 """
     )
     spec = spec_of(task="task.py:Normed", mix={"alpha": 1.1})
-    fleet, told = Fleet(spec, parse(SimSettings, {"step_s": 0.01}, "sim"), tmp_path), []
+    told: list[str] = []
+    fleet = Fleet(spec, parse(SimSettings, {"step_s": 0.01}, "sim"), tmp_path)
     fleet.on_doubt = told.append
     fleet.play()
     assert [text.partition(":")[0] for text in told] == ["mix.alpha", "task"]

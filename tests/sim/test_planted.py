@@ -169,10 +169,9 @@ def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
 def the_roster_forgets_the_verdicts(patch: pytest.MonkeyPatch) -> None:
     real = Ledger.restore
 
-    def restore(self: Ledger, roster: Roster) -> tuple[str, ...]:
-        participants = real(self, roster)
+    def restore(self: Ledger, roster: Roster) -> None:
+        real(self, roster)
         self._judged = {agent: Judged() for agent in self._judged}
-        return participants
 
     patch.setattr(Ledger, "restore", restore)
 
@@ -180,10 +179,9 @@ def the_roster_forgets_the_verdicts(patch: pytest.MonkeyPatch) -> None:
 def agents_are_numbered_anew_after_a_restart(patch: pytest.MonkeyPatch) -> None:
     real = Ledger.restore
 
-    def restore(self: Ledger, roster: Roster) -> tuple[str, ...]:
-        participants = real(self, roster)
+    def restore(self: Ledger, roster: Roster) -> None:
+        real(self, roster)
         self.numbering.names.reverse()
-        return participants
 
     patch.setattr(Ledger, "restore", restore)
 
@@ -228,7 +226,7 @@ def a_commit_is_recorded_after_it(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_line_of_a_commit_names_a_record_that_is_put_after_it(patch: pytest.MonkeyPatch) -> None:
-    real = commits.put_record
+    real = blobs.put_record
 
     async def put_record(bus: Bus, prefix: Any, data: bytes) -> BlobRef:
         ref = BlobRef(id="f" * 32, size=len(data), chunks=1)

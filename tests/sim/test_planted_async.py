@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_planted import SEEDS, Plant, found_in
 
+from sim.test_planted import SEEDS, Plant, found_in
 from syncline.averaging.staleness import Staleness
 from syncline.policy.asynchronous import Asynchronous
-from syncline.policy.events import Command, LetRun, OfferReady, StartRound
+from syncline.policy.events import LetRun, OfferReady, StartRound
 from syncline.policy.ledger import Judged, Ledger
 from syncline.wire.messages import Verdict
 from syncline_agent.local_update import Elastic, Verdicts
@@ -57,7 +57,7 @@ def the_roster_forgets_the_offsets(patch: pytest.MonkeyPatch) -> None:
 
 def agents_do_not_know_of_the_gate(patch: pytest.MonkeyPatch) -> None:
     def due(real: Any) -> Any:
-        def without(self: Session, seen: Any) -> Place | None:
+        def without(self: Session, seen: Any) -> Any:
             return real(self, replace(seen, head=seen.head.model_copy(update={"gate": None})))
 
         return without
@@ -84,7 +84,7 @@ def a_buffer_takes_one_more(patch: pytest.MonkeyPatch) -> None:
 
 def the_bound_on_lags_is_one_too_high_at_a_commit(patch: pytest.MonkeyPatch) -> None:
     def committed(real: Any) -> Any:
-        def with_more(self: Asynchronous, now_s: float) -> list[Command]:
+        def with_more(self: Asynchronous, now_s: float) -> Any:
             self.max_lag += 1
             try:
                 return real(self, now_s)
@@ -107,7 +107,7 @@ def the_plan_is_in_the_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
 
 def a_run_goes_on_behind_its_last_version(patch: pytest.MonkeyPatch) -> None:
     def committed(real: Any) -> Any:
-        def further(self: Asynchronous, now_s: float) -> list[Command]:
+        def further(self: Asynchronous, now_s: float) -> Any:
             self.versions += 1
             try:
                 return real(self, now_s)
@@ -121,7 +121,7 @@ def a_run_goes_on_behind_its_last_version(patch: pytest.MonkeyPatch) -> None:
 
 def an_unusable_update_is_judged_before_the_one_before_it(patch: pytest.MonkeyPatch) -> None:
     def broken(real: Any) -> Any:
-        def at_once(self: Asynchronous, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
+        def at_once(self: Asynchronous, agent: str, clock: int, why: str, now_s: float) -> Any:
             earlier = [o for o in self.merging if o.agent == agent and o.clock < clock]
             offer = next(o for o in self.merging if (o.agent, o.clock) == (agent, clock))
             if not earlier:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_planted import Plant, found_in
 
+from sim.test_planted import Plant, found_in
 from syncline.bus.base import Bus
 from syncline.wire.messages import Head, Offer
 from syncline_agent.run_view import News

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from syncline.observe.telemetry import Event
@@ -52,7 +54,7 @@ def held(*agents: str) -> Faults:
     return faults
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "rounds": {},
     "async": {"sync": {"kind": "async", "buffer": 2, "max_ahead": 1, "max_lag": 50}},
     "elastic": {

@@ -57,7 +57,11 @@ def test_an_agent_that_is_killed_while_the_coordinator_is_away_has_saved_its_las
     for faults in ([away], [away, killed]):
         events: list[str] = []
         settings = parse(SimSettings, {"step_s": 0.01, "faults": faults}, "sim")
-        result = run_fleet(spec, settings, follow=lambda subject, data, told=events: told.append(f"{subject} {data!r}"))
+
+        def follow(subject: str, data: bytes, told: list[str] = events) -> None:
+            told.append(f"{subject} {data!r}")
+
+        result = run_fleet(spec, settings, follow=follow)
         results.append(result)
         assert any("the training process died" in text for text in events) == (killed in faults)
     assert results[0].digest == results[1].digest

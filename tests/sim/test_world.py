@@ -141,7 +141,8 @@ def test_a_child_that_crashes_in_every_period_is_given_up_and_the_others_go_on(m
 
 
 def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, killed = InlineChild._spend, []
+    real = InlineChild._spend
+    killed: list[Any] = []
 
     async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
         if asked["ask"] == "period" and asked["number"] == 3 and len(killed) < 6:

@@ -9,7 +9,7 @@ loop has learned. `tests/sim/test_simulated_structures.py` does so in a simulati
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from syncline.data.partition import Iid, Part
+from syncline.data.partition import Part
+from syncline.spec.run_spec import Iid
 from syncline.tasks.base import Task, batches, load_task, make_model
 from syncline.tasks.optimizers import Parameters
 from syncline.tasks.seeding import seed_all, seed_of
@@ -74,10 +75,7 @@ def plain_loop(structure: Structure, periods: int) -> tuple[Task, nn.Module]:
     for period in range(periods):
         seed_all(seed_of(SEED, 0, period + 1))
         stream = batches(data, batch_size, SEED, 0, period * structure.steps)
-        told = count(1)
-        task.train(
-            model, optimizer, _limited(stream, structure.steps), lambda rows, told=told: next(told) < structure.steps
-        )
+        task.train(model, optimizer, _limited(stream, structure.steps), _counted(structure.steps))
     return task, model
 
 
@@ -86,8 +84,14 @@ def _optimizer(structure: Structure, task: Task, model: nn.Module) -> Any:
     if own:
         return own
     kind, *arguments = structure.spec["local"]["optimizer"].items()
-    makers = {name.lower(): made for name, made in vars(torch.optim).items() if inspect.isclass(made)}
+    makers: dict[str, Any] = {name.lower(): made for name, made in vars(torch.optim).items() if inspect.isclass(made)}
     return makers[kind[1]](model.parameters(), **dict(arguments))
+
+
+def _counted(steps: int) -> Callable[[int], bool]:
+    """Return an `on_step` that stops a period after `steps` calls."""
+    told = count(1)
+    return lambda rows: next(told) < steps
 
 
 def _limited(stream: Iterator[Any], steps: int) -> Iterator[Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -34,6 +34,9 @@ class Said:
 
     events: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)  # who, what, metric
+
+
+T = TypeVar("T")
 
 
 class Fleet:
@@ -181,7 +184,7 @@ class Fleet:
         return int(nursery.children()[-1].pid)
 
 
-async def eventually(look: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+async def eventually(look: Callable[[], Awaitable[T | None]], what: str, patience_s: float = PATIENCE_S) -> T:
     """What `look` finds, within the patience."""
     deadline = asyncio.get_running_loop().time() + patience_s
     while asyncio.get_running_loop().time() < deadline:

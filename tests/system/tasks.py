@@ -39,15 +39,14 @@ class Scattered(Task):
         number = -1 if part.held_out else part.index
         return TensorDataset(torch.tensor([[number]]))
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return model.w.sum()
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        total: Tensor = model.w.sum()
+        return total
 
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+    def metrics(self, model: Any, batch: Any) -> dict[str, float]:
         return {f"w{i}": float(w) for i, w in enumerate(model.w)}
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         (numbers,) = next(batches)
         number = int(numbers[0, 0])
         self.periods += 1
@@ -90,12 +89,11 @@ class Slow(Task):
     def dataset(self, part: Part) -> TensorDataset:
         return TensorDataset(torch.zeros(1, 1))
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return model.w.sum()
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        total: Tensor = model.w.sum()
+        return total
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         for _ in range(10):
             time.sleep(self.seconds / 10)
             if not on_step(1):
@@ -106,9 +104,7 @@ class Slow(Task):
 class Diverging(Slow):
     """Turns to NaN on one part."""
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         with torch.no_grad():
             model.w += float("nan")
         on_step(1)
@@ -118,9 +114,7 @@ class Diverging(Slow):
 class Raising(Slow):
     """Its training code has a bug."""
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         raise RuntimeError("a bug in the user's code")
 
 
@@ -130,9 +124,7 @@ class DivergingOne(Slow):
     def dataset(self, part: Part) -> TensorDataset:
         return TensorDataset(torch.tensor([[-1 if part.held_out else part.index]]))
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         (numbers,) = next(batches)
         if int(numbers[0, 0]) == 1:
             with torch.no_grad():
@@ -162,9 +154,10 @@ class Bowls(Task):
     def centre(self, number: int) -> Tensor:
         return torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: Any, batch: Any) -> Tensor:
         number = int(batch[0][0, 0])
-        return 0.5 * self.curvatures[number] * ((model.w - self.centre(number)) ** 2).sum()
+        loss: Tensor = 0.5 * self.curvatures[number] * ((model.w - self.centre(number)) ** 2).sum()
+        return loss
 
 
 class Watched(Bowls):
@@ -178,12 +171,10 @@ class Watched(Bowls):
         self.pause_s, self.wait_in, self.wait_part, self.gate = pause_s, wait_in, wait_part, gate
         self.periods = 0
 
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+    def metrics(self, model: Any, batch: Any) -> dict[str, float]:
         return {f"w{i}": float(w) for i, w in enumerate(model.w)}
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         first = next(batches)
         self.periods += 1
         time.sleep(self.pause_s)
@@ -206,17 +197,18 @@ class Liar(Task):
     def dataset(self, part: Part) -> TensorDataset:
         return TensorDataset(torch.tensor([[-1 if part.held_out else part.index]]))
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return model.w.sum()
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        total: Tensor = model.w.sum()
+        return total
 
     def place(self, number: int) -> Tensor:
         """At a distance of 1 from the start, and about 0.1 from each other's."""
-        noise = torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-        return torch.full((self.size,), self.size**-0.5, dtype=torch.float64) + 0.1 * noise / noise.norm()
+        noise: Tensor = torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        mean = torch.full((self.size,), float(self.size) ** -0.5, dtype=torch.float64)
+        place: Tensor = mean + 0.1 * noise / noise.norm()
+        return place
 
-    def train(
-        self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
-    ) -> float | None:
+    def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         (numbers,) = next(batches)
         number = int(numbers[0, 0])
         with torch.no_grad():

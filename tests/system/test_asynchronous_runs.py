@@ -227,7 +227,8 @@ async def test_synchronous_elastic_averaging_over_crashes_gives_up_nothing_twice
     assert ("a2", 3) in dropped and ("a2", 4) in bases(records)
     assert any("a3" in {e.agent for e in r.plan.merged} for r in records[3:]), "a3 never came back"
     for agent in AGENTS:
-        kept, back = zeros(), {}
+        kept = zeros()
+        back: dict[Any, Any] = {}
         for clock in sorted(c for who, c in made_from if who == agent):
             base = made_from[agent, clock]
             for late in [c for c in back if dropped[agent, c] <= base]:

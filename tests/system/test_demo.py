@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ KEYS = {
     *("bytes_up", "bytes_down", "digest", "reason"),
 }
 Start = Callable[..., Command]
+
+
+def all_ended(service: Command) -> bool:
+    return not service.processes()
+
+
+def alive(service: Command) -> str:
+    return f"still alive: {service.processes()}"
 
 
 @pytest.fixture
@@ -335,6 +344,4 @@ async def test_the_services_started_by_hand_make_a_run_together(start: Start, tm
             service.process.send_signal(signal.SIGTERM)
         for service in services:
             assert await asyncio.to_thread(service.ended, 10.0) == 0, service.err
-            await asyncio.to_thread(
-                until, lambda s=service: not s.processes(), 5.0, lambda s=service: str(s.processes())
-            )
+            await asyncio.to_thread(until, partial(all_ended, service), 5.0, partial(alive, service))

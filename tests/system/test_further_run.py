@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_pages import asked, in_another_terminal
 
 from system.command import Command
+from system.test_pages import asked, in_another_terminal
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -30,7 +30,8 @@ def whole_data() -> tuple[LinearRegression, torch.nn.Module, Tensor, Tensor]:
     torch.manual_seed(SEED)
     model = regression.model()
     data = regression.dataset(Part(index=0, parts=1, how=Iid(), seed=SEED))
-    return regression, model, *(tensor for tensor in data.tensors)
+    x, y = data.tensors
+    return regression, model, x, y
 
 
 def step_(regression: LinearRegression, model: torch.nn.Module, *batch: Tensor) -> None:
@@ -39,7 +40,8 @@ def step_(regression: LinearRegression, model: torch.nn.Module, *batch: Tensor) 
     regression.loss(model, batch).backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= LR * parameter.grad
+            assert parameter.grad is not None
+            parameter.sub_(LR * parameter.grad)
 
 
 def flat(model: torch.nn.Module) -> Tensor:

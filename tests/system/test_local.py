@@ -19,7 +19,7 @@ CURVATURES = [0.5, 1.0, 2.0, 3.0]
 H = torch.tensor(CURVATURES, dtype=torch.float64)[:, None]
 CENTRES = torch.stack([Bowls(CURVATURES).centre(i) for i in range(4)])
 OPTIMUM = (H * CENTRES).sum(0) / H.sum()
-EXACT = {"rtol": 1e-12, "atol": 1e-14}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 UNEVEN = [1, 2, 4, 8]  # rows of the parts, and local steps where a batch is one row
 
 
@@ -50,7 +50,8 @@ async def test_fedprox_is_its_formula(fleet: Fleet, steps: int) -> None:
 
     def step(yx: Tensor, i: int) -> Tensor:
         y, x = yx
-        return y - 0.1 * (CURVATURES[i] * (y - CENTRES[i]) + 0.7 * (y - x))
+        moved: Tensor = y - 0.1 * (CURVATURES[i] * (y - CENTRES[i]) + 0.7 * (y - x))
+        return moved
 
     assert torch.allclose(await fleet.center(head), rounds(5, step, [0.25] * 4, [steps] * 4), **EXACT)
 

@@ -31,7 +31,7 @@ def bus() -> FakeBus:
     return FakeBus()
 
 
-class _Jump(selectors.DefaultSelector):  # type: ignore[valid-type, misc]
+class _Jump(selectors.DefaultSelector):
     """Where the loop would wait, time jumps to the next timer."""
 
     now_s = 0.0

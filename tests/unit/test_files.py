@@ -27,7 +27,12 @@ def test_the_file_and_then_its_name_are_on_the_disk(tmp_path: Path, monkeypatch:
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", told)
-    monkeypatch.setattr(Path, "replace", lambda self, target: (said.append("replace"), replace(self, target))[1])
+
+    def replaced(self: Path, target: Path) -> Path:
+        said.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
     write(tmp_path / "a", "text")
     assert said == ["file", "replace", "directory"] and (tmp_path / "a").read_text() == "text"
 

@@ -120,7 +120,7 @@ class Task(abc.ABC):
             for each in optimizers:
                 each.zero_grad(set_to_none=True)
             loss = checked_loss(self.loss(model, batch))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for each in optimizers:
                 each.step()
             total, steps = total.to(loss.device) + loss.detach(), steps + 1
@@ -516,7 +516,7 @@ def whole_gradient(
     for k in range(steps_in_pass(rows, batch_size)):
         chosen = np.arange(rows)[_batch(k, rows, batch_size)]
         loss = checked_loss(task.loss(model, to_device(_collate(dataset, chosen, task), device)))
-        (loss * (len(chosen) / rows)).backward()  # type: ignore[no-untyped-call]
+        (loss * (len(chosen) / rows)).backward()
         on_batch()
     with torch.no_grad():
         for buffer, was in zip(model.buffers(), before, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_a_schedule_goes_on(tmp_path: Path) -> None:
     schedule = {"kind": "exponential", "gamma": 0.5}
     agent = child(tmp_path, "agent", {"local": {"optimizer": {"kind": "sgd", "lr": 0.1}, "schedule": schedule}})
     broken_period(agent)
-    assert agent.trainer._inner.given.param_groups[0]["lr"] == 0.05
+    assert cast(Any, agent.trainer._inner.given).param_groups[0]["lr"] == 0.05
 
 
 @pytest.mark.parametrize("overlap", [True, False])

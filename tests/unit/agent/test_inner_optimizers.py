@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -276,7 +276,7 @@ def test_settings_act_on_every_optimizer(child: Make) -> None:
         batch = next(stream)
         for optimizer, rate, part in zip(optimizers.values(), rates, net.children(), strict=True):
             net.zero_grad()
-            task.loss(net, batch).backward()  # type: ignore[no-untyped-call]
+            task.loss(net, batch).backward()
             nn.utils.clip_grad_norm_(part.parameters(), 0.1)
             for p, x in zip(net.parameters(), begin, strict=True):
                 if p.grad is not None:
@@ -345,7 +345,8 @@ def test_a_task_gets_its_parameters_with_their_names() -> None:
             assert [id(p) for p in params] == [id(p) for _, p in params.named()] and len(params) == 2
             decayed = [p for name, p in params.named() if name.endswith("weight")]
             others = [p for name, p in params.named() if not name.endswith("weight")]
-            return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=0.1)
+            groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+            return torch.optim.AdamW(groups, weight_decay=0.1)
 
     model = Groups().model()
     given, _, _ = inner_of(Groups(), model, Local())
@@ -368,7 +369,7 @@ def test_curvature_is_forgotten_at_every_period_where_that_is_set(child: Make) -
     assert torch.equal(run(kept, 1), run(reset, 1))
     for agent in (kept, reset):
         run(agent, 2)
-    iterations = [next(iter(agent.trainer._inner.given.state.values()))["n_iter"] for agent in (kept, reset)]
+    iterations = [next(iter(cast(Any, agent.trainer._inner.given).state.values()))["n_iter"] for agent in (kept, reset)]
     assert iterations[0] == 3 * iterations[1]
 
 
@@ -425,7 +426,7 @@ def test_an_own_schedule_acts_on_the_optimizer_also_after_a_broken_period(child:
     agent = child("Scheduled")
     agent.trainer._inner.forget()
     run(agent, 3)
-    assert math.isclose(agent.trainer._inner.given.param_groups[0]["lr"], 0.1)
+    assert math.isclose(cast(Any, agent.trainer._inner.given).param_groups[0]["lr"], 0.1)
 
 
 def test_a_schedule_goes_on_where_a_task_returns_one_optimizer_again_and_again(child: Make) -> None:
@@ -433,7 +434,7 @@ def test_a_schedule_goes_on_where_a_task_returns_one_optimizer_again_and_again(c
         "Reused", optimizer_state="reset", schedule={"kind": "linear", "start_factor": 0.5, "total_iters": 10}
     )
     run(agent, 3)
-    assert math.isclose(agent.trainer._inner.given.param_groups[0]["lr"], 0.1 * (0.5 + 0.5 * 3 / 10))
+    assert math.isclose(cast(Any, agent.trainer._inner.given).param_groups[0]["lr"], 0.1 * (0.5 + 0.5 * 3 / 10))
 
 
 def test_a_trained_parameter_outside_the_model_is_refused(child: Make) -> None:

@@ -141,10 +141,20 @@ def test_a_crash_while_saving_leaves_the_old_file(path: Path, monkeypatch: pytes
 def test_the_file_is_on_disk_before_it_takes_the_place_of_the_old_one(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent, said = Agent(), []
+    agent = Agent()
+    said: list[str] = []
     replace, fsync = Path.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (said.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(Path, "replace", lambda self, target: (said.append("replace"), replace(self, target))[1])
+
+    def synced(fd: int) -> None:
+        said.append("fsync")
+        fsync(fd)
+
+    def replaced(self: Path, target: Path) -> Path:
+        said.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
     save_state(path, agent.kept(), agent.layout, RUN)
     assert said[:2] == ["fsync", "replace"]
 

@@ -111,7 +111,9 @@ def test_what_an_agent_gives_up_is_merged_waiting_or_back(
 ) -> None:
     """W_i + Σ merged d + Σ pending d = where it began + what training has added, whatever the verdicts and their order."""
     updates, own, total = Elastic(alpha), vector(1.0, -1.0), vector(1.0, -1.0)
-    merged, verdicts, waiting = vector(0.0, 0.0), {}, {}
+    merged = vector(0.0, 0.0)
+    verdicts: dict[Any, Any] = {}
+    waiting: dict[Any, Any] = {}
     for clock, (step, place, fate) in enumerate(periods, start=1):
         updates.resolve({c: v for c, v in verdicts.items() if c > max(verdicts, default=0) - 4}, own)
         own += step

@@ -16,7 +16,7 @@ from unit.trainers import Child
 BOWLS = f"{Path(__file__).parents[2] / 'system' / 'tasks.py'}:Bowls"
 CURVATURES = [0.3, 0.7, 1.1, 1.6, 2.0]
 LR = 0.3
-EXACT = {"rtol": 1e-12, "atol": 1e-13}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-13}
 N = len(CURVATURES)
 
 

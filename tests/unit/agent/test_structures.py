@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from syncline.tasks.base import evaluate, make_model
 from unit.trainers import Child
 
 PERIODS = 3
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def compare(structure: Structure, center: dict[str, Tensor], advice: list[str]) 
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in own.items()), "it has learned something"
     for name, tensor in own.items():
         found = center[name].to(tensor.dtype)
-        torch.testing.assert_close(found, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close({name: found}, {name: expected[name]}, **CLOSE)
         tensor.data.copy_(found)
     if structure.advised:
         assert any(structure.advised in text for text in advice)

@@ -19,7 +19,7 @@ from syncline.tasks.quadratic import LinearRegression
 from unit.trainers import Child, Ticking
 
 LR = 0.05
-EXACT = {"rtol": 1e-12, "atol": 1e-14}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 SGD = {"kind": "sgd", "lr": LR}
 
 OWN_TASKS = '''
@@ -88,7 +88,7 @@ def own(tmp_path: Path) -> str:
 def gradient(flat_P: Tensor, batch: Any) -> Tensor:
     """Of the regression's loss, where the flat vector stands."""
     task = LinearRegression()
-    model = task.model()
+    model: Any = task.model()
     with torch.no_grad():
         model.weight.copy_(flat_P[:-1].view(1, -1))
         model.bias.copy_(flat_P[-1:])
@@ -233,8 +233,13 @@ def test_the_steps_of_a_period_of_seconds_are_bounded(path: Path) -> None:
 
 
 def test_a_simulation_says_how_many_steps_fit(path: Path) -> None:
-    asked = []
-    child = Child(path, {"local": {"seconds": 3.5}}, fitting=lambda s: asked.append(s) or 6)
+    asked: list[float] = []
+
+    def six(seconds: float) -> int:
+        asked.append(seconds)
+        return 6
+
+    child = Child(path, {"local": {"seconds": 3.5}}, fitting=six)
     assert (child.period(child.initial_P)["steps"], asked) == (6, [3.5])
     none = Child(path.with_name("b"), {"local": {"seconds": 3.5}}, fitting=lambda s: 0)
     assert none.period(none.initial_P)["steps"] == 1

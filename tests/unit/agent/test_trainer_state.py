@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -103,7 +103,8 @@ def test_buffers_of_any_kind_are_kept(path: Path, own: str) -> None:
     child = Child(path, {"task": own + "Odd", "local": {"steps": 3}})
     child.period(child.initial_P)
     restarted = Child(path, {"task": own + "Odd", "local": {"steps": 3}})
-    expected, found = child.trainer._flat.model, restarted.trainer._flat.model
+    expected: Any = child.trainer._flat.model
+    found = restarted.trainer._flat.model
     assert restarted.clock == 1 and expected.phases.imag.any()
     for name in ("phases", "mask", "brain"):
         assert torch.equal(found.get_buffer(name), expected.get_buffer(name))
@@ -195,7 +196,7 @@ def test_a_state_that_cannot_be_saved_while_no_question_waits_is_told_after_the_
     clock = Ticking()
     child = Child(path, spec, clock=clock)
     child.period(child.initial_P)
-    child.trainer._task.forgets = True
+    cast(Any, child.trainer._task).forgets = True
     soon(child)
     wait(child, clock, SAVE_EVERY_S)
     assert "the state of clock 2 is not saved" in caplog.text and child.trainer.save_due_in_s() is None
@@ -205,7 +206,8 @@ def test_a_state_that_cannot_be_saved_while_no_question_waits_is_told_after_the_
 
 
 # -- files that cannot be used -----------------------------------------------------------------------------------------
-Tensors, Metadata = dict[str, Tensor], dict[str, str]
+Tensors = dict[str, Tensor]
+Metadata = dict[str, str]
 ADAM = {"local": {"steps": 3, "optimizer": {"kind": "adam"}}}
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from syncline.shm import SharedMemory
 from syncline_agent.training_child import STOP_EARLY, ChildTraining, Period
 from unit.trainers import Child
 
 
-class Asked:
+class Answering:
     """A child that notes what the service has written when it is asked."""
 
     def __init__(self, memory: SharedMemory) -> None:
-        self._memory, self.wished = memory, []
+        self._memory = memory
+        self.doing = ""
+        self.wished: list[int] = []
 
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         self.wished.append(self._memory.view()[STOP_EARLY])
@@ -25,10 +29,10 @@ class Asked:
 
 
 async def test_the_wish_is_taken_back_by_whoever_had_it_before_the_next_period_is_asked_for() -> None:
-    children = []
+    children: list[Answering] = []
 
-    async def start(memory: SharedMemory) -> Asked:
-        children.append(Asked(memory))
+    async def start(memory: SharedMemory) -> Answering:
+        children.append(Answering(memory))
         training.stop_early()  # while the child starts: that is about this period
         return children[-1]
 
@@ -39,7 +43,9 @@ async def test_the_wish_is_taken_back_by_whoever_had_it_before_the_next_period_i
     assert children[0].wished == [1, 0]
 
 
-def test_a_wish_that_comes_while_the_data_are_loaded_is_not_lost(tmp_path: Path) -> None:
+def test_a_wish_that_comes_while_the_data_are_loaded_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     child = Child(tmp_path / "a1.safetensors", {"local": {"steps": 1000}})
     whole = child.trainer._task.dataset
 
@@ -47,7 +53,7 @@ def test_a_wish_that_comes_while_the_data_are_loaded_is_not_lost(tmp_path: Path)
         child.memory.view()[STOP_EARLY] = 1
         return whole(part)
 
-    child.trainer._task.dataset = slow
+    monkeypatch.setattr(child.trainer._task, "dataset", slow)
     answer = child.period(child.initial_P)
     assert answer["stopped"] and answer["steps"] == 0
     child.memory.view()[STOP_EARLY] = 0

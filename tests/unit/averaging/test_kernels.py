@@ -37,9 +37,11 @@ def test_sums_come_out_the_same_in_any_order_of_the_slices() -> None:
 def test_a_sum_waits_for_the_slice_that_is_missing() -> None:
     sums = Sums()
     sums.add(1, torch.ones(2, 1, dtype=torch.float64))
-    assert sums.total is None
+    waiting = sums.total
+    assert waiting is None
     sums.add(0, torch.ones(1, 1, dtype=torch.float64))
-    assert sums.total is not None and sums.total.tolist() == [3.0]
+    total = sums.total
+    assert total is not None and total.tolist() == [3.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30])

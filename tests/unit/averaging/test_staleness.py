@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +14,8 @@ from syncline.spec.run_spec import RunSpec, parse
 
 @pytest.fixture(params=sorted(STALENESS))
 def staleness(request: pytest.FixtureRequest) -> Staleness:
-    return STALENESS[request.param]()
+    kind: Any = STALENESS[request.param]
+    return cast(Staleness, kind())
 
 
 def test_a_spec_chooses_it_by_its_kind(staleness: Staleness) -> None:

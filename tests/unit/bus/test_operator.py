@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from syncline.bus.server import operator
-from syncline.bus.server.accounts import BrokerSettings, Identity, Keyring
+from syncline.bus.server.accounts import BrokerSettings, Identity, Keyring, write_whole
 from syncline.bus.server.operator import OperatorSet, in_order
 from syncline.errors import ConfigError
 from syncline_cli import main as cli
@@ -91,7 +91,7 @@ def test_an_interrupted_make_goes_on_with_the_keys_it_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     """Stopped at any one of its writes, the next attempt makes a whole set, and no key that was there is another."""
-    calls, write, place = 0, operator.write_whole, tmp_path / "ops"
+    calls, write, place = 0, write_whole, tmp_path / "ops"
 
     def fails(path: Path, text: str, mode: int = 0o600) -> None:
         nonlocal calls

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stored_run import RUN, StoredRun, bucket, center, submitted
 
 from syncline.bus.base import Delivery
 from syncline.bus.memory.bus import MemoryBroker
@@ -21,6 +20,7 @@ from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Notify, Stop, Stopped, Submit, Submitted, decode, encode
 from syncline.wire.subjects import COORDINATOR
+from unit.stored_run import RUN, StoredRun, bucket, center, submitted
 
 ROUND = Round(
     version=3, closed_by="2 of 2", merged=2, late=[], seconds=1, collect_s=1, merge_s=0, bytes_up=7, bytes_down=5

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from syncline.bus import blobs
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.client import export as exporting
 from syncline.client import history, runs
@@ -209,7 +210,7 @@ async def test_a_model_that_is_purged_while_it_is_fetched_gives_way_to_the_newer
     older = newest.model_copy(update={"version": 2, "model": stored.models[2], "digest": digest_of(2)})
     await stored.write(older)
     await stored.purge(2)
-    real = exporting.get_blob
+    real = blobs.get_blob
 
     async def moves_on(*args: Any, **kwargs: Any) -> None:
         await stored.write(newest)

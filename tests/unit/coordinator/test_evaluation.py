@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from syncline.bus.base import Bus
 from syncline.errors import ConfigError
 from syncline.observe.telemetry import Telemetry
 from syncline.runtime.child import ChildDied, ChildFailed
@@ -26,6 +27,7 @@ class Script:
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = deque(answers)
+        self.doing = ""
 
     async def ask(self, question: str, **_: Any) -> dict[str, Any]:
         if question == "copy":
@@ -41,7 +43,8 @@ class Script:
 
 def evaluated(bus: FakeBus, simulated: Callable[..., Any], first: Script, *later: Script | Exception) -> list[int]:
     """The versions, of three that are offered, whose metrics were reported. `later`: what starting another child gives."""
-    starts, reported = deque(later), []
+    starts = deque(later)
+    reported: list[int] = []
 
     async def start() -> Script:
         started = starts.popleft()
@@ -51,7 +54,7 @@ def evaluated(bus: FakeBus, simulated: Callable[..., Any], first: Script, *later
 
     async def work() -> None:
         evaluation = Evaluation(
-            first, start, Telemetry(bus, "r", "coordinator"), lambda version, _: reported.append(version)
+            first, start, Telemetry(cast(Bus, bus), "r", "coordinator"), lambda version, _: reported.append(version)
         )
         for version in (1, 2, 3):
             await evaluation.last(version)

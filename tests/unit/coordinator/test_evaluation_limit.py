@@ -15,6 +15,7 @@ class Child:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.closed = False
+        self.doing = ""
 
     async def ask(self, question: str, **_: Any) -> dict[str, Any]:
         self.asked.append(question)
@@ -35,7 +36,8 @@ class Told(Telemetry):
 
 
 async def test_an_evaluation_that_never_ends_is_ended_and_told_and_none_follows() -> None:
-    children, told, results = [Child(), Child()], Told(), []
+    children, told = [Child(), Child()], Told()
+    results: list[int] = []
     first, second = children
 
     async def start() -> Child:

@@ -228,9 +228,9 @@ def test_metrics_that_need_gradients_are_told_how_to_get_them() -> None:
     assert "`with torch.enable_grad():`" in error.value.hint
     task = Slope()
     task.grad = True
-    model = task.model()
+    model: Any = task.model()
     (slope,) = evaluate(task, model, task.dataset(Part.test()), 4, "cpu").values()
-    assert slope == pytest.approx(model[0].weight.item())  # type: ignore[index, union-attr]
+    assert slope == pytest.approx(model[0].weight.item())
 
 
 def test_another_error_of_torch_stays_what_it_is() -> None:

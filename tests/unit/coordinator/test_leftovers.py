@@ -90,7 +90,13 @@ async def test_what_an_interrupted_commit_left_in_the_log_is_found_and_what_coun
 
 async def test_blobs_that_nobody_names_are_left_over() -> None:
     now = head(5, manifest=ref(50), roster=ref(51), plan=ref(52))
-    model, outer = (lambda n: subjects.model_prefix("r", ref(n).id)), (lambda n: subjects.outer_prefix("r", ref(n).id))
+
+    def model(n: int) -> str:
+        return subjects.model_prefix("r", ref(n).id)
+
+    def outer(n: int) -> str:
+        return subjects.outer_prefix("r", ref(n).id)
+
     named = [model(n) for n in (3, 4, 5, 50, 51, 52)] + [outer(n) for n in (3, 4, 5)]
     alone = sorted([model(2), outer(2), model(6), outer(6), model(60)])
     bus: Any = ModelBus([f"{prefix}.{k}" for prefix in (*named, *alone) for k in range(3)])

@@ -64,11 +64,12 @@ class Stage:
             async with asyncio.timeout(within_s):
                 await self.lookout.watch()
         except TimeoutError:
-            return ""
+            pass
         except RolledBack as error:
             return f"term {error.term}: {error}"
         except Deposed as error:
             return f"deposed: {error}"
+        return ""
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -227,7 +227,7 @@ async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) ->
     assert not place.center.control_P.any()
     plan = await place.plan([torch.cat(good)])
     flipped = plan.merged[0].blob
-    data = memoryview(vectors(1, seed=3)[0][:1024].numpy()).cast("B")
+    data = memoryview(cast(Any, vectors(1, seed=3)[0][:1024].numpy())).cast("B")
     place.put_frame(plan.merged[0], 5, pack_chunk(flipped.id, 5, 10, "fp32", data))
     assert (await unusable(place, plan)).why == "its content is not what it signed"
 

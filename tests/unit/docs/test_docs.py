@@ -6,7 +6,9 @@ import itertools
 import re
 import subprocess
 import sys
+from collections.abc import Sized
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_the_tasks_in_the_documents_train(name: str, own_task: Path) -> None:
         torch.manual_seed(0)
         model = task.model()
     parts = [task.dataset(Part(i, 3, spec.partition, 0)) for i in range(3)]
-    assert sum(len(part) for part in parts) == 4000  # type: ignore[arg-type]
+    assert sum(len(cast(Sized, part)) for part in parts) == 4000
     given, _, _ = inner_of(task, model, spec.local)
     task.train(model, given, itertools.islice(batches(parts[0], 32, 0, 0, 0, task), 40), lambda rows: True)
     assert evaluate(task, model, task.dataset(Part.test()), 500, "cpu")["accuracy"] > 0.3

@@ -11,10 +11,10 @@ import pytest
 from protocol_reference import EXAMPLES, protocol
 
 from syncline.model.manifest import Manifest
-from syncline.observe.telemetry import METRICS, Event
+from syncline.observe.telemetry import METRICS, Event, Published
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
-from syncline.wire.messages import MESSAGES
+from syncline.wire.messages import MESSAGES, Record
 from syncline_coordinator.reservation import Reservation
 
 PAGE = Path(__file__).parents[3] / "docs" / "protocol.md"
@@ -30,7 +30,8 @@ def test_the_page_is_current(page: str) -> None:
 
 
 def test_every_record_with_every_field_is_there(page: str) -> None:
-    for record in (*MESSAGES, Manifest):
+    records: tuple[type[Record], ...] = (*MESSAGES, Manifest)
+    for record in records:
         section = page.partition(f"\n### {record.kind}\n")[2].partition("\n### ")[0]
         assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == list(record.model_fields)
 
@@ -65,5 +66,6 @@ def test_write_once_streams_are_said_to_be(page: str) -> None:
 def test_every_example_is_a_metric_as_it_is_published(page: str) -> None:
     shown = [json.loads(text) for text in re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)]
     assert len(shown) == len(METRICS) + 1
-    for fields, metric in zip(shown, [*(m for _, m in METRICS), Event], strict=True):
+    kinds: list[type[Published]] = [*(metric for _, metric in METRICS), Event]
+    for fields, metric in zip(shown, kinds, strict=True):
         assert metric.model_validate(fields) == EXAMPLES[metric]

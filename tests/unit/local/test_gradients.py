@@ -14,7 +14,7 @@ from syncline.local.gradients import Control, Gradients
 from syncline.model.flat import FlatModel, manifest_of
 
 LR = 0.1
-EXACT = {"rtol": 1e-12, "atol": 1e-14}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 
 
 class Agent:
@@ -129,7 +129,8 @@ def test_control_variates_correct_each_step_and_gather_the_loss_s_own_gradients(
         total += g
         plain.flat.flat_P -= LR * (g + correction)
     assert torch.allclose(agent.flat.flat_P, plain.flat.flat_P, **EXACT)
-    assert torch.allclose(agent.gradients.control.gradients_P, total, **EXACT)
+    gradients_P = agent.gradients.control.gradients_P
+    assert gradients_P is not None and torch.allclose(gradients_P, total, **EXACT)
     assert agent.gradients.steps == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def test_the_vector_holds_the_models_values_in_the_order_of_the_layout() -> None
 
 
 def test_tensors_are_views_of_the_vector() -> None:
-    model = Everything()
+    model: Any = Everything()
     flat = FlatModel(model, layout_of(model))
     flat.flat_P.fill_(7.0)
     assert all(bool((p == 7).all()) for p in model.parameters() if p.requires_grad)
@@ -347,7 +348,8 @@ def test_buffers_are_found_in_every_chunk_that_they_reach_into() -> None:
 def test_a_buffer_in_the_place_of_a_parameter_is_another_model() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, affine=False))
     other = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, affine=False))
-    variance = other[1].running_var
-    del other[1].running_var
-    other[1].running_var = nn.Parameter(variance)
+    norm: Any = other[1]
+    variance = norm.running_var
+    del norm.running_var
+    norm.running_var = nn.Parameter(variance)
     assert "'buffer') in the run" in mismatch(other, layout_of(model))

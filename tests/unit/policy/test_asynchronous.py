@@ -71,7 +71,7 @@ def offers(*agents: str, clock: int = 1, base: int = 0, **sizes: int) -> list[Of
     return [OfferReady(agent, clock, base, **sizes) for agent in agents]
 
 
-def merge(*chosen: tuple[str, int, int], reason: str, weight: float | None = None) -> Merge:
+def merge(*chosen: tuple[str, int, int], reason: str, weight: Any = None) -> Merge:
     """Of (agent, clock, lag); uniform weights where none is given."""
     return Merge(tuple(Chosen(*c, 1 / len(chosen) if weight is None else weight) for c in chosen), reason)
 
@@ -820,7 +820,7 @@ def test_after_the_end_nothing_is_asked_for() -> None:
     made = policy(1)
     tell(made, TargetReached("enough"))
     before = copy.deepcopy(made)
-    late = (
+    late: tuple[Fact, ...] = (
         AgentJoined("a2"),
         AgentLost("a1", SILENT),
         *offers("a1"),

@@ -664,7 +664,7 @@ def test_after_the_end_nothing_is_asked_for() -> None:
     rounds = policy(1)
     tell(rounds, TargetReached("enough"))
     before = copy.deepcopy(rounds)
-    late = (
+    late: tuple[Fact, ...] = (
         AgentJoined("a2"),
         AgentLost("a1", SILENT),
         *offers("a1"),

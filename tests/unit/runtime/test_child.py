@@ -77,7 +77,8 @@ async def test_a_child_tells_what_it_is_doing_before_it_answers() -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     child = Child(cast(Any, SimpleNamespace(exited=asyncio.get_running_loop().create_future())), ours)
-    end_fd, seen = theirs.detach(), []
+    end_fd = theirs.detach()
+    seen: list[Any] = []
     go_on = threading.Event()
 
     def describe() -> dict[str, Any]:

@@ -306,8 +306,8 @@ def test_a_local_period_is_so_many_steps(local: dict[str, Any], rows: int, steps
 
 
 def test_an_optimizer_takes_the_arguments_of_its_kind() -> None:
-    assert Optimizer(kind="adam", lr=0.001, weight_decay=0.01).arguments == {"lr": 0.001, "weight_decay": 0.01}  # type: ignore[call-arg]
-    assert Optimizer(kind="adam", betas=[0.8, 0.9]).arguments == {"betas": (0.8, 0.9)}, "torch has a rate of its own"  # type: ignore[call-arg]
+    assert Optimizer(kind="adam", lr=0.001, weight_decay=0.01).arguments == {"lr": 0.001, "weight_decay": 0.01}
+    assert Optimizer(kind="adam", betas=[0.8, 0.9]).arguments == {"betas": (0.8, 0.9)}, "torch has a rate of its own"
     assert Optimizer().arguments == Optimizer(kind="SGD").arguments == {"lr": 0.1}
 
 

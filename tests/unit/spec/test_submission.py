@@ -137,7 +137,7 @@ def test_a_setting_of_a_chosen_kind_is_ignored_too() -> None:
         salt: int = 0
 
     class WithPartition(RunSpec):
-        partition: NewerIid = NewerIid()  # type: ignore[assignment]
+        partition: NewerIid = NewerIid()
 
     record = sent(submission(parse(WithPartition, {"task": "a.b:C", "partition": {"kind": "iid"}})))
     assert "partition.salt" in record.defaults and submitted_spec(record).partition == Iid()

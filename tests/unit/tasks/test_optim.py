@@ -108,7 +108,7 @@ def test_a_mistake_about_the_schedule_is_told(schedule: dict[str, Any], words: s
 def test_parameters_that_an_optimizer_cannot_take_are_told_of_with_its_name() -> None:
     task = LinearRegression()  # its bias has one dimension
     with pytest.raises(ConfigError, match=r"^local.optimizer.*torch's Muon: Muon only supports 2D parameters"):
-        check_inner(task, task.model(), Local(optimizer={"kind": "muon"}))  # type: ignore[arg-type]
+        check_inner(task, task.model(), Local(optimizer={"kind": "muon"}))
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_the_check_accepts_every_schedule_and_leaves_the_model_alone(kind: str) 
     task, local = LinearRegression(), {"optimizer": {"kind": "sgd", "momentum": 0.9}}
     model = task.model()
     before = [p.detach().clone() for p in model.parameters()]
-    check_inner(task, model, Local(**local, schedule={"kind": kind, **NEEDED.get(kind, {})}))  # type: ignore[arg-type]
+    check_inner(task, model, Local(**local, schedule={"kind": kind, **NEEDED.get(kind, {})}))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("kind", sorted(set(OPTIMIZERS) - set(OPTIMIZERS_OF_A_TASK)))
 def test_the_check_accepts_every_optimizer(kind: str) -> None:
-    check_inner(Grid(), Grid().model(), Local(optimizer={"kind": kind}))  # type: ignore[arg-type]
+    check_inner(Grid(), Grid().model(), Local(optimizer={"kind": kind}))
 
 
 @pytest.mark.parametrize("schedule", [None, {"kind": "step", "step_size": 1}])
@@ -233,5 +233,5 @@ class Around(Grid):
 
 def test_optimizers_that_share_a_group_have_one_schedule() -> None:
     task = Around()
-    _, _, rates = inner_of(task, task.model(), Local(schedule={"kind": "exponential", "gamma": 0.9}))  # type: ignore[arg-type]
+    _, _, rates = inner_of(task, task.model(), Local(schedule={"kind": "exponential", "gamma": 0.9}))
     assert rates["outer"] is rates["base"]

@@ -144,7 +144,7 @@ def test_it_is_the_class_that_its_path_names(task: Task) -> None:
 def test_loss_is_a_finite_scalar_and_reaches_every_parameter(task: Task) -> None:
     model = seeded_model(task)
     loss = task.loss(model, next(batches(task.dataset(Part(1, 4, Iid(), 0)), 8, seed=0, part_index=1, first_step=0)))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert loss.shape == () and torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -382,7 +382,7 @@ def test_pixels_are_standardised_and_the_callers_stay_as_they_are() -> None:
 def test_noop_has_the_size_asked_for_and_no_gradient() -> None:
     task = Noop(params=123)
     model = task.model()
-    task.loss(model, next(batches(task.dataset(Part(3, 4, Iid(), 0)), "all", 0, 3, 0))).backward()  # type: ignore[no-untyped-call]
+    task.loss(model, next(batches(task.dataset(Part(3, 4, Iid(), 0)), "all", 0, 3, 0))).backward()
     (vector,) = model.parameters()
     assert vector.shape == (123,) and vector.grad is not None and not vector.grad.any()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -172,7 +172,7 @@ def test_the_held_out_part_has_the_seed_of_the_run(tmp_path: Path) -> None:
     evaluator = evaluator_of(parse(RunSpec, {"task": task, "seed": 5}))
     child = Child(tmp_path / "a1.safetensors", {"task": task, "seed": 5, "evaluate": {"agents": True}})
     child.period(child.initial_P)
-    asked = [type(of._task).dataset.__globals__["seeds"] for of in (evaluator, child.trainer)]
+    asked = [cast(Any, type(of._task)).dataset.__globals__["seeds"] for of in (evaluator, child.trainer)]
     assert set(asked[0]) == {(True, 5)} and set(asked[1]) == {(True, 5), (False, 5)}
 
 

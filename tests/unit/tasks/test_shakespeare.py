@@ -100,14 +100,14 @@ def test_windows_follow_each_other_and_the_last_fifth_is_held_out(tmp_path: Path
     inputs, following = train.tensors
     assert inputs.shape == following.shape == (25, 9)
     assert np.array_equal(inputs[:, 1:], following[:, :-1])
-    assert (following[0, -1], inputs[0, 0], inputs[1, 0]) == (encode("j"), encode("a"), encode("j"))
+    assert [int(following[0, -1]), int(inputs[0, 0]), int(inputs[1, 0])] == [int(encode(c)[0]) for c in "jaj"]
 
 
 def test_a_smaller_test_set_is_taken_evenly(tmp_path: Path) -> None:
     directory = str(write(tmp_path, a=a_play(anna=1000, bob=500)))
     whole, some = (Shakespeare(directory, length=9, held_out=most).dataset(Part.test()) for most in (1000, 4))
     assert len(whole) == 199 // 9 + 99 // 9 == 33
-    assert [row[0].tolist() for row in some] == [whole[k][0].tolist() for k in (0, 8, 16, 24)]
+    assert [some[k][0].tolist() for k in range(len(some))] == [whole[k][0].tolist() for k in (0, 8, 16, 24)]
 
 
 def test_only_the_roles_that_say_most_and_enough_are_kept(tmp_path: Path) -> None:

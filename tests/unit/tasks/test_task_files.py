@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(path: str, folder: Path, **more: Any) -> Task:
+def load(path: str, folder: Path, **more: Any) -> Any:
     return load_task(path, {}, ["*"], folder, **more)
 
 

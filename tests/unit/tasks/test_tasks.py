@@ -246,7 +246,7 @@ class Doubled(Subset[Any]):
     """Does more than choose rows, so it must be asked for each."""
 
     def __getitem__(self, row: Any) -> Any:
-        return tuple(2 * value for value in super().__getitem__(row))
+        return tuple(2 * value for value in self.dataset[self.indices[row]])
 
     def __getitems__(self, rows: list[int]) -> list[Any]:
         return [self[row] for row in rows]

@@ -376,7 +376,13 @@ def test_the_largest_head_there_can_be_is_below_its_limit() -> None:
 def test_no_field_of_head_can_be_larger_than_in_that_test() -> None:
     fields = LARGEST_HEAD.model_dump() | {"reason": "r" * HEAD_REASON_BYTES}
     for name, value in fields.items():
-        larger = value + 1 if isinstance(value, int) else value + value[:1] if isinstance(value, str | bytes) else None
+        larger: Any = None
+        if isinstance(value, int):
+            larger = value + 1
+        elif isinstance(value, str):
+            larger = value + "r"
+        elif isinstance(value, bytes):
+            larger = value + b"r"
         if larger is not None:
             with pytest.raises(ValidationError, match=f"\n{name}"):
                 Head.model_validate({**fields, name: larger})
