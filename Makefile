@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test soak check bench bench-merge bench-memory sim results-tasks docs prose clean experiment
+.PHONY: help install demo test soak check bench bench-merge bench-memory sim results-tasks docs docs-site prose clean experiment
 help:
 	@echo "make demo     train a real model with four agents on this machine, and see what they gain together"
 	@echo "make test     every test that CI runs"
@@ -17,6 +17,7 @@ help:
 	@echo "make experiment NAME=straggler  one of experiments/, in virtual time: straggler, fedavg, scaffold, diloco, shakespeare"
 	@echo "make install  make $(VENV) and install Syncline into it"
 	@echo "make docs     write docs/protocol.md anew from the code"
+	@echo "make docs-site  build the documentation as web pages into site/; they load nothing from other hosts"
 	@echo "make prose    figures about the docstrings and comments of every package; WORST=20 lists the worst"
 	@echo "make clean    remove $(VENV) and caches"
 
@@ -34,7 +35,7 @@ demo: install
 	@$(BIN)/syncline demo
 
 SEEDS ?= 2000
-test: check
+test: check docs-site
 	$(BIN)/python -m pytest tests/unit tests/sim -m long
 	$(BIN)/syncline-sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest tests/bus tests/system -m "not soak"
@@ -71,9 +72,17 @@ experiment: install
 docs: install
 	@$(BIN)/python tools/protocol_reference.py > docs/protocol.md
 
+SITE_STAMP := $(VENV)/.installed-docs
+$(SITE_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs-site: $(SITE_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 WORST ?= 0
 prose: install
 	@$(BIN)/python tools/prose.py --worst $(WORST)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

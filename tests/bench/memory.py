@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from syncline.bus.nats.bus import NatsBus
+from syncline.bus.base import Bus
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Submit, Submitted, decode, encode
 from syncline_cli.local_fleet.fleet import FleetSettings, LocalFleet
@@ -84,7 +84,7 @@ async def measure(params: int, outer: str) -> dict[str, dict[str, float]]:
             await bus.close()
 
 
-async def _submit(local: LocalFleet, bus: NatsBus, params: int, outer: str) -> None:
+async def _submit(local: LocalFleet, bus: Bus, params: int, outer: str) -> None:
     task = {"task": "syncline.tasks.noop:Noop", "task_options": {"params": params}, "local": {"steps": 1}}
     spec = {"name": "memory", **task, "agents": {"min": 2, "max": 2}, "outer": {"kind": outer}, "stop": {"versions": 4}}
     while True:
@@ -95,7 +95,7 @@ async def _submit(local: LocalFleet, bus: NatsBus, params: int, outer: str) -> N
             return
 
 
-async def _reaches(bus: NatsBus, version: int) -> None:
+async def _reaches(bus: Bus, version: int) -> None:
     for _ in range(20_000):
         entry = await bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key("memory"))
         head = None if entry is None else decode(Head, entry.value)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from syncline.bus.blobs import put_chunk, windowed
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.server.accounts import read_seed
 from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.chance import new_id

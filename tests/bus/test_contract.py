@@ -19,7 +19,8 @@ from bus.mutants import MUTANTS
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.memory.bus import MemoryBroker
 from syncline.bus.memory.faults import Instant, Operation, Seeded
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.bus.server.violations import Violation
 from syncline.errors import Conflict, NoResponders, Unreachable

@@ -21,7 +21,8 @@ from nats.aio.msg import Msg
 from nats.js.api import StorageType, StreamConfig
 
 from syncline.bus.base import BucketConfig
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.server import embedded
 from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.bus.server.process import free_port

@@ -20,7 +20,8 @@ from nats.errors import Error
 from nats.js.api import DiscardPolicy, KeyValueConfig, StreamConfig
 from nats.js.client import JetStreamContext
 
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.server.accounts import Identity
 from syncline.bus.server.embedded import EmbeddedBroker
 from syncline.bus.server.violations import Violation, ViolationLog

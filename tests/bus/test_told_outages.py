@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.nats.outage import NO_SERVER, REFUSED_KEY
 from syncline.bus.server.accounts import Identity
 from syncline.bus.server.embedded import EmbeddedBroker

@@ -14,10 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from syncline.bus.base import Delivery
+from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import get_blob, get_record
 from syncline.bus.commits import record_in
-from syncline.bus.nats.bus import NatsBus
 from syncline.model.manifest import Manifest
 from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire import subjects
@@ -42,7 +41,7 @@ T = TypeVar("T")
 class Fleet:
     """A LocalFleet with connections as coordinator and as watcher."""
 
-    def __init__(self, local: LocalFleet, bus: NatsBus, watch: NatsBus) -> None:
+    def __init__(self, local: LocalFleet, bus: Bus, watch: Bus) -> None:
         self.local, self.bus, self.watch = local, bus, watch
         self.said = Said()
         self._runs = 0

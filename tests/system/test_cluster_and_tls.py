@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.tls import Tls
 from syncline.errors import Unfit
 from syncline_cli import main as cli

@@ -10,7 +10,8 @@ import pytest
 import trustme
 
 from syncline.bus.base import Delivery
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.bus.server.accounts import Identity
 from syncline.bus.server.operator import OperatorSet
 from syncline.errors import BusError, Denied, Unavailable

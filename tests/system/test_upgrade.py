@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import syncline
-from syncline.bus.nats.bus import Connection, NatsBus
+from syncline.bus.nats.bus import NatsBus
+from syncline.bus.nats.lane import Connection
 from syncline.errors import BusError
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Stop, Stopped, decode, encode
@@ -52,9 +53,8 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> str:
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree)
-    own = f'version = "{syncline.__version__}"'
-    replaced(tree, "pyproject.toml", f"\n{own}\n", f'\nversion = "{NEWER}"\n')
-    replaced(tree, "__init__.py", f"\n__{own.replace(' =', '__ =')}\n", f'\n__version__ = "{NEWER}"\n')
+    own = f'__version__ = "{syncline.__version__}"'
+    replaced(tree, "__init__.py", f"\n{own}\n", f'\n__version__ = "{NEWER}"\n')
     setting = 'prox_mu: float = Field(0.0, ge=0, description="'
     replaced(tree, "*.py", setting, f"warmth: float = 0.5\n    {setting}")
     pip("wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", dist, tree)

@@ -46,9 +46,9 @@ def tidied(bus: Any, shelf: Shelf, run: str = "now", **heads: Phase) -> None:
 
 
 def test_what_is_kept_of_runs_that_are_over_goes_with_their_directories(bus: Any, shelf: Shelf, tmp_path: Path) -> None:
-    keep(tmp_path, "done", "failed", "refused", "waiting", "training", "merging", "now")
+    keep(tmp_path, "done", "failed", "waiting", "training", "merging", "now")
     (tmp_path / "done" / "a1.new").write_text("half")
-    phases: tuple[Phase, ...] = ("done", "failed", "refused", "waiting", "training", "merging")
+    phases: tuple[Phase, ...] = ("done", "failed", "waiting", "training", "merging")
     tidied(bus, shelf, **{phase: phase for phase in phases})
     assert kept(tmp_path) == {"waiting", "training", "merging", "now"} == {p.name for p in tmp_path.iterdir()}
 

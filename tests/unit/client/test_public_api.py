@@ -30,7 +30,7 @@ def test_the_public_names_are_those_of_the_modules() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'conect'"):
-        _ = syncline.conect  # type: ignore[attr-defined]
+        _ = syncline.conect
 
 
 @pytest.mark.parametrize("use", ["", "syncline.RunSpec, syncline.load_spec, syncline.connect, syncline.local_fleet"])

@@ -22,7 +22,9 @@ from syncline.tasks.optimizers import inner_of
 from syncline_sim.settings import load
 
 ROOT = Path(__file__).parents[3]
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted(
+    [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *ROOT.glob("docs/**/*.md")]
+)
 
 
 def blocks(document: Path, language: str) -> list[str]:

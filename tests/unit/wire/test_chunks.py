@@ -156,7 +156,16 @@ def orders_of(chunks: list[bytes]) -> st.SearchStrategy[list[int]]:
 
 
 def test_the_digest_of_a_blob_depends_on_every_chunk_their_order_and_their_borders() -> None:
-    blobs = ([], [b""], [b"a"], [b"a", b"b"], [b"b", b"a"], [b"ab"], [b"a", b"b", b""], [chunk_digest(b"a")])
+    blobs: tuple[list[bytes], ...] = (
+        [],
+        [b""],
+        [b"a"],
+        [b"a", b"b"],
+        [b"b", b"a"],
+        [b"ab"],
+        [b"a", b"b", b""],
+        [chunk_digest(b"a")],
+    )
     assert len({digest_of(chunks) for chunks in blobs}) == len(blobs)
 
 
