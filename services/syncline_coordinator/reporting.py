@@ -13,6 +13,8 @@ from syncline.errors import StoreDown, StreamFull
 from syncline.observe.telemetry import Pace, Round, Telemetry
 from syncline.policy.advice import Norms
 from syncline.policy.events import Drop
+from syncline.policy.reasons import TooStale
+from syncline.policy.words import drop_words
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan, clipped
 from syncline_coordinator.merge.reducer import Merged
@@ -62,12 +64,13 @@ class RunReport:
 
     async def dropped(self, drop: Drop) -> None:
         if len(self._dropped) < self._dropped_room:
-            reason = clipped(drop.reason, LOG_REASON_BYTES)
+            reason = clipped(drop_words(drop.reason), LOG_REASON_BYTES)
             self._dropped.append(Dropped(agent=drop.agent, clock=drop.clock, reason=reason))
         else:
             self._dropped_more += 1
-        self._adviser.judged(drop.agent, drop.lag, merged=False, too_stale=drop.lag > 0)
-        text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop.reason}"
+        lag = drop.reason.lag if isinstance(drop.reason, TooStale) else 0
+        self._adviser.judged(drop.agent, lag, merged=False, too_stale=lag > 0)
+        text = f"{drop.agent}: update of clock {drop.clock} dropped: {drop_words(drop.reason)}"
         await self._telemetry.event("update-dropped", text, level="warning", agent=drop.agent)
 
     async def no_such_metric(self, known: Iterable[str]) -> None:

@@ -43,6 +43,7 @@ from syncline.policy.events import (
     UpdateBroken,
     WakeAt,
 )
+from syncline.policy.words import closed_words, finish_words
 from syncline.spec.guardrails import too_many_agents
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
@@ -303,7 +304,7 @@ class Run:
             case Tell(event, text):
                 await self.parts.telemetry.event(event, text, level="warning")
             case Finish(reason, failed):
-                await self._finish(reason, "failed" if failed else "done")
+                await self._finish(finish_words(reason), "failed" if failed else "done")
 
     async def _let_train(self, command: StartRound | LetRun) -> None:
         """Write the participants into head. A round begins anew; in an asynchronous run a merge under way goes on."""
@@ -331,7 +332,7 @@ class Run:
     async def _decide(self, merge: Merge) -> None:
         """Write the plan into head, then execute it."""
         head, entries = self.keeper.head, self.ledger.plan_entries(merge.updates)
-        plan = Plan(version=head.version + 1, reason=merge.reason, merged=entries, late=list(merge.late))
+        plan = Plan(version=head.version + 1, reason=closed_words(merge.reason), merged=entries, late=list(merge.late))
         self._report.decided(_now())
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)

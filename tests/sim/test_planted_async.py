@@ -13,6 +13,7 @@ from syncline.averaging.staleness import Staleness
 from syncline.policy.asynchronous import Asynchronous
 from syncline.policy.events import LetRun, OfferReady, StartRound
 from syncline.policy.ledger import Judged, Ledger
+from syncline.policy.reasons import Closed, Unusable
 from syncline.wire.messages import Verdict
 from syncline_agent.local_update import Elastic, Verdicts
 from syncline_agent.run_view import Place
@@ -127,7 +128,8 @@ def an_unusable_update_is_judged_before_the_one_before_it(patch: pytest.MonkeyPa
             if not earlier:
                 return real(self, agent, clock, why, now_s)
             self.merging.remove(offer)
-            return [self._drop(offer, why, broken=True), self._plan(self.merging, why)]
+            assert self.closed_by is not None
+            return [self._drop(offer, Unusable(why)), self._plan(self.merging, self.closed_by)]
 
         return at_once
 
@@ -155,7 +157,7 @@ def news_during_a_merge_clears_the_plan(patch: pytest.MonkeyPatch) -> None:
 
 def what_a_plan_that_was_found_merges_is_taken_for_new(patch: pytest.MonkeyPatch) -> None:
     def resume_merge(self: Asynchronous, offers: list[OfferReady]) -> None:
-        self.merging, self.state, self.closed_by = list(offers), "merging", "found"
+        self.merging, self.state, self.closed_by = list(offers), "merging", Closed("complete", 1, 1)
 
     patch.setattr(Asynchronous, "resume_merge", resume_merge)
 

@@ -23,11 +23,22 @@ Sources: FedBuff (arXiv:2106.06639), FedAsync (arXiv:1903.03934), stale synchron
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from syncline.averaging.staleness import Staleness
 from syncline.averaging.weights import Normalize, Weights, weights_of
-from syncline.policy.base import REASON_CHARS, Policy, Standing, brief
+from syncline.policy.base import Policy, Standing
 from syncline.policy.events import Chosen, Command, Drop, LetRun, Merge, OfferReady, WakeAt
+from syncline.policy.reasons import (
+    Closed,
+    NothingUsable,
+    NotStarted,
+    Replaced,
+    StopRequested,
+    TooStale,
+    Unusable,
+    VersionsReached,
+)
 from syncline.wire.messages import Verdict
 
 OVERLAPPING = 2  # updates of an agent that may wait to be judged, where it sends one while it trains the next
@@ -61,7 +72,7 @@ class Asynchronous(Policy):
     offsets: dict[str, int] = field(default_factory=dict)  # added to an agent's clock where clocks are compared
     broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
     last_broadcast: Broadcast = field(default_factory=Broadcast)
-    closed_by: str = ""  # what closed the buffer that is merging
+    closed_by: Closed | None = None  # the buffer that is merging
     gate_relaxed: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
     dirty: bool = False  # something was judged that agents may not have been told
     runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
@@ -83,7 +94,7 @@ class Asynchronous(Policy):
         self.merging = list(offers)
         for offer in offers:
             self.ledger.note_known(offer.agent, offer.clock)
-        self.closed_by = self._count(offers)
+        self.closed_by = self._closed("complete", offers)
 
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _joined(self, agent: str, now_s: float) -> list[Command]:
@@ -105,7 +116,7 @@ class Asynchronous(Policy):
             self._insist_on_order(offer, [*self.waiting, *self.merging])
         self.ledger.note_known(offer.agent, offer.clock)
         if not self.started:
-            return [self._drop(offer, "the run has not started")]
+            return [self._drop(offer, NotStarted())]
         if (drop := self._too_stale(offer)) is not None:
             return [drop, *self._go_on(now_s)]
         self.waiting.append(offer)
@@ -116,19 +127,19 @@ class Asynchronous(Policy):
         if offer is None:
             return []
         self.merging.remove(offer)
-        reason = f"{self.closed_by}; without {agent}: {brief(why)}"
+        assert self.closed_by is not None
+        closed = replace(self.closed_by, without=(*self.closed_by.without, (agent, why)))
         if any(o.agent == agent and o.clock < clock for o in self.merging):
             self._put_back(offer)
-            return [self._plan(self.merging, reason)]
+            return [self._plan(self.merging, closed)]
         self.broken.add(agent)
-        dropped = self._drop(offer, why, broken=True)
+        dropped = self._drop(offer, Unusable(why))
         if self.merging:
-            return [dropped, self._plan(self.merging, reason)]
+            return [dropped, self._plan(self.merging, closed)]
         if self.stop:
-            return [dropped, *self._finish(self.stop)]
+            return [dropped, *self._finish(StopRequested(self.stop))]
         if not self.waiting and self.live | self.slow <= self.broken:
-            every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
-            return [dropped, *self._finish(every, failed=True)]
+            return [dropped, *self._finish(NothingUsable(self.version, agent, why), failed=True)]
         self._enter("open")
         return [dropped, *self._replaced(), *self._let_run(), *self._close(now_s)]
 
@@ -142,7 +153,7 @@ class Asynchronous(Policy):
         self.missed.clear()
         self.broken.clear()
         if self.stop:
-            return self._finish(self.stop)
+            return self._finish(StopRequested(self.stop))
         if self.version >= self.versions:
             return self._go_on(now_s)
         drops: list[Command] = [drop for o in self.waiting if (drop := self._too_stale(o)) is not None]
@@ -162,14 +173,14 @@ class Asynchronous(Policy):
         merging = {o.agent for o in self.merging}
         older = [o for o in self.waiting if o.clock < newest[o.agent] and o.agent not in merging]
         self.waiting = [o for o in self.waiting if o not in older]
-        return [self._drop(o, f"replaced by clock {newest[o.agent]} of the same agent") for o in older]
+        return [self._drop(o, Replaced(newest[o.agent])) for o in older]
 
     # -- what follows --------------------------------------------------------------------------------------------------
     def _go_on(self, now_s: float) -> list[Command]:
         if not (self.waiting or self.merging) and (end := self._nobody_can_train()):
             return end
         if self.state != "merging" and self.version >= self.versions:
-            return self._finish(f"{self.versions} versions")
+            return self._finish(VersionsReached(self.versions))
         if not self.started:
             if len(self.live) < self.min_agents:
                 return []
@@ -191,9 +202,9 @@ class Asynchronous(Policy):
             self.closes_at_s = None
             return self._with_too_few(len(ready), now_s) if nobody_runs else []
         if self._full(ready):
-            return [self._merge(ready, self._count(ready))]
+            return [self._merge(ready, self._closed("complete", ready))]
         if nobody_runs:
-            return [self._merge(ready, f"{self._count(ready)}, nobody may run before they are judged")]
+            return [self._merge(ready, self._closed("nobody may run", ready))]
         if self.quorum is None or len(ready) < self.quorum:
             self.closes_at_s = None
             return []
@@ -201,7 +212,7 @@ class Asynchronous(Policy):
             self.closes_at_s = now_s + self.grace()
         if now_s < self.closes_at_s:
             return [WakeAt(self.closes_at_s)]
-        return [self._merge(ready, f"quorum {self._count(ready)} + {self.grace():.1f} s")]
+        return [self._merge(ready, replace(self._closed("quorum", ready), grace_s=self.grace()))]
 
     def _with_too_few(self, updates: int, now_s: float) -> list[Command]:
         """Nobody may run, and the rule needs more. Where a gate holds agents up, what waits is as good as judged for it."""
@@ -226,23 +237,23 @@ class Asynchronous(Policy):
             return len(self.live) <= len(ready) and self.live <= {o.agent for o in ready}
         return len(ready) >= self.buffer
 
-    def _merge(self, chosen: list[OfferReady], reason: str) -> Merge:
+    def _merge(self, chosen: list[OfferReady], closed: Closed) -> Merge:
         taken = {(o.agent, o.clock) for o in chosen}
         self.waiting = [o for o in self.waiting if (o.agent, o.clock) not in taken]
         self.merging = list(chosen)
         self._enter("merging")
         self.closes_at_s = None
-        return self._plan(chosen, reason + self._absent({*self.missed}))
+        return self._plan(chosen, replace(closed, absent=self._absent(self.missed)))
 
-    def _plan(self, offers: list[OfferReady], reason: str) -> Merge:
-        self.closed_by = brief(reason, REASON_CHARS)
+    def _plan(self, offers: list[OfferReady], closed: Closed) -> Merge:
+        self.closed_by = closed
         offers = sorted(offers, key=lambda o: (o.agent, o.clock))
         lags = [self.version - o.base for o in offers]
         chosen = tuple(
             Chosen(o.agent, o.clock, lag, weight)
             for o, lag, weight in zip(offers, lags, self._weights(offers, lags), strict=True)
         )
-        return Merge(chosen, self.closed_by)
+        return Merge(chosen, closed)
 
     def _weights(self, offers: list[OfferReady], lags: list[int]) -> list[float]:
         """(1/K) s(τ_i) for uniform shares, also where fewer than K are merged; 1 for elastic differences."""
@@ -256,7 +267,7 @@ class Asynchronous(Policy):
         lag = self.version - offer.base
         if lag <= self.max_lag:
             return None
-        return replace(self._drop(offer, f"lag {lag} > max_lag {self.max_lag}"), lag=lag)
+        return self._drop(offer, TooStale(lag, self.max_lag))
 
     # -- who may run ---------------------------------------------------------------------------------------------------
     def _clock(self, agent: str) -> int:
@@ -320,11 +331,11 @@ class Asynchronous(Policy):
             )
         ]
 
-    def _count(self, offers: list[OfferReady]) -> str:
+    def _closed(self, by: Literal["complete", "quorum", "nobody may run"], offers: list[OfferReady]) -> Closed:
         if self.buffer is not None:
-            return f"{len(offers)} of {self.buffer}"
+            return Closed(by, len(offers), self.buffer)
         agents = {o.agent for o in offers}
-        return f"{len(agents)} of {len(self.live | agents | self.missed.keys())}"
+        return Closed(by, len(agents), len(self.live | agents | self.missed.keys()))
 
     def validate(self) -> None:
         assert (self.state == "merging") == bool(self.merging), "a merge of nothing, or none where there should be"

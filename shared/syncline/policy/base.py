@@ -29,14 +29,13 @@ from syncline.policy.events import (
     UpdateBroken,
 )
 from syncline.policy.ledger import Ledger
+from syncline.policy.reasons import DropReason, FinishReason, NoAgentCanTrain, StopRequested, Unusable
 from syncline.policy.states import POLICY_TRANSITIONS, State, check_transition
 from syncline.policy.story import History, Step
 from syncline.wire.messages import Presence, Verdict
 
 MEDIAN_OVER = 9  # versions
 FIRST_GRACE_S = 1.0  # while no version has shown how long one takes
-REASON_CHARS = 1000  # reasons travel in records with limits, and some of the words in them are the agents' own
-ABSENT_NAMED, ABSENT_CHARS = 5, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ class Policy(ABC):
                 return self._committed(now_s)
             case TargetReached(why):
                 self.stop = why
-                return [] if self.state == "merging" else self._finish(why)
+                return [] if self.state == "merging" else self._finish(StopRequested(why))
             case Tick():
                 return self._go_on(now_s)
 
@@ -193,7 +192,7 @@ class Policy(ABC):
         """The end, where so many agents have said that they cannot train that the run cannot begin; else nothing."""
         if self.live or self.slow or self.gone or len(self.failed) < self.min_agents or self.version >= self.versions:
             return []
-        return self._finish("no agent can train: " + "; ".join(f"{a}: {w}" for a, w in self.failed.items()), True)
+        return self._finish(NoAgentCanTrain(tuple(self.failed.items())), failed=True)
 
     def _too_few(self, updates: Collection[OfferReady], broken: set[str]) -> bool:
         """Whether the rule needs more. Agents whose update was unusable count: those were bad ones, and are out."""
@@ -212,7 +211,7 @@ class Policy(ABC):
         )
         return [Tell("too-few-updates", text)]
 
-    def _finish(self, reason: str, failed: bool = False) -> list[Command]:
+    def _finish(self, reason: FinishReason, failed: bool = False) -> list[Command]:
         self._enter("ended")
         self.closes_at_s = None
         return [Finish(reason, failed)]
@@ -229,9 +228,9 @@ class Policy(ABC):
     def _judge(self, offer: OfferReady, verdict: Verdict) -> None:
         self.ledger.judge(offer.agent, offer.clock, verdict)
 
-    def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
-        self._judge(offer, Verdict.BROKEN if broken else Verdict.LATE)
-        return Drop(offer.agent, offer.clock, reason, broken)
+    def _drop(self, offer: OfferReady, reason: DropReason) -> Drop:
+        self._judge(offer, Verdict.BROKEN if isinstance(reason, Unusable) else Verdict.LATE)
+        return Drop(offer.agent, offer.clock, reason)
 
     def grace(self) -> float:
         """Seconds to wait for the rest after the quorum."""
@@ -243,12 +242,6 @@ class Policy(ABC):
         """Of the last versions; 0 before the first."""
         return statistics.median(self.durations_s) if self.durations_s else 0.0
 
-    def _absent(self, among: set[str]) -> str:
-        """Name those of these agents that were lost or slow since the last commit, and why, in a few words."""
-        gone = [f"{a} {brief(why)}" for a, why in sorted(self.missed.items()) if a in among]
-        more = [f"and {len(gone) - ABSENT_NAMED} more"] if len(gone) > ABSENT_NAMED else []
-        return f" ({'; '.join([*gone[:ABSENT_NAMED], *more])})" if gone else ""
-
-
-def brief(text: str, chars: int = ABSENT_CHARS) -> str:
-    return text if len(text) <= chars else text[: chars - 1] + "…"
+    def _absent(self, among: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """Return those of these agents that were lost or slow since the last commit, with the reason."""
+        return tuple(sorted((agent, self.missed[agent]) for agent in among if agent in self.missed))

@@ -3,7 +3,9 @@ I/O, never a clock of its own. So every scheme, and every failure, is tested wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from syncline.policy.reasons import Closed, DropReason, FinishReason
 
 # -- facts ---------------------------------------------------------------------------------------------------------------
 
@@ -106,17 +108,17 @@ class Merge:
     """Merge exactly these, in this order, and commit. `late`: participants that were not waited for."""
 
     updates: tuple[Chosen, ...]
-    reason: str
+    reason: Closed
     late: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
+    """Judge an update without merging it."""
+
     agent: str
     clock: int
-    reason: str
-    broken: bool = False  # unusable, rather than late
-    lag: int = field(default=0, compare=False)  # versions, where that is the reason
+    reason: DropReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,9 @@ class Tell:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    reason: str
+    """End the run."""
+
+    reason: FinishReason
     failed: bool = False
 
 

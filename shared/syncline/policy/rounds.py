@@ -18,11 +18,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from syncline.averaging.weights import Normalize, Weights, weights_of
-from syncline.policy.base import REASON_CHARS, Policy, Standing, brief
+from syncline.policy.base import Policy, Standing
 from syncline.policy.events import Chosen, Command, Drop, Merge, OfferReady, StartRound, WakeAt
+from syncline.policy.reasons import (
+    Closed,
+    DropReason,
+    NothingUsable,
+    NotParticipant,
+    Replaced,
+    RoundClosed,
+    StopRequested,
+    Unusable,
+    VersionsReached,
+)
 from syncline.wire.messages import Verdict
 
 ASKED_AGAIN = 3  # times in a round, an agent that could not know that its clock was judged
@@ -40,7 +52,7 @@ class Rounds(Policy):
     seed: int
     participants: tuple[str, ...] = ()
     offers: dict[str, OfferReady] = field(default_factory=dict)
-    closed_by: str = ""  # what closed the round that is merging
+    closed_by: Closed | None = None  # the round that is merging
     broken: set[str] = field(default_factory=set)  # whose update of this version was unusable
     retries: list[str] = field(default_factory=list)  # they were asked again for this version, each time
     no_more_expected: set[str] = field(
@@ -58,7 +70,7 @@ class Rounds(Policy):
         self._enter("merging")
         self.offers = {o.agent: o for o in offers}
         self.participants = tuple(sorted({*self.participants, *self.offers}))
-        self.closed_by = self._count()
+        self.closed_by = self._closed("complete")
 
     # -- one fact each -------------------------------------------------------------------------------------------------
     def _noted(self, commands: list[Command]) -> list[Command]:
@@ -84,15 +96,13 @@ class Rounds(Policy):
             return []  # told twice
         self._insist_on_order(offer, filter(None, [self.offers.get(offer.agent)]))
         if offer.base < self.version or self.state == "merging":
-            return [self._drop(offer, f"late: the round of version {offer.base} is closed")]
+            return [self._drop(offer, RoundClosed(offer.base))]
         if agent not in self.participants:
-            return [self._drop(offer, f"not a participant of the round of version {self.version}")]
+            return [self._drop(offer, NotParticipant(self.version))]
         self.offers[agent] = offer
         self.no_more_expected.discard(agent)
         self.broken.discard(agent)
-        replaced = (
-            [] if known is None else [Drop(agent, known.clock, f"replaced by clock {offer.clock} of the same agent")]
-        )
+        replaced = [] if known is None else [Drop(agent, known.clock, Replaced(offer.clock))]
         return [*replaced, *self._go_on(now_s)]
 
     def _broken(self, agent: str, clock: int, why: str, now_s: float) -> list[Command]:
@@ -101,14 +111,14 @@ class Rounds(Policy):
             return []
         del self.offers[agent]
         self.broken.add(agent)
-        dropped = self._drop(offer, why, broken=True)
+        dropped = self._drop(offer, Unusable(why))
         if self.state == "merging" and self.offers:
-            return [dropped, self._plan(f"{self.closed_by}; without {agent}: {brief(why)}")]
+            assert self.closed_by is not None
+            return [dropped, self._plan(replace(self.closed_by, without=(*self.closed_by.without, (agent, why))))]
         if self.stop:
-            return [dropped, *self._finish(self.stop)]
+            return [dropped, *self._finish(StopRequested(self.stop))]
         if not (self.offers or self._awaited() or self._others() or self.slow - self.no_more_expected):
-            every = f"every update of version {self.version} was dropped; the last: {agent}: {why}"
-            return [dropped, *self._finish(every, failed=True)]
+            return [dropped, *self._finish(NothingUsable(self.version, agent, why), failed=True)]
         if self.state == "open":
             return [dropped, *self._go_on(now_s)]
         self._enter("open")
@@ -121,7 +131,7 @@ class Rounds(Policy):
         self.participants, self.offers, self.missed, self.no_more_expected, self.broken = (), {}, {}, set(), set()
         self.retries.clear()
         if self.stop:
-            return self._finish(self.stop)
+            return self._finish(StopRequested(self.stop))
         return self._go_on(now_s)
 
     # -- what follows --------------------------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ class Rounds(Policy):
 
     def _open(self, now_s: float) -> list[Command]:
         if self.version >= self.versions:
-            return self._finish(f"{self.versions} versions")
+            return self._finish(VersionsReached(self.versions))
         if len(self.live) < (1 if self.started else self.min_agents) or not self._others():
             return []
         self._enter("open")
@@ -148,7 +158,7 @@ class Rounds(Policy):
         reached = enough and len(self.offers) >= (self.quorum or 1)
         if not self._awaited():
             if reached or (enough and not self._others()):
-                return [self._merge(self._count())]
+                return [self._merge(self._closed("complete"))]
             if self._others():
                 return [self._ask_others()]
             return self._tell_too_few(len(self.offers)) if self.offers else []
@@ -159,7 +169,7 @@ class Rounds(Policy):
             self.closes_at_s = now_s + self.grace()
         if now_s < self.closes_at_s:
             return [WakeAt(self.closes_at_s)]
-        return [self._merge(f"quorum {self._count()} + {self.grace():.1f} s")]
+        return [self._merge(replace(self._closed("quorum"), grace_s=self.grace()))]
 
     def _awaited(self) -> bool:
         """Whether the update of a participant is still to come. Stops at the first, as this is asked with every offer."""
@@ -180,27 +190,27 @@ class Rounds(Policy):
         self.participants = tuple(sorted({*self.participants, *self._others(), *slow} - self.no_more_expected))
         return StartRound(self.version, self.participants)
 
-    def _merge(self, reason: str) -> Merge:
+    def _merge(self, closed: Closed) -> Merge:
         self._enter("merging")
         self.closes_at_s = None
-        return self._plan(reason + self._absent({*self.participants} - {*self.offers}))
+        return self._plan(replace(closed, absent=self._absent({*self.participants} - {*self.offers})))
 
-    def _plan(self, reason: str) -> Merge:
-        self.closed_by = brief(reason, REASON_CHARS)
+    def _plan(self, closed: Closed) -> Merge:
+        self.closed_by = closed
         offers = [self.offers[agent] for agent in sorted(self.offers)]
         whole = [1.0] * len(offers)
         shares = whole if self.elastic else weights_of(offers, self.weights, self.normalize)
         chosen = tuple(Chosen(o.agent, o.clock, self.version - o.base, w) for o, w in zip(offers, shares, strict=True))
         late = tuple(p for p in self.participants if p not in self.offers and p not in self.no_more_expected)
-        return Merge(chosen, self.closed_by, late)
+        return Merge(chosen, closed, late)
 
-    def _drop(self, offer: OfferReady, reason: str, broken: bool = False) -> Drop:
+    def _drop(self, offer: OfferReady, reason: DropReason) -> Drop:
         if offer.base == self.version and offer.agent not in self.offers:
             self.no_more_expected.add(offer.agent)
-        return Policy._drop(self, offer, reason, broken)
+        return Policy._drop(self, offer, reason)
 
-    def _count(self) -> str:
-        return f"{len(self.offers)} of {len(self.participants)}"
+    def _closed(self, by: Literal["complete", "quorum"]) -> Closed:
+        return Closed(by, len(self.offers), len(self.participants))
 
     def _draw(self) -> tuple[str, ...]:
         """The participants of a round: all live agents, or a share drawn by the seed and the version alone."""

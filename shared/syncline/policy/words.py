@@ -1,4 +1,4 @@
-"""Facts and commands of a policy in words, for people. The one place that turns a story into text."""
+"""Reasons, facts and commands of a policy in words, for the log, the events, commit records and `syncline why`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,27 @@ from syncline.policy.events import (
     UpdateBroken,
     WakeAt,
 )
+from syncline.policy.reasons import (
+    Closed,
+    DropReason,
+    FinishReason,
+    NoAgentCanTrain,
+    NothingUsable,
+    NotParticipant,
+    NotStarted,
+    Replaced,
+    RoundClosed,
+    StopRequested,
+    TooStale,
+    Unusable,
+    VersionsReached,
+)
 from syncline.policy.story import Step
 
 NAMED = 8  # agents, of a list of many
+REASON_CHARS = 1000  # reasons travel in records with limits, and the agents' own words in them may be long
+ABSENT_NAMED = 5
+ABSENT_CHARS = 100
 
 
 def story_lines(steps: Sequence[Step], limit: int = 200) -> list[str]:
@@ -74,15 +92,66 @@ def command_words(command: Command) -> str:
             return f"let {_names(participants)} train from version {version}{bound}"
         case Merge(updates, reason, late):
             named = _names([f"{u.agent} clock {u.clock} weight {u.weight:.4g}" for u in updates])
-            return f"merge {named}: {reason}" + (f"; late: {_names(late)}" if late else "")
+            return f"merge {named}: {closed_words(reason)}" + (f"; late: {_names(late)}" if late else "")
         case Drop(agent, clock, reason):
-            return f"drop clock {clock} of {agent}: {reason}"
+            return f"drop clock {clock} of {agent}: {drop_words(reason)}"
         case WakeAt():
             return "wait for the end of the grace period"
         case Tell(event):
             return f"publish the event {event}"
         case Finish(reason, failed):
-            return f"{'fail' if failed else 'end'} the run: {reason}"
+            return f"{'fail' if failed else 'end'} the run: {finish_words(reason)}"
+
+
+# -- reasons -------------------------------------------------------------------------------------------------------------
+def drop_words(reason: DropReason) -> str:
+    """Return why an update was dropped."""
+    match reason:
+        case RoundClosed(base):
+            return f"late: the round of version {base} is closed"
+        case NotParticipant(version):
+            return f"not a participant of the round of version {version}"
+        case Replaced(by_clock):
+            return f"replaced by clock {by_clock} of the same agent"
+        case TooStale(lag, max_lag):
+            return f"lag {lag} > max_lag {max_lag}"
+        case NotStarted():
+            return "the run has not started"
+        case Unusable(problem):
+            return problem
+
+
+def closed_words(closed: Closed) -> str:
+    """Return why a round or a buffer was closed, in at most `REASON_CHARS` characters."""
+    text = f"{closed.updates} of {closed.expected}"
+    if closed.by == "quorum":
+        text = f"quorum {text} + {closed.grace_s or 0.0:.1f} s"
+    elif closed.by == "nobody may run":
+        text += ", nobody may run before they are judged"
+    if closed.absent:
+        named = [f"{agent} {brief(why)}" for agent, why in closed.absent[:ABSENT_NAMED]]
+        more = [f"and {len(closed.absent) - ABSENT_NAMED} more"] if len(closed.absent) > ABSENT_NAMED else []
+        text += f" ({'; '.join([*named, *more])})"
+    text += "".join(f"; without {agent}: {brief(why)}" for agent, why in closed.without)
+    return brief(text, REASON_CHARS)
+
+
+def finish_words(reason: FinishReason) -> str:
+    """Return why a run ends."""
+    match reason:
+        case VersionsReached(versions):
+            return f"{versions} versions"
+        case StopRequested(why):
+            return why
+        case NoAgentCanTrain(failed):
+            return "no agent can train: " + "; ".join(f"{agent}: {why}" for agent, why in failed)
+        case NothingUsable(version, agent, problem):
+            return f"every update of version {version} was dropped; the last: {agent}: {problem}"
+
+
+def brief(text: str, chars: int = ABSENT_CHARS) -> str:
+    """Return the text, cut to so many characters."""
+    return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
 def _names(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import pytest
 from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.errors import PeerError
 from syncline.policy.asynchronous import Asynchronous
-from syncline.policy.base import REASON_CHARS, Standing
+from syncline.policy.base import Standing
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
@@ -32,8 +32,21 @@ from syncline.policy.events import (
     UpdateBroken,
     WakeAt,
 )
+from syncline.policy.reasons import (
+    Closed,
+    NoAgentCanTrain,
+    NothingUsable,
+    NotStarted,
+    Replaced,
+    StopRequested,
+    TooStale,
+    Unusable,
+    VersionsReached,
+)
+from syncline.policy.words import REASON_CHARS, closed_words
 from syncline.wire.messages import Presence
 from unit.ledgers import ledger_at
+from unit.traces import command_as_json
 
 SILENT = "not heard of for 5.1 s"
 DEFAULTS: dict[str, Any] = {
@@ -71,7 +84,7 @@ def offers(*agents: str, clock: int = 1, base: int = 0, **sizes: int) -> list[Of
     return [OfferReady(agent, clock, base, **sizes) for agent in agents]
 
 
-def merge(*chosen: tuple[str, int, int], reason: str, weight: Any = None) -> Merge:
+def merge(*chosen: tuple[str, int, int], reason: Closed, weight: Any = None) -> Merge:
     """Of (agent, clock, lag); uniform weights where none is given."""
     return Merge(tuple(Chosen(*c, 1 / len(chosen) if weight is None else weight) for c in chosen), reason)
 
@@ -105,70 +118,83 @@ def test_an_agent_that_joins_twice_counts_once() -> None:
 
 def test_an_offer_before_the_start_is_dropped_with_the_reason() -> None:
     made = policy(2, joined=False)
-    assert tell(made, *offers("a1")) == [Drop("a1", 1, "the run has not started")]
+    assert tell(made, *offers("a1")) == [Drop("a1", 1, NotStarted())]
     assert tell(made, *offers("a1")) == [], "told twice"
     assert tell(made, AgentJoined("a1"), AgentJoined("a2")) == [run(0, "a1", "a2")]
-    assert tell(made, *offers("a1", clock=2), *offers("a2")) == [merge(("a1", 2, 0), ("a2", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a1", clock=2), *offers("a2")) == [
+        merge(("a1", 2, 0), ("a2", 1, 0), reason=Closed("complete", 2, 2))
+    ]
 
 
 def test_an_agent_that_joins_later_runs_at_once() -> None:
     made = policy(2)
     assert tell(made, AgentJoined("a3")) == [run(0, "a1", "a2", "a3")]
-    assert tell(made, *offers("a3", "a1")) == [merge(("a1", 1, 0), ("a3", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a3", "a1")) == [merge(("a1", 1, 0), ("a3", 1, 0), reason=Closed("complete", 2, 2))]
 
 
 # -- the buffer --------------------------------------------------------------------------------------------------------
 def test_a_full_buffer_is_merged_and_everybody_is_told() -> None:
     made = policy(4, buffer=3)
     assert tell(made, *offers("a3", "a1")) == []
-    assert tell(made, *offers("a4")) == [merge(("a1", 1, 0), ("a3", 1, 0), ("a4", 1, 0), reason="3 of 3")]
+    assert tell(made, *offers("a4")) == [
+        merge(("a1", 1, 0), ("a3", 1, 0), ("a4", 1, 0), reason=Closed("complete", 3, 3))
+    ]
     assert tell(made, Committed(1)) == [run(1, *ALL)]
 
 
 def test_a_buffer_of_one_merges_each_update_as_it_comes() -> None:
     made = policy(2, buffer=1)
-    assert tell(made, *offers("a2")) == [merge(("a2", 1, 0), reason="1 of 1")]
+    assert tell(made, *offers("a2")) == [merge(("a2", 1, 0), reason=Closed("complete", 1, 1))]
     assert tell(made, Committed(1)) == [run(1, "a1", "a2")]
-    assert tell(made, *offers("a1")) == [merge(("a1", 1, 1), reason="1 of 1")]
+    assert tell(made, *offers("a1")) == [merge(("a1", 1, 1), reason=Closed("complete", 1, 1))]
 
 
 def test_the_first_k_are_taken_in_the_order_of_arrival_and_the_rest_waits_for_the_next_version() -> None:
     made = policy(4, buffer=2)
-    assert tell(made, *offers("a4", "a2")) == [merge(("a2", 1, 0), ("a4", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a4", "a2")) == [merge(("a2", 1, 0), ("a4", 1, 0), reason=Closed("complete", 2, 2))]
     assert tell(made, *offers("a3", "a1"), *offers("a4", clock=2)) == [], "a plan is executed as it is"
-    assert tell(made, Committed(1)) == [run(1, *ALL), merge(("a1", 1, 1), ("a3", 1, 1), reason="2 of 2")]
+    assert tell(made, Committed(1)) == [
+        run(1, *ALL),
+        merge(("a1", 1, 1), ("a3", 1, 1), reason=Closed("complete", 2, 2)),
+    ]
     assert tell(made, Committed(2)) == [run(2, *ALL)]
-    assert tell(made, *offers("a1", clock=2, base=1)) == [merge(("a1", 2, 1), ("a4", 2, 2), reason="2 of 2")]
+    assert tell(made, *offers("a1", clock=2, base=1)) == [
+        merge(("a1", 2, 1), ("a4", 2, 2), reason=Closed("complete", 2, 2))
+    ]
 
 
 def test_two_updates_of_one_agent_are_merged_in_the_order_of_their_clocks() -> None:
     made = policy(4, buffer=4)
     tell(made, *offers("a2"), *offers("a1", clock=1), *offers("a1", clock=2))
     assert tell(made, *offers("a2", clock=2)) == [
-        merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a2", 2, 0), reason="4 of 4")
+        merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a2", 2, 0), reason=Closed("complete", 4, 4))
     ]
 
 
 def test_a_buffer_of_all_waits_for_one_of_every_live_agent() -> None:
     made = policy(3, buffer=None)
     assert tell(made, *offers("a1", "a3"), *offers("a1", clock=2)) == []
-    assert tell(made, *offers("a2")) == [merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a3", 1, 0), reason="3 of 3")]
+    assert tell(made, *offers("a2")) == [
+        merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a3", 1, 0), reason=Closed("complete", 3, 3))
+    ]
 
 
 def test_a_buffer_of_all_takes_the_agent_that_joins_into_account() -> None:
     made = policy(2, buffer=None)
     tell(made, *offers("a1"), AgentJoined("a3"))
     assert tell(made, *offers("a2")) == []
-    assert tell(made, *offers("a3")) == [merge(("a1", 1, 0), ("a2", 1, 0), ("a3", 1, 0), reason="3 of 3")]
+    assert tell(made, *offers("a3")) == [
+        merge(("a1", 1, 0), ("a2", 1, 0), ("a3", 1, 0), reason=Closed("complete", 3, 3))
+    ]
 
 
 def test_with_a_robust_rule_a_merge_holds_one_update_of_an_agent() -> None:
     made = policy(3, buffer=2, one_each=True)
     assert tell(made, *offers("a1"), *offers("a1", clock=2)) == []
-    assert tell(made, *offers("a3")) == [merge(("a1", 1, 0), ("a3", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a3")) == [merge(("a1", 1, 0), ("a3", 1, 0), reason=Closed("complete", 2, 2))]
     assert tell(made, *offers("a2"), Committed(1)) == [
         run(1, "a1", "a2", "a3"),
-        merge(("a1", 2, 1), ("a2", 1, 1), reason="2 of 2"),
+        merge(("a1", 2, 1), ("a2", 1, 1), reason=Closed("complete", 2, 2)),
     ], "the second one waited its turn"
 
 
@@ -194,7 +220,9 @@ def test_an_update_that_was_merged_and_is_told_again_changes_nothing() -> None:
 
 def test_a_clock_may_be_left_out() -> None:
     made = policy(2)
-    assert tell(made, *offers("a1", clock=3), *offers("a2")) == [merge(("a1", 3, 0), ("a2", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a1", clock=3), *offers("a2")) == [
+        merge(("a1", 3, 0), ("a2", 1, 0), reason=Closed("complete", 2, 2))
+    ]
     assert tell(made, *offers("a1", clock=2)) == [], "an older one is judged with it"
 
 
@@ -294,7 +322,7 @@ def test_a_buffer_closes_at_once_when_nobody_may_run_before_something_is_judged(
     assert tell(made, *offers("a2", clock=2)) == [
         merge(
             ("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), ("a2", 2, 0),
-            reason="4 of 5, nobody may run before they are judged", weight=pytest.approx(1 / 5, rel=1e-15),
+            reason=Closed("nobody may run", 4, 5), weight=pytest.approx(1 / 5, rel=1e-15),
         )
     ]  # fmt: skip
 
@@ -303,7 +331,7 @@ def test_without_overlap_an_agent_waits_for_the_verdict() -> None:
     made = policy(2, buffer=5, overlap=False)
     assert tell(made, *offers("a1")) == []
     (merged,) = tell(made, *offers("a2"))
-    assert isinstance(merged, Merge) and merged.reason == "2 of 5, nobody may run before they are judged"
+    assert isinstance(merged, Merge) and merged.reason == Closed("nobody may run", 2, 5)
 
 
 def test_a_buffer_closes_when_the_last_agent_that_may_run_is_lost() -> None:
@@ -313,7 +341,7 @@ def test_a_buffer_closes_when_the_last_agent_that_may_run_is_lost() -> None:
         run(0, "a1", "a2"),
         merge(
             ("a1", 1, 0), ("a2", 1, 0), weight=1 / 2 * 2 / 3,
-            reason="2 of 3, nobody may run before they are judged (a3 not heard of for 5.1 s)",
+            reason=Closed("nobody may run", 2, 3, absent=(("a3", "not heard of for 5.1 s"),)),
         ),
     ]  # fmt: skip
 
@@ -325,7 +353,7 @@ def test_what_lost_agents_have_left_is_merged_when_nobody_is_there() -> None:
         run(0),
         merge(
             ("a1", 1, 0), weight=1 / 5,
-            reason="1 of 5, nobody may run before they are judged (a1 it left; a2 not heard of for 5.1 s)",
+            reason=Closed("nobody may run", 1, 5, absent=(("a1", "it left"),("a2", "not heard of for 5.1 s"),)),
         ),
     ]  # fmt: skip
     assert tell(made, Committed(1)) == [run(1)]
@@ -339,21 +367,25 @@ def test_after_the_quorum_the_rest_has_the_grace_period() -> None:
     assert tell(made, *offers("a1", clock=2), at=11.0) == [WakeAt(12.0)], "it runs on"
     assert tell(made, Tick(), at=11.9) == [WakeAt(12.0)], "a tick that comes early waits on"
     assert tell(made, Tick(), at=12.0) == [
-        merge(("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), reason="quorum 3 of 4 + 2.0 s", weight=1 / 3 * 3 / 4)
+        merge(
+            ("a1", 1, 0), ("a1", 2, 0), ("a2", 1, 0), reason=Closed("quorum", 3, 4, grace_s=2.0), weight=1 / 3 * 3 / 4
+        )
     ]
 
 
 def test_a_full_buffer_ends_the_grace_period() -> None:
     made = policy(3, buffer=3, quorum=2)
     assert tell(made, *offers("a1", "a2")) == [WakeAt(2.0)]
-    assert tell(made, *offers("a3"), at=1.0) == [merge(("a1", 1, 0), ("a2", 1, 0), ("a3", 1, 0), reason="3 of 3")]
+    assert tell(made, *offers("a3"), at=1.0) == [
+        merge(("a1", 1, 0), ("a2", 1, 0), ("a3", 1, 0), reason=Closed("complete", 3, 3))
+    ]
     assert tell(made, Committed(1), Tick(), at=5.0) == [run(1, "a1", "a2", "a3")]
 
 
 def test_without_grace_the_quorum_closes_the_buffer() -> None:
     made = policy(4, buffer=3, quorum=2, grace_s=0.0)
     assert tell(made, *offers("a1", "a2")) == [
-        merge(("a1", 1, 0), ("a2", 1, 0), reason="quorum 2 of 3 + 0.0 s", weight=1 / 2 * 2 / 3)
+        merge(("a1", 1, 0), ("a2", 1, 0), reason=Closed("quorum", 2, 3, grace_s=0.0), weight=1 / 2 * 2 / 3)
     ]
 
 
@@ -367,7 +399,7 @@ def test_what_is_left_at_a_commit_has_a_grace_period_of_its_own() -> None:
 def test_the_grace_period_begins_anew_where_the_quorum_was_lost_meanwhile() -> None:
     made = policy(4, buffer=3, quorum=2, max_lag=0, overlap=False)
     tell(made, *offers("a1", "a2", "a3"), *offers("a4"))
-    assert tell(made, Committed(1), at=1.0) == [Drop("a4", 1, "lag 1 > max_lag 0"), run(1, *ALL)]
+    assert tell(made, Committed(1), at=1.0) == [Drop("a4", 1, TooStale(1, 0)), run(1, *ALL)]
     assert tell(made, *offers("a1", clock=2, base=1), at=2.0) == []
     assert tell(made, *offers("a2", clock=2, base=1), at=3.0) == [WakeAt(5.0)]
 
@@ -395,14 +427,14 @@ def test_a_buffer_does_not_close_early_with_fewer_updates_than_the_rule_needs() 
     assert tell(made, Tick(), at=1e6) == [], "told once"
     assert tell(made, AgentJoined("a3"), at=1e6) == [run(0, "a1", "a2", "a3")]
     (merged,) = tell(made, *offers("a3"), at=1e6)
-    assert isinstance(merged, Merge) and merged.reason == "3 of 4, nobody may run before they are judged"
+    assert isinstance(merged, Merge) and merged.reason == Closed("nobody may run", 3, 4)
 
 
 def test_an_unusable_update_counts_for_the_rule_because_it_is_out() -> None:
     made = policy(3, buffer=3, least=3, rule="median", overlap=False)
     tell(made, *offers("a1", "a2", "a3"))
     assert tell(made, UpdateBroken("a3", 1, "NaN"))[-1] == merge(
-        ("a1", 1, 0), ("a2", 1, 0), reason="3 of 3; without a3: NaN", weight=1 / 2 * 2 / 3
+        ("a1", 1, 0), ("a2", 1, 0), reason=Closed("complete", 3, 3, without=(("a3", "NaN"),)), weight=1 / 2 * 2 / 3
     )
 
 
@@ -414,7 +446,7 @@ def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
     assert made.last_broadcast.gate == 1, "all three are at 2"
     assert tell(made, *offers("a4", base=0)) == [run(2, *ALL, gate=2)]
     assert tell(made, *offers("a1", "a2", clock=3, base=2)) == [
-        merge(("a1", 3, 0), ("a2", 3, 0), ("a4", 1, 2), reason="3 of 3")
+        merge(("a1", 3, 0), ("a2", 3, 0), ("a4", 1, 2), reason=Closed("complete", 3, 3))
     ]
     assert tell(made, Committed(3)) == [run(3, *ALL, gate=2)]
 
@@ -425,7 +457,7 @@ def test_the_rule_gets_its_updates_also_of_an_agent_whose_clock_has_left_some_ou
     assert made.last_broadcast.gate == 1, "a1 is at 3"
     assert tell(made, *offers("a2", "a3", clock=2, base=1)) == [run(1, "a1", "a2", "a3", gate=3)]
     (merged,) = tell(made, *offers("a1", clock=4, base=1))
-    assert isinstance(merged, Merge) and merged.reason == "3 of 3"
+    assert isinstance(merged, Merge) and merged.reason == Closed("complete", 3, 3)
 
 
 def test_an_agent_that_joins_stands_beside_what_the_others_had_judged_not_beside_what_waits() -> None:
@@ -438,7 +470,7 @@ def test_an_agent_that_joins_stands_beside_what_the_others_had_judged_not_beside
 def test_an_update_that_is_too_stale_when_it_comes_is_dropped_and_its_agent_is_told() -> None:
     made = at_version(3, buffer=2, max_lag=2)
     assert tell(made, *offers("a1", base=1)) == [], "a lag of 2 is within the bound"
-    assert tell(made, *offers("a2", base=0)) == [Drop("a2", 1, "lag 3 > max_lag 2"), run(3, "a1", "a2", "a3")]
+    assert tell(made, *offers("a2", base=0)) == [Drop("a2", 1, TooStale(3, 2)), run(3, "a1", "a2", "a3")]
     assert tell(made, *offers("a2", base=0)) == [], "told twice"
 
 
@@ -446,21 +478,21 @@ def test_an_update_that_has_become_too_stale_while_it_waited_is_dropped_at_the_c
     made = policy(3, buffer=1, max_lag=1)
     tell(made, *offers("a1"))
     assert tell(made, *offers("a2", "a3")) == []
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2", "a3"), merge(("a2", 1, 1), reason="1 of 1")]
-    assert tell(made, Committed(2)) == [Drop("a3", 1, "lag 2 > max_lag 1"), run(2, "a1", "a2", "a3")]
+    assert tell(made, Committed(1)) == [run(1, "a1", "a2", "a3"), merge(("a2", 1, 1), reason=Closed("complete", 1, 1))]
+    assert tell(made, Committed(2)) == [Drop("a3", 1, TooStale(2, 1)), run(2, "a1", "a2", "a3")]
 
 
 def test_with_a_bound_of_zero_only_what_is_of_the_newest_version_is_merged() -> None:
     made = policy(2, buffer=1, max_lag=0)
     tell(made, *offers("a1", "a2"))
-    assert tell(made, Committed(1)) == [Drop("a2", 1, "lag 1 > max_lag 0"), run(1, "a1", "a2")]
-    assert tell(made, *offers("a2", clock=2, base=1)) == [merge(("a2", 2, 0), reason="1 of 1")]
+    assert tell(made, Committed(1)) == [Drop("a2", 1, TooStale(1, 0)), run(1, "a1", "a2")]
+    assert tell(made, *offers("a2", clock=2, base=1)) == [merge(("a2", 2, 0), reason=Closed("complete", 1, 1))]
 
 
 def test_the_drop_of_an_agent_that_is_away_is_told_when_it_is_back() -> None:
     made = at_version(3, buffer=2, max_lag=2)
     tell(made, AgentLost("a2", SILENT))
-    assert tell(made, *offers("a2", base=0)) == [Drop("a2", 1, "lag 3 > max_lag 2")]
+    assert tell(made, *offers("a2", base=0)) == [Drop("a2", 1, TooStale(3, 2))]
     assert tell(made, AgentJoined("a2")) == [run(3, "a1", "a2", "a3")]
 
 
@@ -478,7 +510,7 @@ def test_a_gate_that_nobody_may_pass_closes_the_buffer() -> None:
     made = policy(2, buffer=8, max_ahead=1)
     assert tell(made, *offers("a1"), *offers("a1", clock=2), *offers("a2")) == []
     (merged,) = tell(made, *offers("a2", clock=2))
-    assert isinstance(merged, Merge) and merged.reason == "4 of 8, nobody may run before they are judged"
+    assert isinstance(merged, Merge) and merged.reason == Closed("nobody may run", 4, 8)
 
 
 def test_only_what_was_told_counts_for_who_may_run() -> None:
@@ -550,10 +582,10 @@ def test_a_newer_update_of_an_agent_that_may_have_one_replaces_its_older_one() -
     made = policy(2, buffer=None, max_ahead=0)
     tell(made, *offers("a1"))
     assert tell(made, *offers("a1", clock=2)) == [
-        Drop("a1", 1, "replaced by clock 2 of the same agent"),
+        Drop("a1", 1, Replaced(2)),
         run(0, "a1", "a2", gate=0),
     ]
-    assert tell(made, *offers("a2")) == [merge(("a1", 2, 0), ("a2", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a2")) == [merge(("a1", 2, 0), ("a2", 1, 0), reason=Closed("complete", 2, 2))]
 
 
 def test_an_update_waits_to_be_replaced_while_an_older_one_of_its_agent_is_merged() -> None:
@@ -561,9 +593,9 @@ def test_an_update_waits_to_be_replaced_while_an_older_one_of_its_agent_is_merge
     tell(made, *offers("a1"))
     assert tell(made, *offers("a1", clock=2), *offers("a1", clock=3)) == []
     assert tell(made, Committed(1)) == [
-        Drop("a1", 2, "replaced by clock 3 of the same agent"),
+        Drop("a1", 2, Replaced(3)),
         run(1, "a1", "a2"),
-        merge(("a1", 3, 1), reason="1 of 1"),
+        merge(("a1", 3, 1), reason=Closed("complete", 1, 1)),
     ]
 
 
@@ -572,14 +604,16 @@ def test_the_update_of_an_agent_that_was_lost_afterwards_is_merged() -> None:
     made = policy(3, buffer=2)
     tell(made, *offers("a1"))
     assert tell(made, AgentLost("a1", SILENT)) == [run(0, "a2", "a3")]
-    assert tell(made, *offers("a2")) == [merge(("a1", 1, 0), ("a2", 1, 0), reason="2 of 2 (a1 not heard of for 5.1 s)")]
+    assert tell(made, *offers("a2")) == [
+        merge(("a1", 1, 0), ("a2", 1, 0), reason=Closed("complete", 2, 2, absent=(("a1", "not heard of for 5.1 s"),)))
+    ]
 
 
 def test_the_update_that_an_agent_left_behind_counts_although_it_is_told_of_after_the_loss() -> None:
     made = policy(2, buffer=2)
     tell(made, AgentLost("a1", SILENT))
     assert tell(made, *offers("a2", "a1")) == [
-        merge(("a1", 1, 0), ("a2", 1, 0), reason="2 of 2 (a1 not heard of for 5.1 s)")
+        merge(("a1", 1, 0), ("a2", 1, 0), reason=Closed("complete", 2, 2, absent=(("a1", "not heard of for 5.1 s"),)))
     ]
 
 
@@ -606,7 +640,18 @@ def test_a_buffer_of_all_counts_those_whose_updates_it_holds_and_those_it_lost()
     made = policy(4, buffer=None)
     tell(made, *offers("a1", "a2", "a3"), AgentLost("a1", "it left"))
     assert tell(made, AgentLost("a4", SILENT))[-1] == merge(
-        ("a1", 1, 0), ("a2", 1, 0), ("a3", 1, 0), reason="3 of 4 (a1 it left; a4 not heard of for 5.1 s)"
+        ("a1", 1, 0),
+        ("a2", 1, 0),
+        ("a3", 1, 0),
+        reason=Closed(
+            "complete",
+            3,
+            4,
+            absent=(
+                ("a1", "it left"),
+                ("a4", "not heard of for 5.1 s"),
+            ),
+        ),
     )
 
 
@@ -614,8 +659,9 @@ def test_many_long_words_about_losses_stay_short_in_the_reason() -> None:
     made = policy(50, buffer=50)
     tell(made, *offers("a1"), *(AgentLost(f"a{i}", f"it says: {'x' * 2000}", True) for i in range(1, 50)))
     merged = tell(made, AgentLost("a50", SILENT))[-1]
-    assert isinstance(merged, Merge) and len(merged.reason) <= REASON_CHARS
-    assert "1 of 50" in merged.reason and merged.reason.endswith("…; and 45 more)")
+    assert isinstance(merged, Merge)
+    words = closed_words(merged.reason)
+    assert len(words) <= REASON_CHARS and "1 of 50" in words and words.endswith("…; and 45 more)")
 
 
 # -- slow agents -------------------------------------------------------------------------------------------------------
@@ -650,7 +696,7 @@ def test_a_buffer_of_all_does_not_wait_for_a_slow_agent_and_the_reason_names_it(
     made = policy(2, buffer=None)
     assert not merged_by(tell(made, OfferReady("a1", 1, 0)))
     (merge,) = merged_by(tell(made, AgentSlow("a2", STILL)))
-    assert merge.reason == f"1 of 2 (a2 slow: {STILL})"
+    assert merge.reason == Closed("complete", 1, 2, absent=(("a2", f"slow: {STILL}"),))
 
 
 def test_a_run_whose_agents_are_all_slow_waits_and_does_not_fail() -> None:
@@ -668,12 +714,26 @@ def test_an_unusable_update_leaves_the_merge_and_is_named_in_its_reason() -> Non
     made = policy(3, buffer=3)
     tell(made, *offers("a1", "a2", "a3"))
     assert tell(made, UpdateBroken("a2", 1, "NaN")) == [
-        Drop("a2", 1, "NaN", broken=True),
-        merge(("a1", 1, 0), ("a3", 1, 0), reason="3 of 3; without a2: NaN", weight=1 / 2 * 2 / 3),
+        Drop("a2", 1, Unusable("NaN")),
+        merge(
+            ("a1", 1, 0), ("a3", 1, 0), reason=Closed("complete", 3, 3, without=(("a2", "NaN"),)), weight=1 / 2 * 2 / 3
+        ),
     ]
     assert tell(made, UpdateBroken("a1", 1, "cut off")) == [
-        Drop("a1", 1, "cut off", broken=True),
-        merge(("a3", 1, 0), reason="3 of 3; without a2: NaN; without a1: cut off", weight=1 / 3),
+        Drop("a1", 1, Unusable("cut off")),
+        merge(
+            ("a3", 1, 0),
+            reason=Closed(
+                "complete",
+                3,
+                3,
+                without=(
+                    ("a2", "NaN"),
+                    ("a1", "cut off"),
+                ),
+            ),
+            weight=1 / 3,
+        ),
     ]
     assert tell(made, Committed(1)) == [run(1, "a1", "a2", "a3")]
 
@@ -691,16 +751,20 @@ def test_an_unusable_update_waits_for_the_verdict_on_the_one_before_it() -> None
     made = policy(2, buffer=3)
     tell(made, *offers("a1"), *offers("a1", clock=2), *offers("a2"))
     assert tell(made, UpdateBroken("a1", 2, "NaN")) == [
-        merge(("a1", 1, 0), ("a2", 1, 0), reason="3 of 3; without a1: NaN", weight=1 / 2 * 2 / 3)
+        merge(
+            ("a1", 1, 0), ("a2", 1, 0), reason=Closed("complete", 3, 3, without=(("a1", "NaN"),)), weight=1 / 2 * 2 / 3
+        )
     ]
     assert tell(made, *offers("a2", clock=2)) == []
     assert tell(made, Committed(1)) == [run(1, "a1", "a2")]
     assert tell(made, *offers("a1", clock=3, base=1)) == [
-        merge(("a1", 2, 1), ("a1", 3, 0), ("a2", 2, 1), reason="3 of 3")
+        merge(("a1", 2, 1), ("a1", 3, 0), ("a2", 2, 1), reason=Closed("complete", 3, 3))
     ]
     assert tell(made, UpdateBroken("a1", 2, "NaN")) == [
-        Drop("a1", 2, "NaN", broken=True),
-        merge(("a1", 3, 0), ("a2", 2, 1), reason="3 of 3; without a1: NaN", weight=1 / 2 * 2 / 3),
+        Drop("a1", 2, Unusable("NaN")),
+        merge(
+            ("a1", 3, 0), ("a2", 2, 1), reason=Closed("complete", 3, 3, without=(("a1", "NaN"),)), weight=1 / 2 * 2 / 3
+        ),
     ]
 
 
@@ -717,30 +781,30 @@ def test_when_all_merged_updates_are_unusable_the_buffer_is_open_again_with_what
     tell(made, *offers("a1", "a2"), *offers("a3"))
     tell(made, UpdateBroken("a1", 1, "NaN"))
     assert tell(made, UpdateBroken("a2", 1, "NaN")) == [
-        Drop("a2", 1, "NaN", broken=True),
+        Drop("a2", 1, Unusable("NaN")),
         run(0, "a1", "a2", "a3"),
     ]
-    assert tell(made, *offers("a1", clock=2)) == [merge(("a1", 2, 0), ("a3", 1, 0), reason="2 of 2")]
+    assert tell(made, *offers("a1", clock=2)) == [merge(("a1", 2, 0), ("a3", 1, 0), reason=Closed("complete", 2, 2))]
 
 
 def test_when_all_merged_updates_are_unusable_the_next_ones_are_merged_at_once_where_they_fill_a_buffer() -> None:
     made = policy(2, buffer=1)
     tell(made, *offers("a1", "a2"))
     assert tell(made, UpdateBroken("a1", 1, "NaN")) == [
-        Drop("a1", 1, "NaN", broken=True),
+        Drop("a1", 1, Unusable("NaN")),
         run(0, "a1", "a2"),
-        merge(("a2", 1, 0), reason="1 of 1"),
+        merge(("a2", 1, 0), reason=Closed("complete", 1, 1)),
     ]
 
 
 def test_when_every_live_agent_has_sent_an_unusable_update_the_run_fails_and_says_why() -> None:
     made = policy(2, buffer=1)
     tell(made, *offers("a1"))
-    assert tell(made, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, "NaN", broken=True), run(0, "a1", "a2")]
+    assert tell(made, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, Unusable("NaN")), run(0, "a1", "a2")]
     tell(made, *offers("a2"))
     assert tell(made, UpdateBroken("a2", 1, "Inf")) == [
-        Drop("a2", 1, "Inf", broken=True),
-        Finish("every update of version 0 was dropped; the last: a2: Inf", failed=True),
+        Drop("a2", 1, Unusable("Inf")),
+        Finish(NothingUsable(0, "a2", "Inf"), failed=True),
     ]
 
 
@@ -754,9 +818,7 @@ def test_a_commit_forgives_unusable_updates() -> None:
 def test_when_all_live_agents_have_sent_unusable_updates_the_run_fails_while_others_are_away() -> None:
     made = policy(2, buffer=1)
     tell(made, *offers("a1"), AgentLost("a2", SILENT))
-    assert tell(made, UpdateBroken("a1", 1, "NaN"))[-1] == Finish(
-        "every update of version 0 was dropped; the last: a1: NaN", failed=True
-    )
+    assert tell(made, UpdateBroken("a1", 1, "NaN"))[-1] == Finish(NothingUsable(0, "a1", "NaN"), failed=True)
 
 
 # -- agents that cannot train ------------------------------------------------------------------------------------------
@@ -764,7 +826,15 @@ def test_the_run_fails_when_no_agent_can_train() -> None:
     made = policy(2)
     assert tell(made, AgentLost("a1", "no such file", failed=True)) == [run(0, "a2")]
     assert tell(made, AgentLost("a2", "a bug", failed=True)) == [
-        Finish("no agent can train: a1: no such file; a2: a bug", failed=True)
+        Finish(
+            NoAgentCanTrain(
+                (
+                    ("a1", "no such file"),
+                    ("a2", "a bug"),
+                )
+            ),
+            failed=True,
+        )
     ]
 
 
@@ -781,39 +851,42 @@ def test_an_update_that_is_in_is_merged_before_the_run_fails_for_want_of_agents(
     (_, merged) = tell(made, AgentLost("a1", "a bug", failed=True))
     assert isinstance(merged, Merge)
     assert tell(made, Committed(1)) == [run(1)], "told that nobody runs"
-    assert tell(made, Tick()) == [Finish("no agent can train: a1: a bug", failed=True)]
+    assert tell(made, Tick()) == [Finish(NoAgentCanTrain((("a1", "a bug"),)), failed=True)]
 
 
 def test_a_run_that_has_made_its_versions_is_done_though_no_agent_can_train_any_more() -> None:
     made = policy(1, buffer=1, versions=1)
     tell(made, *offers("a1"), AgentLost("a1", "a bug", failed=True))
-    assert tell(made, Committed(1)) == [Finish("1 versions")]
+    assert tell(made, Committed(1)) == [Finish(VersionsReached(1))]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
 def test_the_run_is_done_after_its_versions_whatever_still_waits() -> None:
     made = policy(2, buffer=1, versions=2)
     tell(made, *offers("a1", "a2"), Committed(1), *offers("a1", clock=2))
-    assert tell(made, Committed(2)) == [Finish("2 versions")]
+    assert tell(made, Committed(2)) == [Finish(VersionsReached(2))]
 
 
 def test_the_run_is_done_at_once_when_the_target_is_reached_in_an_open_buffer() -> None:
     made = policy(2)
     tell(made, *offers("a1"))
-    assert tell(made, TargetReached("accuracy = 0.96")) == [Finish("accuracy = 0.96")]
+    assert tell(made, TargetReached("accuracy = 0.96")) == [Finish(StopRequested("accuracy = 0.96"))]
 
 
 def test_a_merge_under_way_is_finished_when_the_target_is_reached() -> None:
     made = policy(1, buffer=1)
     tell(made, *offers("a1"))
     assert tell(made, TargetReached("accuracy = 0.96")) == []
-    assert tell(made, Committed(1)) == [Finish("accuracy = 0.96")]
+    assert tell(made, Committed(1)) == [Finish(StopRequested("accuracy = 0.96"))]
 
 
 def test_a_target_that_was_reached_stays_reached_when_the_merge_under_way_is_unusable() -> None:
     made = policy(2, buffer=1)
     tell(made, *offers("a1"), TargetReached("accuracy = 0.96"))
-    assert tell(made, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, "NaN", broken=True), Finish("accuracy = 0.96")]
+    assert tell(made, UpdateBroken("a1", 1, "NaN")) == [
+        Drop("a1", 1, Unusable("NaN")),
+        Finish(StopRequested("accuracy = 0.96")),
+    ]
 
 
 def test_after_the_end_nothing_is_asked_for() -> None:
@@ -859,7 +932,7 @@ def test_an_open_buffer_taken_over_is_told_its_offers_again() -> None:
     assert tell(made, Tick(), at=100.0) == [], "everybody was told"
     assert tell(made, *offers("a2", clock=9, base=6)) == [], "judged before"
     assert tell(made, *offers("a1", clock=6, base=6), *offers("a2", clock=10, base=7)) == [
-        merge(("a1", 6, 1), ("a2", 10, 0), reason="2 of 2")
+        merge(("a1", 6, 1), ("a2", 10, 0), reason=Closed("complete", 2, 2))
     ]
 
 
@@ -884,14 +957,16 @@ def test_a_merge_taken_over_is_committed_and_what_was_merged_is_not_merged_again
     assert tell(made, Tick(), *plan, *offers("a1", clock=7, base=7)) == []
     assert tell(made, Committed(8)) == [run(8, "a1", "a2")]
     assert tell(made, *plan) == [], "told again, they stay judged"
-    assert tell(made, *offers("a2", clock=11, base=8)) == [merge(("a1", 7, 1), ("a2", 11, 0), reason="2 of 2")]
+    assert tell(made, *offers("a2", clock=11, base=8)) == [
+        merge(("a1", 7, 1), ("a2", 11, 0), reason=Closed("complete", 2, 2))
+    ]
 
 
 def test_an_unusable_update_of_a_merge_taken_over_leaves_it() -> None:
     made = taken_over(STANDING, [OfferReady("a1", 6, 6), OfferReady("a2", 10, 7)], buffer=2)
     assert tell(made, UpdateBroken("a2", 10, "gone")) == [
-        Drop("a2", 10, "gone", broken=True),
-        merge(("a1", 6, 1), reason="2 of 2; without a2: gone", weight=1 / 2),
+        Drop("a2", 10, Unusable("gone")),
+        merge(("a1", 6, 1), reason=Closed("complete", 2, 2, without=(("a2", "gone"),)), weight=1 / 2),
     ]
 
 
@@ -908,16 +983,16 @@ def test_a_run_taken_over_with_nobody_there_goes_on_with_whoever_comes() -> None
 
 
 def test_a_run_taken_over_after_its_last_version_is_done() -> None:
-    assert tell(taken_over(Standing(100, (), frozenset()), clocks={}), Tick()) == [Finish("100 versions")]
+    assert tell(taken_over(Standing(100, (), frozenset()), clocks={}), Tick()) == [Finish(VersionsReached(100))]
     assert tell(taken_over(Standing(100, ("a1",), BOTH), clocks={}), *offers("a1", base=100)) == [
-        Finish("100 versions")
+        Finish(VersionsReached(100))
     ]
 
 
 def test_the_last_version_taken_over_in_its_merge_ends_the_run() -> None:
     made = taken_over(Standing(99, ("a1", "a2"), BOTH), offers("a1", "a2", base=99), clocks={}, buffer=2)
     assert tell(made, Tick(), *offers("a1", clock=2, base=99)) == []
-    assert tell(made, Committed(100)) == [Finish("100 versions")]
+    assert tell(made, Committed(100)) == [Finish(VersionsReached(100))]
 
 
 def test_a_merge_of_nobody_left_taken_over_is_committed() -> None:
@@ -1008,6 +1083,6 @@ def test_the_trace_of_a_schedule_is_the_golden_one(name: str, golden: Callable[[
     schedule, settings = SCHEDULES[name]
     made, trace = policy(joined=False, **settings), []
     for at, fact in schedule:
-        said = [[type(c).__name__, asdict(c)] for c in tell(made, fact, at=at)]
+        said = [command_as_json(c) for c in tell(made, fact, at=at)]
         trace.append({"at_s": at, "fact": [type(fact).__name__, asdict(fact)], "commands": said})
     golden(f"asynchronous_{name}", trace)

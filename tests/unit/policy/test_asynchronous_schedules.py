@@ -16,7 +16,7 @@ from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.averaging.weights import weights_of
 from syncline.errors import PeerError
 from syncline.policy.asynchronous import Asynchronous
-from syncline.policy.base import REASON_CHARS, Standing
+from syncline.policy.base import Standing
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
@@ -36,6 +36,7 @@ from syncline.policy.events import (
     UpdateBroken,
     WakeAt,
 )
+from syncline.policy.words import REASON_CHARS, closed_words
 from unit.ledgers import ledger_at
 
 NAMES = ("a1", "a2", "a3", "a4", "a5")
@@ -267,8 +268,7 @@ class Fleet:
                 self.plan = command.updates
                 self.written = replace(self.written, plan=self.plan)
             case Drop(agent, clock, reason):
-                assert reason
-                self.seen.add(f"dropped: {reason.split(' ')[0]}")
+                self.seen.add(type(reason).__name__)
                 self.judge((agent, clock), "dropped")
                 self.unwritten.add((agent, clock))
                 self.plan = tuple(c for c in self.plan if (c.agent, c.clock) != (agent, clock))
@@ -282,9 +282,10 @@ class Fleet:
                 self.finished, self.plan = command, ()
 
     def check_merge(self, merge: Merge) -> None:
-        self.seen |= {word for word in ("nobody may run", "quorum", "without") if word in merge.reason}
+        self.seen.add(merge.reason.by)  # "complete", "quorum" or "nobody may run"
+        self.seen |= {"without"} if merge.reason.without else set()
         policy, names = self.policy, [(c.agent, c.clock) for c in merge.updates]
-        assert merge.reason and len(merge.reason) <= REASON_CHARS
+        assert len(closed_words(merge.reason)) <= REASON_CHARS
         assert names == sorted(set(names)) and names, "not in the order of names and clocks"
         assert policy.buffer is None or len(names) <= policy.buffer, "more than K"
         assert self.plan or len(names) + len(policy.broken) >= policy.least, "fewer than the rule needs"
@@ -419,7 +420,7 @@ def test_two_thousand_longer_schedules_end_just_as_well_and_reach_every_corner()
     fleets = play(range(2000))
     assert set().union(*(fleet.seen for fleet in fleets)) == {
         "a gate", "an offset", "nobody may run", "quorum", "without", "too-few-updates",
-        "dropped: lag", "dropped: replaced", "dropped: bad",
+        "TooStale", "Replaced", "Unusable", "complete",
     }  # fmt: skip
     ends = [fleet.finished for fleet in fleets if fleet.finished is not None]
     assert len(ends) == 2000 and 1400 < sum(not end.failed for end in ends) < 2000

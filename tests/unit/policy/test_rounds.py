@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncline.errors import PeerError
-from syncline.policy.base import REASON_CHARS, Standing
+from syncline.policy.base import Standing
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
@@ -33,9 +33,22 @@ from syncline.policy.events import (
     UpdateBroken,
     WakeAt,
 )
+from syncline.policy.reasons import (
+    Closed,
+    NoAgentCanTrain,
+    NothingUsable,
+    NotParticipant,
+    Replaced,
+    RoundClosed,
+    StopRequested,
+    Unusable,
+    VersionsReached,
+)
 from syncline.policy.rounds import ASKED_AGAIN, Rounds
+from syncline.policy.words import REASON_CHARS, closed_words
 from syncline.wire.messages import Presence
 from unit.ledgers import ledger_at
+from unit.traces import command_as_json
 
 SILENT = "not heard of for 5.1 s"
 
@@ -62,7 +75,7 @@ def offers(*agents: str, clock: int = 1, base: int = 0, samples: int = 1) -> lis
     return [OfferReady(agent, clock, base, samples) for agent in agents]
 
 
-def merge(*agents: str, clock: int = 1, reason: str, late: tuple[str, ...] = ()) -> Merge:
+def merge(*agents: str, clock: int = 1, reason: Closed, late: tuple[str, ...] = ()) -> Merge:
     """A merge with uniform weights."""
     return Merge(tuple(Chosen(a, clock, 0, 1 / len(agents)) for a in agents), reason, late)
 
@@ -93,14 +106,14 @@ def test_a_tick_before_the_start_does_nothing() -> None:
 
 def test_an_offer_before_the_start_is_dropped_with_the_reason() -> None:
     rounds = policy(2, joined=False)
-    assert tell(rounds, *offers("a")) == [Drop("a", 1, "not a participant of the round of version 0")]
+    assert tell(rounds, *offers("a")) == [Drop("a", 1, NotParticipant(0))]
 
 
 def test_an_agent_that_joins_late_takes_part_from_the_next_round() -> None:
     rounds = policy(2)
     assert tell(rounds, AgentJoined("a3")) == []
-    assert tell(rounds, *offers("a3")) == [Drop("a3", 1, "not a participant of the round of version 0")]
-    assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason="2 of 2")]
+    assert tell(rounds, *offers("a3")) == [Drop("a3", 1, NotParticipant(0))]
+    assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
     assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2", "a3"))]
 
 
@@ -108,7 +121,7 @@ def test_an_agent_that_joins_late_takes_part_from_the_next_round() -> None:
 def test_a_round_closes_at_once_when_every_update_is_in() -> None:
     rounds = policy(4)
     assert tell(rounds, *offers("a3", "a1", "a4")) == []
-    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", "a3", "a4", reason="4 of 4")]
+    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", "a3", "a4", reason=Closed("complete", 4, 4))]
 
 
 def test_updates_are_merged_in_the_order_of_names_whatever_the_order_of_arrival() -> None:
@@ -135,9 +148,9 @@ def test_an_older_clock_after_a_newer_one_changes_nothing() -> None:
 def test_a_newer_update_of_an_agent_replaces_its_older_one() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1", clock=1))
-    assert tell(rounds, *offers("a1", clock=2)) == [Drop("a1", 1, "replaced by clock 2 of the same agent")]
+    assert tell(rounds, *offers("a1", clock=2)) == [Drop("a1", 1, Replaced(2))]
     (merged,) = tell(rounds, *offers("a2", clock=1))
-    assert merged == Merge((Chosen("a1", 2, 0, 0.5), Chosen("a2", 1, 0, 0.5)), "2 of 2")
+    assert merged == Merge((Chosen("a1", 2, 0, 0.5), Chosen("a2", 1, 0, 0.5)), Closed("complete", 2, 2))
 
 
 def test_an_offer_from_the_future_is_refused_and_changes_nothing() -> None:
@@ -160,14 +173,14 @@ def test_an_update_from_an_older_version_than_the_one_before_it_is_refused_and_c
 def test_an_update_that_comes_while_others_are_merged_is_late() -> None:
     rounds = policy(2, quorum=1, grace_s=0.0)
     tell(rounds, *offers("a1"))
-    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, "late: the round of version 0 is closed")]
+    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, RoundClosed(0))]
     assert tell(rounds, *offers("a2")) == [], "told twice"
 
 
 def test_an_update_of_an_older_version_is_late_and_dropped_once() -> None:
     rounds = policy(2, quorum=1, grace_s=0.0)
     tell(rounds, *offers("a1"), Committed(1))
-    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, "late: the round of version 0 is closed")]
+    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, RoundClosed(0))]
     assert tell(rounds, *offers("a2")) == []
 
 
@@ -207,26 +220,28 @@ def test_after_the_quorum_the_rest_has_the_grace_period() -> None:
     assert tell(rounds, *offers("a1", "a2"), at=5.0) == []
     assert tell(rounds, *offers("a3"), at=10.0) == [WakeAt(12.0)]
     assert tell(rounds, Tick(), at=11.9) == [WakeAt(12.0)], "a tick that comes early waits on"
-    assert tell(rounds, Tick(), at=12.0) == [merge("a1", "a2", "a3", reason="quorum 3 of 4 + 2.0 s", late=("a4",))]
+    assert tell(rounds, Tick(), at=12.0) == [
+        merge("a1", "a2", "a3", reason=Closed("quorum", 3, 4, grace_s=2.0), late=("a4",))
+    ]
 
 
 def test_the_last_update_ends_the_grace_period() -> None:
     rounds = policy(3, quorum=2)
     assert tell(rounds, *offers("a1", "a2")) == [WakeAt(2.0)]
-    assert tell(rounds, *offers("a3"), at=1.0) == [merge("a1", "a2", "a3", reason="3 of 3")]
+    assert tell(rounds, *offers("a3"), at=1.0) == [merge("a1", "a2", "a3", reason=Closed("complete", 3, 3))]
 
 
 def test_without_grace_the_quorum_closes_the_round() -> None:
     rounds = policy(3, quorum=2, grace_s=0.0)
     (merged,) = tell(rounds, *offers("a1", "a2"))
-    assert merged == merge("a1", "a2", reason="quorum 2 of 3 + 0.0 s", late=("a3",))
+    assert merged == merge("a1", "a2", reason=Closed("quorum", 2, 3, grace_s=0.0), late=("a3",))
 
 
 def test_an_agent_lost_in_the_grace_period_is_not_waited_for() -> None:
     rounds = policy(3, quorum=2)
     tell(rounds, *offers("a1", "a2"))
     assert tell(rounds, AgentLost("a3", SILENT), at=0.5) == [
-        merge("a1", "a2", reason="2 of 3 (a3 not heard of for 5.1 s)", late=("a3",))
+        merge("a1", "a2", reason=Closed("complete", 2, 3, absent=(("a3", "not heard of for 5.1 s"),)), late=("a3",))
     ]
 
 
@@ -234,7 +249,9 @@ def test_an_agent_back_in_the_grace_period_is_waited_for_no_longer_than_the_othe
     rounds = policy(4, quorum=2)
     tell(rounds, *offers("a1", "a2"), AgentLost("a3", SILENT))
     assert tell(rounds, AgentJoined("a3"), at=1.5) == [WakeAt(2.0)]
-    assert tell(rounds, Tick(), at=2.0) == [merge("a1", "a2", reason="quorum 2 of 4 + 2.0 s", late=("a3", "a4"))]
+    assert tell(rounds, Tick(), at=2.0) == [
+        merge("a1", "a2", reason=Closed("quorum", 2, 4, grace_s=2.0), late=("a3", "a4"))
+    ]
 
 
 def test_the_default_grace_period_is_the_median_of_the_last_rounds() -> None:
@@ -260,7 +277,20 @@ def test_a_quorum_that_nobody_is_left_to_reach_does_not_hold_up_the_round() -> N
     rounds = policy(4, quorum=3)
     tell(rounds, *offers("a1", "a2"), AgentLost("a3", SILENT))
     assert tell(rounds, AgentLost("a4", "it left")) == [
-        merge("a1", "a2", reason="2 of 4 (a3 not heard of for 5.1 s; a4 it left)", late=("a3", "a4"))
+        merge(
+            "a1",
+            "a2",
+            reason=Closed(
+                "complete",
+                2,
+                4,
+                absent=(
+                    ("a3", "not heard of for 5.1 s"),
+                    ("a4", "it left"),
+                ),
+            ),
+            late=("a3", "a4"),
+        )
     ]
 
 
@@ -269,33 +299,35 @@ def test_the_loss_of_the_last_missing_agent_closes_the_round_and_names_it() -> N
     rounds = policy(4)
     tell(rounds, *offers("a1", "a2", "a3"))
     assert tell(rounds, AgentLost("a4", SILENT)) == [
-        merge("a1", "a2", "a3", reason="3 of 4 (a4 not heard of for 5.1 s)", late=("a4",))
+        merge(
+            "a1", "a2", "a3", reason=Closed("complete", 3, 4, absent=(("a4", "not heard of for 5.1 s"),)), late=("a4",)
+        )
     ]
 
 
 def test_the_update_of_an_agent_that_was_lost_afterwards_is_merged() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1"), AgentLost("a1", SILENT))
-    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", reason="2 of 2")]
+    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
 
 
 def test_the_update_that_an_agent_left_behind_counts_although_it_is_told_of_after_the_loss() -> None:
     rounds = policy(2)
     tell(rounds, AgentLost("a1", SILENT))
-    assert tell(rounds, *offers("a1"), *offers("a2")) == [merge("a1", "a2", reason="2 of 2")]
+    assert tell(rounds, *offers("a1"), *offers("a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
 
 
 def test_an_agent_that_comes_back_takes_part_at_once_in_the_round_it_was_in() -> None:
     rounds = policy(3)
     tell(rounds, AgentLost("a3", SILENT), AgentJoined("a3"))
     assert tell(rounds, *offers("a1", "a2")) == [], "it is waited for"
-    assert tell(rounds, *offers("a3")) == [merge("a1", "a2", "a3", reason="3 of 3")]
+    assert tell(rounds, *offers("a3")) == [merge("a1", "a2", "a3", reason=Closed("complete", 3, 3))]
 
 
 def test_the_loss_of_an_agent_that_nobody_waits_for_changes_nothing() -> None:
     rounds = policy(2)
     assert tell(rounds, AgentLost("a9", SILENT), AgentJoined("a8"), AgentLost("a8", SILENT)) == []
-    assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason="2 of 2")]
+    assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
 
 
 def test_when_all_participants_are_lost_the_others_are_asked() -> None:
@@ -304,7 +336,9 @@ def test_when_all_participants_are_lost_the_others_are_asked() -> None:
     assert tell(rounds, AgentLost("a2", SILENT)) == [StartRound(0, ("a1", "a2", "a3", "a4"))]
     assert tell(rounds, AgentJoined("a1")) == [], "back, and still a participant"
     assert tell(rounds, *offers("a1", "a3", "a4")) == [
-        merge("a1", "a3", "a4", reason="3 of 4 (a2 not heard of for 5.1 s)", late=("a2",))
+        merge(
+            "a1", "a3", "a4", reason=Closed("complete", 3, 4, absent=(("a2", "not heard of for 5.1 s"),)), late=("a2",)
+        )
     ]
 
 
@@ -312,7 +346,9 @@ def test_when_the_quorum_is_out_of_reach_the_others_are_asked() -> None:
     rounds = policy(2, quorum=2)
     tell(rounds, AgentJoined("a3"), *offers("a1"))
     assert tell(rounds, AgentLost("a2", SILENT)) == [StartRound(0, ("a1", "a2", "a3"))]
-    assert tell(rounds, *offers("a3")) == [merge("a1", "a3", reason="2 of 3 (a2 not heard of for 5.1 s)", late=("a2",))]
+    assert tell(rounds, *offers("a3")) == [
+        merge("a1", "a3", reason=Closed("complete", 2, 3, absent=(("a2", "not heard of for 5.1 s"),)), late=("a2",))
+    ]
 
 
 def test_when_nobody_is_left_the_round_waits_for_whoever_comes() -> None:
@@ -333,8 +369,9 @@ def test_many_long_words_about_losses_stay_short_in_the_reason() -> None:
     tell(rounds, *offers("a1"), *(AgentLost(f"a{i}", f"it says: {'x' * 2000}", True) for i in range(2, 50)))
     (merged,) = tell(rounds, AgentLost("a50", SILENT))
     assert isinstance(merged, Merge)
-    assert merged.reason.startswith("1 of 50 (a10 it says: xxx") and merged.reason.endswith("…; and 44 more)")
-    assert len(merged.reason) <= REASON_CHARS
+    words = closed_words(merged.reason)
+    assert words.startswith("1 of 50 (a10 it says: xxx") and words.endswith("…; and 44 more)")
+    assert len(words) <= REASON_CHARS
 
 
 # -- unusable updates --------------------------------------------------------------------------------------------------
@@ -342,12 +379,23 @@ def test_an_unusable_update_leaves_the_merge_and_is_named_in_its_reason() -> Non
     rounds = policy(3)
     tell(rounds, *offers("a1", "a2", "a3"))
     assert tell(rounds, UpdateBroken("a2", 1, "NaN")) == [
-        Drop("a2", 1, "NaN", broken=True),
-        merge("a1", "a3", reason="3 of 3; without a2: NaN"),
+        Drop("a2", 1, Unusable("NaN")),
+        merge("a1", "a3", reason=Closed("complete", 3, 3, without=(("a2", "NaN"),))),
     ]
     assert tell(rounds, UpdateBroken("a1", 1, "cut off")) == [
-        Drop("a1", 1, "cut off", broken=True),
-        merge("a3", reason="3 of 3; without a2: NaN; without a1: cut off"),
+        Drop("a1", 1, Unusable("cut off")),
+        merge(
+            "a3",
+            reason=Closed(
+                "complete",
+                3,
+                3,
+                without=(
+                    ("a2", "NaN"),
+                    ("a1", "cut off"),
+                ),
+            ),
+        ),
     ]
     assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2", "a3"))]
 
@@ -356,7 +404,9 @@ def test_an_unusable_update_does_not_make_its_agent_late() -> None:
     rounds = policy(4, quorum=3, grace_s=0.0)
     tell(rounds, *offers("a1", "a2", "a3"))
     _, again = tell(rounds, UpdateBroken("a3", 1, "NaN"))
-    assert again == merge("a1", "a2", reason="quorum 3 of 4 + 0.0 s; without a3: NaN", late=("a4",))
+    assert again == merge(
+        "a1", "a2", reason=Closed("quorum", 3, 4, grace_s=0.0, without=(("a3", "NaN"),)), late=("a4",)
+    )
 
 
 def test_an_update_that_nobody_offered_cannot_be_broken() -> None:
@@ -372,24 +422,24 @@ def test_an_update_that_nobody_offered_cannot_be_broken() -> None:
 def test_an_update_found_unusable_while_the_round_is_open_is_dropped_and_not_waited_for() -> None:
     rounds = policy(3)
     tell(rounds, *offers("a1"))
-    assert tell(rounds, UpdateBroken("a1", 1, "bad")) == [Drop("a1", 1, "bad", broken=True)]
+    assert tell(rounds, UpdateBroken("a1", 1, "bad")) == [Drop("a1", 1, Unusable("bad"))]
     assert tell(rounds, *offers("a1")) == [], "told again, it stays judged"
-    assert tell(rounds, *offers("a2", "a3")) == [merge("a2", "a3", reason="2 of 3")]
+    assert tell(rounds, *offers("a2", "a3")) == [merge("a2", "a3", reason=Closed("complete", 2, 3))]
 
 
 def test_an_agent_whose_update_was_unusable_may_send_another() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1"), UpdateBroken("a1", 1, "bad"), *offers("a1", clock=2))
     (merged,) = tell(rounds, *offers("a2"))
-    assert merged == Merge((Chosen("a1", 2, 0, 0.5), Chosen("a2", 1, 0, 0.5)), "2 of 2")
+    assert merged == Merge((Chosen("a1", 2, 0, 0.5), Chosen("a2", 1, 0, 0.5)), Closed("complete", 2, 2))
 
 
 def test_when_every_update_is_unusable_the_run_fails_and_says_why() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1", "a2"), UpdateBroken("a1", 1, "NaN"))
     assert tell(rounds, UpdateBroken("a2", 1, "NaN")) == [
-        Drop("a2", 1, "NaN", broken=True),
-        Finish("every update of version 0 was dropped; the last: a2: NaN", failed=True),
+        Drop("a2", 1, Unusable("NaN")),
+        Finish(NothingUsable(0, "a2", "NaN"), failed=True),
     ]
 
 
@@ -397,11 +447,11 @@ def test_when_all_merged_updates_are_unusable_the_round_is_opened_again_for_thos
     rounds = policy(3, quorum=1, grace_s=0.0)
     tell(rounds, AgentJoined("a4"), *offers("a1"), *offers("a2"))
     assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [
-        Drop("a1", 1, "NaN", broken=True),
+        Drop("a1", 1, Unusable("NaN")),
         StartRound(0, ("a3", "a4")),
     ]
     (merged,) = tell(rounds, *offers("a3"))
-    assert merged == merge("a3", reason="quorum 1 of 2 + 0.0 s", late=("a4",)), "a1 and a2 had their say"
+    assert merged == merge("a3", reason=Closed("quorum", 1, 2, grace_s=0.0), late=("a4",)), "a1 and a2 had their say"
 
 
 def test_a_coordinator_that_takes_over_a_round_opened_again_waits_for_nobody_who_had_a_say() -> None:
@@ -420,9 +470,7 @@ def test_an_agent_whose_update_was_dropped_as_late_is_not_waited_for_in_a_round_
 def test_when_all_live_agents_have_sent_unusable_updates_the_run_fails_while_others_are_away() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1"), AgentLost("a2", SILENT))
-    assert tell(rounds, UpdateBroken("a1", 1, "NaN"))[-1] == Finish(
-        "every update of version 0 was dropped; the last: a1: NaN", failed=True
-    )
+    assert tell(rounds, UpdateBroken("a1", 1, "NaN"))[-1] == Finish(NothingUsable(0, "a1", "NaN"), failed=True)
 
 
 # -- agents that cannot train ------------------------------------------------------------------------------------------
@@ -430,7 +478,15 @@ def test_the_run_fails_when_no_agent_can_train() -> None:
     rounds = policy(2)
     assert tell(rounds, AgentLost("a1", "no such file", failed=True)) == []
     assert tell(rounds, AgentLost("a2", "a bug", failed=True)) == [
-        Finish("no agent can train: a1: no such file; a2: a bug", failed=True)
+        Finish(
+            NoAgentCanTrain(
+                (
+                    ("a1", "no such file"),
+                    ("a2", "a bug"),
+                )
+            ),
+            failed=True,
+        )
     ]
 
 
@@ -444,12 +500,16 @@ def test_the_run_waits_for_an_agent_that_is_away_when_the_others_cannot_train() 
     rounds = policy(2)
     tell(rounds, AgentLost("a1", SILENT))
     assert tell(rounds, AgentLost("a2", "a bug", failed=True)) == []
-    assert tell(rounds, AgentJoined("a1"), *offers("a1")) == [merge("a1", reason="1 of 2 (a2 a bug)", late=("a2",))]
+    assert tell(rounds, AgentJoined("a1"), *offers("a1")) == [
+        merge("a1", reason=Closed("complete", 1, 2, absent=(("a2", "a bug"),)), late=("a2",))
+    ]
 
 
 def test_an_agent_that_failed_and_is_then_gone_has_still_failed() -> None:
     rounds = policy(1)
-    assert tell(rounds, AgentLost("a1", "a bug", failed=True)) == [Finish("no agent can train: a1: a bug", failed=True)]
+    assert tell(rounds, AgentLost("a1", "a bug", failed=True)) == [
+        Finish(NoAgentCanTrain((("a1", "a bug"),)), failed=True)
+    ]
     rounds = policy(2)
     tell(rounds, AgentLost("a1", "a bug", failed=True), AgentLost("a1", SILENT))
     assert isinstance(tell(rounds, AgentLost("a2", "a bug", failed=True))[0], Finish)
@@ -459,21 +519,31 @@ def test_an_update_that_is_in_is_merged_before_the_run_fails_for_want_of_agents(
     rounds = policy(2)
     tell(rounds, *offers("a1"), AgentLost("a1", "a bug", failed=True))
     assert tell(rounds, AgentLost("a2", "a bug", failed=True)) == [
-        merge("a1", reason="1 of 2 (a2 a bug)", late=("a2",))
+        merge("a1", reason=Closed("complete", 1, 2, absent=(("a2", "a bug"),)), late=("a2",))
     ]
-    assert tell(rounds, Committed(1)) == [Finish("no agent can train: a1: a bug; a2: a bug", failed=True)]
+    assert tell(rounds, Committed(1)) == [
+        Finish(
+            NoAgentCanTrain(
+                (
+                    ("a1", "a bug"),
+                    ("a2", "a bug"),
+                )
+            ),
+            failed=True,
+        )
+    ]
 
 
 def test_a_run_that_has_made_its_versions_is_done_though_no_agent_can_train_any_more() -> None:
     rounds = policy(1, versions=1)
     tell(rounds, *offers("a1"), AgentLost("a1", "a bug", failed=True))
-    assert tell(rounds, Committed(1)) == [Finish("1 versions")]
+    assert tell(rounds, Committed(1)) == [Finish(VersionsReached(1))]
 
 
 def test_an_agent_that_was_mended_takes_part_again() -> None:
     rounds = policy(2)
     tell(rounds, AgentLost("a1", "a bug", failed=True), AgentJoined("a1"))
-    assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason="2 of 2")]
+    assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
 
 
 # -- what the merge rule needs -----------------------------------------------------------------------------------------
@@ -490,7 +560,7 @@ def test_with_fewer_updates_than_the_rule_needs_nothing_is_merged_and_it_is_told
     assert tell(rounds, AgentJoined("a6")) == [StartRound(0, ("a1", "a2", "a3", "a4", "a5", "a6"))]
     (merged,) = tell(rounds, *offers("a6"))
     assert isinstance(merged, Merge) and len(merged.updates) == 5
-    assert merged.reason == "5 of 6 (a5 not heard of for 5.1 s)"
+    assert merged.reason == Closed("complete", 5, 6, absent=(("a5", "not heard of for 5.1 s"),))
 
 
 def test_the_quorum_does_not_close_a_round_with_fewer_than_the_rule_needs() -> None:
@@ -568,7 +638,7 @@ def test_a_slow_agent_is_not_waited_for_and_the_reason_names_it() -> None:
     rounds = policy(3)
     assert tell(rounds, *offers("a1", "a2")) == []
     assert tell(rounds, AgentSlow("a3", STILL)) == [
-        merge("a1", "a2", reason=f"2 of 3 (a3 slow: {STILL})", late=("a3",))
+        merge("a1", "a2", reason=Closed("complete", 2, 3, absent=(("a3", f"slow: {STILL}"),)), late=("a3",))
     ]
     assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2"))], "nor asked for the next round"
     assert rounds.presence("a3") == Presence.SLOW
@@ -578,13 +648,13 @@ def test_the_update_of_a_slow_agent_is_merged_in_its_round_while_that_is_open() 
     rounds = policy(3)
     assert tell(rounds, AgentSlow("a3", STILL)) == [StartRound(0, ("a1", "a2", "a3"))], "a roster that says so"
     assert tell(rounds, *offers("a3", "a1")) == []
-    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", "a3", reason="3 of 3")]
+    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", "a3", reason=Closed("complete", 3, 3))]
 
 
 def test_the_update_of_a_slow_agent_is_late_when_its_round_is_closed() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1"), AgentSlow("a2", STILL), Committed(1))
-    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, "late: the round of version 0 is closed")]
+    assert tell(rounds, *offers("a2")) == [Drop("a2", 1, RoundClosed(0))]
 
 
 def test_a_slow_agent_that_moves_is_waited_for_again() -> None:
@@ -592,21 +662,23 @@ def test_a_slow_agent_that_moves_is_waited_for_again() -> None:
     tell(rounds, AgentSlow("a2", STILL))
     assert tell(rounds, AgentJoined("a2")) == [StartRound(0, ("a1", "a2"))]
     assert tell(rounds, *offers("a1")) == []
-    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", reason="2 of 2")]
+    assert tell(rounds, *offers("a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
 
 
 def test_a_run_whose_agents_are_all_slow_waits() -> None:
     rounds = policy(2)
     tell(rounds, AgentSlow("a1", STILL), AgentSlow("a2", STILL))
     assert tell(rounds, Tick(), at=1e6) == [] and rounds.state == "open"
-    assert tell(rounds, *offers("a2"), at=1e6) == [merge("a2", reason=f"1 of 2 (a1 slow: {STILL})", late=("a1",))]
+    assert tell(rounds, *offers("a2"), at=1e6) == [
+        merge("a2", reason=Closed("complete", 1, 2, absent=(("a1", f"slow: {STILL}"),)), late=("a1",))
+    ]
 
 
 def test_the_run_does_not_fail_where_the_only_update_is_unusable_and_another_agent_is_slow() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1"), AgentSlow("a2", STILL))
-    assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, "NaN", broken=True), StartRound(0, ("a2",))]
-    assert tell(rounds, *offers("a2")) == [merge("a2", reason="1 of 1")]
+    assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, Unusable("NaN")), StartRound(0, ("a2",))]
+    assert tell(rounds, *offers("a2")) == [merge("a2", reason=Closed("complete", 1, 1))]
 
 
 def test_the_run_does_not_fail_where_one_agent_cannot_train_and_the_other_is_slow() -> None:
@@ -619,7 +691,11 @@ def test_a_slow_agent_counts_for_no_quorum() -> None:
     rounds = policy(3, quorum=2)
     tell(rounds, *offers("a1"), AgentSlow("a2", STILL))
     assert tell(rounds, AgentSlow("a3", STILL), at=1.0) == [
-        merge("a1", reason=f"1 of 3 (a2 slow: {STILL}; a3 slow: {STILL})", late=("a2", "a3"))
+        merge(
+            "a1",
+            reason=Closed("complete", 1, 3, absent=(("a2", f"slow: {STILL}"), ("a3", f"slow: {STILL}"))),
+            late=("a2", "a3"),
+        )
     ]
 
 
@@ -633,31 +709,34 @@ def test_a_slow_agent_that_leaves_is_lost() -> None:
 def test_a_takeover_knows_who_is_slow() -> None:
     rounds = policy(4, joined=False)
     rounds.resume(Standing(3, ("a1", "a2"), frozenset({"a1"}), slow=frozenset({"a2"})), now_s=0.0)
-    assert tell(rounds, *offers("a1", base=3)) == [merge("a1", reason="1 of 2", late=("a2",))]
+    assert tell(rounds, *offers("a1", base=3)) == [merge("a1", reason=Closed("complete", 1, 2), late=("a2",))]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
 def test_the_run_is_done_after_its_versions() -> None:
     rounds = policy(1, versions=2)
     tell(rounds, *offers("a1"), Committed(1), *offers("a1", clock=2, base=1))
-    assert tell(rounds, Committed(2)) == [Finish("2 versions")]
+    assert tell(rounds, Committed(2)) == [Finish(VersionsReached(2))]
 
 
 def test_the_run_is_done_at_once_when_the_target_is_reached_in_an_open_round() -> None:
-    assert tell(policy(2), TargetReached("accuracy = 0.96")) == [Finish("accuracy = 0.96")]
+    assert tell(policy(2), TargetReached("accuracy = 0.96")) == [Finish(StopRequested("accuracy = 0.96"))]
 
 
 def test_a_merge_under_way_is_finished_when_the_target_is_reached() -> None:
     rounds = policy(1)
     tell(rounds, *offers("a1"))
     assert tell(rounds, TargetReached("accuracy = 0.96")) == []
-    assert tell(rounds, Committed(1)) == [Finish("accuracy = 0.96")]
+    assert tell(rounds, Committed(1)) == [Finish(StopRequested("accuracy = 0.96"))]
 
 
 def test_a_target_that_was_reached_stays_reached_when_the_merge_under_way_is_unusable() -> None:
     rounds = policy(1)
     tell(rounds, *offers("a1"), TargetReached("accuracy = 0.96"))
-    assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [Drop("a1", 1, "NaN", broken=True), Finish("accuracy = 0.96")]
+    assert tell(rounds, UpdateBroken("a1", 1, "NaN")) == [
+        Drop("a1", 1, Unusable("NaN")),
+        Finish(StopRequested("accuracy = 0.96")),
+    ]
 
 
 def test_after_the_end_nothing_is_asked_for() -> None:
@@ -697,7 +776,7 @@ def test_a_round_taken_over_waits_for_those_who_were_live() -> None:
     rounds = resumed(3, ("a1", "a2", "a3"), {"a1", "a2"})
     assert tell(rounds, *offers("a1", clock=9, base=3), at=100.0) == []
     assert tell(rounds, *offers("a2", clock=9, base=3), at=101.0) == [
-        merge("a1", "a2", clock=9, reason="2 of 3", late=("a3",))
+        merge("a1", "a2", clock=9, reason=Closed("complete", 2, 3), late=("a3",))
     ]
     assert tell(rounds, Committed(4), at=101.0) == [StartRound(4, ("a1", "a2"))]
 
@@ -706,7 +785,7 @@ def test_a_round_taken_over_does_not_wait_for_those_who_do_not_return() -> None:
     rounds = resumed(3, ("a1", "a2"), {"a1", "a2"})
     tell(rounds, *offers("a1", base=3), at=100.0)
     assert tell(rounds, AgentLost("a2", SILENT), at=105.1) == [
-        merge("a1", reason="1 of 2 (a2 not heard of for 5.1 s)", late=("a2",))
+        merge("a1", reason=Closed("complete", 1, 2, absent=(("a2", "not heard of for 5.1 s"),)), late=("a2",))
     ]
 
 
@@ -715,7 +794,7 @@ def test_a_run_taken_over_between_rounds_goes_on_with_whoever_comes() -> None:
 
 
 def test_a_run_taken_over_after_its_last_version_is_done() -> None:
-    assert tell(resumed(100, (), set()), AgentJoined("a1")) == [Finish("100 versions")]
+    assert tell(resumed(100, (), set()), AgentJoined("a1")) == [Finish(VersionsReached(100))]
 
 
 def test_a_merge_taken_over_is_committed_and_the_next_round_begins() -> None:
@@ -730,8 +809,8 @@ def test_an_unusable_update_of_a_merge_taken_over_leaves_it() -> None:
     rounds = resumed(3, ("a1", "a2"), {"a1", "a2"})
     rounds.resume_merge(offers("a1", "a2", base=3))
     assert tell(rounds, UpdateBroken("a1", 1, "gone")) == [
-        Drop("a1", 1, "gone", broken=True),
-        merge("a2", reason="2 of 2; without a1: gone"),
+        Drop("a1", 1, Unusable("gone")),
+        merge("a2", reason=Closed("complete", 2, 2, without=(("a1", "gone"),))),
     ]
 
 
@@ -806,7 +885,7 @@ def test_the_trace_of_a_schedule_is_the_golden_one(name: str, golden: Callable[[
     rounds, trace = policy(joined=False, **settings), []
     for at, fact in schedule:
         try:
-            said: Any = [[type(c).__name__, asdict(c)] for c in tell(rounds, fact, at=at)]
+            said: Any = [command_as_json(c) for c in tell(rounds, fact, at=at)]
         except PeerError as error:
             said = f"PeerError: {error}"
         trace.append({"at_s": at, "fact": [type(fact).__name__, asdict(fact)], "commands": said})
@@ -956,7 +1035,7 @@ class Fleet:
                 assert set(invited) <= {*self.clocks} and list(invited) == sorted(set(invited)) and invited
                 self.asked = (version, invited)
             case Merge(updates, reason, late):
-                assert updates and reason and len(reason) <= REASON_CHARS
+                assert updates and len(closed_words(reason)) <= REASON_CHARS
                 assert not {c.agent for c in updates} & set(late)
                 assert sum(c.weight for c in updates) == pytest.approx(1.0) and {c.lag for c in updates} == {0}
                 self.merging = [(c.agent, c.clock) for c in updates]
