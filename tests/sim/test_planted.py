@@ -14,6 +14,7 @@ from syncline.bus.base import Bus
 from syncline.errors import AlreadyPut, Conflict, Unreachable
 from syncline.policy.events import Drop, LetRun, OfferReady, StartRound
 from syncline.policy.ledger import Judged, Ledger
+from syncline.policy.reasons import RoundClosed
 from syncline.policy.rounds import Rounds
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, encode
@@ -151,7 +152,7 @@ def a_plan_found_in_head_is_forgotten(patch: pytest.MonkeyPatch) -> None:
 def late_offers_are_merged(patch: pytest.MonkeyPatch) -> None:
     def offer(self: Rounds, offer: OfferReady, now_s: float) -> list[Any]:
         if self.state == "merging" or offer.agent not in self.participants:
-            return [Drop(offer.agent, offer.clock, "late")]
+            return [Drop(offer.agent, offer.clock, RoundClosed(0))]
         self.offers[offer.agent] = offer
         return self._go_on(now_s)
 
