@@ -11,7 +11,7 @@ from syncline.bus.base import Bus
 from syncline.wire.messages import Head, Offer
 from syncline_agent.run_view import News
 from syncline_agent.session import Session
-from syncline_coordinator import service
+from syncline_coordinator import run_host
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.recovery import Lookout, taken_over
 from syncline_coordinator.run import Run
@@ -22,7 +22,7 @@ SEEDS = 100
 SOONER = {  # where to begin, for those that few seeds show
     "an_older_head_is_no_news": 460,
     "what_head_names_is_never_looked_for": 870,
-    "no_new_line_is_begun": 200,
+    "no_new_epoch_is_begun": 200,
     "agents_believe_an_older_head_after_a_reconnect": 200,
 }
 
@@ -54,14 +54,14 @@ def what_head_names_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lookout, "_check_blobs", check)
 
 
-def no_new_line_is_begun(patch: pytest.MonkeyPatch) -> None:
-    async def same_line(bus: Bus, head: Head, lost_term: int | None) -> Head:
+def no_new_epoch_is_begun(patch: pytest.MonkeyPatch) -> None:
+    async def same_epoch(bus: Bus, head: Head, lost_term: int | None) -> Head:
         return (await taken_over(bus, head, lost_term)).model_copy(update={"epoch": head.epoch})
 
-    patch.setattr(service, "taken_over", same_line)
+    patch.setattr(run_host, "taken_over", same_epoch)
 
 
-def offers_of_every_line_are_taken(patch: pytest.MonkeyPatch) -> None:
+def offers_of_every_epoch_are_taken(patch: pytest.MonkeyPatch) -> None:
     real = Run._unacceptable
 
     def unacceptable(self: Run, agent: str, offer: Offer) -> Any:
@@ -91,8 +91,8 @@ PLANTED: tuple[Plant, ...] = (
     an_older_head_is_no_news,
     lost_offers_are_waited_for,
     what_head_names_is_never_looked_for,
-    no_new_line_is_begun,
-    offers_of_every_line_are_taken,
+    no_new_epoch_is_begun,
+    offers_of_every_epoch_are_taken,
     agents_believe_an_older_head_after_a_reconnect,
     agents_wait_for_the_verdict_on_what_is_lost,
 )
