@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from syncline.policy.advice import Adviser
 from syncline.policy.asynchronous import Asynchronous
-from syncline.policy.base import Policy, Standing
+from syncline.policy.base import Policy, ResumePoint
 from syncline.policy.ledger import Ledger
 from syncline.policy.membership import Numbering
 from syncline.policy.rounds import Rounds
@@ -23,7 +23,7 @@ def policy_of(spec: RunSpec, max_agents: int) -> Policy:
             versions=spec.stop.versions,
             quorum=None if sync.quorum == "all" else sync.quorum,
             grace_s=sync.grace_s,
-            least=merge.least(),
+            min_updates=merge.least(),
             rule=merge.rule,
             sample=sync.sample,
             weights=merge.weights,
@@ -41,7 +41,7 @@ def policy_of(spec: RunSpec, max_agents: int) -> Policy:
         overlap=sync.overlap,
         quorum=sync.quorum,
         grace_s=sync.grace_s,
-        least=merge.least(),
+        min_updates=merge.least(),
         rule=merge.rule,
         staleness=sync.weighing,
         weights=merge.weights,
@@ -63,9 +63,9 @@ def adviser_of(spec: RunSpec) -> Adviser:
     )
 
 
-def standing_of(head: Head, roster: Roster) -> Standing:
+def resume_point_of(head: Head, roster: Roster) -> ResumePoint:
     agents = list(enumerate(roster.agents))
-    return Standing(
+    return ResumePoint(
         version=head.version,
         participants=tuple(a for i, a in agents if roster.participant(i)),
         live=frozenset(a for i, a in agents if roster.state(i) == Presence.PRESENT),

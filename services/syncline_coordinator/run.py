@@ -28,7 +28,6 @@ from syncline.policy.events import (
     AgentLost,
     AgentSlow,
     Command,
-    Committed,
     Drop,
     Fact,
     Finish,
@@ -38,12 +37,13 @@ from syncline.policy.events import (
     PresenceFact,
     StartRound,
     TargetReached,
-    Tell,
     Tick,
     UpdateBroken,
+    VersionCommitted,
     WakeAt,
+    Warn,
 )
-from syncline.policy.words import closed_words, finish_words
+from syncline.policy.words import closed_words, finish_words, warning_words
 from syncline.spec.guardrails import too_many_agents
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
@@ -66,7 +66,7 @@ from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.merge.updates import UpdateGone, UpdateUnusable
 from syncline_coordinator.offers import OfferReader, StreamPosition
-from syncline_coordinator.policies import policy_of, standing_of
+from syncline_coordinator.policies import policy_of, resume_point_of
 from syncline_coordinator.recovery import Lookout
 from syncline_coordinator.reporting import MergeDone, Room, RunReport
 from syncline_coordinator.reservation import Reservation, is_log_full
@@ -213,7 +213,7 @@ class Run:
             return
         roster = decode(Roster, await record_of(bus, head.run, head.roster))
         self.ledger.restore(roster)
-        self.policy.resume(standing_of(head, roster), _now())
+        self.policy.resume(resume_point_of(head, roster), _now())
         if head.plan is not None:
             packed = head.plan if isinstance(head.plan, bytes) else await record_of(bus, head.run, head.plan)
             plan = decode(Plan, packed)
@@ -301,8 +301,8 @@ class Run:
                 await self._drop(command)
             case WakeAt(at_s):
                 self._wake_at_s = at_s
-            case Tell(event, text):
-                await self.parts.telemetry.event(event, text, level="warning")
+            case Warn(reason):
+                await self.parts.telemetry.event("too-few-updates", warning_words(reason), level="warning")
             case Finish(reason, failed):
                 await self._finish(finish_words(reason), "failed" if failed else "done")
 
@@ -358,7 +358,7 @@ class Run:
     async def _commit(self, done: MergeDone) -> None:
         """Commit version v + 1: put roster and record on the bus, then move head by compare-and-set."""
         parts, head, plan = self.parts, self.keeper.head, done.plan
-        commands = self.policy.handle(Committed(plan.version), _now())
+        commands = self.policy.handle(VersionCommitted(plan.version), _now())
         start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
         for drop in [c for c in commands if isinstance(c, Drop)]:  # the roster of this version tells of them
             await self._drop(drop)

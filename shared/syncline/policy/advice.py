@@ -1,6 +1,7 @@
-"""What a run shows of itself that its owner should know: facts of offers and judgements in, advice in plain words out.
+"""Advice for the owner of a run: facts about offers and verdicts in, advice in plain words out. Pure.
 
-Pure. Each advice is given once for an agent; it says what is seen, with figures, and the hint. Nothing here changes a run.
+An advice names the observation with its figures, and a setting to change. Each is given once for an agent. Advice never
+changes a run.
 """
 
 from __future__ import annotations
@@ -12,38 +13,42 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-DROPPED_IN_A_ROW = 4  # updates of an agent, all too stale: it will never be learned from
+DROPPED_IN_A_ROW = 4  # updates of an agent, all too stale: its data would never be learned from
 EVEN_AFTER = 8  # updates an agent, after which shares are compared
 UNEVEN = 2.0  # times an even share
 SLOW = 2.0  # times the usual period
-SLOW_S = 0.1  # shorter periods are not worth a word
-LOOK_EVERY = 4  # versions: looking costs a little for every agent
+SLOW_S = 0.1  # shorter periods are not advised about
+LOOK_EVERY = 4  # versions: a look costs a little for every agent
 ROUNDS_IN_A_ROW = 5
 AGAINST = 0.5  # of the drift of unrelated updates, 1/N
-STILL = 0.25  # of the largest mean |update|²: below it the agents are arriving, and what is left of their updates may cancel
+STILL = 0.25  # of the largest mean |update|²: below that share the agents converge, and their short updates may cancel
 OUTLIER = 10.0  # times the median norm
 MANY_ROWS = 100.0  # times the median of rows, where rows are weights
 PERIODS = 9  # of an agent, for the median
-NEVER_FINITE = 3  # evaluations, after which a metric that was never finite is worth a word
+NEVER_FINITE = 3  # evaluations after which a metric that was never finite is advised about
 METRICS_WATCHED = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
+    """One observation, with a hint."""
+
     agent: str  # '': the run as a whole
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Of a merge. `updates`: ‖Δ_i‖ by agent. `drift`: ‖Σ p_i Δ_i‖² / Σ p_i ‖Δ_i‖², where the rule is a mean."""
+    """Lengths of the updates of one merge."""
 
-    updates: Mapping[str, float]
-    drift: float | None
+    updates: Mapping[str, float]  # ‖Δ_i‖ by agent
+    drift: float | None  # ‖Σ p_i Δ_i‖² / Σ p_i ‖Δ_i‖²; None for a rule that is no mean
 
 
 @dataclass(slots=True)
 class _Agent:
+    """Counts of one agent."""
+
     merged: int = 0
     dropped: int = 0
     too_stale: int = 0  # in a row
@@ -54,7 +59,7 @@ class _Agent:
 
 @dataclass(slots=True, kw_only=True)
 class Adviser:
-    """`offered` and `judged` for every update, `committed` for every version."""
+    """Observes a run: call `offered` and `judged` for every update, and `committed` for every version."""
 
     waits: bool  # every version waits for every agent: rounds without a quorum, or bounded clocks
     max_lag: int | None  # asynchronous runs
@@ -69,13 +74,19 @@ class Adviser:
     _spread: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS_IN_A_ROW + 1))
 
     def offered(self, agent: str, rows: int, seconds: float) -> None:
-        """`seconds`: that its period took."""
+        """Note an offer.
+
+        Args:
+            rows: of the agent's part.
+            seconds: duration of its local period.
+        """
         known = self._agent(agent)
         known.rows = rows
         if seconds > 0:
             known.periods_s.append(seconds)
 
     def judged(self, agent: str, lag: int, *, merged: bool, too_stale: bool = False) -> None:
+        """Note a verdict. `lag`: in versions."""
         known = self._agent(agent)
         known.merged += merged
         known.dropped += not merged
@@ -83,7 +94,7 @@ class Adviser:
         known.lag = max(known.lag, lag)
 
     def committed(self, norms: Norms | None = None) -> list[Advice]:
-        """What there is to say after a version."""
+        """Return new advice after a version."""
         found: list[Advice] = []
         self._versions += 1
         if self._versions % LOOK_EVERY == 0 and self._agents:
@@ -173,8 +184,14 @@ class Adviser:
             self._on_spread(found, spread)
 
     def _on_drift(self, found: list[Advice], drift: float, n: int, *, still: bool) -> None:
-        """Near 1/N is noise, as late in any training; well below it, agents undo what the others have done. `still`: they
-        go as far as they ever did. Where data differ, updates cancel at the end of every good training, short ones."""
+        """Advise where updates cancel for several rounds.
+
+        A drift near 1/N is noise, as late in any training. Well below 1/N, agents undo the progress of others. With unlike
+        data, updates cancel at the end of every good training too, when they are short.
+
+        Args:
+            still: updates are nearly as long as the longest of the run.
+        """
         self._apart = self._apart + 1 if still and drift < AGAINST / n else 0
         text = (
             f"the agents pull against each other: |mean update|² is {drift:.3f} of the mean |update|² (1: aligned, "
@@ -183,7 +200,7 @@ class Adviser:
         self._give(found, "", "drift", text if self._apart >= ROUNDS_IN_A_ROW else "")
 
     def _on_spread(self, found: list[Advice], spread: float) -> None:
-        """In rounds with α below 1, an update is an agent's distance from the center."""
+        """Advise where agents move away from the center. In rounds with α < 1 an update is the distance from the center."""
         self._spread.append(spread)
         steps = list(self._spread)
         grows = len(steps) > ROUNDS_IN_A_ROW and all(a < b for a, b in itertools.pairwise(steps))
@@ -204,18 +221,18 @@ class Adviser:
 
 @dataclass(slots=True)
 class MetricsAdviser:
-    """Finds held-out metrics that are of little use: `evaluated` for every evaluation, `ended` after the last one."""
+    """Finds held-out metrics of little use: call `evaluated` for every evaluation, and `ended` after the last."""
 
     _evaluations: int = 0
     _known: dict[str, float | None] = field(default_factory=dict)  # the last value by name; None: it was finite once
     _given: set[tuple[str, str]] = field(default_factory=set)
 
     def evaluated(self, metrics: Mapping[str, float], skipped: Mapping[str, int]) -> list[str]:
-        """Return what there is to say.
+        """Return new advice after an evaluation.
 
         Args:
-            metrics: by name; NaN or infinite where a metric has no value.
-            skipped: batches that were left out of a metric's mean because it was NaN in them.
+            metrics: values by name; NaN or infinite for a metric without a value.
+            skipped: by name, batches in which the metric was NaN, and which its mean leaves out.
         """
         self._evaluations += 1
         for name, value in metrics.items():
@@ -232,7 +249,7 @@ class MetricsAdviser:
         return found + (self.ended() if self._evaluations >= NEVER_FINITE else [])
 
     def ended(self) -> list[str]:
-        """Return what there is to say of metrics that were never finite."""
+        """Return new advice about metrics that were never finite."""
         return [
             f"metric {name!r} has no value: it was never finite in {self._evaluations} evaluations, the last time {value}. "
             "Return a finite number, or leave the metric out"

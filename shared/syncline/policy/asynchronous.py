@@ -1,21 +1,24 @@
-"""Asynchronous averaging with a bound on staleness: updates are gathered in a buffer, and every K of them make a version.
+"""Asynchronous averaging with bounded staleness: updates are gathered in a buffer, and every K of them make a version.
 
-Agents do not wait for each other. An update's lag τ is the number of versions made since the one it was trained from; it
-counts s(τ), and with τ > `max_lag` it is never merged. The buffer is merged
+Agents do not wait for each other. The lag τ of an update is the number of versions made since the version from which the agent
+trained. An update weighs s(τ), and is never merged with τ > `max_lag`. The buffer is merged
 
-* when it holds K updates ("4 of 4"); the first K in the order of their arrival are taken,
+* when it holds K updates ("4 of 4"): the first K in order of arrival,
 * `grace_s` after the quorum was reached ("quorum 2 of 4 + 2.0 s"),
-* at once when nobody may run before something is judged, so that it cannot wait for ever; but never with fewer updates
-  than the merge rule needs: then it waits for more agents.
+* at once when no agent may train before some update is judged, since the buffer would never fill. With fewer updates than the
+  merge rule needs, the run waits for more agents instead.
 
-Updates that arrive while a plan is executed wait for the next version. An agent may run until it has `ahead` updates that
-are not judged: two where sending overlaps the next period, else one. With `max_ahead` = s no agent may begin a period while
-its clock is more than s ahead of the slowest live agent's *judged* clock (stale synchronous parallel). An agent that joins,
-or comes back, is set beside the slowest of the others by an offset to its clock. Where the gate would keep a merge rule from
-the updates that it needs, what waits to be judged is as good as judged for it, and whoever has nothing waiting may run. s = 0
-is the synchronous run: everybody waits for everybody, and the versions have the same bits.
+Updates that arrive while a plan is executed wait for the next version. An agent may train while it has fewer than `ahead`
+unjudged updates: two where sending overlaps the next period, else one.
 
-An agent's updates are judged in the order of their clocks: a roster can tell of no other, and an elastic agent relies on it.
+With `max_ahead` = s an agent may not begin a period while its clock is more than s ahead of the slowest live agent's *judged*
+clock (stale synchronous parallel). That bound is the *gate*. An agent that joins or returns gets an offset to its clock, which
+puts it beside the slowest of the others. Where the gate would keep a merge rule from the updates it needs, it is *relaxed*:
+pending updates count as judged, and agents without pending updates may train. s = 0 is the synchronous run: every agent waits
+for all others, and the versions have the same bits.
+
+The updates of one agent are judged in the order of their clocks. A roster can express no other order, and elastic averaging
+relies on it.
 
 Sources: FedBuff (arXiv:2106.06639), FedAsync (arXiv:1903.03934), stale synchronous parallel (Ho et al., NIPS 2013).
 """
@@ -27,7 +30,7 @@ from typing import Literal
 
 from syncline.averaging.staleness import Staleness
 from syncline.averaging.weights import Normalize, Weights, weights_of
-from syncline.policy.base import Policy, Standing
+from syncline.policy.base import Policy, ResumePoint
 from syncline.policy.events import Chosen, Command, Drop, LetRun, Merge, OfferReady, WakeAt
 from syncline.policy.reasons import (
     Closed,
@@ -73,19 +76,19 @@ class Asynchronous(Policy):
     broken: set[str] = field(default_factory=set)  # whose newest update since the last commit was unusable
     last_broadcast: Broadcast = field(default_factory=Broadcast)
     closed_by: Closed | None = None  # the buffer that is merging
-    gate_relaxed: bool = False  # the rule needs more updates than the gate lets come: those that wait count for it too
-    dirty: bool = False  # something was judged that agents may not have been told
-    runner: str = field(default="", compare=False)  # an agent that could run when it was last looked for one
+    gate_relaxed: bool = False  # pending updates count as judged: the rule needs more updates than the gate admits
+    dirty: bool = False  # updates were judged since the last broadcast
+    runner: str = field(default="", compare=False)  # cache: an agent that may train, as last found
 
-    def resume(self, standing: Standing, now_s: float) -> None:
-        self.live, self.version = set(standing.live & {*standing.participants}), standing.version
-        self.slow = set(standing.slow)
-        self.offsets = dict(standing.offsets)
-        self.last_broadcast = Broadcast(standing.participants, standing.gate, self.ledger.judged_clocks())
+    def resume(self, resume_point: ResumePoint, now_s: float) -> None:
+        self.live, self.version = set(resume_point.live & {*resume_point.participants}), resume_point.version
+        self.slow = set(resume_point.slow)
+        self.offsets = dict(resume_point.offsets)
+        self.last_broadcast = Broadcast(resume_point.participants, resume_point.gate, self.ledger.judged_clocks())
         self._enter("open")
         self.started = self.dirty = True
         self.opened_at_s = now_s
-        for agent in sorted(standing.live - self.live):  # it was about to join
+        for agent in sorted(resume_point.live - self.live):  # it was about to join
             self._set_beside(agent)
             self.live.add(agent)
 
@@ -102,7 +105,7 @@ class Asynchronous(Policy):
         return self._go_on(now_s)
 
     def _set_beside(self, agent: str) -> None:
-        """By an offset to its clock it stands where the slowest of the others does."""
+        """Give the agent an offset to its clock that puts it beside the slowest of the others."""
         others = [self._clock(a) for a in self.live if a != agent]
         if self.max_ahead is not None and others:
             self.offsets[agent] = max(self.offsets.get(agent, 0), min(others) - self.ledger.judged_clock(agent))
@@ -161,12 +164,12 @@ class Asynchronous(Policy):
         return [*drops, *self._replaced(), *self._let_run(), *self._close(now_s)]
 
     def _put_back(self, offer: OfferReady) -> None:
-        """An agent's updates are judged in the order of their clocks: this one has to wait for the verdict on another."""
+        """Return an update to the buffer: an older update of the same agent must be judged first."""
         earlier = [i for i, o in enumerate(self.waiting) if o.agent == offer.agent and o.clock < offer.clock]
         self.waiting.insert(max(earlier, default=-1) + 1, offer)
 
     def _replaced(self) -> list[Command]:
-        """Where one update of an agent may wait, a second one is of an agent that started again and knew of none."""
+        """Drop older updates of agents that may have only one pending: such an agent started again and forgot them."""
         if self.ahead > 1:
             return []
         newest = {o.agent: o.clock for o in self.waiting}
@@ -192,7 +195,7 @@ class Asynchronous(Policy):
         return [*news, *self._close(now_s)]
 
     def _close(self, now_s: float) -> list[Command]:
-        """Merges the buffer if it is time."""
+        """Return the merge of the buffer, if a condition for closing it holds."""
         ready = self._ready()
         if self.state != "open" or not ready:
             self.closes_at_s = None
@@ -215,7 +218,7 @@ class Asynchronous(Policy):
         return [self._merge(ready, replace(self._closed("quorum", ready), grace_s=self.grace()))]
 
     def _with_too_few(self, updates: int, now_s: float) -> list[Command]:
-        """Nobody may run, and the rule needs more. Where a gate holds agents up, what waits is as good as judged for it."""
+        """Relax the gate once, or warn: no agent may train, and the rule needs more updates."""
         if self.max_ahead is not None and not self.gate_relaxed:
             self.gate_relaxed = True
             if self._is_news():
@@ -223,7 +226,7 @@ class Asynchronous(Policy):
         return self._tell_too_few(updates)
 
     def _ready(self) -> list[OfferReady]:
-        """What a merge would take, in the order of arrival."""
+        """Return the updates that a merge would take, in order of arrival."""
         ready = self.waiting
         if self.one_each:
             first: dict[str, OfferReady] = {}
@@ -256,7 +259,7 @@ class Asynchronous(Policy):
         return Merge(chosen, closed)
 
     def _weights(self, offers: list[OfferReady], lags: list[int]) -> list[float]:
-        """(1/K) s(τ_i) for uniform shares, also where fewer than K are merged; 1 for elastic differences."""
+        """Return (1/K) s(τ_i) for uniform shares, also with fewer than K updates; 1 for each elastic difference."""
         if self.elastic:
             return [1.0] * len(offers)
         shares = weights_of(offers, self.weights, self.normalize)
@@ -269,16 +272,16 @@ class Asynchronous(Policy):
             return None
         return self._drop(offer, TooStale(lag, self.max_lag))
 
-    # -- who may run ---------------------------------------------------------------------------------------------------
+    # -- admission ---------------------------------------------------------------------------------------------------
     def _clock(self, agent: str) -> int:
-        """The agent's judged clock, comparable with the others'."""
+        """Return the agent's judged clock plus its offset, comparable between agents."""
         return self.ledger.judged_clock(agent) + self.offsets.get(agent, 0)
 
     def _gate(self) -> int | None:
-        """An agent may begin a period while its clock and offset are not above this.
+        """Return the highest clock plus offset with which an agent may begin a period, or None without a bound.
 
-        Lifted it is so high that what waits counts as judged, and that the slowest of those may run who have nothing waiting:
-        they may be further ahead than that, by periods that they lost on the way.
+        A relaxed gate counts pending updates as judged, and admits the slowest agent without pending updates: periods that
+        were lost on the way may have put all such agents further ahead.
         """
         if self.max_ahead is None or not self.live:
             return None
@@ -290,7 +293,7 @@ class Asynchronous(Policy):
         return max(slowest + self.max_ahead, min(idle, default=0), self.last_broadcast.gate or 0)
 
     def _may_run(self, agent: str) -> bool:
-        """Whether the agent, by what it was told, may be training or begin to."""
+        """Return whether the agent, as told by the last broadcast, may be training or begin to."""
         told = self.last_broadcast
         clock = max(self.ledger.known_clock(agent), told.judged.get(agent, 0))
         if agent not in told.participants or clock - told.judged.get(agent, 0) >= self.ahead:
@@ -304,7 +307,7 @@ class Asynchronous(Policy):
 
     @property
     def ahead(self) -> int:
-        """Updates of one agent that may wait to be judged."""
+        """Return how many unjudged updates one agent may have."""
         return OVERLAPPING if self.overlap and self.max_ahead != 0 else 1
 
     def _is_news(self) -> bool:

@@ -18,18 +18,18 @@ from syncline.policy.events import (
     AgentLost,
     AgentSlow,
     Command,
-    Committed,
     Drop,
     Fact,
     Finish,
     OfferReady,
     TargetReached,
-    Tell,
     Tick,
     UpdateBroken,
+    VersionCommitted,
+    Warn,
 )
 from syncline.policy.ledger import Ledger
-from syncline.policy.reasons import DropReason, FinishReason, NoAgentCanTrain, StopRequested, Unusable
+from syncline.policy.reasons import DropReason, FinishReason, NoAgentCanTrain, StopRequested, TooFewUpdates, Unusable
 from syncline.policy.states import POLICY_TRANSITIONS, State, check_transition
 from syncline.policy.story import History, Step
 from syncline.wire.messages import Presence, Verdict
@@ -39,13 +39,13 @@ FIRST_GRACE_S = 1.0  # while no version has shown how long one takes
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a run stands when a coordinator takes it over, as its head and roster say."""
+class ResumePoint:
+    """State of a run that a coordinator takes over, as its head and roster say. The ledger has the clocks."""
 
     version: int
     participants: tuple[str, ...]
     live: frozenset[str]  # present
-    offsets: dict[str, int] = field(default_factory=dict)  # where an agent's clock stands beside the others'
+    offsets: dict[str, int] = field(default_factory=dict)  # added to agents' clocks where clocks are compared
     gate: int | None = None
     slow: frozenset[str] = frozenset()
 
@@ -55,12 +55,12 @@ class Policy(ABC):
     min_agents: int  # agents with which the run starts
     versions: int  # commits after which the run is done
     grace_s: float | None = None  # None: the median version
-    least: int = 1  # updates that the merge rule needs; with fewer nothing is merged
+    min_updates: int = 1  # updates that the merge rule needs
     rule: str = "mean"
-    told_of: int = -1  # the version for which it was told that there are too few
+    warned_version: int = -1  # the version for which too few updates were reported
     version: int = 0
     state: State = "waiting"
-    live: set[str] = field(default_factory=set)  # present: these are waited for
+    live: set[str] = field(default_factory=set)  # present: waited for
     slow: set[str] = field(default_factory=set)  # heartbeats without progress: not waited for
     started: bool = False  # the run has had its first round
     opened_at_s: float = 0.0  # when the newest version came
@@ -128,7 +128,7 @@ class Policy(ABC):
                 return self._offer(fact, now_s)
             case UpdateBroken(agent, clock, why):
                 return self._broken(agent, clock, why, now_s)
-            case Committed(version):
+            case VersionCommitted(version):
                 assert version == self.version + 1, f"commit of version {version} after {self.version}"
                 assert self.state == "merging", f"commit of version {version} in a round that is {self.state}"
                 self.durations_s.append(now_s - self.opened_at_s)
@@ -140,21 +140,21 @@ class Policy(ABC):
             case Tick():
                 return self._go_on(now_s)
 
-    # -- what each policy decides --------------------------------------------------------------------------------------
+    # -- decisions of each policy --------------------------------------------------------------------------------------
     def _joined(self, agent: str, now_s: float) -> list[Command]:
         return self._go_on(now_s)
 
     def _noted(self, commands: list[Command]) -> list[Command]:
-        """Add a command that writes who is slow into the roster, where none of these does."""
+        """Add a command that writes presence into the roster, unless one of these does."""
         return commands
 
     @abstractmethod
-    def resume(self, standing: Standing, now_s: float) -> None:
-        """A coordinator takes over; offers are told again as facts, and losses of those that do not return."""
+    def resume(self, resume_point: ResumePoint, now_s: float) -> None:
+        """Take over a run. Its unjudged offers follow as facts, and the loss of agents that do not return."""
 
     @abstractmethod
     def resume_merge(self, offers: list[OfferReady]) -> None:
-        """After `resume`: the plan that was found is being executed."""
+        """Take over the execution of a plan that head holds; call after `resume`."""
 
     @abstractmethod
     def _offer(self, offer: OfferReady, now_s: float) -> list[Command]: ...
@@ -167,18 +167,19 @@ class Policy(ABC):
 
     @abstractmethod
     def _go_on(self, now_s: float) -> list[Command]:
-        """Opens or closes what it is time for."""
+        """Open or close a round, merge or end, if a condition for it holds."""
 
     @abstractmethod
     def validate(self) -> None:
-        """What always holds; tests call it after every fact."""
+        """Assert the invariants; tests call this after every fact."""
 
     def _enter(self, state: State) -> None:
         check_transition(POLICY_TRANSITIONS, self.state, state)
         self.state = state
 
-    # -- what they share -----------------------------------------------------------------------------------------------
+    # -- shared by all policies -----------------------------------------------------------------------------------------------
     def presence(self, agent: str) -> Presence:
+        """Return the agent's presence; LOST for an agent that never joined."""
         if agent in self.live:
             return Presence.PRESENT
         return Presence.SLOW if agent in self.slow else Presence.LOST
@@ -189,27 +190,25 @@ class Policy(ABC):
         assert sum(map(len, states)) == len(set().union(*states)), "an agent with two states"
 
     def _nobody_can_train(self) -> list[Command]:
-        """The end, where so many agents have said that they cannot train that the run cannot begin; else nothing."""
+        """End the run if as many agents as it needs have failed and no other is present, slow or lost."""
         if self.live or self.slow or self.gone or len(self.failed) < self.min_agents or self.version >= self.versions:
             return []
         return self._finish(NoAgentCanTrain(tuple(self.failed.items())), failed=True)
 
     def _too_few(self, updates: Collection[OfferReady], broken: set[str]) -> bool:
-        """Whether the rule needs more. Agents whose update was unusable count: those were bad ones, and are out."""
+        """Return whether the rule needs more updates. Unusable updates count as received: the rule has excluded them."""
         unusable = len(broken - {o.agent for o in updates}) if broken else 0
-        return len(updates) + unusable < self.least
+        return len(updates) + unusable < self.min_updates
 
     def _tell_too_few(self, updates: int) -> list[Command]:
-        """Nobody is left to wait for: the run stands still until more agents are here. Told once for a version."""
-        if self.told_of == self.version:
+        """Warn once for a version that the run waits for more agents."""
+        if self.warned_version == self.version:
             return []
-        self.told_of = self.version
-        text = (
-            f"version {self.version} waits: merge.rule = {self.rule} needs {self.least} updates, {updates} are in, and of "
-            f"the {len(self.live)} agents that are here nobody is left to wait for. It goes on when another one joins"
-            + (f", or one of {len(self.slow)} slow ones moves again" if self.slow else "")
+        self.warned_version = self.version
+        reason = TooFewUpdates(
+            self.version, self.rule, self.min_updates, updates, present=len(self.live), slow=len(self.slow)
         )
-        return [Tell("too-few-updates", text)]
+        return [Warn(reason)]
 
     def _finish(self, reason: FinishReason, failed: bool = False) -> list[Command]:
         self._enter("ended")
@@ -218,7 +217,7 @@ class Policy(ABC):
 
     @staticmethod
     def _insist_on_order(offer: OfferReady, waiting: Iterable[OfferReady]) -> None:
-        """An agent's updates are judged in the order of their clocks: one that is older than those waiting cannot be late."""
+        """Raise PeerError for an offer trained from an older version than a pending one of the same agent."""
         for other in waiting:
             if other.agent == offer.agent and other.base > offer.base:
                 raise PeerError(
@@ -233,13 +232,13 @@ class Policy(ABC):
         return Drop(offer.agent, offer.clock, reason)
 
     def grace(self) -> float:
-        """Seconds to wait for the rest after the quorum."""
+        """Return the seconds to wait after the quorum was reached."""
         if self.grace_s is not None:
             return self.grace_s
         return self.median_round_s() or FIRST_GRACE_S
 
     def median_round_s(self) -> float:
-        """Of the last versions; 0 before the first."""
+        """Return the median duration of the last versions in seconds; 0 before the first."""
         return statistics.median(self.durations_s) if self.durations_s else 0.0
 
     def _absent(self, among: Iterable[str]) -> tuple[tuple[str, str], ...]:

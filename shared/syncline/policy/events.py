@@ -1,30 +1,37 @@
-"""What a policy is told, and what it asks for. A policy holds ids, clocks, versions, weights and times: never a tensor, never
-I/O, never a clock of its own. So every scheme, and every failure, is tested without a broker and without waiting."""
+"""Facts that a policy handles, and the commands that it returns.
+
+A policy holds ids, clocks, versions, weights and times: no tensor, no I/O and no clock of its own. So every scheme and every
+failure is tested without a broker and without waiting.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from syncline.policy.reasons import Closed, DropReason, FinishReason
+from syncline.policy.reasons import Closed, DropReason, FinishReason, TooFewUpdates
 
 # -- facts ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AgentJoined:
+    """An agent is present: new, returned, or making progress again."""
+
     agent: str
 
 
 @dataclass(frozen=True, slots=True)
 class AgentLost:
+    """An agent is gone: silent, leaving, or unable to train."""
+
     agent: str
     reason: str
-    failed: bool = False  # it said itself that it cannot train
+    failed: bool = False  # the agent said itself that it cannot train
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSlow:
-    """Its heartbeats arrive and its training makes no progress. `AgentJoined` follows when it moves again."""
+    """An agent's heartbeats arrive and its training makes no progress. `AgentJoined` follows with its next progress."""
 
     agent: str
     reason: str
@@ -32,7 +39,7 @@ class AgentSlow:
 
 @dataclass(frozen=True, slots=True)
 class OfferReady:
-    """A well-formed update is on the bus."""
+    """An acceptable offer was read: the update lies on the bus."""
 
     agent: str
     clock: int
@@ -43,7 +50,7 @@ class OfferReady:
 
 @dataclass(frozen=True, slots=True)
 class UpdateBroken:
-    """An offered update turned out to be unusable while it was merged."""
+    """The merge under way found an update that it cannot use."""
 
     agent: str
     clock: int
@@ -51,29 +58,33 @@ class UpdateBroken:
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
+class VersionCommitted:
+    """The merge under way has become this version."""
+
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class TargetReached:
+    """The run is to end: its target is reached, or an operator stopped it."""
+
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: at least up to what `WakeAt` asked for."""
+    """Time has passed, at least up to the last `WakeAt`."""
 
 
 PresenceFact = AgentJoined | AgentSlow | AgentLost
-Fact = AgentJoined | AgentLost | AgentSlow | OfferReady | UpdateBroken | Committed | TargetReached | Tick
+Fact = AgentJoined | AgentLost | AgentSlow | OfferReady | UpdateBroken | VersionCommitted | TargetReached | Tick
 
 # -- commands ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class StartRound:
-    """Participants train from `version`. Given again for a version, it replaces the participants."""
+    """Let participants train from `version`. A second one for a version replaces the participants."""
 
     version: int
     participants: tuple[str, ...]
@@ -81,9 +92,9 @@ class StartRound:
 
 @dataclass(frozen=True, slots=True)
 class LetRun:
-    """Participants of an asynchronous run train, each from the newest version, while their clocks allow it.
+    """Let participants of an asynchronous run train, each from the newest version, while their clocks allow.
 
-    An agent may begin a period while its clock and its offset together are not above `gate`; None: no such bound.
+    An agent may begin a period while its clock plus its offset is at most `gate`; None: no bound.
     """
 
     version: int
@@ -105,11 +116,11 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Merge exactly these, in this order, and commit. `late`: participants that were not waited for."""
+    """Merge exactly these updates, in this order, and commit."""
 
     updates: tuple[Chosen, ...]
     reason: Closed
-    late: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()  # participants that were not waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +140,10 @@ class WakeAt:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
-    """Say it in the events, as a warning."""
+class Warn:
+    """Publish a warning event."""
 
-    event: str
-    text: str
+    reason: TooFewUpdates
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,4 +154,4 @@ class Finish:
     failed: bool = False
 
 
-Command = StartRound | LetRun | Merge | Drop | WakeAt | Tell | Finish
+Command = StartRound | LetRun | Merge | Drop | WakeAt | Warn | Finish

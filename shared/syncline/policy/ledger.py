@@ -1,8 +1,8 @@
 """Offered and judged clocks of a run's agents, and the agents' numbers. The only owner of both; pure.
 
-An agent numbers its updates by a *clock*, 1, 2, 3 … An offer is *read* when the coordinator finds it in the stream of offers,
-*known* when the policy has handled it, and *judged* once, when the policy decides that it is merged or dropped. The policy
-judges; the coordinator reads offers in, writes verdicts into rosters, and purges the blobs of judged updates.
+An agent numbers its updates by a *clock*, 1, 2, 3 … An offer is *found* when the coordinator reads it from the stream of
+offers, *known* when the policy has handled it, and *judged* once, when the policy decides to merge or drop the update. The
+policy judges; the coordinator reads offers in, writes verdicts into rosters, and purges the blobs of judged updates.
 
 Everything here can be read again from the bus: the roster blob, and the offers after `judged_up_to`.
 """
@@ -132,7 +132,7 @@ class Ledger:
         self._known[agent] = max(clock, self._known.get(agent, 0))
 
     def judged_up_to(self, read_up_to: int) -> int:
-        """Return the sequence number up to which every offer was judged: a restarted coordinator reads on from there.
+        """Return the sequence number up to which every offer was judged. A restarted coordinator reads on after it.
 
         Args:
             read_up_to: sequence number of the last message that was read.
@@ -188,7 +188,7 @@ class Ledger:
 
         Args:
             present: agents that need a number, participants or not.
-            participants: they need one too: one may have been lost since it was named, and will come back.
+            participants: these need a number too, lost ones included: they may return.
             offsets: added to agents' clocks where clocks are compared.
             presence: the policy's state of an agent.
         """

@@ -1,15 +1,15 @@
-"""Sessions, signs of life and progress, and the numbers of a run's agents. Pure: time is an argument.
+"""Sessions of a fleet with their heartbeats and progress, and the numbers of a run's agents. Pure: time is an argument.
 
-An agent is *lost* when its heartbeats stop for `agents.lost_after_s`. It is *slow* when they arrive and its training makes no
-progress for the longest of `agents.lost_after_s`, three median periods of the run and three times the last long pause that it
-has come back from; it is *present* again with the next sign of progress.
+An agent is *lost* when its heartbeats stop for `agents.lost_after_s`. An agent is *slow* when its heartbeats arrive and its
+training makes no progress for the longest of: `agents.lost_after_s`, three median periods of the run, three times its own last
+long pause. The next progress makes it *present* again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PATIENCE = 3  # median periods, or pauses of its own, without progress after which a training agent counts as slow
+PATIENCE = 3  # median periods, or own pauses, without progress after which a training agent is slow
 FIRST_STEP_S = 600.0  # the same before its first step ever: data are loaded then, and a device is woken
 
 
@@ -36,7 +36,7 @@ class Membership:
     superseded: dict[str, str] = field(default_factory=dict)  # old session → the one that took over
 
     def claim(self, agent: str, session: str, now_s: float) -> str:
-        """A hello. Returns the session it replaces, or ''. A superseded session cannot claim again."""
+        """Handle a hello; return the session that it replaces, or ''. A superseded session cannot claim again."""
         if session in self.superseded:
             return ""
         known = self.lives.get(agent)
@@ -53,20 +53,22 @@ class Membership:
         return old
 
     def expect(self, agent: str, now_s: float, slow: bool = False) -> None:
-        """An agent that was live when the coordinator before us wrote its roster: it has `lost_after_s` to say hello.
+        """Give an agent of a run that is taken over `lost_after_s` to be heard.
 
-        `slow`: the run knows that it is. Of one that became slow while no run was there to be told, `slowed` tells again.
+        Args:
+            slow: the run knows that the agent is slow. `slowed` reports an agent again that became slow before the run was
+                opened.
         """
         life = self.lives.setdefault(agent, Life("", now_s, moved_at_s=now_s))
         life.slow = life.slow and slow
 
     def holds(self, agent: str, session: str) -> bool:
-        """Whether this is the live session of the agent."""
+        """Return whether this is the live session of the agent."""
         life = self.lives.get(agent)
         return life is not None and life.session == session
 
     def heard(self, agent: str, session: str, progress: int, training: bool, now_s: float) -> bool:
-        """A heartbeat; False where the session is not the live one."""
+        """Handle a heartbeat; return False if the session is not the live one."""
         if not self.holds(agent, session):
             return False
         life = self.lives[agent]
@@ -78,11 +80,12 @@ class Membership:
         return True
 
     def is_slow(self, agent: str) -> bool:
+        """Return whether the agent is heard of and makes no progress."""
         life = self.lives.get(agent)
         return life is not None and life.slow
 
     def stood_still(self, now_s: float) -> None:
-        """Count every agent as heard and moved now: this process did not run for a while, and could hear nothing."""
+        """Count every agent as heard and progressing now: this process was stopped for a while, and heard nothing."""
         for life in self.lives.values():
             life.heard_at_s = life.moved_at_s = now_s
 
@@ -108,7 +111,7 @@ class Membership:
         return slow
 
     def next_expiry_s(self, period_s: float) -> float | None:
-        """Return when an agent can first be lost or slow, as far as is known now; None where there is no agent."""
+        """Return the first time at which an agent can be lost or slow, as known now; None without agents."""
         lost = (life.heard_at_s + self.lost_after_s for life in self.lives.values())
         slow = (
             life.moved_at_s + self._patience_s(life, period_s)
@@ -144,10 +147,11 @@ class Numbering:
 
     @property
     def parts(self) -> int:
+        """Return the number of parts of the data."""
         return self.fixed_parts or max(1, len(self.names))
 
     def admit(self, agents: list[str]) -> list[tuple[str, str]]:
-        """Numbers new agents in the order of their names; returns those there is no place for, with the reason."""
+        """Number new agents in the order of their names; return those that are refused, with the reason."""
         refused = []
         for agent in sorted(set(agents) - set(self.names)):
             if why_not := self.why_no_room(len(self.names)):
@@ -157,7 +161,7 @@ class Numbering:
         return refused
 
     def why_no_room(self, agents: int) -> str:
-        """Return '' where there is a place for one more beside so many agents, else why there is none."""
+        """Return why one more agent beside so many is refused, or ''."""
         if self.max_agents is not None and agents >= self.max_agents:
             return f"the run has its agents.max = {self.max_agents} agents"
         if self.fixed_parts is not None and agents >= self.fixed_parts:

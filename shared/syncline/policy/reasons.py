@@ -10,28 +10,28 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class RoundClosed:
-    """The round of the version from which it was trained is closed."""
+    """The round of the version from which the update was trained is closed."""
 
     base: int
 
 
 @dataclass(frozen=True, slots=True)
 class NotParticipant:
-    """Its agent is no participant of the round of this version."""
+    """The agent is no participant of the round of this version."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """Its agent started again and offered another update in its place."""
+    """The agent started again and offered another update instead."""
 
     by_clock: int
 
 
 @dataclass(frozen=True, slots=True)
 class TooStale:
-    """Its lag, the number of versions since the one it was trained from, exceeds `max_lag`."""
+    """The update's lag, the number of versions since the one from which it was trained, exceeds `max_lag`."""
 
     lag: int
     max_lag: int
@@ -44,7 +44,7 @@ class NotStarted:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """It could not be merged: its blob is gone, or holds what no update can."""
+    """The update could not be merged: its blob is gone, or holds invalid values."""
 
     problem: str
 
@@ -70,19 +70,34 @@ class Closed:
     without: tuple[tuple[str, str], ...] = ()  # agents whose update turned out to be unusable, and why
 
 
+# -- warnings ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TooFewUpdates:
+    """A version waits for more agents: the merge rule needs more updates than the present agents can send."""
+
+    version: int
+    rule: str
+    needed: int
+    received: int
+    present: int  # agents
+    slow: int  # agents, beside those
+
+
 # -- why a run ends ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class VersionsReached:
-    """It has made `stop.versions`."""
+    """The run has made `stop.versions`."""
 
     versions: int
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Its target was reached, or an operator stopped it."""
+    """The run's target was reached, or an operator stopped it."""
 
     why: str
 

@@ -1,17 +1,18 @@
-"""Synchronous rounds: every participant trains from version v, and the round closes on the event that completes it.
+"""Synchronous rounds: every participant trains from version v, and an event closes the round.
 
-It closes
+A round closes
 
-* when every live participant's update is in ("4 of 4"), or
-* `grace_s` after the quorum was reached ("quorum 3 of 4 + 2.0 s"), the rest being named as late.
+* when the update of every live participant is in ("4 of 4"), or
+* `grace_s` after the quorum was reached ("quorum 3 of 4 + 2.0 s"); the other participants are named as late.
 
-An agent that joins takes part from the next round; one that comes back takes part at once in the round it was in. When
-nobody is left to wait for and the quorum is not reached, whoever else is live is asked to train for this round; where nobody
-is, the round closes with what is in, unless the merge rule needs more: then it waits for more agents. A slow agent is not
-waited for: its update is merged where the round is still open when it arrives. While every agent is slow and no update is in,
-the round stays open. An update that is late
-is dropped with that reason, and the agent goes on from the newest version. When all updates of a merge turn out to be
-unusable, the round is opened again for those that have sent none.
+An agent that joins takes part from the next round. One that returns takes part at once in the round that it was in. When no
+update is awaited and the quorum is not reached, all other live agents are asked to train for this round. Without other live
+agents the round closes with the updates at hand, unless the merge rule needs more: then the run waits for more agents.
+
+A slow agent is not waited for: its update is merged if the round is still open when the update arrives. While every agent is
+slow and no update is in, the round stays open. A late update is dropped with that reason, and its agent continues from the
+newest version. When all updates of a merge turn out to be unusable, the round is opened again for the agents that have sent
+none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from syncline.averaging.weights import Normalize, Weights, weights_of
-from syncline.policy.base import Policy, Standing
+from syncline.policy.base import Policy, ResumePoint
 from syncline.policy.events import Chosen, Command, Drop, Merge, OfferReady, StartRound, WakeAt
 from syncline.policy.reasons import (
     Closed,
@@ -53,15 +54,13 @@ class Rounds(Policy):
     participants: tuple[str, ...] = ()
     offers: dict[str, OfferReady] = field(default_factory=dict)
     closed_by: Closed | None = None  # the round that is merging
-    broken: set[str] = field(default_factory=set)  # whose update of this version was unusable
-    retries: list[str] = field(default_factory=list)  # they were asked again for this version, each time
-    no_more_expected: set[str] = field(
-        default_factory=set
-    )  # their update of this version was dropped: no other is to be expected
+    broken: set[str] = field(default_factory=set)  # agents whose update of this version was unusable
+    retries: list[str] = field(default_factory=list)  # agents asked again for this version, once for each time
+    no_more_expected: set[str] = field(default_factory=set)  # agents whose update of this version was dropped
 
-    def resume(self, standing: Standing, now_s: float) -> None:
-        self.live, self.slow = set(standing.live), set(standing.slow)
-        self.version, self.participants = standing.version, standing.participants
+    def resume(self, resume_point: ResumePoint, now_s: float) -> None:
+        self.live, self.slow = set(resume_point.live), set(resume_point.slow)
+        self.version, self.participants = resume_point.version, resume_point.participants
         self.started = True
         self._enter("open" if self.participants else "waiting")
         self.opened_at_s = now_s
@@ -172,20 +171,22 @@ class Rounds(Policy):
         return [self._merge(replace(self._closed("quorum"), grace_s=self.grace()))]
 
     def _awaited(self) -> bool:
-        """Whether the update of a participant is still to come. Stops at the first, as this is asked with every offer."""
+        """Return whether the update of a participant is awaited. Stops at the first, since every offer asks."""
         return any(
             p in self.live and p not in self.offers and p not in self.no_more_expected for p in self.participants
         )
 
     def _others(self) -> set[str]:
-        """Who else could train for this round: live agents that are not asked yet."""
+        """Return the live agents that were not asked to train for this round."""
         return self.live - {*self.participants} - self.no_more_expected
 
     def _ask_others(self, slow: Iterable[str] = ()) -> StartRound:
         """Let every other live agent train for this round, as the quorum is not reached and no update is awaited.
 
-        An agent whose update was unusable is no participant any more: a coordinator that takes over would wait for it in vain.
-        `slow`: agents that train for it once they move again.
+        An agent whose update was unusable is a participant no longer: a coordinator that takes over would wait in vain.
+
+        Args:
+            slow: agents that train for this round when they make progress again.
         """
         self.participants = tuple(sorted({*self.participants, *self._others(), *slow} - self.no_more_expected))
         return StartRound(self.version, self.participants)
@@ -213,15 +214,15 @@ class Rounds(Policy):
         return Closed(by, len(self.offers), len(self.participants))
 
     def _draw(self) -> tuple[str, ...]:
-        """The participants of a round: all live agents, or a share drawn by the seed and the version alone."""
+        """Return the participants of a round: all live agents, or a share drawn by seed and version alone."""
         everyone = sorted(self._others())
         if self.sample is None:
             return tuple(everyone)
-        count = max(self.least, self.quorum or 1, round(self.sample * len(everyone)))
+        count = max(self.min_updates, self.quorum or 1, round(self.sample * len(everyone)))
         return tuple(sorted(sorted(everyone, key=lambda a: _lot(self.seed, self.version, a))[:count]))
 
     def validate(self) -> None:
-        """What always holds; tests call it after every fact."""
+        """Assert the invariants; tests call this after every fact."""
         assert set(self.offers) <= set(self.participants), "an offer of a non-participant"
         assert all(o.base == self.version for o in self.offers.values()), "an offer of another version"
         assert (self.state == "open") <= bool(self.participants), "an open round without participants"

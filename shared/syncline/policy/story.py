@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from syncline.policy.events import (
     Command,
-    Committed,
     Drop,
     Fact,
     LetRun,
@@ -20,6 +19,7 @@ from syncline.policy.events import (
     StartRound,
     Tick,
     UpdateBroken,
+    VersionCommitted,
     WakeAt,
 )
 
@@ -96,7 +96,7 @@ class History:
 
     def _cause(self, fact: Fact) -> int:
         match fact:
-            case Committed() | UpdateBroken():
+            case VersionCommitted() | UpdateBroken():
                 return self._plan
             case Tick():
                 return self._alarm

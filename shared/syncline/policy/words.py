@@ -9,7 +9,6 @@ from syncline.policy.events import (
     AgentLost,
     AgentSlow,
     Command,
-    Committed,
     Drop,
     Fact,
     Finish,
@@ -18,10 +17,11 @@ from syncline.policy.events import (
     OfferReady,
     StartRound,
     TargetReached,
-    Tell,
     Tick,
     UpdateBroken,
+    VersionCommitted,
     WakeAt,
+    Warn,
 )
 from syncline.policy.reasons import (
     Closed,
@@ -34,6 +34,7 @@ from syncline.policy.reasons import (
     Replaced,
     RoundClosed,
     StopRequested,
+    TooFewUpdates,
     TooStale,
     Unusable,
     VersionsReached,
@@ -74,7 +75,7 @@ def fact_words(fact: Fact) -> str:
             return f"{agent} offered clock {clock}, trained from version {base}"
         case UpdateBroken(agent, clock, why):
             return f"the update of {agent}, clock {clock}, is unusable: {why}"
-        case Committed(version):
+        case VersionCommitted(version):
             return f"version {version} committed"
         case TargetReached(why):
             return f"the run is to end: {why}"
@@ -97,8 +98,8 @@ def command_words(command: Command) -> str:
             return f"drop clock {clock} of {agent}: {drop_words(reason)}"
         case WakeAt():
             return "wait for the end of the grace period"
-        case Tell(event):
-            return f"publish the event {event}"
+        case Warn(reason):
+            return f"warn: {warning_words(reason)}"
         case Finish(reason, failed):
             return f"{'fail' if failed else 'end'} the run: {finish_words(reason)}"
 
@@ -134,6 +135,15 @@ def closed_words(closed: Closed) -> str:
         text += f" ({'; '.join([*named, *more])})"
     text += "".join(f"; without {agent}: {brief(why)}" for agent, why in closed.without)
     return brief(text, REASON_CHARS)
+
+
+def warning_words(reason: TooFewUpdates) -> str:
+    """Return what the owner of a run is warned of."""
+    text = (
+        f"version {reason.version} waits: merge.rule = {reason.rule} needs {reason.needed} updates, {reason.received} are in, "
+        f"and no update of the {reason.present} present agents is awaited. It goes on when another agent joins"
+    )
+    return text + (f", or one of {reason.slow} slow agents makes progress" if reason.slow else "")
 
 
 def finish_words(reason: FinishReason) -> str:

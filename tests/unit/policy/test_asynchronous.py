@@ -12,14 +12,13 @@ import pytest
 from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.errors import PeerError
 from syncline.policy.asynchronous import Asynchronous
-from syncline.policy.base import Standing
+from syncline.policy.base import ResumePoint
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
     AgentSlow,
     Chosen,
     Command,
-    Committed,
     Drop,
     Fact,
     Finish,
@@ -27,10 +26,11 @@ from syncline.policy.events import (
     Merge,
     OfferReady,
     TargetReached,
-    Tell,
     Tick,
     UpdateBroken,
+    VersionCommitted,
     WakeAt,
+    Warn,
 )
 from syncline.policy.reasons import (
     Closed,
@@ -39,6 +39,7 @@ from syncline.policy.reasons import (
     NotStarted,
     Replaced,
     StopRequested,
+    TooFewUpdates,
     TooStale,
     Unusable,
     VersionsReached,
@@ -139,13 +140,13 @@ def test_a_full_buffer_is_merged_and_everybody_is_told() -> None:
     assert tell(made, *offers("a4")) == [
         merge(("a1", 1, 0), ("a3", 1, 0), ("a4", 1, 0), reason=Closed("complete", 3, 3))
     ]
-    assert tell(made, Committed(1)) == [run(1, *ALL)]
+    assert tell(made, VersionCommitted(1)) == [run(1, *ALL)]
 
 
 def test_a_buffer_of_one_merges_each_update_as_it_comes() -> None:
     made = policy(2, buffer=1)
     assert tell(made, *offers("a2")) == [merge(("a2", 1, 0), reason=Closed("complete", 1, 1))]
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2")]
+    assert tell(made, VersionCommitted(1)) == [run(1, "a1", "a2")]
     assert tell(made, *offers("a1")) == [merge(("a1", 1, 1), reason=Closed("complete", 1, 1))]
 
 
@@ -153,11 +154,11 @@ def test_the_first_k_are_taken_in_the_order_of_arrival_and_the_rest_waits_for_th
     made = policy(4, buffer=2)
     assert tell(made, *offers("a4", "a2")) == [merge(("a2", 1, 0), ("a4", 1, 0), reason=Closed("complete", 2, 2))]
     assert tell(made, *offers("a3", "a1"), *offers("a4", clock=2)) == [], "a plan is executed as it is"
-    assert tell(made, Committed(1)) == [
+    assert tell(made, VersionCommitted(1)) == [
         run(1, *ALL),
         merge(("a1", 1, 1), ("a3", 1, 1), reason=Closed("complete", 2, 2)),
     ]
-    assert tell(made, Committed(2)) == [run(2, *ALL)]
+    assert tell(made, VersionCommitted(2)) == [run(2, *ALL)]
     assert tell(made, *offers("a1", clock=2, base=1)) == [
         merge(("a1", 2, 1), ("a4", 2, 2), reason=Closed("complete", 2, 2))
     ]
@@ -192,7 +193,7 @@ def test_with_a_robust_rule_a_merge_holds_one_update_of_an_agent() -> None:
     made = policy(3, buffer=2, one_each=True)
     assert tell(made, *offers("a1"), *offers("a1", clock=2)) == []
     assert tell(made, *offers("a3")) == [merge(("a1", 1, 0), ("a3", 1, 0), reason=Closed("complete", 2, 2))]
-    assert tell(made, *offers("a2"), Committed(1)) == [
+    assert tell(made, *offers("a2"), VersionCommitted(1)) == [
         run(1, "a1", "a2", "a3"),
         merge(("a1", 2, 1), ("a2", 1, 1), reason=Closed("complete", 2, 2)),
     ], "the second one waited its turn"
@@ -212,7 +213,7 @@ def test_an_update_that_was_merged_and_is_told_again_changes_nothing() -> None:
     tell(made, *offers("a1"))
     merging = copy.deepcopy(made)
     assert tell(made, *offers("a1")) == [] and made == merging
-    tell(made, Committed(1))
+    tell(made, VersionCommitted(1))
     before = copy.deepcopy(made)
     assert tell(made, *offers("a1"), *offers("a1", base=1)) == []
     assert made == before
@@ -233,7 +234,7 @@ def test_an_offer_from_the_future_is_refused_and_changes_nothing() -> None:
 @pytest.mark.parametrize("merging", [False, True])
 def test_an_update_from_an_older_version_than_the_one_before_it_is_refused_and_changes_nothing(merging: bool) -> None:
     made = policy(2, buffer=2)
-    tell(made, *offers("a1", "a2"), Committed(1), *offers("a1", clock=2, base=1))
+    tell(made, *offers("a1", "a2"), VersionCommitted(1), *offers("a1", clock=2, base=1))
     if merging:
         tell(made, *offers("a2", clock=2, base=1))
     assert refused(made, OfferReady("a1", 3, base=0)) == "a1: base 0 is older than 1, that of clock 2"
@@ -242,10 +243,10 @@ def test_an_update_from_an_older_version_than_the_one_before_it_is_refused_and_c
 def test_a_commit_out_of_order_is_our_own_bug() -> None:
     made = policy(1, buffer=1)
     with pytest.raises(AssertionError, match="that is open"):
-        made.handle(Committed(1), 0.0)
+        made.handle(VersionCommitted(1), 0.0)
     tell(made, *offers("a1"))
     with pytest.raises(AssertionError, match="commit of version 2 after 0"):
-        made.handle(Committed(2), 0.0)
+        made.handle(VersionCommitted(2), 0.0)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def at_version(version: int, **settings: Any) -> Asynchronous:
     """Three agents, after so many versions of one update each."""
     made = policy(3, **{**settings, "buffer": 1, "staleness": Constant()})
     for v in range(version):
-        tell(made, *offers("a3", clock=v + 1, base=v), Committed(v + 1))
+        tell(made, *offers("a3", clock=v + 1, base=v), VersionCommitted(v + 1))
     for name, value in settings.items():
         setattr(made, name, value)
     return made
@@ -356,7 +357,7 @@ def test_what_lost_agents_have_left_is_merged_when_nobody_is_there() -> None:
             reason=Closed("nobody may run", 1, 5, absent=(("a1", "it left"),("a2", "not heard of for 5.1 s"),)),
         ),
     ]  # fmt: skip
-    assert tell(made, Committed(1)) == [run(1)]
+    assert tell(made, VersionCommitted(1)) == [run(1)]
     assert tell(made, AgentJoined("a2")) == [run(1, "a2")]
 
 
@@ -379,7 +380,7 @@ def test_a_full_buffer_ends_the_grace_period() -> None:
     assert tell(made, *offers("a3"), at=1.0) == [
         merge(("a1", 1, 0), ("a2", 1, 0), ("a3", 1, 0), reason=Closed("complete", 3, 3))
     ]
-    assert tell(made, Committed(1), Tick(), at=5.0) == [run(1, "a1", "a2", "a3")]
+    assert tell(made, VersionCommitted(1), Tick(), at=5.0) == [run(1, "a1", "a2", "a3")]
 
 
 def test_without_grace_the_quorum_closes_the_buffer() -> None:
@@ -393,13 +394,13 @@ def test_what_is_left_at_a_commit_has_a_grace_period_of_its_own() -> None:
     made = policy(4, buffer=3, quorum=1)
     tell(made, *offers("a1", "a2", "a3"), at=0.5)
     assert tell(made, *offers("a4"), at=1.0) == []
-    assert tell(made, Committed(1), at=4.0) == [run(1, *ALL), WakeAt(6.0)]
+    assert tell(made, VersionCommitted(1), at=4.0) == [run(1, *ALL), WakeAt(6.0)]
 
 
 def test_the_grace_period_begins_anew_where_the_quorum_was_lost_meanwhile() -> None:
     made = policy(4, buffer=3, quorum=2, max_lag=0, overlap=False)
     tell(made, *offers("a1", "a2", "a3"), *offers("a4"))
-    assert tell(made, Committed(1), at=1.0) == [Drop("a4", 1, TooStale(1, 0)), run(1, *ALL)]
+    assert tell(made, VersionCommitted(1), at=1.0) == [Drop("a4", 1, TooStale(1, 0)), run(1, *ALL)]
     assert tell(made, *offers("a1", clock=2, base=1), at=2.0) == []
     assert tell(made, *offers("a2", clock=2, base=1), at=3.0) == [WakeAt(5.0)]
 
@@ -411,19 +412,16 @@ def test_the_default_grace_period_is_the_median_of_the_last_versions() -> None:
     for version, seconds in enumerate((3.0, 100.0, 5.0)):
         tell(made, *offers("a1", "a2", clock=version + 1, base=version), at=now)
         now += seconds
-        tell(made, Committed(version + 1), at=now)
+        tell(made, VersionCommitted(version + 1), at=now)
     assert tell(made, *offers("a1", clock=4, base=3), at=now) == [WakeAt(now + 5.0)]
 
 
 # -- a rule that needs so many -----------------------------------------------------------------------------------------
 def test_a_buffer_does_not_close_early_with_fewer_updates_than_the_rule_needs() -> None:
-    made = policy(2, buffer=4, overlap=False, least=3, rule="median", quorum=1)
+    made = policy(2, buffer=4, overlap=False, min_updates=3, rule="median", quorum=1)
     assert tell(made, *offers("a1")) == []
-    text = (
-        "version 0 waits: merge.rule = median needs 3 updates, 2 are in, and of the 2 agents that are here nobody is left to "
-        "wait for. It goes on when another one joins"
-    )
-    assert tell(made, *offers("a2")) == [Tell("too-few-updates", text)]
+    few = TooFewUpdates(version=0, rule="median", needed=3, received=2, present=2, slow=0)
+    assert tell(made, *offers("a2")) == [Warn(few)]
     assert tell(made, Tick(), at=1e6) == [], "told once"
     assert tell(made, AgentJoined("a3"), at=1e6) == [run(0, "a1", "a2", "a3")]
     (merged,) = tell(made, *offers("a3"), at=1e6)
@@ -431,7 +429,7 @@ def test_a_buffer_does_not_close_early_with_fewer_updates_than_the_rule_needs() 
 
 
 def test_an_unusable_update_counts_for_the_rule_because_it_is_out() -> None:
-    made = policy(3, buffer=3, least=3, rule="median", overlap=False)
+    made = policy(3, buffer=3, min_updates=3, rule="median", overlap=False)
     tell(made, *offers("a1", "a2", "a3"))
     assert tell(made, UpdateBroken("a3", 1, "NaN"))[-1] == merge(
         ("a1", 1, 0), ("a2", 1, 0), reason=Closed("complete", 3, 3, without=(("a3", "NaN"),)), weight=1 / 2 * 2 / 3
@@ -440,20 +438,20 @@ def test_an_unusable_update_counts_for_the_rule_because_it_is_out() -> None:
 
 def test_a_gate_does_not_keep_a_rule_from_the_updates_it_needs() -> None:
     """Three quick agents are as far ahead of the slow one as they may be; its update alone is too little for the rule."""
-    made = policy(4, buffer=3, least=3, rule="median", max_ahead=1, overlap=False)
+    made = policy(4, buffer=3, min_updates=3, rule="median", max_ahead=1, overlap=False)
     for v in range(2):
-        tell(made, *offers("a1", "a2", "a3", clock=v + 1, base=v), Committed(v + 1))
+        tell(made, *offers("a1", "a2", "a3", clock=v + 1, base=v), VersionCommitted(v + 1))
     assert made.last_broadcast.gate == 1, "all three are at 2"
     assert tell(made, *offers("a4", base=0)) == [run(2, *ALL, gate=2)]
     assert tell(made, *offers("a1", "a2", clock=3, base=2)) == [
         merge(("a1", 3, 0), ("a2", 3, 0), ("a4", 1, 2), reason=Closed("complete", 3, 3))
     ]
-    assert tell(made, Committed(3)) == [run(3, *ALL, gate=2)]
+    assert tell(made, VersionCommitted(3)) == [run(3, *ALL, gate=2)]
 
 
 def test_the_rule_gets_its_updates_also_of_an_agent_whose_clock_has_left_some_out() -> None:
-    made = policy(3, buffer=None, least=3, rule="median", max_ahead=0)
-    tell(made, *offers("a1", clock=3), *offers("a2", "a3"), Committed(1))
+    made = policy(3, buffer=None, min_updates=3, rule="median", max_ahead=0)
+    tell(made, *offers("a1", clock=3), *offers("a2", "a3"), VersionCommitted(1))
     assert made.last_broadcast.gate == 1, "a1 is at 3"
     assert tell(made, *offers("a2", "a3", clock=2, base=1)) == [run(1, "a1", "a2", "a3", gate=3)]
     (merged,) = tell(made, *offers("a1", clock=4, base=1))
@@ -461,8 +459,14 @@ def test_the_rule_gets_its_updates_also_of_an_agent_whose_clock_has_left_some_ou
 
 
 def test_an_agent_that_joins_stands_beside_what_the_others_had_judged_not_beside_what_waits() -> None:
-    made = policy(3, buffer=None, least=3, rule="median", max_ahead=0)
-    tell(made, *offers("a1", "a2", "a3"), Committed(1), *offers("a2", "a3", clock=2, base=1), AgentLost("a1", SILENT))
+    made = policy(3, buffer=None, min_updates=3, rule="median", max_ahead=0)
+    tell(
+        made,
+        *offers("a1", "a2", "a3"),
+        VersionCommitted(1),
+        *offers("a2", "a3", clock=2, base=1),
+        AgentLost("a1", SILENT),
+    )
     assert tell(made, AgentJoined("a1")) == [run(1, "a1", "a2", "a3", gate=2)], "no offset, and it may run"
 
 
@@ -478,14 +482,17 @@ def test_an_update_that_has_become_too_stale_while_it_waited_is_dropped_at_the_c
     made = policy(3, buffer=1, max_lag=1)
     tell(made, *offers("a1"))
     assert tell(made, *offers("a2", "a3")) == []
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2", "a3"), merge(("a2", 1, 1), reason=Closed("complete", 1, 1))]
-    assert tell(made, Committed(2)) == [Drop("a3", 1, TooStale(2, 1)), run(2, "a1", "a2", "a3")]
+    assert tell(made, VersionCommitted(1)) == [
+        run(1, "a1", "a2", "a3"),
+        merge(("a2", 1, 1), reason=Closed("complete", 1, 1)),
+    ]
+    assert tell(made, VersionCommitted(2)) == [Drop("a3", 1, TooStale(2, 1)), run(2, "a1", "a2", "a3")]
 
 
 def test_with_a_bound_of_zero_only_what_is_of_the_newest_version_is_merged() -> None:
     made = policy(2, buffer=1, max_lag=0)
     tell(made, *offers("a1", "a2"))
-    assert tell(made, Committed(1)) == [Drop("a2", 1, TooStale(1, 0)), run(1, "a1", "a2")]
+    assert tell(made, VersionCommitted(1)) == [Drop("a2", 1, TooStale(1, 0)), run(1, "a1", "a2")]
     assert tell(made, *offers("a2", clock=2, base=1)) == [merge(("a2", 2, 0), reason=Closed("complete", 1, 1))]
 
 
@@ -501,9 +508,9 @@ def test_the_gate_is_so_far_above_the_slowest_live_agent() -> None:
     made = policy(2, buffer=1, max_ahead=2, joined=False)
     assert tell(made, AgentJoined("a1"), AgentJoined("a2")) == [run(0, "a1", "a2", gate=2)]
     tell(made, *offers("a1"))
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2", gate=2)], "a2 has nothing judged"
+    assert tell(made, VersionCommitted(1)) == [run(1, "a1", "a2", gate=2)], "a2 has nothing judged"
     tell(made, *offers("a2"))
-    assert tell(made, Committed(2)) == [run(2, "a1", "a2", gate=3)]
+    assert tell(made, VersionCommitted(2)) == [run(2, "a1", "a2", gate=3)]
 
 
 def test_a_gate_that_nobody_may_pass_closes_the_buffer() -> None:
@@ -518,13 +525,13 @@ def test_only_what_was_told_counts_for_who_may_run() -> None:
     made = policy(2, buffer=1, max_ahead=1)
     tell(made, *offers("a1"))
     assert tell(made, AgentLost("a2", SILENT)) == [run(0, "a1", gate=1, merging=True)]
-    assert tell(made, Committed(1)) == [run(1, "a1", gate=2)]
+    assert tell(made, VersionCommitted(1)) == [run(1, "a1", gate=2)]
 
 
 def test_the_loss_of_the_slowest_raises_the_gate() -> None:
     made = policy(3, buffer=1, max_ahead=1)
     for version, agent in enumerate(("a1", "a2", "a1", "a2")):
-        tell(made, *offers(agent, clock=version // 2 + 1, base=version), Committed(version + 1))
+        tell(made, *offers(agent, clock=version // 2 + 1, base=version), VersionCommitted(version + 1))
     assert made.last_broadcast.gate == 1, "a3 holds them up"
     assert tell(made, AgentLost("a3", SILENT)) == [run(4, "a1", "a2", gate=3)]
 
@@ -532,17 +539,17 @@ def test_the_loss_of_the_slowest_raises_the_gate() -> None:
 def test_an_agent_that_joins_is_set_beside_the_slowest_of_the_others() -> None:
     made = policy(2, buffer=2, max_ahead=1)
     for v in range(5):
-        tell(made, *offers("a1", "a2", clock=v + 1, base=v), Committed(v + 1))
+        tell(made, *offers("a1", "a2", clock=v + 1, base=v), VersionCommitted(v + 1))
     assert tell(made, AgentJoined("a3")) == [run(5, "a1", "a2", "a3", gate=6, a3=5)]
     tell(made, *offers("a3", base=5), *offers("a1", clock=6, base=5))
-    assert tell(made, Committed(6)) == [run(6, "a1", "a2", "a3", gate=6, a3=5)], "a2 is the slowest now"
+    assert tell(made, VersionCommitted(6)) == [run(6, "a1", "a2", "a3", gate=6, a3=5)], "a2 is the slowest now"
 
 
 def test_an_agent_that_comes_back_is_set_beside_the_slowest_of_the_others_and_never_back() -> None:
     made = policy(2, buffer=1, max_ahead=9)
-    tell(made, *offers("a1"), Committed(1), *offers("a2", base=1), Committed(2), AgentLost("a2", SILENT))
+    tell(made, *offers("a1"), VersionCommitted(1), *offers("a2", base=1), VersionCommitted(2), AgentLost("a2", SILENT))
     for v in range(2, 6):
-        tell(made, *offers("a1", clock=v, base=v), Committed(v + 1))
+        tell(made, *offers("a1", clock=v, base=v), VersionCommitted(v + 1))
     assert tell(made, AgentJoined("a2")) == [run(6, "a1", "a2", gate=14, a2=4)]
     tell(made, AgentLost("a1", SILENT))
     assert tell(made, AgentJoined("a1")) == [run(6, "a1", "a2", gate=14, a2=4)], "ahead of a2, it stays where it is"
@@ -552,14 +559,14 @@ def test_an_agent_that_comes_back_is_set_beside_the_slowest_of_the_others_and_ne
 
 def test_an_agent_that_joins_twice_is_not_lifted() -> None:
     made = policy(2, buffer=1, max_ahead=3)
-    tell(made, *offers("a1"), Committed(1))
+    tell(made, *offers("a1"), VersionCommitted(1))
     assert tell(made, AgentJoined("a2")) == []
     assert not any(made.offsets.values())
 
 
 def test_a_joiner_without_others_stands_where_it_stands() -> None:
     made = policy(1, buffer=1, max_ahead=1)
-    tell(made, *offers("a1"), Committed(1), AgentLost("a1", SILENT))
+    tell(made, *offers("a1"), VersionCommitted(1), AgentLost("a1", SILENT))
     assert tell(made, AgentJoined("a2")) == [run(1, "a2", gate=1)]
     assert tell(made, AgentJoined("a1")) == [run(1, "a1", "a2", gate=1)]
 
@@ -567,7 +574,7 @@ def test_a_joiner_without_others_stands_where_it_stands() -> None:
 def test_without_a_bound_there_is_no_gate_and_no_offset() -> None:
     made = policy(1, buffer=1)
     for v in range(3):
-        tell(made, *offers("a1", clock=v + 1, base=v), Committed(v + 1))
+        tell(made, *offers("a1", clock=v + 1, base=v), VersionCommitted(v + 1))
     assert tell(made, AgentJoined("a2")) == [run(3, "a1", "a2")]
     assert made.offsets == {}
 
@@ -592,7 +599,7 @@ def test_an_update_waits_to_be_replaced_while_an_older_one_of_its_agent_is_merge
     made = policy(2, buffer=1, overlap=False)
     tell(made, *offers("a1"))
     assert tell(made, *offers("a1", clock=2), *offers("a1", clock=3)) == []
-    assert tell(made, Committed(1)) == [
+    assert tell(made, VersionCommitted(1)) == [
         Drop("a1", 2, Replaced(3)),
         run(1, "a1", "a2"),
         merge(("a1", 3, 1), reason=Closed("complete", 1, 1)),
@@ -622,7 +629,7 @@ def test_a_loss_during_a_merge_is_told_and_the_plan_stands() -> None:
     tell(made, *offers("a1", "a2"))
     assert tell(made, AgentLost("a3", SILENT)) == [run(0, "a1", "a2", merging=True)]
     assert tell(made, AgentJoined("a3")) == [run(0, "a1", "a2", "a3", merging=True)]
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2", "a3")]
+    assert tell(made, VersionCommitted(1)) == [run(1, "a1", "a2", "a3")]
 
 
 def test_the_loss_of_an_agent_that_nobody_knows_changes_nothing() -> None:
@@ -680,14 +687,14 @@ def test_a_slow_agent_is_outside_the_gate_and_its_update_is_still_merged() -> No
         assert merged_by(tell(made, OfferReady("a1", clock, made.version))), (
             "the gate of a2's clock does not hold it up"
         )
-        tell(made, Committed(clock))
+        tell(made, VersionCommitted(clock))
     (merge,) = merged_by(tell(made, OfferReady("a2", 1, 0)))
     assert [(c.agent, c.lag) for c in merge.updates] == [("a2", 3)]
 
 
 def test_a_slow_agent_that_moves_stands_beside_the_slowest_of_the_others() -> None:
     made = policy(2, buffer=1, max_ahead=1)
-    tell(made, AgentSlow("a2", STILL), OfferReady("a1", 1, 0), Committed(1))
+    tell(made, AgentSlow("a2", STILL), OfferReady("a1", 1, 0), VersionCommitted(1))
     (start,) = [c for c in tell(made, AgentJoined("a2")) if isinstance(c, LetRun)]
     assert start.participants == ("a1", "a2") and start.offsets == (("a2", 1),) and start.gate == 2
 
@@ -735,7 +742,7 @@ def test_an_unusable_update_leaves_the_merge_and_is_named_in_its_reason() -> Non
             weight=1 / 3,
         ),
     ]
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2", "a3")]
+    assert tell(made, VersionCommitted(1)) == [run(1, "a1", "a2", "a3")]
 
 
 def test_an_update_that_is_not_merged_cannot_be_broken() -> None:
@@ -756,7 +763,7 @@ def test_an_unusable_update_waits_for_the_verdict_on_the_one_before_it() -> None
         )
     ]
     assert tell(made, *offers("a2", clock=2)) == []
-    assert tell(made, Committed(1)) == [run(1, "a1", "a2")]
+    assert tell(made, VersionCommitted(1)) == [run(1, "a1", "a2")]
     assert tell(made, *offers("a1", clock=3, base=1)) == [
         merge(("a1", 2, 1), ("a1", 3, 0), ("a2", 2, 1), reason=Closed("complete", 3, 3))
     ]
@@ -810,7 +817,7 @@ def test_when_every_live_agent_has_sent_an_unusable_update_the_run_fails_and_say
 
 def test_a_commit_forgives_unusable_updates() -> None:
     made = policy(2, buffer=1)
-    tell(made, *offers("a1"), UpdateBroken("a1", 1, "NaN"), *offers("a2"), Committed(1))
+    tell(made, *offers("a1"), UpdateBroken("a1", 1, "NaN"), *offers("a2"), VersionCommitted(1))
     tell(made, *offers("a2", clock=2, base=1))
     assert tell(made, UpdateBroken("a2", 2, "NaN"))[-1] == run(1, "a1", "a2"), "a1 has a new chance"
 
@@ -850,21 +857,21 @@ def test_an_update_that_is_in_is_merged_before_the_run_fails_for_want_of_agents(
     tell(made, *offers("a1"))
     (_, merged) = tell(made, AgentLost("a1", "a bug", failed=True))
     assert isinstance(merged, Merge)
-    assert tell(made, Committed(1)) == [run(1)], "told that nobody runs"
+    assert tell(made, VersionCommitted(1)) == [run(1)], "told that nobody runs"
     assert tell(made, Tick()) == [Finish(NoAgentCanTrain((("a1", "a bug"),)), failed=True)]
 
 
 def test_a_run_that_has_made_its_versions_is_done_though_no_agent_can_train_any_more() -> None:
     made = policy(1, buffer=1, versions=1)
     tell(made, *offers("a1"), AgentLost("a1", "a bug", failed=True))
-    assert tell(made, Committed(1)) == [Finish(VersionsReached(1))]
+    assert tell(made, VersionCommitted(1)) == [Finish(VersionsReached(1))]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
 def test_the_run_is_done_after_its_versions_whatever_still_waits() -> None:
     made = policy(2, buffer=1, versions=2)
-    tell(made, *offers("a1", "a2"), Committed(1), *offers("a1", clock=2))
-    assert tell(made, Committed(2)) == [Finish(VersionsReached(2))]
+    tell(made, *offers("a1", "a2"), VersionCommitted(1), *offers("a1", clock=2))
+    assert tell(made, VersionCommitted(2)) == [Finish(VersionsReached(2))]
 
 
 def test_the_run_is_done_at_once_when_the_target_is_reached_in_an_open_buffer() -> None:
@@ -877,7 +884,7 @@ def test_a_merge_under_way_is_finished_when_the_target_is_reached() -> None:
     made = policy(1, buffer=1)
     tell(made, *offers("a1"))
     assert tell(made, TargetReached("accuracy = 0.96")) == []
-    assert tell(made, Committed(1)) == [Finish(StopRequested("accuracy = 0.96"))]
+    assert tell(made, VersionCommitted(1)) == [Finish(StopRequested("accuracy = 0.96"))]
 
 
 def test_a_target_that_was_reached_stays_reached_when_the_merge_under_way_is_unusable() -> None:
@@ -901,13 +908,13 @@ def test_after_the_end_nothing_is_asked_for() -> None:
         Tick(),
         TargetReached("2"),
     )
-    assert tell(made, *late, UpdateBroken("a1", 1, "?"), Committed(1), at=99.0) == []
+    assert tell(made, *late, UpdateBroken("a1", 1, "?"), VersionCommitted(1), at=99.0) == []
     assert made == before
 
 
 # -- a coordinator takes over ------------------------------------------------------------------------------------------
 def taken_over(
-    standing: Standing,
+    resume_point: ResumePoint,
     plan: list[OfferReady] | None = None,
     at: float = 100.0,
     clocks: dict[str, int] | None = None,
@@ -916,19 +923,19 @@ def taken_over(
     """As the shell does it: resume, the plan where head has one, and a look."""
     made = policy(2, joined=False, **settings)
     made.ledger = ledger_at(CLOCKS if clocks is None else clocks)
-    made.resume(standing, at)
+    made.resume(resume_point, at)
     if plan is not None:
         made.resume_merge(plan)
     return made
 
 
 BOTH = frozenset({"a1", "a2"})
-STANDING = Standing(7, ("a1", "a2"), BOTH)
+RESUME_POINT = ResumePoint(7, ("a1", "a2"), BOTH)
 CLOCKS = {"a1": 5, "a2": 9}
 
 
 def test_an_open_buffer_taken_over_is_told_its_offers_again() -> None:
-    made = taken_over(STANDING, buffer=2)
+    made = taken_over(RESUME_POINT, buffer=2)
     assert tell(made, Tick(), at=100.0) == [], "everybody was told"
     assert tell(made, *offers("a2", clock=9, base=6)) == [], "judged before"
     assert tell(made, *offers("a1", clock=6, base=6), *offers("a2", clock=10, base=7)) == [
@@ -937,25 +944,25 @@ def test_an_open_buffer_taken_over_is_told_its_offers_again() -> None:
 
 
 def test_what_the_roster_did_not_tell_is_told_after_the_takeover() -> None:
-    made = taken_over(Standing(7, ("a1", "a2", "a3"), BOTH), clocks={})
+    made = taken_over(ResumePoint(7, ("a1", "a2", "a3"), BOTH), clocks={})
     assert tell(made, Tick()) == [run(7, "a1", "a2")]
 
 
 def test_the_gate_and_the_offsets_go_on_after_a_takeover() -> None:
-    standing = Standing(7, ("a1", "a2"), BOTH, {"a2": 4}, gate=6)
-    made = taken_over(standing, clocks={"a1": 5, "a2": 2}, buffer=1, max_ahead=1)
+    resume_point = ResumePoint(7, ("a1", "a2"), BOTH, {"a2": 4}, gate=6)
+    made = taken_over(resume_point, clocks={"a1": 5, "a2": 2}, buffer=1, max_ahead=1)
     assert tell(made, Tick()) == []
     tell(made, *offers("a1", clock=6, base=7))
-    assert tell(made, Committed(8)) == [run(8, "a1", "a2", gate=7, a2=4)]
-    tell(made, AgentLost("a2", SILENT), *offers("a1", clock=7, base=8), Committed(9))
+    assert tell(made, VersionCommitted(8)) == [run(8, "a1", "a2", gate=7, a2=4)]
+    tell(made, AgentLost("a2", SILENT), *offers("a1", clock=7, base=8), VersionCommitted(9))
     assert tell(made, AgentJoined("a2")) == [run(9, "a1", "a2", gate=8, a2=5)]
 
 
 def test_a_merge_taken_over_is_committed_and_what_was_merged_is_not_merged_again() -> None:
     plan = [OfferReady("a1", 6, 6), OfferReady("a2", 10, 7)]
-    made = taken_over(STANDING, plan, buffer=2)
+    made = taken_over(RESUME_POINT, plan, buffer=2)
     assert tell(made, Tick(), *plan, *offers("a1", clock=7, base=7)) == []
-    assert tell(made, Committed(8)) == [run(8, "a1", "a2")]
+    assert tell(made, VersionCommitted(8)) == [run(8, "a1", "a2")]
     assert tell(made, *plan) == [], "told again, they stay judged"
     assert tell(made, *offers("a2", clock=11, base=8)) == [
         merge(("a1", 7, 1), ("a2", 11, 0), reason=Closed("complete", 2, 2))
@@ -963,7 +970,7 @@ def test_a_merge_taken_over_is_committed_and_what_was_merged_is_not_merged_again
 
 
 def test_an_unusable_update_of_a_merge_taken_over_leaves_it() -> None:
-    made = taken_over(STANDING, [OfferReady("a1", 6, 6), OfferReady("a2", 10, 7)], buffer=2)
+    made = taken_over(RESUME_POINT, [OfferReady("a1", 6, 6), OfferReady("a2", 10, 7)], buffer=2)
     assert tell(made, UpdateBroken("a2", 10, "gone")) == [
         Drop("a2", 10, Unusable("gone")),
         merge(("a1", 6, 1), reason=Closed("complete", 2, 2, without=(("a2", "gone"),)), weight=1 / 2),
@@ -971,34 +978,34 @@ def test_an_unusable_update_of_a_merge_taken_over_leaves_it() -> None:
 
 
 def test_a_loss_while_a_merge_taken_over_is_executed_leaves_the_plan() -> None:
-    made = taken_over(STANDING, [OfferReady("a1", 6, 6)], buffer=1)
+    made = taken_over(RESUME_POINT, [OfferReady("a1", 6, 6)], buffer=1)
     assert tell(made, AgentLost("a2", "not heard of")) == [run(7, "a1", merging=True)]
-    assert tell(made, Committed(8)) == [run(8, "a1")]
+    assert tell(made, VersionCommitted(8)) == [run(8, "a1")]
 
 
 def test_a_run_taken_over_with_nobody_there_goes_on_with_whoever_comes() -> None:
-    made = taken_over(Standing(3, (), frozenset()), clocks={}, buffer=1)
+    made = taken_over(ResumePoint(3, (), frozenset()), clocks={}, buffer=1)
     assert tell(made, Tick()) == []
     assert tell(made, AgentJoined("a1")) == [run(3, "a1")], "the run has started: it waits for no other"
 
 
 def test_a_run_taken_over_after_its_last_version_is_done() -> None:
-    assert tell(taken_over(Standing(100, (), frozenset()), clocks={}), Tick()) == [Finish(VersionsReached(100))]
-    assert tell(taken_over(Standing(100, ("a1",), BOTH), clocks={}), *offers("a1", base=100)) == [
+    assert tell(taken_over(ResumePoint(100, (), frozenset()), clocks={}), Tick()) == [Finish(VersionsReached(100))]
+    assert tell(taken_over(ResumePoint(100, ("a1",), BOTH), clocks={}), *offers("a1", base=100)) == [
         Finish(VersionsReached(100))
     ]
 
 
 def test_the_last_version_taken_over_in_its_merge_ends_the_run() -> None:
-    made = taken_over(Standing(99, ("a1", "a2"), BOTH), offers("a1", "a2", base=99), clocks={}, buffer=2)
+    made = taken_over(ResumePoint(99, ("a1", "a2"), BOTH), offers("a1", "a2", base=99), clocks={}, buffer=2)
     assert tell(made, Tick(), *offers("a1", clock=2, base=99)) == []
-    assert tell(made, Committed(100)) == [Finish(VersionsReached(100))]
+    assert tell(made, VersionCommitted(100)) == [Finish(VersionsReached(100))]
 
 
 def test_a_merge_of_nobody_left_taken_over_is_committed() -> None:
-    made = taken_over(Standing(3, (), frozenset()), [OfferReady("a1", 2, 3)], clocks={"a1": 1}, buffer=4)
+    made = taken_over(ResumePoint(3, (), frozenset()), [OfferReady("a1", 2, 3)], clocks={"a1": 1}, buffer=4)
     assert tell(made, Tick()) == []
-    assert tell(made, Committed(4)) == [run(4)]
+    assert tell(made, VersionCommitted(4)) == [run(4)]
 
 
 # -- golden traces: a refactor proves itself by identical ones ---------------------------------------------------------
@@ -1018,14 +1025,14 @@ def _buffered() -> Schedule:
     return [
         *_joined("a3", "a1", "a4", "a2"),
         *_at(1.0, *offers("a2", "a1", "a3")),
-        *_at(1.1, Committed(1)),
+        *_at(1.1, VersionCommitted(1)),
         *_at(2.0, *offers("a1", "a2", clock=2, base=1)),
-        *_at(2.1, Committed(2)),
+        *_at(2.1, VersionCommitted(2)),
         *_at(2.2, AgentLost("a3", SILENT)),
         *_at(3.0, *offers("a1", clock=3, base=2), *offers("a2", clock=3, base=2)),
-        *_at(3.1, AgentJoined("a3"), Committed(3)),
+        *_at(3.1, AgentJoined("a3"), VersionCommitted(3)),
         *_at(5.0, *offers("a4", base=0), *offers("a3", clock=2, base=3)),
-        *_at(5.1, Committed(4)),
+        *_at(5.1, VersionCommitted(4)),
     ]
 
 
@@ -1034,10 +1041,10 @@ def _each() -> Schedule:
     return [
         *_joined("a1", "a2", "a3"),
         *_at(1.0, *offers("a1"), *offers("a2"), *offers("a3")),
-        *_at(1.1, Committed(1)),
-        *_at(1.2, Committed(2)),
+        *_at(1.1, VersionCommitted(1)),
+        *_at(1.2, VersionCommitted(2)),
         *_at(2.0, *offers("a1", clock=2), *offers("a1", clock=3, base=2), *offers("a1", clock=3, base=2)),
-        *_at(2.1, Committed(3)),
+        *_at(2.1, VersionCommitted(3)),
     ]
 
 
@@ -1046,12 +1053,12 @@ def _bounded() -> Schedule:
     return [
         *_joined("a1", "a2"),
         *_at(1.0, *offers("a1"), *offers("a1", clock=2), *offers("a2")),
-        *_at(1.1, Committed(1)),
+        *_at(1.1, VersionCommitted(1)),
         *_at(2.0, AgentJoined("a3")),
         *_at(3.0, *offers("a2", clock=2, base=1), *offers("a3", base=1), *offers("a1", clock=3, base=1)),
-        *_at(3.1, Committed(2)),
+        *_at(3.1, VersionCommitted(2)),
         *_at(4.0, *offers("a3", clock=2, base=2), AgentLost("a2", "it left"), *offers("a3", clock=3, base=2)),
-        *_at(4.1, *offers("a1", clock=4, base=2), Committed(3), AgentJoined("a2")),
+        *_at(4.1, *offers("a1", clock=4, base=2), VersionCommitted(3), AgentJoined("a2")),
         *_at(5.0, *offers("a1", clock=5, base=3), *offers("a1", clock=6, base=3), *offers("a3", clock=4, base=3)),
     ]
 
@@ -1064,7 +1071,7 @@ def _elastic() -> Schedule:
         *_at(1.5, Tick()),
         *_at(2.0, Tick()),
         *_at(2.1, UpdateBroken("a1", 2, "NaN")),
-        *_at(2.2, Committed(1)),
+        *_at(2.2, VersionCommitted(1)),
         *_at(4.0, Tick(), UpdateBroken("a1", 2, "NaN")),
         *_at(5.0, *offers("a2", base=1), TargetReached("loss = 0.1 at version 1")),
     ]

@@ -22,12 +22,12 @@ from syncline.policy.events import (
     AgentLost,
     Chosen,
     Command,
-    Committed,
     Drop,
     LetRun,
     Merge,
     OfferReady,
     StartRound,
+    VersionCommitted,
 )
 from syncline.policy.rounds import Rounds
 
@@ -90,7 +90,7 @@ class Clockwork:
                     self.lags += [(c.agent, c.lag) for c in updates]
                     self.judged |= {c.agent: c.clock for c in updates}
                     self._begin()  # whoever may, by what was told, before the version is there
-                    self._obey(self.policy.handle(Committed(self.policy.version + 1), self.now_s))
+                    self._obey(self.policy.handle(VersionCommitted(self.policy.version + 1), self.now_s))
         self._begin()
 
     def _begin(self) -> None:
@@ -238,7 +238,7 @@ def test_max_ahead_zero_gives_the_very_merges_of_synchronous_rounds(seed: int) -
             tell(OfferReady(agent, version + 1, version, chance.randint(1, 9), chance.choice([3, 3, 4])))
         if gone is not None:
             tell(AgentLost(gone, "it left"))
-        tell(Committed(version + 1))
+        tell(VersionCommitted(version + 1))
     without_starts = [
         [entry for entry in log if not isinstance(entry[0] if isinstance(entry, tuple) else "", int)] for log in found
     ]

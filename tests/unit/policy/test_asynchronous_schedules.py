@@ -16,14 +16,13 @@ from syncline.averaging.staleness import Constant, Hinge, Polynomial
 from syncline.averaging.weights import weights_of
 from syncline.errors import PeerError
 from syncline.policy.asynchronous import Asynchronous
-from syncline.policy.base import Standing
+from syncline.policy.base import ResumePoint
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
     AgentSlow,
     Chosen,
     Command,
-    Committed,
     Drop,
     Fact,
     Finish,
@@ -31,10 +30,11 @@ from syncline.policy.events import (
     Merge,
     OfferReady,
     TargetReached,
-    Tell,
     Tick,
     UpdateBroken,
+    VersionCommitted,
     WakeAt,
+    Warn,
 )
 from syncline.policy.words import REASON_CHARS, closed_words
 from unit.ledgers import ledger_at
@@ -204,7 +204,7 @@ class Fleet:
         for update in plan:
             self.judge((update.agent, update.clock), "merged")
         if self.finished is None:
-            self.tell(Committed(self.policy.version + 1), committing=True)
+            self.tell(VersionCommitted(self.policy.version + 1), committing=True)
 
     def take_over(self) -> None:
         """Another coordinator: it knows what head says, looks at it (a Tick), and is told the offers that it calls unjudged."""
@@ -214,7 +214,7 @@ class Fleet:
         self.unwritten = set()
         new = copy.deepcopy(self.fresh)
         new.ledger = ledger_at(w.judged)
-        new.resume(Standing(w.version, w.participants, w.live, dict(w.offsets), w.gate, w.slow), self.now_s)
+        new.resume(ResumePoint(w.version, w.participants, w.live, dict(w.offsets), w.gate, w.slow), self.now_s)
         self.live, self.slow, self.plan, self.wake_at_s = set(w.live), set(w.slow), w.plan, None
         if w.plan:
             by = {(o.agent, o.clock): o for o in self.stream}
@@ -272,9 +272,8 @@ class Fleet:
                 self.judge((agent, clock), "dropped")
                 self.unwritten.add((agent, clock))
                 self.plan = tuple(c for c in self.plan if (c.agent, c.clock) != (agent, clock))
-            case Tell(event, text):
-                assert event == "too-few-updates" and str(self.policy.least) in text
-                self.seen.add(event)
+            case Warn():
+                self.seen.add("too-few-updates")
             case WakeAt(at_s):
                 assert at_s > self.now_s, "a wake-up for now"
                 self.wake_at_s = at_s
@@ -288,7 +287,7 @@ class Fleet:
         assert len(closed_words(merge.reason)) <= REASON_CHARS
         assert names == sorted(set(names)) and names, "not in the order of names and clocks"
         assert policy.buffer is None or len(names) <= policy.buffer, "more than K"
-        assert self.plan or len(names) + len(policy.broken) >= policy.least, "fewer than the rule needs"
+        assert self.plan or len(names) + len(policy.broken) >= policy.min_updates, "fewer than the rule needs"
         assert not policy.one_each or len({a for a, _ in names}) == len(names), "two of an agent"
         by = {(o.agent, o.clock): o for o in self.stream}
         offers = [by[name] for name in names]
@@ -321,7 +320,7 @@ class Fleet:
     def until_the_end(self) -> None:
         """From here on nothing goes wrong: somebody new comes, everybody works, and the run must end; who is live, runs."""
         self.restarted |= self.agents.keys()
-        for fresh in ("b1", "b2", "b3")[: max(self.policy.min_agents, self.policy.least)]:
+        for fresh in ("b1", "b2", "b3")[: max(self.policy.min_agents, self.policy.min_updates)]:
             self.agents[fresh] = Agent()
             self.act("join", fresh, 0.0)
         before = {who: self.agents[who].periods for who in self.live}

@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncline.errors import PeerError
-from syncline.policy.base import Standing
+from syncline.policy.base import ResumePoint
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
     AgentSlow,
     Chosen,
     Command,
-    Committed,
     Drop,
     Fact,
     Finish,
@@ -28,10 +27,11 @@ from syncline.policy.events import (
     OfferReady,
     StartRound,
     TargetReached,
-    Tell,
     Tick,
     UpdateBroken,
+    VersionCommitted,
     WakeAt,
+    Warn,
 )
 from syncline.policy.reasons import (
     Closed,
@@ -41,6 +41,7 @@ from syncline.policy.reasons import (
     Replaced,
     RoundClosed,
     StopRequested,
+    TooFewUpdates,
     Unusable,
     VersionsReached,
 )
@@ -114,7 +115,7 @@ def test_an_agent_that_joins_late_takes_part_from_the_next_round() -> None:
     assert tell(rounds, AgentJoined("a3")) == []
     assert tell(rounds, *offers("a3")) == [Drop("a3", 1, NotParticipant(0))]
     assert tell(rounds, *offers("a1", "a2")) == [merge("a1", "a2", reason=Closed("complete", 2, 2))]
-    assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2", "a3"))]
+    assert tell(rounds, VersionCommitted(1)) == [StartRound(1, ("a1", "a2", "a3"))]
 
 
 # -- the round closes --------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_an_offer_from_the_future_is_refused_and_changes_nothing() -> None:
 
 def test_an_update_from_an_older_version_than_the_one_before_it_is_refused_and_changes_nothing() -> None:
     rounds = policy(2)
-    tell(rounds, *offers("a1", "a2"), Committed(1), *offers("a1", clock=2, base=1))
+    tell(rounds, *offers("a1", "a2"), VersionCommitted(1), *offers("a1", clock=2, base=1))
     before = copy.deepcopy(rounds)
     with pytest.raises(PeerError, match=r"^a1: base 0 is older than 1, that of clock 2$"):
         rounds.handle(OfferReady("a1", 3, base=0), 0.0)
@@ -179,14 +180,14 @@ def test_an_update_that_comes_while_others_are_merged_is_late() -> None:
 
 def test_an_update_of_an_older_version_is_late_and_dropped_once() -> None:
     rounds = policy(2, quorum=1, grace_s=0.0)
-    tell(rounds, *offers("a1"), Committed(1))
+    tell(rounds, *offers("a1"), VersionCommitted(1))
     assert tell(rounds, *offers("a2")) == [Drop("a2", 1, RoundClosed(0))]
     assert tell(rounds, *offers("a2")) == []
 
 
 def test_an_update_that_was_merged_and_is_told_again_changes_nothing() -> None:
     rounds = policy(1)
-    tell(rounds, *offers("a1"), Committed(1))
+    tell(rounds, *offers("a1"), VersionCommitted(1))
     before = copy.deepcopy(rounds)
     assert tell(rounds, *offers("a1")) == []
     assert rounds == before
@@ -195,7 +196,7 @@ def test_an_update_that_was_merged_and_is_told_again_changes_nothing() -> None:
 def test_an_agent_whose_clock_another_process_of_its_name_has_used_up_is_asked_again() -> None:
     """The older one's came late and was judged; the newer one's of the same clock cannot be: the roster tells it so."""
     rounds = policy(2)
-    tell(rounds, *offers("a1", "a2"), Committed(1))
+    tell(rounds, *offers("a1", "a2"), VersionCommitted(1))
     tell(rounds, OfferReady("a2", 2, 0, 10, 5))  # late, of the older process
     assert rounds.ledger.judged_clock("a2") == 2
     assert tell(rounds, OfferReady("a2", 2, 1, 10, 5)) == [StartRound(1, ("a1", "a2"))]
@@ -207,7 +208,7 @@ def test_an_agent_whose_clock_another_process_of_its_name_has_used_up_is_asked_a
 
 def test_who_uses_up_its_clocks_again_and_again_is_not_waited_for() -> None:
     rounds = policy(2)
-    tell(rounds, *offers("a1", "a2"), Committed(1), OfferReady("a2", 2, 0, 10, 5))
+    tell(rounds, *offers("a1", "a2"), VersionCommitted(1), OfferReady("a2", 2, 0, 10, 5))
     asked = [tell(rounds, OfferReady("a2", 2, 1, 10, 5)) for _ in range(ASKED_AGAIN + 2)]
     assert [len(commands) for commands in asked] == [*[1] * ASKED_AGAIN, 0, 0]
     (merge,) = [c for c in tell(rounds, OfferReady("a1", 2, 1, 10, 5)) if isinstance(c, Merge)]
@@ -260,7 +261,7 @@ def test_the_default_grace_period_is_the_median_of_the_last_rounds() -> None:
     now = 0.0
     for version, seconds in enumerate((3.0, 100.0, 5.0)):
         tell(rounds, *offers("a1", "a2", clock=version + 1, base=version), at=now)
-        tell(rounds, Committed(version + 1), at=now + seconds)
+        tell(rounds, VersionCommitted(version + 1), at=now + seconds)
         now += seconds
     assert rounds.grace() == 5.0
     assert tell(rounds, *offers("a1", clock=4, base=3), at=now) == [WakeAt(now + 5.0)]
@@ -360,7 +361,7 @@ def test_when_nobody_is_left_the_round_waits_for_whoever_comes() -> None:
 def test_after_a_commit_without_agents_the_next_one_opens_a_round_by_itself() -> None:
     rounds = policy(2)
     tell(rounds, *offers("a1", "a2"), AgentLost("a1", SILENT), AgentLost("a2", SILENT))
-    assert tell(rounds, Committed(1)) == []
+    assert tell(rounds, VersionCommitted(1)) == []
     assert tell(rounds, AgentJoined("a2")) == [StartRound(1, ("a2",))]
 
 
@@ -397,7 +398,7 @@ def test_an_unusable_update_leaves_the_merge_and_is_named_in_its_reason() -> Non
             ),
         ),
     ]
-    assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2", "a3"))]
+    assert tell(rounds, VersionCommitted(1)) == [StartRound(1, ("a1", "a2", "a3"))]
 
 
 def test_an_unusable_update_does_not_make_its_agent_late() -> None:
@@ -521,7 +522,7 @@ def test_an_update_that_is_in_is_merged_before_the_run_fails_for_want_of_agents(
     assert tell(rounds, AgentLost("a2", "a bug", failed=True)) == [
         merge("a1", reason=Closed("complete", 1, 2, absent=(("a2", "a bug"),)), late=("a2",))
     ]
-    assert tell(rounds, Committed(1)) == [
+    assert tell(rounds, VersionCommitted(1)) == [
         Finish(
             NoAgentCanTrain(
                 (
@@ -537,7 +538,7 @@ def test_an_update_that_is_in_is_merged_before_the_run_fails_for_want_of_agents(
 def test_a_run_that_has_made_its_versions_is_done_though_no_agent_can_train_any_more() -> None:
     rounds = policy(1, versions=1)
     tell(rounds, *offers("a1"), AgentLost("a1", "a bug", failed=True))
-    assert tell(rounds, Committed(1)) == [Finish(VersionsReached(1))]
+    assert tell(rounds, VersionCommitted(1)) == [Finish(VersionsReached(1))]
 
 
 def test_an_agent_that_was_mended_takes_part_again() -> None:
@@ -548,14 +549,10 @@ def test_an_agent_that_was_mended_takes_part_again() -> None:
 
 # -- what the merge rule needs -----------------------------------------------------------------------------------------
 def test_with_fewer_updates_than_the_rule_needs_nothing_is_merged_and_it_is_told_once() -> None:
-    rounds = policy(5, least=5, rule="krum")
+    rounds = policy(5, min_updates=5, rule="krum")
     tell(rounds, *offers("a1", "a2", "a3", "a4"))
     (told,) = tell(rounds, AgentLost("a5", SILENT))
-    assert told == Tell(
-        "too-few-updates",
-        "version 0 waits: merge.rule = krum needs 5 updates, 4 are in, and of the 4 agents that are here nobody is left to "
-        "wait for. It goes on when another one joins",
-    )
+    assert told == Warn(TooFewUpdates(version=0, rule="krum", needed=5, received=4, present=4, slow=0))
     assert tell(rounds, Tick(), AgentLost("a4", SILENT)) == []
     assert tell(rounds, AgentJoined("a6")) == [StartRound(0, ("a1", "a2", "a3", "a4", "a5", "a6"))]
     (merged,) = tell(rounds, *offers("a6"))
@@ -564,7 +561,7 @@ def test_with_fewer_updates_than_the_rule_needs_nothing_is_merged_and_it_is_told
 
 
 def test_the_quorum_does_not_close_a_round_with_fewer_than_the_rule_needs() -> None:
-    rounds = policy(5, least=4, quorum=2, grace_s=1.0)
+    rounds = policy(5, min_updates=4, quorum=2, grace_s=1.0)
     assert tell(rounds, *offers("a1", "a2", "a3"), Tick(), at=5.0) == []
     assert tell(rounds, *offers("a4"), at=5.0) == [WakeAt(6.0)]
     (merged,) = tell(rounds, Tick(), at=6.0)
@@ -572,14 +569,14 @@ def test_the_quorum_does_not_close_a_round_with_fewer_than_the_rule_needs() -> N
 
 
 def test_an_agent_whose_update_was_unusable_counts_it_was_a_bad_one_and_is_out() -> None:
-    rounds = policy(5, least=5)
+    rounds = policy(5, min_updates=5)
     tell(rounds, *offers("a1", "a2", "a3", "a4", "a5"))
     dropped, merged = tell(rounds, UpdateBroken("a2", 1, "NaN"))
     assert isinstance(dropped, Drop) and isinstance(merged, Merge) and len(merged.updates) == 4
 
 
 def test_as_many_are_drawn_as_the_rule_needs() -> None:
-    assert len(participants(10, sample=0.2, least=5)) == 5
+    assert len(participants(10, sample=0.2, min_updates=5)) == 5
 
 
 # -- sampling and weights ----------------------------------------------------------------------------------------------
@@ -640,7 +637,7 @@ def test_a_slow_agent_is_not_waited_for_and_the_reason_names_it() -> None:
     assert tell(rounds, AgentSlow("a3", STILL)) == [
         merge("a1", "a2", reason=Closed("complete", 2, 3, absent=(("a3", f"slow: {STILL}"),)), late=("a3",))
     ]
-    assert tell(rounds, Committed(1)) == [StartRound(1, ("a1", "a2"))], "nor asked for the next round"
+    assert tell(rounds, VersionCommitted(1)) == [StartRound(1, ("a1", "a2"))], "nor asked for the next round"
     assert rounds.presence("a3") == Presence.SLOW
 
 
@@ -653,7 +650,7 @@ def test_the_update_of_a_slow_agent_is_merged_in_its_round_while_that_is_open() 
 
 def test_the_update_of_a_slow_agent_is_late_when_its_round_is_closed() -> None:
     rounds = policy(2)
-    tell(rounds, *offers("a1"), AgentSlow("a2", STILL), Committed(1))
+    tell(rounds, *offers("a1"), AgentSlow("a2", STILL), VersionCommitted(1))
     assert tell(rounds, *offers("a2")) == [Drop("a2", 1, RoundClosed(0))]
 
 
@@ -708,15 +705,15 @@ def test_a_slow_agent_that_leaves_is_lost() -> None:
 
 def test_a_takeover_knows_who_is_slow() -> None:
     rounds = policy(4, joined=False)
-    rounds.resume(Standing(3, ("a1", "a2"), frozenset({"a1"}), slow=frozenset({"a2"})), now_s=0.0)
+    rounds.resume(ResumePoint(3, ("a1", "a2"), frozenset({"a1"}), slow=frozenset({"a2"})), now_s=0.0)
     assert tell(rounds, *offers("a1", base=3)) == [merge("a1", reason=Closed("complete", 1, 2), late=("a2",))]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
 def test_the_run_is_done_after_its_versions() -> None:
     rounds = policy(1, versions=2)
-    tell(rounds, *offers("a1"), Committed(1), *offers("a1", clock=2, base=1))
-    assert tell(rounds, Committed(2)) == [Finish(VersionsReached(2))]
+    tell(rounds, *offers("a1"), VersionCommitted(1), *offers("a1", clock=2, base=1))
+    assert tell(rounds, VersionCommitted(2)) == [Finish(VersionsReached(2))]
 
 
 def test_the_run_is_done_at_once_when_the_target_is_reached_in_an_open_round() -> None:
@@ -727,7 +724,7 @@ def test_a_merge_under_way_is_finished_when_the_target_is_reached() -> None:
     rounds = policy(1)
     tell(rounds, *offers("a1"))
     assert tell(rounds, TargetReached("accuracy = 0.96")) == []
-    assert tell(rounds, Committed(1)) == [Finish(StopRequested("accuracy = 0.96"))]
+    assert tell(rounds, VersionCommitted(1)) == [Finish(StopRequested("accuracy = 0.96"))]
 
 
 def test_a_target_that_was_reached_stays_reached_when_the_merge_under_way_is_unusable() -> None:
@@ -751,23 +748,23 @@ def test_after_the_end_nothing_is_asked_for() -> None:
         Tick(),
         TargetReached("2"),
     )
-    assert tell(rounds, *late, UpdateBroken("a1", 1, "?"), Committed(1), at=99.0) == []
+    assert tell(rounds, *late, UpdateBroken("a1", 1, "?"), VersionCommitted(1), at=99.0) == []
     assert rounds == before
 
 
 def test_a_commit_out_of_order_is_our_own_bug() -> None:
     rounds = policy(1)
     with pytest.raises(AssertionError, match="that is open"):
-        rounds.handle(Committed(1), 0.0)
+        rounds.handle(VersionCommitted(1), 0.0)
     tell(rounds, *offers("a1"))
     with pytest.raises(AssertionError, match="commit of version 2 after 0"):
-        rounds.handle(Committed(2), 0.0)
+        rounds.handle(VersionCommitted(2), 0.0)
 
 
 # -- a coordinator takes over ------------------------------------------------------------------------------------------
 def resumed(version: int, participants: tuple[str, ...], live: set[str], **settings: Any) -> Rounds:
     rounds = policy(4, joined=False, **settings)
-    rounds.resume(Standing(version, participants, frozenset(live)), now_s=100.0)
+    rounds.resume(ResumePoint(version, participants, frozenset(live)), now_s=100.0)
     rounds.validate()
     return rounds
 
@@ -778,7 +775,7 @@ def test_a_round_taken_over_waits_for_those_who_were_live() -> None:
     assert tell(rounds, *offers("a2", clock=9, base=3), at=101.0) == [
         merge("a1", "a2", clock=9, reason=Closed("complete", 2, 3), late=("a3",))
     ]
-    assert tell(rounds, Committed(4), at=101.0) == [StartRound(4, ("a1", "a2"))]
+    assert tell(rounds, VersionCommitted(4), at=101.0) == [StartRound(4, ("a1", "a2"))]
 
 
 def test_a_round_taken_over_does_not_wait_for_those_who_do_not_return() -> None:
@@ -802,7 +799,7 @@ def test_a_merge_taken_over_is_committed_and_the_next_round_begins() -> None:
     rounds.resume_merge(offers("a1", "a2", clock=5, base=3))
     rounds.validate()
     assert tell(rounds, *offers("a1", "a2", clock=5, base=3)) == [], "told again"
-    assert tell(rounds, Committed(4), at=101.0) == [StartRound(4, ("a1", "a2"))]
+    assert tell(rounds, VersionCommitted(4), at=101.0) == [StartRound(4, ("a1", "a2"))]
 
 
 def test_an_unusable_update_of_a_merge_taken_over_leaves_it() -> None:
@@ -825,7 +822,7 @@ def _steady() -> Schedule:
         schedule += [
             (version + i / 10, o) for i, o in enumerate(offers("a3", "a1", "a4", "a2", clock=version + 1, base=version))
         ]
-        schedule.append((version + 0.5, Committed(version + 1)))
+        schedule.append((version + 0.5, VersionCommitted(version + 1)))
     return schedule
 
 
@@ -837,17 +834,17 @@ def _stragglers() -> Schedule:
         (4.0, Tick()),
         (4.5, Tick()),
         *((4.6, o) for o in offers("a4")),
-        (5.0, Committed(1)),
+        (5.0, VersionCommitted(1)),
         (5.1, AgentLost("a2", SILENT)),
         (5.2, AgentJoined("a5")),
         *((6.0 + i, o) for i, o in enumerate(offers("a1", "a3", clock=2, base=1))),
         (7.5, AgentJoined("a2")),
         *((8.0, o) for o in offers("a2", clock=2, base=1)),
         (9.0, AgentLost("a4", "it left")),
-        (9.5, Committed(2)),
+        (9.5, VersionCommitted(2)),
         *((10.0, o) for o in offers("a1", "a2", "a3", "a5", clock=3, base=2)),
         (11.0, TargetReached("accuracy = 0.96 at version 2")),
-        (12.0, Committed(3)),
+        (12.0, VersionCommitted(3)),
     ]
 
 
@@ -863,7 +860,7 @@ def _trouble() -> Schedule:
         (4.0, AgentJoined("a4")),
         (4.5, UpdateBroken("a2", 1, "NaN")),
         *((5.0, o) for o in offers("a4")),
-        (6.0, Committed(1)),
+        (6.0, VersionCommitted(1)),
         (7.0, AgentLost("a2", "a bug", failed=True)),
         (7.1, AgentLost("a3", "a bug", failed=True)),
         (7.2, AgentLost("a4", SILENT)),
@@ -985,7 +982,7 @@ class Fleet:
             for update in self.merging:
                 self.judge(update, "merged")
             self.merging = []
-            self.tell(Committed(self.rounds.version + 1))
+            self.tell(VersionCommitted(self.rounds.version + 1))
 
     def take_over(self) -> None:
         """Another coordinator: it knows what head says, looks at it (a Tick), and is told the offers that were not judged."""
@@ -998,13 +995,13 @@ class Fleet:
             weights=old.weights,
             versions=old.versions,
             seed=old.seed,
-            least=old.least,
+            min_updates=old.min_updates,
         )
         live, slow = frozenset(self.live), frozenset(self.slow)
         assert {a: old.presence(a) for a in live} == dict.fromkeys(live, Presence.PRESENT)
         assert {a: old.presence(a) for a in slow} == dict.fromkeys(slow, Presence.SLOW)
         new.ledger = ledger_at(old.ledger.judged_clocks())
-        new.resume(Standing(old.version, old.participants, live, slow=slow), self.now_s)
+        new.resume(ResumePoint(old.version, old.participants, live, slow=slow), self.now_s)
         if merging:
             new.resume_merge(list(old.offers.values()))
         self.trained = {
@@ -1021,8 +1018,8 @@ class Fleet:
         commands = self.rounds.handle(fact, self.now_s)
         self.rounds.validate()
         for merge in [c for c in commands if isinstance(c, Merge) and was != "merging"]:
-            assert len(merge.updates) + len(self.rounds.broken) >= self.rounds.least, "fewer than the rule needs"
-        assert self.rounds.version == version + isinstance(fact, Committed) * (self.finished is None)
+            assert len(merge.updates) + len(self.rounds.broken) >= self.rounds.min_updates, "fewer than the rule needs"
+        assert self.rounds.version == version + isinstance(fact, VersionCommitted) * (self.finished is None)
         for command in commands:
             self.obey(command)
         self.check()
@@ -1062,12 +1059,12 @@ class Fleet:
         if rounds.state == "open":
             waited_for = [a for a in rounds.participants if a in self.live and (a, rounds.version) not in self.trained]
             in_and_out = len(rounds.offers) + len(rounds.broken)
-            idle = rounds.offers and in_and_out >= rounds.least
+            idle = rounds.offers and in_and_out >= rounds.min_updates
             assert waited_for or not idle, "everybody has offered, and nothing is merged"
 
     def until_the_end(self) -> None:
         """From here on nothing goes wrong: somebody new comes, everybody works, and the run must end."""
-        for fresh in ("b1", "b2", "b3")[: max(self.rounds.min_agents, self.rounds.least)]:
+        for fresh in ("b1", "b2", "b3")[: max(self.rounds.min_agents, self.rounds.min_updates)]:
             self.clocks[fresh], self.sent[fresh] = 0, []
             self.act("join", fresh, 0.0)
         for _ in range(40):
@@ -1091,7 +1088,7 @@ policies = st.builds(
     weights=st.sampled_from(["uniform", "samples"]),
     versions=st.integers(1, 4),
     seed=st.integers(0, 3),
-    least=st.sampled_from([1, 1, 2, 3]),
+    min_updates=st.sampled_from([1, 1, 2, 3]),
 )
 acts = st.lists(
     st.tuples(st.sampled_from(ACTS), st.sampled_from(NAMES), st.sampled_from([0.0, 0.3, 2.0])), min_size=5, max_size=50
@@ -1124,7 +1121,7 @@ def test_a_thousand_longer_schedules_end_just_as_well(thousand: int) -> None:
             sample=draw.choice([None, None, 0.4]),
             weights=draw.choice(["uniform", "samples"]),
             versions=draw.randint(2, 12),
-            least=1 if seed % 2 else draw.randint(1, 3),
+            min_updates=1 if seed % 2 else draw.randint(1, 3),
         )
         schedule = [
             (draw.choice(ACTS), draw.choice(NAMES), draw.choice([0.0, 0.3, 2.0])) for _ in range(draw.randint(10, 150))

@@ -7,13 +7,13 @@ import pytest
 from syncline.policy.events import (
     AgentJoined,
     AgentLost,
-    Committed,
     Drop,
     Fact,
     Merge,
     OfferReady,
     StartRound,
     Tick,
+    VersionCommitted,
     WakeAt,
 )
 from syncline.policy.rounds import Rounds
@@ -41,7 +41,7 @@ def test_a_story_tells_why_an_update_was_dropped_and_what_closed_the_round() -> 
         (1.0, OfferReady("a1", 1, 0)),
         (2.0, OfferReady("a2", 1, 0)),
         (4.0, Tick()),
-        (4.5, Committed(1)),
+        (4.5, VersionCommitted(1)),
         (5.0, OfferReady("a3", 1, 0)),
     )
     story = policy.story("a3")
@@ -50,7 +50,7 @@ def test_a_story_tells_why_an_update_was_dropped_and_what_closed_the_round() -> 
         (0.0, AgentJoined, [StartRound]),
         (2.0, OfferReady, [WakeAt]),  # the cause of the Tick
         (4.0, Tick, [Merge]),  # names a3 as late
-        (4.5, Committed, [StartRound]),
+        (4.5, VersionCommitted, [StartRound]),
         (5.0, OfferReady, [Drop]),
     ]
     by_number = {step.number: step for step in story}
