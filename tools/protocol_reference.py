@@ -145,15 +145,15 @@ CHUNK = (
     ("blob", "32 hexadecimal digits", "the blob it belongs to, as in its subject"),
     ("k", "integer", "its place in the blob, from 0, as in its subject"),
     ("n", "integer", "chunks of the blob"),
-    ("codec", "text", "how the tensor's elements are coded; `raw` for blobs that hold a record"),
+    ("codec", "text", "as in the blob's reference: how tensor elements became `data`; `raw` for records"),
     ("crc", "integer", "xxh3-64 over `data`"),
     ("data", "bytes", "as many as k, n and the blob's size say, no more and no fewer"),
 )
 
 FRAMES = f"""A blob is cut in chunks of equal size; the last one may be shorter. A reader knows the number and the size of the
-chunks before it asks (from the manifest, or from the blob's reference). It refuses a frame that says anything else, whose
-checksum does not match, or that is longer than its content by more than {FRAME_OVERHEAD_BYTES // 1024} KiB. Chunks of
-tensors hold a multiple of {ALIGN_ELEMENTS} elements, little-endian.
+chunks before it asks: they follow from the manifest, from the blob's reference, and from its codec. It refuses a frame that
+says anything else, whose checksum does not match, or that is longer than its content by more than
+{FRAME_OVERHEAD_BYTES // 1024} KiB. Chunks of tensors hold a multiple of {ALIGN_ELEMENTS} elements, little-endian.
 
 The **digest** of an update, which its offer carries and the agent signs, is BLAKE3 over the BLAKE3 digests of the `data` of
 its chunks, in their order, {DIGEST_BYTES} bytes each. It binds the content: the coordinator computes it while it merges, and
@@ -346,6 +346,7 @@ _PATTERNS = {
     "^[a-z0-9-]+$": "name",
     "^[0-9a-f]{32}$": "32 hexadecimal digits",
     "^([0-9a-f]{32})?$": "32 hexadecimal digits, or empty",
+    "^[a-z0-9_]+$": "name of a codec",
 }
 
 

@@ -338,7 +338,6 @@ class Session:
                 head.model,
                 into,
                 layout.chunk_bytes,
-                codec=layout.dtype,
                 window=window,
                 sections=layout.sections,
             )
@@ -395,11 +394,12 @@ class Session:
 
     async def _send(self, update: Update) -> None:
         """Hands the update over, however long that takes."""
-        content = self._training.outbox(self._manifest.blob_bytes, update.box)
-        how = How(self._manifest, self._spec.wire.window, keep=self._is_async)
+        codec, layout = self._spec.wire.codec, self._manifest
+        content = self._training.outbox(layout.blob_bytes, update.box)[: layout.coded_bytes(codec.payload_bytes)]
+        how = How(layout, codec, self._spec.wire.window, keep=self._is_async)
         if not await self._sender.send(update, content, how):
             return
         if update.epoch == self._stand.epoch:
             self._handed = max(self._handed, update.clock)
             self._stand.handed = max(self._stand.handed, update.clock)
-        self._stand.bytes_up += self._manifest.blob_bytes
+        self._stand.bytes_up += len(content)

@@ -52,7 +52,8 @@ from syncline.tasks.base import (
     whole_gradient,
 )
 from syncline.tasks.seeding import seed_all, seed_of
-from syncline.transform.codecs import CODECS
+from syncline.transform.codecs import RAW
+from syncline.transform.payloads import write_payloads
 from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire.messages import decode
 from syncline_agent.control_variates import Variates
@@ -113,7 +114,10 @@ class Trainer:
         self._layout = decode(Manifest, manifest)
         self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
         self._view = self._memory.view()
-        self._codec = CODECS[self._layout.dtype]
+        layout, codec = self._layout, settings.wire.codec
+        self._chunks = [layout.chunk(k) for k in range(layout.chunks)]
+        zeros_P = torch.zeros(layout.elements if codec.vectors else 0, dtype=TORCH_DTYPES[layout.dtype])
+        self._codec_states = [[zeros_P.clone() for _ in range(codec.vectors)] for _ in range(layout.sections)]
         self._state_path, self._submission, self._save_after_s = Path(state_path), submission, 0.0
         self._make()
         kept = load_state(self._state_path, self._layout, submission)
@@ -291,16 +295,24 @@ class Trainer:
         self._flat.store()
         update_P = self._updates.take(self._flat.flat_P, self._center_P, period.clock)
         self._flat.load()
-        self._codec.encode(update_P.cpu(), self._box(1 + period.box))
+        outbox = self._box(1 + period.box, sections=self._layout.sections)
+        written = self._encode(update_P, 0, outbox)
         sound = finite(update_P)
         if self._variates is not None:
             change_P = self._variates.take(period.clock, self._inner.gradients.steps)
-            self._codec.encode(change_P.cpu(), self._box(1 + period.box, CONTROL))
+            self._encode(change_P, CONTROL, outbox[written:])
             sound = sound and finite(change_P)
         if sound:
             return {"broken": False, **self._kept(period.clock, at_once=at_once)}
         self._forget(period.clock)
         return {"broken": True, "not_kept": "", "held_back": False}
+
+    def _encode(self, update_P: torch.Tensor, section: int, out: memoryview) -> int:
+        """Code one section of an update into an outbox. Returns the bytes of its payloads."""
+        state = self._codec_states[section]
+        payloads, kept = self._settings.wire.codec.encode(update_P.cpu(), self._chunks, state)
+        self._codec_states[section] = list(kept)
+        return write_payloads(payloads, out)
 
     def _kept(self, clock: int, *, at_once: bool) -> dict[str, Any]:
         problem = self._save(clock, at_once=at_once)
@@ -335,7 +347,7 @@ class Trainer:
     def _inbox(self, section: int = 0) -> torch.Tensor:
         """The center in the inbox, on the device."""
         center_P = torch.empty(self._layout.elements, dtype=TORCH_DTYPES[self._layout.dtype])
-        self._codec.decode(self._box(0, section), center_P)
+        RAW.decode(self._box(0, section), center_P)
         return center_P.to(self._flat.flat_P.device)
 
     def _allotted(self, rows: int) -> Duration:
@@ -488,10 +500,10 @@ class Trainer:
             self._test_set = self.made(make_held_out, self._task, self._settings.seed)
         return self._test_set
 
-    def _box(self, which: int, section: int = 0) -> memoryview:
-        """The inbox (0) or an outbox, and there the delta or what goes with it for control variates."""
+    def _box(self, which: int, section: int = 0, *, sections: int = 1) -> memoryview:
+        """The inbox (0) or an outbox: so many sections of it, from `section` on."""
         begin = PROGRESS_BYTES + which * self._layout.blob_bytes + section * self._layout.nbytes
-        return self._view[begin : begin + self._layout.nbytes]
+        return self._view[begin : begin + sections * self._layout.nbytes]
 
 
 def _rows_told(rows: Any) -> int:

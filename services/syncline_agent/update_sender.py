@@ -18,7 +18,9 @@ from syncline.chance import jitter, new_id
 from syncline.errors import BusError, Denied, StreamFull
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
+from syncline.transform.codecs import Codec
 from syncline.wire import subjects
+from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import BlobRef, Offer, encode
 from syncline.wire.signing import Signer
 from syncline_agent.run_view import READ_AGAIN_S, News
@@ -53,6 +55,7 @@ class How:
     """What the run says of it."""
 
     layout: Manifest
+    codec: Codec
     window: int
     keep: bool  # an update is worth sending when head has moved on: the run is asynchronous
 
@@ -91,9 +94,9 @@ class Sender:
             self._bus,
             partial(subjects.update_prefix, self._run, self._me.agent),
             content,
-            layout.chunk_bytes,
+            how.codec.payload_bytes(layout.chunk_elements, DTYPES[layout.dtype]),
             blob=blob,
-            codec=layout.dtype,
+            codec=how.codec.kind,
             window=how.window,
             sections=layout.sections,
             growth=growth,

@@ -15,6 +15,7 @@ from syncline.bus.base import Bus, Delivery, Stored
 from syncline.bus.blobs import with_retries
 from syncline.errors import BusError, PeerError
 from syncline.model.manifest import Manifest
+from syncline.transform.codecs import Codec
 from syncline.wire import subjects
 from syncline.wire.messages import Offer, decode
 from syncline.wire.signing import verify
@@ -42,8 +43,8 @@ class StreamPosition:
 class OfferReader:
     """`public_key(agent)`: the key the agent said hello with, or '' where it has not yet."""
 
-    def __init__(self, bus: Bus, run: str, manifest: Manifest, public_key: Callable[[str], str]) -> None:
-        self._bus, self._run, self._manifest, self._public_key = bus, run, manifest, public_key
+    def __init__(self, bus: Bus, run: str, manifest: Manifest, codec: Codec, public_key: Callable[[str], str]) -> None:
+        self._bus, self._run, self._manifest, self._codec, self._public_key = bus, run, manifest, codec, public_key
         self._woken = asyncio.Event()
         self._told = self._looks = 0  # offers told of by core messages and not read yet; times looked for them in vain
 
@@ -101,7 +102,11 @@ class OfferReader:
         try:
             agent = subjects.agent_of(stored.subject)
             offer = decode(Offer, stored.data, limit=16 * 1024)
-            size, chunks = self._manifest.blob_bytes, self._manifest.blob_chunks
+            if offer.blob.codec != self._codec.kind:
+                raise PeerError(
+                    f"offer: its update is coded by {offer.blob.codec!r}, the run's is {self._codec.kind!r}"
+                )
+            size, chunks = self._manifest.coded_bytes(self._codec.payload_bytes), self._manifest.blob_chunks
             if offer.blob.size != size or offer.blob.chunks != chunks:
                 raise PeerError(
                     f"offer: a blob of {offer.blob.size} bytes in {offer.blob.chunks} chunks, "

@@ -175,7 +175,7 @@ class RunHost:
                 await keeper.check()  # a broker that lost writes gives revisions again
                 await keeper.write(head)
             shared.losses.recovered(self.name)
-            offers = OfferReader(bus, self.name, manifest, shared.public_key)
+            offers = OfferReader(bus, self.name, manifest, spec.wire.codec, shared.public_key)
             parts = Parts(
                 bus, spec, manifest, center, reducer, self._telemetry, offers, None, most_agents(spec), shared.room
             )

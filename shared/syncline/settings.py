@@ -134,6 +134,8 @@ def one_of(registry: Mapping[str, type[S]], base: type[S], tag: str, default: st
     `group`: installed packages may add some of `base`, as entry points of that name. Raises ConfigError for one that is none.
     """
     kinds = (*registry.values(), *installed(group, base, tag, known=registry))
+    if len(kinds) == 1:
+        return Annotated[kinds[0], untagged(tag, default)]
     return Annotated[Union[kinds], Field(discriminator=tag), untagged(tag, default)]  # noqa: UP007
 
 

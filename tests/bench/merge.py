@@ -110,7 +110,7 @@ async def offer(bus: NatsBus, case: Case, layout: Manifest) -> bytes:
             part = layout.chunk(k)
             data = torch.randn(part.stop - part.start).numpy().data.cast("B")
             digest.add(k, chunk_digest(data))
-            frame = pack_chunk(ref.id, k, ref.chunks, "fp32", data)
+            frame = pack_chunk(ref.id, k, ref.chunks, "raw", data)
             await put_chunk(bus, f"{subjects.update_prefix('bench', agent, ref.id)}.{k}", frame)
 
         await windowed(layout.chunks, 8, one)

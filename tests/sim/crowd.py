@@ -88,7 +88,7 @@ class Crowd:
         Dice(f"order {clock}").shuffle(names)
         for name in names:
             prefix = partial(subjects.update_prefix, RUN, name)
-            blob, digest = await put_blob(self.bus, prefix, update, 8192, codec="fp64")
+            blob, digest = await put_blob(self.bus, prefix, update, 8192)
             offer = Offer(session=self.sessions[name], clock=clock, base=head.version, term=head.term, epoch=head.epoch,
                           samples=4, steps=4, blob=blob, digest=digest)  # fmt: skip
             await self.bus.put(subjects.offer(RUN, name), encode(offer))

@@ -121,7 +121,7 @@ class Fleet:
         data = await get_record(self.bus, stream, prefix, head.manifest, 64 << 20)
         layout = decode(Manifest, data)
         flat = bytearray(layout.blob_bytes)
-        how: dict[str, Any] = {"codec": layout.dtype, "sections": layout.sections}
+        how: dict[str, Any] = {"sections": layout.sections}
         await get_blob(self.bus, stream, prefix, head.model, memoryview(flat), layout.chunk_bytes, **how)
         return list(torch.frombuffer(flat, dtype=TORCH_DTYPES[layout.dtype]).view(layout.sections, -1))
 

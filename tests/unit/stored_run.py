@@ -74,7 +74,7 @@ class StoredRun:
         )
         listed = await put_record(self.bus, partial(subjects.model_prefix, RUN), encode(roster))
         for version in range(versions + 1):
-            self.models.append(await self._put(center(version).tobytes(), LAYOUT.chunk_bytes, LAYOUT.dtype))
+            self.models.append(await self._put(center(version).tobytes(), LAYOUT.chunk_bytes))
             if version:
                 await self.log(version, term=1)
         head = Head(
@@ -104,9 +104,9 @@ class StoredRun:
         prefix = subjects.model_prefix(RUN, self.models[version].id)
         await self.bus.purge(subjects.model_stream(RUN), f"{prefix}.>")
 
-    async def _put(self, data: bytes, chunk_bytes: int, codec: str) -> BlobRef:
+    async def _put(self, data: bytes, chunk_bytes: int) -> BlobRef:
         prefix = partial(subjects.model_prefix, RUN)
-        return (await put_blob(self.bus, prefix, memoryview(data), chunk_bytes, codec=codec))[0]
+        return (await put_blob(self.bus, prefix, memoryview(data), chunk_bytes))[0]
 
 
 def commit(version: int, term: int, model: BlobRef, digest: str = "") -> Committed:

@@ -36,10 +36,12 @@ from syncline.bus.blobs import Prefix, get_chunk, put_chunk, windowed
 from syncline.chance import new_id
 from syncline.model.manifest import Manifest
 from syncline.spec.run_spec import RunSpec
-from syncline.transform.codecs import CODECS, bytes_of
+from syncline.transform.codecs import RAW
+from syncline.transform.payloads import payload_of
 from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes, pack_chunk
+from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import BlobRef, Plan
 from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.updates import Updates, UpdateUnusable
@@ -109,7 +111,6 @@ class Reducer:
         self._executor, self._running = executor, set[Future[Any]]()
         self._lies_at: tuple[BlobRef, int] | None = None  # where the center is on the bus, and its version
         self._bus, self._spec, self._manifest, self._center = bus, spec, manifest, center
-        self._codec = CODECS[manifest.dtype]
         self._rule, self._outer = spec.merge, spec.outer
         self._buffers = manifest.buffers_of_chunks()
 
@@ -191,7 +192,7 @@ class Reducer:
         return min(self._spec.wire.window, max(LEAST_DEPTH, fitting))
 
     def _updates(self, plan: Plan, chosen: list[int] | None = None) -> Updates:
-        return Updates(self._bus, self._spec.name, self._manifest, plan, chosen)
+        return Updates(self._bus, self._spec.name, self._manifest, self._spec.wire.codec, plan, chosen)
 
     async def put_center(self) -> Merged:
         """The current center as a blob: version 0."""
@@ -244,11 +245,11 @@ class Reducer:
 
     async def _fill(self, prefix: Prefix, ref: BlobRef, parts: Sequence[Tensor]) -> None:
         """Chunk k of the blob into `parts[k]`."""
-        stream = subjects.model_stream(self._spec.name)
+        stream, dtype = subjects.model_stream(self._spec.name), DTYPES[self._manifest.dtype]
 
         async def one(k: int) -> None:
-            size = self._codec.nbytes(parts[k].numel())
-            self._codec.decode(await get_chunk(self._bus, stream, prefix, ref, k, size, self._codec.name), parts[k])
+            size = RAW.payload_bytes(parts[k].numel(), dtype)
+            RAW.decode(await get_chunk(self._bus, stream, prefix, ref, k, size), parts[k])
 
         await windowed(ref.chunks, self._spec.wire.window, one)
 
@@ -286,7 +287,7 @@ class Reducer:
         return _Made(self._frame(control_E, work.blob, k, self._manifest.blob_chunks), [], squares(control_E))
 
     def _frame(self, part_E: Tensor, blob: str, k: int, n: int) -> bytes:
-        return pack_chunk(blob, k, n, self._codec.name, bytes_of(self._codec, part_E))
+        return pack_chunk(blob, k, n, RAW.kind, payload_of(RAW, part_E))
 
     async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Runs it in the executor; on the event loop where the whole model is so small that handing over costs more."""

@@ -16,9 +16,11 @@ from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, get_frame
 from syncline.errors import PeerError, SynclineError
 from syncline.model.manifest import Manifest
-from syncline.transform.codecs import CODECS, tensor_of
+from syncline.transform.codecs import Codec
+from syncline.transform.payloads import decoded
 from syncline.wire import subjects
 from syncline.wire.chunks import BlobDigest, chunk_digest, unpack_chunk
+from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import Plan, PlanEntry
 
 
@@ -38,8 +40,16 @@ class Updates:
     """One pass over the updates of a plan, or over those `chosen` by number: `get` and then `slice` for each k, in any order,
     and `finish` at the end. All of them raise UpdateUnusable."""
 
-    def __init__(self, bus: Bus, run: str, manifest: Manifest, plan: Plan, chosen: Sequence[int] | None = None) -> None:
-        self._bus, self._run, self._manifest, self._codec = bus, run, manifest, CODECS[manifest.dtype]
+    def __init__(
+        self,
+        bus: Bus,
+        run: str,
+        manifest: Manifest,
+        codec: Codec,
+        plan: Plan,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
+        self._bus, self._run, self._manifest, self._codec = bus, run, manifest, codec
         self.entries = plan.merged if chosen is None else [plan.merged[i] for i in chosen]
         self._digests = [BlobDigest() for _ in self.entries]
 
@@ -88,10 +98,11 @@ class Updates:
     def _unpacked(self, i: int, k: int, frame: bytes) -> Tensor:
         entry, part = self.entries[i], self._manifest.chunk(k % self._manifest.chunks)
         blob, elements = entry.blob, part.stop - part.start
-        what: dict[str, Any] = {"blob": blob.id, "k": k, "n": blob.chunks, "codec": self._codec.name}
+        what: dict[str, Any] = {"blob": blob.id, "k": k, "n": blob.chunks, "codec": self._codec.kind}
+        dtype = self._manifest.dtype
         try:
-            data = unpack_chunk(frame, **what, size=self._codec.nbytes(elements))
-        except PeerError as error:
+            data = unpack_chunk(frame, **what, size=self._codec.payload_bytes(elements, DTYPES[dtype]))
+            self._digests[i].add(k, chunk_digest(data))
+            return decoded(self._codec, data, elements, dtype)
+        except (PeerError, ValueError) as error:
             raise UpdateUnusable(entry, str(error)) from None
-        self._digests[i].add(k, chunk_digest(data))
-        return tensor_of(self._codec, data, elements)

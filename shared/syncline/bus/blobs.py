@@ -18,7 +18,7 @@ from syncline.bus.base import Bus, Stored
 from syncline.chance import new_id
 from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull, Unavailable, Unreachable
 from syncline.wire.chunks import BlobDigest, chunk_digest, content_bytes, pack_chunk, unpack_chunk
-from syncline.wire.messages import BlobRef
+from syncline.wire.messages import RAW, BlobRef
 
 RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
 PATIENCE_S = 60.0
@@ -29,7 +29,6 @@ RECORD_CHUNK_BYTES = 512 * 1024  # at most, of records that are too large for on
 STALE_S = 0.7 * UNOFFERED_S  # after so long whoever puts it had better begin again
 T = TypeVar("T")
 Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
-RAW = "raw"  # the codec name of blobs that hold a record
 
 
 class BlobGone(PeerError):
@@ -97,7 +96,7 @@ async def put_blob(
             growth.put(k, digest, new)
 
     await paced(len(todo), window, put)
-    return BlobRef(id=blob, size=len(data), chunks=n), whole.digest()
+    return BlobRef(id=blob, size=len(data), chunks=n, codec=codec), whole.digest()
 
 
 async def get_blob(
@@ -112,8 +111,22 @@ async def get_blob(
     window: int = 8,
     sections: int = 1,
 ) -> None:
-    """Fills `into` (exactly `ref.size` bytes). Raises BlobGone for a chunk that is not there, PeerError for a bad one."""
+    """Fill `into` with the payloads of a blob, one behind the other.
+
+    Args:
+        into: exactly `ref.size` bytes.
+        chunk_bytes: bytes of a payload; the last one of each section may be shorter.
+        codec: the codec that the caller can decode.
+        window: chunks under way at once, at most.
+        sections: vectors in the blob; no chunk reaches from one into the next.
+
+    Raises:
+        BlobGone: a chunk is not there.
+        PeerError: the blob has another size or codec, or a chunk is bad.
+    """
     into = into.cast("B")
+    if ref.codec != codec:
+        raise PeerError(f"blob {ref.id[:8]}: codec is {ref.codec!r}, expected {codec!r}")
     places = _places(len(into), chunk_bytes, sections)
     if len(into) != ref.size or ref.chunks != len(places):
         raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes in {ref.chunks} chunks, expected {len(into)} bytes")
@@ -159,8 +172,8 @@ def _cut(size: int, chunks: int) -> int:
     return max(1, -(-size // chunks))
 
 
-async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int, size: int, codec: str) -> bytes:
-    """The `size` bytes of chunk k."""
+async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int, size: int, codec: str = RAW) -> bytes:
+    """Return the payload of chunk k. Raises BlobGone, or PeerError where it is not one of `size` bytes and this codec."""
     stored = await get_frame(bus, stream, prefix, ref, k)
     return unpack_chunk(stored.data, blob=ref.id, k=k, n=ref.chunks, codec=codec, size=size)
 

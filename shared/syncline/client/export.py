@@ -64,7 +64,7 @@ async def fetch(bus: Bus, run: str, version: int | None = None) -> Model:
             layout = decode(Manifest, await record(bus, run, head.manifest), limit=MAX_BLOB_RECORD_BYTES)
             flat = bytearray(layout.nbytes)
             stream, prefix = subjects.model_stream(run), partial(subjects.model_prefix, run)
-            await get_blob(bus, stream, prefix, kept.model, memoryview(flat), layout.chunk_bytes, codec=layout.dtype)
+            await get_blob(bus, stream, prefix, kept.model, memoryview(flat), layout.chunk_bytes)
         except BlobGone:
             if version is None or version == head.version:
                 continue  # a newer version was committed meanwhile

@@ -7,12 +7,13 @@ the agent. This module holds the layout alone and imports no torch; `flat` appli
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 import xxhash
 from pydantic import Field
 
-from syncline.wire.dtypes import DTYPE_PATTERN, DTYPES
+from syncline.wire.dtypes import DTYPE_PATTERN, DTYPES, Dtype
 from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, Count, Record
 
 ALIGN_ELEMENTS = 1024  # chunks hold a multiple of this, so that a codec's blocks never cross them
@@ -113,6 +114,12 @@ class Manifest(Record):
     def blob_bytes(self) -> int:
         """Of an update or a center on the bus: all its sections, each with chunks of its own, one after the other."""
         return self.sections * self.nbytes
+
+    def coded_bytes(self, payload_bytes: Callable[[int, Dtype], int]) -> int:
+        """Return the bytes of an update as a codec makes it, whose payload of so many elements has `payload_bytes` bytes."""
+        dtype, last = DTYPES[self.dtype], self.chunk(self.chunks - 1)
+        full = (self.chunks - 1) * payload_bytes(self.chunk_elements, dtype)
+        return self.sections * (full + payload_bytes(last.stop - last.start, dtype))
 
     @property
     def blob_chunks(self) -> int:

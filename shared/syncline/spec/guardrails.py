@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from syncline.errors import ConfigError
+from syncline.transform.codecs import Need
 
 if TYPE_CHECKING:
     from syncline.spec.run_spec import RunSpec
@@ -39,6 +40,23 @@ def refuse_nonsense(spec: RunSpec) -> None:
         )
     if spec.local.control_variates is not None:
         _check_scaffold(spec)
+    _check_codec(spec)
+
+
+def _check_codec(spec: RunSpec) -> None:
+    """Refuse a codec that needs something that the run does not provide."""
+    codec, sample = spec.wire.codec, spec.sync.sample if spec.sync.kind == "rounds" else None
+    provided = {Need.PLAIN_UPDATES}
+    if sample is None:
+        provided.add(Need.AGENT_MEMORY)
+    for need in Need:  # in a fixed order, so that the same spec has the same error
+        if need in codec.needs and need not in provided:
+            because = f" (sync.sample = {sample:g})" if need == Need.AGENT_MEMORY else ""
+            raise ConfigError(
+                "wire.codec",
+                f"{codec.kind!r} works only where {need.value}, which is not so in this run{because}",
+                "Use a codec that does not need it, such as raw",
+            )
 
 
 def _check_counts(spec: RunSpec) -> None:

@@ -21,6 +21,7 @@ from syncline.settings import Settings, one_of, untagged
 from syncline.settings import parse as parse  # whoever wants a spec wants to parse one
 from syncline.spec.guardrails import doubts, refuse_nonsense
 from syncline.spec.yaml_file import read_yaml
+from syncline.transform.codecs import CODECS, RAW, Codec
 from syncline.wire.subjects import checked_name
 
 SPEC_VERSION = 1
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     MergeRule = Rule
     OuterOptimizer = Outer
     StalenessWeight = Staleness
+    UpdateCodec = Codec
 else:
     MergeRule = one_of(RULES, Rule, "rule", "mean", "syncline.merge_rules")
     OuterOptimizer = one_of(OUTERS, Outer, "kind", "sgd", "syncline.outer_optimizers")
     StalenessWeight = one_of(STALENESS, Staleness, "kind", "polynomial", "syncline.staleness_weights")
+    UpdateCodec = one_of(CODECS, Codec, "kind", "raw", "syncline.codecs")
 
 
 class Agents(Settings):
@@ -279,6 +282,9 @@ class Wire(Settings):
         None, ge=4096, le=64 << 20, description="Tensor bytes a message; default: what the broker's max_payload allows."
     )
     window: int = Field(8, ge=1, le=64, description="Chunks under way at once in each transfer.")
+    codec: Annotated[UpdateCodec, BeforeValidator(_by_name)] = Field(
+        RAW, description="How agents code their updates. raw: the elements as they are."
+    )
 
 
 class Evaluate(Settings):

@@ -19,6 +19,7 @@ from syncline.wire.allow_list import MAX_PATTERN_CHARS, MAX_PATTERNS
 
 VERSION = 1
 DIGEST_BYTES = 32  # BLAKE3 of the content of an update
+RAW = "raw"  # the codec of a blob whose chunks hold its content as it is
 MAX_RECORD_BYTES = 1 << 20
 MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and so travel as blobs
 MAX_HEAD_BYTES = 4096
@@ -30,6 +31,7 @@ Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]+$")]
 BlobId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 ContentDigest = Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+CodecName = Annotated[str, Field(max_length=20, pattern=r"^[a-z0-9_]+$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Text = Annotated[str, Field(max_length=2000)]
 
@@ -55,8 +57,9 @@ class BlobRef(Record):
     """An immutable byte object: `chunks` frames under a random 128-bit id."""
 
     id: BlobId
-    size: Count = Field(description="bytes of content, before coding")
+    size: Count = Field(description="bytes of all its chunks, as its codec has made them")
     chunks: Annotated[int, Field(ge=1, le=1 << 24)]
+    codec: CodecName = Field(RAW, description="how tensor elements became its bytes; records are `raw`")
 
 
 class Hello(Record):

@@ -17,6 +17,7 @@ from torch import nn
 from syncline.bus.base import Stored
 from syncline.errors import PeerError
 from syncline.model.flat import manifest_of
+from syncline.transform.codecs import RAW
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Offer, Record, encode
 from syncline.wire.signing import Signer, verify
@@ -66,7 +67,7 @@ async def read(offer: Offer, public_key: str = SIGNER.public_key) -> Offer | Pee
     async def nothing_lost() -> None: ...
 
     bus: Any = OneOffer(offer)
-    offers = OfferReader(bus, RUN, LAYOUT, lambda agent: public_key).read(0, nothing_lost)
+    offers = OfferReader(bus, RUN, LAYOUT, RAW, lambda agent: public_key).read(0, nothing_lost)
     try:
         return (await anext(offers))[1]
     finally:
@@ -97,7 +98,7 @@ def others(value: Any) -> st.SearchStrategy[Any]:
         case float():
             found = st.floats(0, 1e9)
         case str():
-            found = st.text("0123456789abcdef", min_size=len(value), max_size=len(value))
+            found = st.text("0123456789abcdef", min_size=len(value), max_size=len(value))  # ids; a codec's name
         case bytes():
             found = st.binary(min_size=len(value), max_size=len(value))
         case _:
@@ -157,6 +158,17 @@ async def test_no_field_can_be_changed_without_the_key(path: tuple[str, ...], da
 async def test_a_signature_of_another_agent_run_or_key_is_refused(forged: Offer) -> None:
     refused = await read(forged)
     assert isinstance(refused, PeerError) and "signature" in str(refused)
+
+
+async def test_an_update_in_another_codec_or_of_another_size_is_refused() -> None:
+    blob = offer_of().blob
+    for change, problem in (
+        ({"codec": "topk"}, "its update is coded by 'topk', the run's is 'raw'"),
+        ({"size": blob.size - 1}, f"expected {blob.size} bytes"),
+        ({"chunks": blob.chunks + 1}, f"in {blob.chunks + 1} chunks"),
+    ):
+        refused = await read(signed(offer_of(blob=blob.model_copy(update=change))))
+        assert isinstance(refused, PeerError) and problem in str(refused)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 63])

@@ -74,7 +74,7 @@ class Place:
     async def offered(self, agent: str, update: Tensor, weight: float) -> PlanEntry:
         prefix = partial(subjects.update_prefix, RUN, agent)
         data = memoryview(bytearray(update.numpy().tobytes()))
-        how: dict[str, Any] = {"codec": self.layout.dtype, "sections": self.layout.sections}
+        how: dict[str, Any] = {"sections": self.layout.sections}
         ref, digest = await put_blob(self.bus, prefix, data, self.layout.chunk_bytes, **how)
         return PlanEntry(agent=agent, clock=3, weight=weight, blob=ref, digest=digest)
 
@@ -228,7 +228,7 @@ async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) ->
     plan = await place.plan([torch.cat(good)])
     flipped = plan.merged[0].blob
     data = memoryview(cast(Any, vectors(1, seed=3)[0][:1024].numpy())).cast("B")
-    place.put_frame(plan.merged[0], 5, pack_chunk(flipped.id, 5, 10, "fp32", data))
+    place.put_frame(plan.merged[0], 5, pack_chunk(flipped.id, 5, 10, "raw", data))
     assert (await unusable(place, plan)).why == "its content is not what it signed"
 
 
@@ -399,7 +399,7 @@ async def test_an_update_that_is_another_one_in_the_second_pass_is_named(make: M
         if seen[subject] < 2:
             return stored
         blob, k = subject.split(".")[-2], int(subject[-1])
-        return Stored(subject, pack_chunk(blob, k, 5, "fp64", bytes(8 * (1024 if k < 4 else 904))), 1, 0.0)
+        return Stored(subject, pack_chunk(blob, k, 5, "raw", bytes(8 * (1024 if k < 4 else 904))), 1, 0.0)
 
     bus.get = other_the_second_time
     assert "its content is not what it signed" in str(await unusable(place, plan))
@@ -428,7 +428,7 @@ async def test_outer_state_lies_beside_its_model_vector_after_vector(make: Make,
     ref = place.reducer.outer_ref(merged.model)
     assert (ref.id, ref.size, ref.chunks) == (merged.model.id, 2 * place.layout.nbytes, 10)
     chunks = [
-        get_chunk(bus, "", partial(subjects.outer_prefix, RUN), ref, k, size, "fp32")
+        get_chunk(bus, "", partial(subjects.outer_prefix, RUN), ref, k, size)
         for k, size in enumerate([4096, 4096, 4096, 4096, 3616] * 2)
     ]
     assert b"".join([await chunk for chunk in chunks]) == place.state().numpy().tobytes()
@@ -524,7 +524,7 @@ async def test_content_that_was_not_signed_is_named(place: Place) -> None:
 async def test_content_that_was_replaced_by_another_good_frame_is_named(place: Place) -> None:
     plan = await place.plan(vectors(2))
     entry = plan.merged[0]
-    place.put_frame(entry, 2, pack_chunk(entry.blob.id, 2, 5, "fp32", b"\x00" * 4096))
+    place.put_frame(entry, 2, pack_chunk(entry.blob.id, 2, 5, "raw", b"\x00" * 4096))
     assert str(await unusable(place, plan)) == "a1: its content is not what it signed"
 
 
@@ -538,7 +538,7 @@ async def test_a_corrupt_frame_is_named(place: Place, bus: Any) -> None:
     assert str(await unusable(place, plan)) == f"a2: chunk 3 of blob {entry.blob.id[:8]}: the checksum does not match"
 
 
-@pytest.mark.parametrize("frame", [b"", b"junk", pack_chunk("f" * 32, 0, 5, "fp32", b"\x00" * 4096)])
+@pytest.mark.parametrize("frame", [b"", b"junk", pack_chunk("f" * 32, 0, 5, "raw", b"\x00" * 4096)])
 async def test_a_frame_that_is_none_or_anothers_is_named(place: Place, frame: bytes) -> None:
     plan = await place.plan(vectors(2))
     place.put_frame(plan.merged[0], 0, frame)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 
 from syncline.errors import ConfigError
-from syncline.spec.guardrails import doubts_of_model, most_elastic_agents
+from syncline.spec.guardrails import doubts_of_model, most_elastic_agents, refuse_nonsense
 from syncline.spec.run_spec import RunSpec, parse
+from syncline.transform.codecs import RAW, Need, Raw
 
 ELASTIC = {"kind": "elastic", "alpha": 0.1}
 
@@ -345,3 +346,43 @@ def test_the_buffer_and_the_bound_on_lags_follow_from_the_number_of_agents(
     """K: half of the agents, 2 to 10. The bound: room for one five times slower, 2 r (N − 1) / K, at least 16."""
     made = spec(agents={"min": agents}, sync=free(**sync)).sync
     assert made.kind == "async" and made.updates(agents) == updates and made.lag_bound(agents) == lag
+
+
+# -- codecs ------------------------------------------------------------------------------------------------------------
+class Needy(Raw):
+    kind: Literal["raw"] = "raw"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+
+def with_codec(needs: set[Need], **settings: Any) -> RunSpec:
+    """A run whose codec needs this; the codec was not checked yet."""
+    codec = type("Needing", (Needy,), {"__module__": __name__, "needs": frozenset(needs)})()
+    run = spec(**settings)
+    return run.model_copy(update={"wire": run.wire.model_copy(update={"codec": codec})})
+
+
+@pytest.mark.parametrize(
+    ("needs", "settings", "problem"),
+    [
+        ({Need.COMMON_SCALE}, {}, "'raw' works only where all agents of a merge share one scale"),
+        ({Need.AGENT_MEMORY}, {"sync": {"sample": 0.1}}, "which is not so in this run (sync.sample = 0.1)"),
+    ],
+)
+def test_a_codec_that_needs_what_the_run_does_not_provide_is_refused(
+    needs: set[Need], settings: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        refuse_nonsense(with_codec(needs, **settings))
+    assert error.value.setting == "wire.codec" and problem in error.value.problem and error.value.hint
+
+
+def test_a_codec_that_has_what_it_needs_is_accepted() -> None:
+    refuse_nonsense(with_codec({Need.PLAIN_UPDATES, Need.AGENT_MEMORY}))
+
+
+def test_a_codec_is_named_alone_or_with_its_settings() -> None:
+    named, full = (spec(wire={"codec": codec}) for codec in ("raw", {"kind": "raw"}))
+    assert named == full == spec() and named.wire.codec == RAW
+    with pytest.raises(ConfigError) as error:
+        spec(wire={"codec": "int9"})
+    assert error.value.setting == "wire.codec.kind" and "raw" in str(error.value)

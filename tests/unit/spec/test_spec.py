@@ -93,7 +93,7 @@ def test_a_task_is_a_class_in_a_module_or_a_file(task: str) -> None:
         ({"mix": {"zzz": 1}}, "mix.zzz: there is no such setting. Known here: alpha, kind"),
         ({"iid": True}, "iid: there is no such setting. Known here: agents, evaluate, keep_models, local, merge, mix, name, "
          "outer, partition, seed, sim, stop, sync, task, task_options, v, wire"),
-        ({"wire": {"natural": 1}}, "wire.natural: there is no such setting. Known here: chunk_bytes, window"),
+        ({"wire": {"natural": 1}}, "wire.natural: there is no such setting. Known here: chunk_bytes, codec, window"),
         # values out of range or of the wrong type
         ({"agents": {"min": 0}}, "agents.min: 0 is not accepted. Input should be greater than or equal to 1"),
         ({"agents": {"min": 1.5}}, "agents.min: 1.5 is not accepted. Input should be a valid integer, got a number with a "
