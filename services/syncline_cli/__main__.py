@@ -1,4 +1,4 @@
-"""The command `syncline`, also as `python -m syncline_cli`. Imports nothing before Ctrl-C is answered in good order."""
+"""The command `syncline`, also as `python -m syncline_cli`. Nothing is imported before Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 
 def main() -> int:
+    """Run the command and return its exit code."""
     try:
         _keep_working_directory_off_the_path()
         from syncline_cli.main import main as run
@@ -18,9 +19,11 @@ def main() -> int:
 
 
 def _keep_working_directory_off_the_path() -> None:
-    """Start this command again, as the same process, where Python has the working directory on `sys.path`, or would put it
-    there in the processes of a task: `queue.py` there must shadow nothing. Put there by `python -m` and `python -c`, and by
-    an empty entry of PYTHONPATH, which `PYTHONPATH=$PYTHONPATH:/more` leaves."""
+    """Restart this command in the same process if Python searches the working directory for modules.
+
+    A `queue.py` in the user's directory must not shadow the standard library, here or in the processes of a task. `python -m`,
+    `python -c` and an empty entry of PYTHONPATH (as `PYTHONPATH=$PYTHONPATH:/more` leaves) put the directory on `sys.path`.
+    """
     path = os.environ.get("PYTHONPATH", "")
     named = os.pathsep.join(filter(None, path.split(os.pathsep)))
     if sys.flags.safe_path and named == path:

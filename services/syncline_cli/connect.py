@@ -1,6 +1,6 @@
-"""Where a command finds its bus: the broker that is named, else a fleet that `demo` or `run --local` has up on this machine.
+"""The broker that a command uses: the named one, else that of a local fleet, which `demo` or `run --local` has started.
 
-A local fleet is found by its temporary directory, which is gone with it; only the user's own are looked at.
+A local fleet is found by its temporary directory, which is removed with it. Directories of other users are ignored.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A broker, and the key file to use there; '' for a broker without accounts."""
+    """A broker and the key file to use there."""
 
-    url: str = field(repr=False)  # as it was given; `shown` is for people
-    key: str
-    found: bool = False  # a local fleet that was not named: it goes when its run has ended
-    named: bool = True
+    url: str = field(repr=False)  # as given, passwords included; `shown` is for people
+    key: str  # '': a broker without accounts
+    found: bool = False  # a local fleet that the user did not name; it may end with its run
+    named: bool = True  # False: neither the user nor a local fleet named this broker
     tls: Tls = field(default_factory=Tls)
 
     @property
     def shown(self) -> str:
+        """The address without passwords."""
         return masked(self.url)
 
     async def connect(self, identity: str, seed: str) -> Bus:
@@ -55,7 +56,17 @@ class Place:
 
 
 def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = None) -> Place:
-    """The broker to ask. `role`: whose key to take of a local fleet. Raises ConfigError where several are up."""
+    """Return the broker to use.
+
+    Args:
+        connect: the address that the user named, or ''.
+        key: the key file that the user named, or ''.
+        role: the role whose key of a local fleet is used.
+        tls: certificate files.
+
+    Raises:
+        ConfigError: the user named no broker, and several local fleets are up.
+    """
     fleets, tls = local_fleets(), tls or Tls()
     if connect:
         own = next((str(_key(d, role)) for d, url in fleets if url == connect), "")
@@ -70,25 +81,25 @@ def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = Non
 
 
 def local_fleets() -> list[tuple[Path, str]]:
-    """Directory and address of every fleet of this user's that `demo` or `run --local` has up here."""
+    """Return directory and address of every local fleet of this user."""
     found = []
     for directory in sorted(Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")):
         try:
             about = directory.lstat()
             if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077:
                 url = (directory / URL).read_text()
-                if url.endswith("\n"):  # whole
+                if url.endswith("\n"):  # written completely
                     found.append((directory, url.strip()))
         except OSError:
-            pass  # it is not up yet, or just gone
+            pass  # the fleet is starting, or has just ended
     return found
 
 
 def check_task_dir(at: Place, task: str, spec: Path) -> None:
-    """Refuse to submit the task file of other settings to a local fleet that would load a file of the same name elsewhere.
+    """Refuse a task file for a local fleet that searches another directory, and might load another file of the same name.
 
     Raises:
-        ConfigError: the broker is that of a local fleet, and its task directory is not the one of the settings file.
+        ConfigError: the broker is a local fleet's, and its task directory is not that of the settings file.
     """
     module = task.rpartition(":")[0]
     wanted = spec.resolve().parent
@@ -101,12 +112,17 @@ def check_task_dir(at: Place, task: str, spec: Path) -> None:
 
 
 def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
-    """Connects, does the work and returns its result; what is wrong with the broker is said as a ConfigError."""
-    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is in the error
+    """Connect with a command's key, await `work(bus)` and return its result.
+
+    Raises:
+        ConfigError: every problem with the broker or the key.
+        Interrupted: a signal ended the work.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # the error names problems of the connection
     seed = read_seed(Path(at.key)) if at.key else ""
     results: list[T] = []
 
-    async def all_of_it() -> int:
+    async def connect_and_work() -> int:
         try:
             bus = await at.connect("cli", seed)
         except BusError as error:
@@ -121,7 +137,7 @@ def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
             await bus.close()
         return 0
 
-    run_interruptible(all_of_it)
+    run_interruptible(connect_and_work)
     return results[0]
 
 
@@ -152,7 +168,7 @@ async def _check_jetstream(bus: Bus, url: str) -> None:
 
 
 def unreachable(error: BusError, at: Place) -> ConfigError:
-    """What a person should read where there is nothing to connect to."""
+    """Return the error for a person who cannot connect; without a named broker its hint tells how to start one."""
     if at.named or isinstance(error, Denied):
         return connection_problem(error, at.url)
     hint = "Start one with `syncline demo` or `syncline run SPEC.yaml --local 4`, or name a broker: --connect URL"
@@ -160,16 +176,16 @@ def unreachable(error: BusError, at: Place) -> ConfigError:
 
 
 def come_back(command: str, connect: str, key: str, tls: Tls | None = None) -> str:
-    """What to type in another terminal, or later, to reach this broker: what the environment says need not be said."""
-    said = [command]
+    """Return the command with the options that reach this broker, less those that environment variables set already."""
+    words = [command]
     if connect not in (DEFAULT_URL, os.environ.get("SYNCLINE_NATS_URL")):
-        said.append(f"--connect {shlex.quote(masked(connect))}")
+        words.append(f"--connect {shlex.quote(masked(connect))}")
     if key and key != os.environ.get("SYNCLINE_KEY"):
-        said.append(f"--key {key}")
+        words.append(f"--key {key}")
     for name, file in asdict(tls or Tls()).items():
         if file and file != os.environ.get(f"SYNCLINE_TLS_{name.upper()}"):
-            said.append(f"--tls-{name} {shlex.quote(file)}")
-    return " ".join(said)
+            words.append(f"--tls-{name} {shlex.quote(file)}")
+    return " ".join(words)
 
 
 def _key(directory: Path, role: str) -> Path:

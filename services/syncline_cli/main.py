@@ -1,6 +1,6 @@
-"""The command `syncline`. Knows the names of the commands and their exit codes; each command is a module, imported when used.
+"""The command `syncline`: the names of its commands and their exit codes. Each command is a module, imported when used.
 
-Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 wrong input or a missing extra, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COMMANDS = {  # name → module with a typer `app`
 
 
 class _Commands(TyperGroup):
-    """Imports the module of a command when it is asked for, so that each starts as fast as it can."""
+    """Imports the module of a command when the command is used, so that each command starts quickly."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = cast(Any, dict.fromkeys(COMMANDS))  # the names, for «did you mean»
+        self.commands = cast(Any, dict.fromkeys(COMMANDS))  # the names, for suggestions
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -77,17 +77,17 @@ def _syncline(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Train one PyTorch model on many machines that talk only over a NATS message bus."""
+    """Train one PyTorch model on many machines that communicate only over a NATS message bus."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code; what is wrong is said on standard error, without a traceback."""
+    """Run a command and return its exit code. Errors go to standard error, without a traceback."""
     from syncline.errors import SynclineError
 
     try:
         app(argv, prog_name="syncline")
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # typer has caught Ctrl-C, and says nothing
+        if ended.code == INTERRUPTED:  # typer has caught Ctrl-C, and prints nothing
             print("interrupted", file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except SynclineError as error:

@@ -1,4 +1,4 @@
-"""This process: how old it is, and how it is interrupted."""
+"""This process: its age, and its interruption by signals."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INTERRUPTED = 130
 
 
 class Interrupted(Exception):
-    """The user, or the system, wants this command to end. Its text follows the word «interrupted»."""
+    """A signal has asked this command to end. The error's text is printed after the word «interrupted»."""
 
 
 def _age_s() -> float:
-    """Seconds since the process was created, as the kernel knows it; 0 where it does not say."""
+    """Return the seconds since the process was created, by the kernel's record; 0 if the kernel has none."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
@@ -41,17 +41,22 @@ def since_start_s(at_s: float | None = None) -> float:
 
 
 def as_typed() -> str:
-    """How this command is typed in the terminal where it runs: `syncline`, or its path where it is not on the PATH."""
-    script = Path(sys.executable).with_name("syncline")  # beside the interpreter of its environment
+    """Return how the user types this command: `syncline`, or its relative path if PATH does not hold it."""
+    script = Path(sys.executable).with_name("syncline")  # in the directory of the interpreter
     return os.path.relpath(script) if shutil.which("syncline") is None and script.exists() else "syncline"
 
 
 def run_interruptible(work: Callable[[], Awaitable[int]], *, on_signal: Callable[[], None] = lambda: None) -> int:
-    """Runs `work`; the first signal cancels it, so that it can clean up, and the second one ends the process at once.
+    """Run `work` in a new event loop. The first signal cancels it and lets it clean up; the second ends the process at once.
 
-    Raises Interrupted where a signal ended it. `on_signal` is called right when the first one comes.
+    Args:
+        work: returns the exit code.
+        on_signal: called at the first signal, before `work` is cancelled.
+
+    Raises:
+        Interrupted: a signal ended `work`.
     """
-    with asyncio.Runner() as runner:  # no uvloop: it leaks descriptors into the broker, which keep its watchdog waiting
+    with asyncio.Runner() as runner:  # no uvloop: its descriptors leak into the broker and keep the watchdog waiting
         return runner.run(_until_signal(work, on_signal))
 
 
@@ -63,8 +68,8 @@ async def _until_signal(work: Callable[[], Awaitable[int]], on_signal: Callable[
         nonlocal asked
         if asked:
             if sys.stdout.isatty():
-                os.write(1, b"\x1b[?25h")  # the cursor, which a live picture hides
-            os._exit(INTERRUPTED)  # what we started ends with us, whatever we do
+                os.write(1, b"\x1b[?25h")  # show the cursor, which a live display hides
+            os._exit(INTERRUPTED)  # every process that this one started ends with it
         asked = True
         on_signal()
         task.cancel()

@@ -212,7 +212,7 @@ def test_a_broker_that_is_killed_is_started_again_with_all_that_it_held(start: S
     (pid_file,) = run.temporary.glob("syncline-broker-*/broker.pid")
     os.kill(int(pid_file.read_text()), signal.SIGKILL)
     assert run.ended() == 0, run.err
-    assert "the broker's process was killed by SIGKILL; it is started again" in run.out
+    assert "the broker's process was killed by SIGKILL; restarting it" in run.out
     assert "run long: 100 versions" in run.out
     run.leaves_nothing(5.0)
 
@@ -223,11 +223,11 @@ def test_a_coordinator_that_is_killed_is_started_again_and_the_run_goes_on(start
     run.says("round ")
     os.kill(_service(run, subjects.COORDINATOR), signal.SIGKILL)
     run.says("the fleet stays up")
-    assert "the coordinator's process was killed by SIGKILL; it is started again" in run.out
+    assert "the coordinator's process was killed by SIGKILL; restarting it" in run.out
     last, summary = run.out.index("round 100/100"), run.out.index("run long: 100 versions")
     assert last < summary
     os.kill(_service(run, subjects.COORDINATOR), signal.SIGKILL)
-    until(lambda: run.out.count("it is started again") == 2, 10, lambda: run.out + run.err)
+    until(lambda: run.out.count("restarting it") == 2, 10, lambda: run.out + run.err)
     run.process.send_signal(signal.SIGINT)
     assert run.ended(10.0) == 0
     run.leaves_nothing(5.0)
@@ -317,7 +317,7 @@ async def test_run_follows_on_a_broker_that_is_there_and_ctrl_c_leaves_the_run(
     long.process.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(long.ended, 5.0) == 130
     key = broker.keyring.path("watch")
-    assert "run long goes on" in long.err
+    assert "run long continues" in long.err
     assert f"syncline watch long --connect {broker.url} --key {key}" in long.err
     before = await fleet.head("long")
     assert before is not None

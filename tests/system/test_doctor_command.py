@@ -199,7 +199,7 @@ def test_another_kind_of_server_is_not_taken_for_a_broker(tmp_path: Path) -> Non
 
     with listener(ssh) as url:
         found = doctor(tmp_path, "--connect", url, checks=("broker",))
-    assert "is no NATS server" in found["broker"]["text"]
+    assert "is not a NATS server" in found["broker"]["text"]
 
 
 def test_a_broker_that_is_stopped_in_the_middle_does_not_hang_it(tmp_path: Path) -> None:

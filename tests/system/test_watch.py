@@ -81,7 +81,7 @@ async def test_who_is_late_or_lost_is_said_as_it_happens(fleet: Fleet, tmp_path:
     await asyncio.to_thread(watch.says, "3 of 4 agents")
     watch.process.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(watch.ended, 5.0) == 130
-    assert f"interrupted; run {run} goes on" in watch.err
+    assert f"interrupted; run {run} continues" in watch.err
     late = watching(fleet, tmp_path, "--json", key="watch")
     started.append(late)
     await asyncio.to_thread(late.says, '"kind": "run"')
@@ -135,7 +135,7 @@ async def test_a_name_that_is_mistyped_is_answered_with_the_one_that_speaks(
     started.append(watch)
     await asyncio.to_thread(watch.says, "did you mean spoken?")
     assert await asyncio.to_thread(watch.ended, 30.0) == 2
-    assert "error: RUN: no run spokn is running or queued here" in watch.err
+    assert "error: RUN: no run spokn is running or queued" in watch.err
     await fleet.ended(run)
 
 
@@ -153,7 +153,7 @@ async def test_a_run_that_had_ended_before_is_told_to_whoever_may_ask(
     assert f"run {run}: 1 versions; it ended at version 1\n" in told.out
     assert f"watching with the key {fleet.local.broker.keyring.path('watch')}" in told.err
     assert await asyncio.to_thread(silent.ended, 30.0) == 2
-    assert f"no run {run} is running or queued here" in silent.err and "coordinator's key" in silent.err
+    assert f"no run {run} is running or queued" in silent.err and "coordinator's key" in silent.err
     assert await asyncio.to_thread(none.ended, 30.0) == 2
     assert f"there is no run '{run}0'. Did you mean" in none.err
 
@@ -291,7 +291,7 @@ async def test_ctrl_c_leaves_the_terminal_as_it_was(chorus: tuple[Chorus, str]) 
     try:
         await terminal.until("400 agents")
         terminal.process.send_signal(signal.SIGINT)
-        await terminal.until("interrupted; run chorus goes on", 5.0)
+        await terminal.until("interrupted; run chorus continues", 5.0)
         assert await asyncio.to_thread(terminal.process.wait, 5.0) == 130
         assert b"\x1b[?1049l" in terminal.written and b"\x1b[?25h" in terminal.written
         attributes: list[Any] = termios.tcgetattr(terminal.ours)

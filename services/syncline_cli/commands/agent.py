@@ -1,4 +1,4 @@
-"""`syncline agent`: the agent service in the foreground."""
+"""`syncline agent`: run the agent service in the foreground."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def agent(
     name: Annotated[
         str,
         typer.Option(
-            envvar="SYNCLINE_NAME", metavar="NAME", help="On the bus; default: the host's; auto: that of a free key."
+            envvar="SYNCLINE_NAME",
+            metavar="NAME",
+            help="Default: the host's name; auto: that of a free key.",
         ),
     ] = "",
     key: Annotated[
@@ -56,7 +58,7 @@ def agent(
     log_file: LogFile = None,
     patience: Patience = 60.0,
 ) -> None:
-    """Train on this machine: takes part in the runs that it is given. Serves until SIGINT or SIGTERM, then drains."""
+    """Train on this machine in assigned runs. Serves until SIGINT or SIGTERM, then drains."""
     from syncline.runtime.service import state_dir as default_state_dir
     from syncline.tasks import DEFAULT_ALLOWED
     from syncline_agent.app import run
@@ -81,5 +83,5 @@ def agent(
 
 
 def name_of_host(host: str) -> str:
-    """The host's name without its domain, as a name on the bus."""
+    """Return a valid agent name made from the host's name without its domain."""
     return re.sub(r"[^a-z0-9-]+", "-", host.partition(".")[0].lower()).strip("-")[:63] or "agent"

@@ -1,4 +1,4 @@
-"""`syncline bench`: this machine's figures. In this first form: how many rounds a second the services make with no training."""
+"""`syncline bench`: measure this machine: rounds per second of the services without training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def round_command(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure, after a warm-up of 20.")] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
-    """Rounds a second with no training: what Syncline itself costs.
+    """Measure rounds per second without training: the cost of Syncline itself.
 
     Example: syncline bench round --agents 4 --params 10000
     """
@@ -69,7 +69,7 @@ def round_command(
     if not as_json:
         seconds = result["round_s"]
         print(f"{agents} agents, {params} parameters, {result['rounds']} rounds, no training")
-        print(f"{result['rounds_per_s']:.1f} rounds a second")
+        print(f"{result['rounds_per_s']:.1f} rounds per second")
         figures = (f"{name} {seconds[name] * 1000:.2f} ms" for name in ("min", "median", "max"))
         print(f"a round: {', '.join(figures)}")
         return

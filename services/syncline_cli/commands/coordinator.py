@@ -1,4 +1,4 @@
-"""`syncline coordinator`: the coordinator service in the foreground."""
+"""`syncline coordinator`: run the coordinator service in the foreground."""
 
 from __future__ import annotations
 
@@ -41,15 +41,18 @@ def coordinator(
     task_dir: TaskDir = ".",
     broker_log: Annotated[
         str,
-        typer.Option(envvar="SYNCLINE_BROKER_LOG", metavar="FILE", help="The broker's log: tell what it refuses."),
+        typer.Option(
+            envvar="SYNCLINE_BROKER_LOG", metavar="FILE", help="The broker's log; its refusals become events."
+        ),
     ] = "",
     keys: Annotated[
-        str, typer.Option(envvar="SYNCLINE_KEYS", metavar="DIR", help="The fleet's keys, to name agents in that.")
+        str,
+        typer.Option(envvar="SYNCLINE_KEYS", metavar="DIR", help="The fleet's keys, to name agents in those events."),
     ] = "",
     log_file: LogFile = None,
     patience: Patience = 60.0,
 ) -> None:
-    """Merge the agents' models: takes runs, and drives one after the other. Serves until SIGINT or SIGTERM."""
+    """Accept runs and drive them, one after the other: merge the agents' models. Serves until SIGINT or SIGTERM."""
     from syncline.tasks import DEFAULT_ALLOWED
     from syncline_coordinator.app import run
     from syncline_coordinator.options import CoordinatorOptions

@@ -1,4 +1,4 @@
-"""`syncline demo`: a broker, a coordinator and some agents on this machine train a real model together, then each alone."""
+"""`syncline demo`: agents on this machine train a real model together, then each alone, and compare."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def demo(
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds; 20 local steps each.")] = 40,
     alpha: Annotated[
         float,
-        typer.Option(metavar="A", help="How far agents move to the shared model, 0 to 1."),
+        typer.Option(metavar="A", help="Mixing weight: how far agents move to the shared model."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of weights, data split and batches.")] = 1,
-    port: Annotated[int, typer.Option(metavar="PORT", help="Of the broker; 0: any free one.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of weights, data split and batches.")] = 1,
+    port: Annotated[int, typer.Option(metavar="PORT", help="Port of the broker; 0: any free one.")] = 0,
     directory: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A new directory that keeps broker, keys and logs.")
+        Path | None, typer.Option(metavar="DIR", help="A new directory for the broker's data, keys and logs.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a real model on this machine, offline, and see what the agents gain together.
+    """Train a real model on this machine, offline, and compare training together with training alone.
 
     Starts a broker, a coordinator and agents, each a process; splits 1,797 handwritten digits unevenly among the agents;
-    trains one shared model in synchronous rounds, then every agent alone for as many steps, and compares.
+    trains one shared model in synchronous rounds, then each agent alone for as many steps.
     """
     from syncline.extras import require_modules
     from syncline_cli.local_fleet.demo_settings import PRELOAD, DemoSettings
@@ -50,7 +50,7 @@ def demo(
 
     from syncline_cli.local_fleet.preload import start_nursery
 
-    nursery = start_nursery(*PRELOAD)  # as early as can be: everything waits for torch
+    nursery = start_nursery(*PRELOAD)  # early: every service waits for torch
 
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names
     from syncline_cli.local_fleet.supervise import with_fleet
@@ -62,18 +62,18 @@ def demo(
 
 
 def _check_port(port: int) -> None:
-    """At once, and not only when everything else is on its way."""
+    """Raise ConfigError if the port is taken, before anything is started."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            hint = "Stop what listens there, or use 0 for any that is free"
+            hint = "Stop the program that listens on it, or use 0 for any free port"
             raise ConfigError("--port", f"{port}: {error.strerror}", hint) from None
 
 
 def _check_directory(directory: Path | None) -> None:
-    """A directory with an older broker's store in it would bring older runs along."""
+    """Raise ConfigError for a directory with files: an older broker's store in it would bring older runs."""
     try:
         if directory is not None and directory.exists() and any(directory.iterdir()):
             raise ConfigError("--directory", f"{directory} is not empty", "Name a new one")

@@ -1,4 +1,4 @@
-"""`syncline doctor`: what is wrong with this set-up, each line with its hint."""
+"""`syncline doctor`: check this set-up; each line has a hint."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def doctor(
     tls_cert: TlsCert = "",
     tls_key: TlsKey = "",
     name: Annotated[
-        str, typer.Option(envvar="SYNCLINE_NAME", metavar="NAME", help="Whose key it is; default: the file's name.")
+        str, typer.Option(envvar="SYNCLINE_NAME", metavar="NAME", help="The key's owner; default: the file's name.")
     ] = "",
     state_dir: StateDir = "",
     device: Device = "auto",
-    store: Annotated[str, typer.Option(metavar="DIR", help="The broker's store, where it is on this machine.")] = "",
+    store: Annotated[str, typer.Option(metavar="DIR", help="The broker's store, if it is on this machine.")] = "",
     monitor: Annotated[
         str,
         typer.Option(
             envvar="SYNCLINE_MONITOR_URL", metavar="URL", help="The broker's HTTP pages; default: its port 8222."
         ),
     ] = "",
-    only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="This check alone; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="Make only this check; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine, its GPUs and disks, and at the broker with the rights of a key, and say what to hint."""
+    """Check this machine with its GPUs and disks, and the broker with the rights of a key; print a hint for each problem."""
     for wanted in only or ():
         if wanted not in CHECKS:
             close = difflib.get_close_matches(wanted, CHECKS, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Use {', '.join(CHECKS)}"
-            raise ConfigError("--only", f"{wanted!r} is no check", hint)
+            raise ConfigError("--only", f"{wanted!r} is not a check", hint)
 
     from syncline.bus.tls import Tls
     from syncline.runtime.service import state_dir as default_state_dir
@@ -83,24 +83,24 @@ def doctor(
 
 
 def _check_monitor(url: str) -> None:
-    """Raises ConfigError for what is no address of the broker's HTTP pages."""
+    """Raise ConfigError for an invalid address of the broker's HTTP pages."""
     try:
         parts = urlsplit(url)
         if not url or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0):
             return
-    except ValueError:  # a port or an IPv6 address that is none
+    except ValueError:  # an invalid port or IPv6 address
         pass
-    raise ConfigError("--monitor", f"{masked(url)!r} is no address of HTTP pages", "Write it as http://host:8222")
+    raise ConfigError("--monitor", f"{masked(url)!r} is not the address of HTTP pages", "Write it as http://host:8222")
 
 
 async def examine(target: Target, device: str, directories: dict[str, Path], wanted: set[str]) -> list[Finding]:
-    """All that was wanted, in the order of CHECKS; this machine and the broker are looked at side by side."""
+    """Make the wanted checks, those of this machine and of the broker concurrently; return findings in the order of CHECKS."""
     import asyncio
     import logging
 
     from syncline_cli.doctor import checks_here
 
-    logging.getLogger().addHandler(logging.NullHandler())  # what the connection has to say, the findings say
+    logging.getLogger().addHandler(logging.NullHandler())  # the findings report problems of the connection
     here: list[Awaitable[Finding]] = []
     if "python" in wanted:
         here.append(checks_here.python())
@@ -125,16 +125,18 @@ async def _examine_broker(target: Target, wanted: set[str]) -> list[Finding]:
         **{check: getattr(broker, check) for check in ON_BROKER},
     }
     if wanted <= {*HERE, "broker"}:
-        del steps["key"]  # whether the broker is there, can be told without a key
+        del steps["key"]  # a broker answers without a key
     found: list[Finding] = []
     try:
         for check in [check for check in steps if check in wanted or check in ("broker", "key")]:
             finding = await _in_time(check, steps[check])
             if check in wanted or finding.verdict == "broken":
                 found.append(finding)
-            if check in ("broker", "key") and finding.verdict == "broken":  # nothing else can be asked
-                told = [f.check for f in found]
-                found += [skipped(other, f"needs {check}") for other in steps if other in wanted and other not in told]
+            if check in ("broker", "key") and finding.verdict == "broken":  # the other checks need these two
+                reported = [f.check for f in found]
+                found += [
+                    skipped(other, f"needs {check}") for other in steps if other in wanted and other not in reported
+                ]
                 break
     finally:
         await broker.close()
@@ -142,7 +144,7 @@ async def _examine_broker(target: Target, wanted: set[str]) -> list[Finding]:
 
 
 async def _in_time(check: str, step: Callable[[], Awaitable[Finding]]) -> Finding:
-    """A check never hangs, and never fails but in its own words."""
+    """Make a check within 30 s; its error becomes a finding."""
     import asyncio
 
     from syncline.errors import SynclineError

@@ -1,4 +1,4 @@
-"""`syncline export`: a run's shared model as a safetensors file that plain PyTorch loads."""
+"""`syncline export`: write a run's shared model to a safetensors file that plain PyTorch loads."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, Tl
 app = new_app()
 
 SUFFIX = ".safetensors"
-NAMED = 5  # tensors that did not travel, by name
+MAX_NAMED = 5  # local tensors that are listed by name
 
 
 @app.command(
     context_settings=HELP_NAMES,
-    short_help="Take a run's model home, as a safetensors file.",
+    short_help="Write a run's model to a safetensors file.",
     epilog="Example: syncline export digits-3f2a1b digits.safetensors",
 )
 def export(
     run: RunName,
-    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Where to write it.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="The file to write.")],
     version: Annotated[
-        int | None, typer.Option(metavar="N", help="One of the versions that are kept; default: the newest.")
+        int | None, typer.Option(metavar="N", help="One of the kept versions; default: the newest.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     connect: FindConnect = "",
     key: Key = "",
     tls_ca: TlsCa = "",
@@ -35,9 +35,9 @@ def export(
     tls_key: TlsKey = "",
     as_json: Json = False,
 ) -> None:
-    """Write a run's shared model to a file, with the names that its state_dict has. Works while the run goes on, and after.
+    """Write a run's shared model to a file, under the names of its state_dict, during or after the run.
 
-    What does not travel is not in it: frozen parameters, integer buffers, and what the task keeps at home.
+    The file does not contain local tensors: frozen parameters, integer buffers, and those that the task keeps local.
     """
     check_file(file, force)
 
@@ -57,17 +57,19 @@ def export(
     print(
         f"{file}: version {about['version']} of {run}, {shape}, {megabytes(about['bytes'])}, digest {about['digest']}"
     )
-    if home := about["local"]:
-        more = f" and {len(home) - NAMED} more" if len(home) > NAMED else ""
-        print(f"not in it, for they do not travel: {', '.join(home[:NAMED])}{more}")
-    print("load it with: safetensors.torch.load_model(model, " + repr(str(file)) + (", strict=False)" if home else ")"))
+    if local := about["local"]:
+        more = f" and {len(local) - MAX_NAMED} more" if len(local) > MAX_NAMED else ""
+        print(f"local tensors, not in the file: {', '.join(local[:MAX_NAMED])}{more}")
+    print(
+        "load it with: safetensors.torch.load_model(model, " + repr(str(file)) + (", strict=False)" if local else ")")
+    )
 
 
 def check_file(file: Path, force: bool) -> None:
-    """Before anything is fetched. Raises ConfigError."""
+    """Raise ConfigError if the file cannot be written as asked; called before anything is fetched."""
     if file.suffix != SUFFIX:
         raise ConfigError("FILE", f"{file} does not end with {SUFFIX}", f"Write {file.with_suffix(SUFFIX)}")
     if not file.parent.is_dir():
-        raise ConfigError("FILE", f"{file.parent} is no directory", "Make it, or name another")
+        raise ConfigError("FILE", f"{file.parent} is not a directory", "Make it, or name another")
     if file.exists() and not force:
-        raise ConfigError("FILE", f"{file} is there already", "Name another, or replace it with --force")
+        raise ConfigError("FILE", f"{file} exists", "Name another file, or replace it with --force")

@@ -1,4 +1,4 @@
-"""`syncline keys`: who may log into the broker. Makes key files and the nats-server configuration that knows them."""
+"""`syncline keys`: make and revoke the keys of a fleet, and write the configuration of its nats-server."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ _ADDRESS = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:]+\]):(\d{1,5})")
 
 
 def _directory(text: str) -> Path:
+    """Return the path. Raises ConfigError for an empty name."""
     if not text.strip():
-        raise ConfigError("DIR", f"{text!r} names no directory", "Name one; the current one is '.'")
+        raise ConfigError("DIR", f"{text!r} is not a directory", "Name one; '.' is the current one")
     return Path(text)
 
 
@@ -49,18 +50,18 @@ def make(
     directory: Directory,
     agents: Annotated[int, typer.Option(metavar="N", min=0, max=MAX_AGENTS, help="Agents a1 to aN.")] = 0,
     agent: Annotated[list[str] | None, typer.Option(metavar="NAME", help="An agent; repeatable.")] = None,
-    listen: Annotated[str, typer.Option(metavar="ADDRESS:PORT", help="Where the broker listens.")] = "0.0.0.0:4222",
+    listen: Annotated[str, typer.Option(metavar="ADDRESS:PORT", help="Address of the broker.")] = "0.0.0.0:4222",
     monitor: Annotated[
-        str, typer.Option(metavar="ADDRESS:PORT", help="The broker's health and figures by HTTP; '' for none.")
+        str, typer.Option(metavar="ADDRESS:PORT", help="Address of the broker's HTTP pages; '' for none.")
     ] = "127.0.0.1:8222",
     store: Annotated[str, typer.Option(metavar="DIR", help="The broker's data; default: DIR/broker/jetstream.")] = "",
     max_store: Annotated[
-        str, typer.Option(metavar="SIZE", help="Most that it may hold, as 50G; default: 3/4 of the disk.")
+        str, typer.Option(metavar="SIZE", help="Limit of the data, as 50G; default: 3/4 of the disk.")
     ] = "",
     sync: Annotated[
-        str, typer.Option(metavar="TIME", help="How often it syncs to disk: always, 10s; default: 2m.")
+        str, typer.Option(metavar="TIME", help="Time between syncs to disk: always, 10s; default: 2m.")
     ] = "",
-    keep: Annotated[bool, typer.Option("--keep", help="Complete a set that is there; change nothing in it.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Complete an existing set; change nothing in it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a set: keys of coordinator, watchers and agents, and a broker's configuration."""
@@ -93,64 +94,67 @@ def add(directory: Directory, names: Names, as_json: Json = False) -> None:
         return
     for identity in made:
         path = opened.keyring.path(identity.name)
-        print(f"{path}: give it to that machine, which starts with")
+        print(f"{path}: copy it to that machine, and start there")
         print(f"  syncline agent --connect nats://BROKER:4222 --name {identity.name} --key {path.name}")
-    print("Next, have the broker read its configuration again; nobody is disconnected:")
+    print("Next, let the broker reload its configuration; no client is disconnected:")
     print(_reload())
 
 
 @app.command(context_settings=HELP_NAMES, epilog="Example: syncline keys revoke ops edge-7")
 def revoke(directory: Directory, names: Names, as_json: Json = False) -> None:
-    """Take agents out: the key is worth nothing once the broker has reloaded."""
+    """Revoke agents: the broker refuses their keys after it has reloaded."""
     with _files(directory):
         opened = _open(directory)
         opened.revoke(list(dict.fromkeys(names)))
     if as_json:
         _print_set(opened)
         return
-    print(f"revoked: {', '.join(names)}. Until the broker reads its configuration again, the key is still good:")
+    print(f"revoked: {', '.join(names)}. Until the broker reloads its configuration, the key is still valid:")
     print(_reload())
 
 
 @app.command("list", context_settings=HELP_NAMES, epilog="Example: syncline keys list ops --json")
 def list_command(directory: Directory, as_json: Json = False) -> None:
-    """Show everybody who has a key, and who had one."""
+    """List the keys, revoked ones too."""
     with _files(directory):
         opened = _open(directory)
         listed = opened.listed()
     if as_json:
         _print_set(opened)
         return
-    wide = max(len(line.name) for line in listed)
+    width = max(len(line.name) for line in listed)
     for line in listed:
-        print(f"{line.name:<{wide}}  {line.public_key}  {'revoked' if line.revoked else line.account}")
+        print(f"{line.name:<{width}}  {line.public_key}  {'revoked' if line.revoked else line.account}")
 
 
 def _open(directory: Path) -> OperatorSet:
+    """Return the set in a directory."""
     from syncline.bus.server.operator import OperatorSet
 
     return OperatorSet(directory)
 
 
 def _say_made(made: OperatorSet) -> None:
+    """Print the parts of a new set, and how to start the broker."""
     path = made.keyring.path
     print(
-        f"{made.directory} holds the keys of {_counted(len(made.keyring.agents))}. Give each machine its own part alone:"
+        f"{made.directory} holds the keys of {_counted(len(made.keyring.agents))}. Copy to each machine its own part only:"
     )
-    for what, whose in (
+    for part, owner in (
         (made.config.parent, "the broker: public keys only"),
-        (path("coordinator"), "the coordinator, and whoever submits runs"),
+        (path("coordinator"), "the coordinator, and users who submit runs"),
         (path("NAME"), "one for each agent"),
-        (path("watch"), "people and dashboards: it reads, and can change nothing"),
+        (path("watch"), "people and dashboards: this key reads, and can change nothing"),
     ):
-        print(f"  {what!s:<{len(str(path('coordinator')))}}  {whose}")
+        print(f"  {part!s:<{len(str(path('coordinator')))}}  {owner}")
     print("Next, start the broker:")
     print(f"  nats-server -c {made.config}")
-    print("or, where it runs already with this set, have it read the configuration again:")
+    print("or, if the broker already runs with this set, let it reload the configuration:")
     print(_reload())
 
 
 def _print_set(opened: OperatorSet) -> None:
+    """Print the set with the keys that scripts rely on."""
     listed: list[dict[str, Any]] = [
         {"name": line.name, "account": line.account, "public_key": line.public_key, "revoked": line.revoked}
         for line in opened.listed()
@@ -159,40 +163,43 @@ def _print_set(opened: OperatorSet) -> None:
 
 
 def _reload() -> str:
-    """Twice: with the first reload the server knows a new account, with the second its imports reach who is there (ADR 2)."""
+    """Return the commands of a reload. The first reload makes a new account known, the second connects its imports (ADR 2)."""
     return (
         "  nats-server --signal reload; sleep 1; nats-server --signal reload\n"
-        "(where several run on the machine: --signal reload=PID; in a container: send SIGHUP, twice)"
+        "(with several servers on the machine: --signal reload=PID; in a container: send SIGHUP, twice)"
     )
 
 
 @contextmanager
 def _files(directory: Path) -> Iterator[None]:
-    """What the file system refuses is the user's to hint."""
+    """Turn an error of the file system into a ConfigError."""
     try:
         yield
     except OSError as error:
-        where = error.filename or directory
-        raise ConfigError("DIR", f"{where}: {error.strerror or error}", "Use a directory that you may write") from None
+        path = error.filename or directory
+        raise ConfigError("DIR", f"{path}: {error.strerror or error}", "Use a directory that you may write") from None
 
 
 def _address(setting: str, text: str) -> tuple[str, int]:
+    """Return host and port. Raises ConfigError."""
     found = _ADDRESS.fullmatch(text)
     if found is None or not 0 < int(found[1]) < 1 << 16:
-        raise ConfigError(setting, f"{text!r} is no address and port", "Write it as 0.0.0.0:4222")
+        raise ConfigError(setting, f"{text!r} is not an address with a port", "Write it as 0.0.0.0:4222")
     return text.rpartition(":")[0], int(found[1])
 
 
 def _size(text: str) -> int:
+    """Return bytes; K, M, G and T are powers of 1024. Raises ConfigError."""
     found = _SIZE.fullmatch(text)
     if found is None or not int(found[1]):
-        raise ConfigError("--max-store", f"{text!r} is no size", "Write it as 500M, 50G or 2T")
+        raise ConfigError("--max-store", f"{text!r} is not a size", "Write it as 500M, 50G or 2T")
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def _every(text: str) -> str:
+    """Return an interval as nats-server writes it. Raises ConfigError."""
     if not _EVERY.fullmatch(text):
-        raise ConfigError("--sync", f"{text!r} is no time", "Use always, or a time as 10s or 2m")
+        raise ConfigError("--sync", f"{text!r} is not a time", "Use always, or a time as 10s or 2m")
     return text
 
 

@@ -1,4 +1,4 @@
-"""`syncline ls`: the runs on a broker, the newest first."""
+"""`syncline ls`: list the runs on a broker, the newest first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`syncline run`: submit a spec and follow the run to its end, on a broker that is there or on one of our own."""
+"""`syncline run`: submit a run and follow it to its end, on a given broker or on a local fleet."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def run(
     tls_cert: TlsCert = "",
     tls_key: TlsKey = "",
     local: Annotated[
-        int | None, typer.Option(metavar="N", help="Do it all on this machine: own broker, coordinator, N agents.")
+        int | None, typer.Option(metavar="N", help="Start a broker, a coordinator and N agents on this machine.")
     ] = None,
     name: Annotated[
         str, typer.Option(metavar="NAME", help="The run's name; default: the spec's, else made from the file's.")
     ] = "",
-    detach: Annotated[bool, typer.Option("--detach", help="Submit it, print its name, and return.")] = False,
-    stay: Annotated[bool, typer.Option("--stay", help="With --local: leave the fleet up after the run.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit the run, print its name, and return.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="With --local: keep the fleet up after the run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Submit a run and follow it to its end.
 
-    Ctrl-C ends the watching and not the run: `syncline watch NAME` comes back to it. With --local it ends both.
+    Ctrl-C leaves the run going: `syncline watch NAME` follows it again. With --local, Ctrl-C ends the run too.
     """
     if local is not None and detach:
-        raise ConfigError("--detach", "a local fleet ends with this command", "Leave it out, or --local")
-    for option in ("connect", "key"):  # in the environment they may be for other commands
+        raise ConfigError("--detach", "a local fleet ends with this command", "Remove --detach or --local")
+    for option in ("connect", "key"):  # variables may be meant for other commands
         source = ctx.get_parameter_source(option)
         if local is not None and source is not None and source.name == "COMMANDLINE":
             given = f"--{option} {ctx.params[option]}"
-            problem = f"--local {local} brings a broker of its own, with keys, and {given} names another"
-            raise ConfigError("--local", problem, f"Leave out --local, or --{option}")
+            problem = f"--local {local} starts a broker with its own keys, and {given} names another"
+            raise ConfigError("--local", problem, f"Remove --local or --{option}")
     if local is None and stay:
-        raise ConfigError("--stay", "only a fleet of our own can stay up", "Leave it out, or add --local N")
+        raise ConfigError("--stay", "only a local fleet can stay up", "Remove --stay, or add --local N")
     if local is not None and not 1 <= local <= MAX_AGENTS:
         raise ConfigError("--local", f"{local} is out of range", f"Use 1 to {MAX_AGENTS}")
     settings = read_spec(spec, name, local)
@@ -67,12 +67,21 @@ def run(
 
 
 def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
-    """The spec with what the command line says, and with a name of its own where it has none. Raises ConfigError."""
+    """Read a spec file.
+
+    Args:
+        path: the YAML file.
+        name: the run's name, which overrides the file's; without either a new name is made from the file's name.
+        local: agents of a local fleet, the default of `agents.min`.
+
+    Raises:
+        ConfigError: the file or a setting is invalid, or the run needs more agents than `local`.
+    """
     from syncline.spec.run_spec import SIM_SECTION, load_spec, parse, stem_of
     from syncline.spec.yaml_file import read_yaml
 
     data = read_yaml(path)
-    given = data if isinstance(data, dict) else {}  # `load_spec` refuses what is no mapping
+    given = data if isinstance(data, dict) else {}  # `load_spec` refuses anything but a mapping
     changes: dict[str, Any] = {}
     if name or "name" not in given:
         changes["name"] = name or f"{stem_of(path)}-{secrets.token_hex(3)}"
@@ -81,7 +90,7 @@ def read_spec(path: Path, name: str = "", local: int | None = None) -> RunSpec:
         most = agents.get("max")
         changes["agents"] = {**agents, "min": min(local, most) if isinstance(most, int) and most > 0 else local}
     spec = load_spec(path, **changes)
-    if given.get(SIM_SECTION) is not None:  # nothing is done with it here, and a mistake in it is one
+    if given.get(SIM_SECTION) is not None:  # unused here, but checked
         from syncline_sim.settings import SimSettings
 
         parse(SimSettings, given[SIM_SECTION], SIM_SECTION)
@@ -120,15 +129,18 @@ def _remote(
         if not at.found:
             again, ls = come_back(again, at.url, watch_key(at.key), at.tls), come_back(ls, at.url, at.key, at.tls)
         if watch.submitted:
-            raise Interrupted(f"; run {spec.name} goes on without this terminal. Come back with: {again}") from None
+            raise Interrupted(f"; run {spec.name} continues without this terminal. Come back with: {again}") from None
         raise Interrupted(f"; run {spec.name} may have been submitted. See: {ls}" if watch.asked else "") from None
     finally:
         watch.report()
 
 
 def allowed_tasks(task: str, *, stay: bool) -> tuple[str, ...]:
-    """Return the allow-list of a local fleet: its run's task; for further runs also the other classes of its file or
-    module, and every task file in the directory of the settings and below."""
+    """Return the allow-list of a local fleet.
+
+    The list holds the run's task. If the fleet stays for further runs, it also holds the other classes of the same module or
+    file, and every task file in the directory of the settings and below.
+    """
     from syncline.tasks import DEFAULT_ALLOWED
 
     more = (task.rpartition(":")[0], "*.py:*") if stay else ()
@@ -141,8 +153,8 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) ->
 
     check_broker("--local")
     module = spec.task.rpartition(":")[0]
-    own = [module] if _is_ready_made(module) else []
-    nursery = start_nursery("torch._dynamo", *own)
+    preload = [module] if _is_ready_made(module) else []
+    nursery = start_nursery("torch._dynamo", *preload)
 
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names
     from syncline_cli.local_fleet.supervise import with_fleet
@@ -169,9 +181,9 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) ->
 
 
 def _is_ready_made(module: str) -> bool:
-    """Whether it is a module of ours, so that it can be imported before anybody asks."""
+    """Tell whether a module is one of `syncline.tasks`, which is safe to import before the run is submitted."""
     import syncline.tasks
 
     package, _, name = module.rpartition(".")
-    there = any(Path(place, f"{name}.py").is_file() for place in syncline.tasks.__path__)
-    return package == "syncline.tasks" and name.isidentifier() and there
+    exists = any(Path(place, f"{name}.py").is_file() for place in syncline.tasks.__path__)
+    return package == "syncline.tasks" and name.isidentifier() and exists

@@ -1,4 +1,4 @@
-"""`syncline sim`: a run with its whole fleet in this process, in made-up time. So a fleet is tried before it is deployed."""
+"""`syncline sim`: a run with its whole fleet in this process and in virtual time, to try a fleet before its deployment."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ app = new_app()
 def sim(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run's settings, with a section `sim:`.")],
     agents: Annotated[
-        int | None, typer.Option(metavar="N", help="So many agents, whatever the section `sim:` says.")
+        int | None, typer.Option(metavar="N", help="Number of agents; overrides the section `sim:`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Try a run: the real services and the real model in one process, in made-up time.
+    """Simulate a run: the real services and the real model in one process, in virtual time.
 
-    Training, delays and faults take the seconds that the section `sim:` gives them, and none of yours.
+    Training, delays and faults take the virtual seconds that the section `sim:` gives them.
     """
     from syncline_sim.settings import load
 
-    settings = load(spec, agents)  # before torch is imported: a mistake is told at once
+    settings = load(spec, agents)  # before torch is imported: mistakes are reported at once
 
     from syncline_cli.local_fleet.preload import keep_torch_out_of_the_temporary_directory
 

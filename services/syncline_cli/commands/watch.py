@@ -1,4 +1,4 @@
-"""`syncline watch`: a run as it goes on, from the public feeds alone."""
+"""`syncline watch`: show a run in progress, from the public feeds alone."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ app = new_app()
 
 @app.command(
     context_settings=HELP_NAMES,
-    short_help="See a run as it goes on, from any machine.",
+    short_help="Watch a run in progress, from any machine.",
     epilog="Example: syncline watch digits-3f2a1b --connect nats://hub:4222 --key watch.nk",
 )
 def watch(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Default: whichever speaks, one after the other.")] = "",
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Default: the active runs, one after the other.")] = "",
     connect: FindConnect = "",
     key: Key = "",
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
     tls_key: TlsKey = "",
-    plain: Annotated[bool, typer.Option("--plain", help="Lines even on a terminal, as they come elsewhere.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print lines on a terminal too.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Every metric and event as a JSON object, one a line.")
+        bool, typer.Option("--json", help="Print every metric and event as a JSON object, one per line.")
     ] = False,
 ) -> None:
-    """See a run as it goes on: version, curves, every agent with its lag, who is late or lost, and events.
+    """Watch a run: version, curves, events, and every agent with its lag and state.
 
-    Reads the public feeds and says nothing itself: the key `watch.nk` is enough. Ends with RUN, at once where it has
-    ended; without RUN it waits for the next.
+    The command only reads the public feeds, so the key `watch.nk` is enough. It ends with RUN; without RUN it goes on to
+    the next run.
     """
     from syncline.bus.tls import Tls
     from syncline_cli.ui.watching import Watching, watch_run

@@ -1,4 +1,4 @@
-"""`syncline why`: what a version of a run was made of, read from the log of commits."""
+"""`syncline why`: explain a version of a run, from the log of commits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 app = new_app()
 
-ROWS = 20  # updates that are shown where not all are asked for
+MAX_ROWS = 20  # updates that are shown without --all
 
 
 @app.command(
     context_settings=HELP_NAMES,
-    short_help="What a version was made of, who was late or dropped, and why.",
+    short_help="Explain a version: merged, late and dropped updates, with reasons.",
     epilog="Example: syncline why digits-3f2a1b 12",
 )
 def why(
@@ -30,10 +30,10 @@ def why(
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
     tls_key: TlsKey = "",
-    every: Annotated[bool, typer.Option("--all", help=f"All updates of the merge, not {ROWS}.")] = False,
+    every: Annotated[bool, typer.Option("--all", help=f"Show all updates, not only {MAX_ROWS}.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what closed a round, who was merged with which weight and lag, who was late or dropped and why."""
+    """Explain a version: why its round closed, the merged updates with weights and lags, late agents, dropped updates."""
     from rich.console import Console
     from rich.text import Text
 
@@ -52,12 +52,12 @@ def why(
         print_json(as_object(commit))
         return
     console = Console(highlight=False)
-    for line, style in as_lines(commit, head, None if every else ROWS):
+    for line, style in as_lines(commit, head, None if every else MAX_ROWS):
         console.print(Text(line, style), soft_wrap=True)
 
 
 def as_object(commit: Committed) -> dict[str, Any]:
-    """The keys that scripts rely on."""
+    """Return the commit with the keys that scripts rely on."""
     plan = commit.plan
     return {
         "run": commit.run,
@@ -81,7 +81,11 @@ def _entry(e: PlanEntry) -> dict[str, Any]:
 
 
 def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[str, str]]:
-    """The same for people: lines, each with the style it is shown in. `rows`: names to list at most of each kind."""
+    """Yield the lines for people, each with its style.
+
+    Args:
+        rows: the most entries to list of each kind; None: all.
+    """
     from syncline.observe.naming import natural_order
     from syncline_cli.ui.display import clean, megabytes
 
@@ -98,10 +102,10 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
     for i, row in enumerate(table):
         cells = [row[0].ljust(widths[0]), *(f.rjust(w) for f, w in zip(row[1:], widths[1:], strict=True))]
         yield f"  {'  '.join(cells)}", "" if i else "dim"
-    late = [f"late: {name} was not waited for" for name in sorted(plan.late, key=natural_order)]
+    late = [f"late: {name}; the round closed without its update" for name in sorted(plan.late, key=natural_order)]
     dropped = [f"dropped: {d.agent}, clock {d.clock:,}: {clean(d.reason)}" for d in commit.dropped]
     if commit.dropped_more:
-        dropped.append(f"dropped: {commit.dropped_more:,} more, which the log had no room for")
+        dropped.append(f"dropped: {commit.dropped_more:,} more, which the record has no room for")
     yield from _hidden(len(merged), rows)
     for lines in (late, dropped):
         yield from ((f"  {line}", "yellow") for line in lines[:rows])

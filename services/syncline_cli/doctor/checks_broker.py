@@ -1,7 +1,7 @@
-"""What `syncline doctor` asks of the broker, in the order in which one thing needs the other.
+"""The checks of `syncline doctor` on the broker, in the order in which they depend on each other.
 
-It changes nothing: a small stream of its own is made and deleted again, no session is claimed, no run submitted. An agent's
-key tries one thing that it must not be able to do, which the broker refuses and logs.
+They change nothing: they make and delete a small stream, claim no session and submit no run. With an agent's key one check
+tries an operation that the broker must refuse; the broker logs the refusal.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Role = Literal["coordinator", "watch", "agent", "anybody"]
 ANSWER_S = 5.0
 SKEW_S = 2.0
 SMALL_PAYLOAD_BYTES = 256 << 10
-RESERVED_BYTES = 1 << 30  # what a run of some size asks for
+RESERVED_BYTES = 1 << 30  # reserved by a run of some size
 MONITOR_PORT = 8222
-_KEYS_MEND = "Make a broker's configuration with accounts: syncline keys make DIR"
+_KEYS_HINT = "Make a broker's configuration with accounts: syncline keys make DIR"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which broker, and as whom."""
+    """The broker to check, and the identity to check it with."""
 
     url: str
     key: str = ""  # a file, or a directory of them
@@ -54,7 +54,7 @@ class Target:
     tls: Tls = field(default_factory=Tls)
 
     def identity(self) -> tuple[str, str, Path | None]:
-        """Name, seed and key file. Raises ConfigError for a key that is none."""
+        """Return name, seed and key file. Raises ConfigError for an invalid key."""
         if not self.key:
             return self.name if self.name not in ("", subjects.AUTO) else "doctor", "", None
         path, name = Path(self.key), self.name
@@ -70,7 +70,7 @@ class Target:
 
 
 class Broker:
-    """The checks of one broker. Each returns a finding; `look` connects first, and says why the others cannot be made."""
+    """The checks of one broker. Each returns a finding; `reachable` and `log_in` come first."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -78,18 +78,19 @@ class Broker:
         self._key_file: Path | None = None
         self.role: Role = "anybody"
         self.bus: Bus | None = None
-        self._host = ""  # of the server that has answered
+        self._host = ""  # of the first server that answered
         self._info: dict[str, Any] = {}
         self._varz: dict[str, Any] | None = None
-        self._clock: tuple[float, float] | None = None  # the broker's time less ours, and how far that may be wrong
+        self._clock: tuple[float, float] | None = None  # seconds that the broker's clock is ahead, and their error
 
     async def close(self) -> None:
+        """End the connection."""
         if self.bus is not None:
             await self.bus.close()
 
     # -- getting in ----------------------------------------------------------------------------------------------------
     async def reachable(self) -> Finding:
-        """What answers at the address, in the few bytes that a NATS server says to everybody. Of several servers, each."""
+        """Check each server of the address by the greeting that a NATS server sends to every client."""
         try:
             servers = address_of(self.target.url).servers
         except ConfigError as error:
@@ -105,7 +106,7 @@ class Broker:
         return warning("broker", text, bad[0].hint) if good else broken("broker", text, bad[0].hint)
 
     async def _look_at(self, server: Server) -> Finding:
-        """One server of the broker."""
+        """Check one server."""
         tls, writer = self.target.tls, None
         try:
             began = time.perf_counter()
@@ -115,7 +116,7 @@ class Broker:
                 took_ms = 1000 * (time.perf_counter() - began)
                 if not line.startswith(b"INFO {"):
                     hint = "Name the broker's client port, 4222"
-                    return broken("broker", f"what answers at {server.url} is no NATS server", hint)
+                    return broken("broker", f"the program that answers at {server.url} is not a NATS server", hint)
                 info = json.loads(line.removeprefix(b"INFO "))
                 check_version(info)
                 check_info(info, server.scheme == "tls" or tls.given, tls)
@@ -128,9 +129,11 @@ class Broker:
         except (OSError, TimeoutError, ValueError) as error:
             if (why := unfit(error, tls)) is not None:
                 return broken("broker", f"{server.url}: {why.problem}", why.hint)
-            said = f"no answer within {ANSWER_S:g} s" if isinstance(error, TimeoutError) else str(error)
-            hint = "Start the broker, open the way to it, or name another with --connect or SYNCLINE_NATS_URL"
-            return broken("broker", f"no server answers at {server.url}: {said}", hint)
+            reason = f"no answer within {ANSWER_S:g} s" if isinstance(error, TimeoutError) else str(error)
+            hint = (
+                "Start the broker, open its port in the firewall, or name another with --connect or SYNCLINE_NATS_URL"
+            )
+            return broken("broker", f"no server answers at {server.url}: {reason}", hint)
         finally:
             if writer is not None:
                 writer.close()
@@ -139,6 +142,7 @@ class Broker:
         return ok("broker", f"{server.url} is nats-server {info.get('version')}, {took_ms:.1f} ms away")
 
     async def log_in(self) -> Finding:
+        """Connect with the key."""
         try:
             self.name, self._seed, path = self.target.identity()
             self._key_file = path
@@ -150,7 +154,7 @@ class Broker:
         except Denied as error:
             if not self._seed:
                 return broken(
-                    "key", "the broker asks for a key, and none is named", "Name its file with --key or SYNCLINE_KEY"
+                    "key", "the broker asks for a key, and no key file is named", "Name one with --key or SYNCLINE_KEY"
                 )
             hint = "Reload the broker's configuration if the key is new; else use a key of this broker's set"
             return broken("key", f"{self.name}: {error}", hint)
@@ -159,12 +163,12 @@ class Broker:
         except (BusError, TimeoutError) as error:
             return broken("key", f"no login: {str(error) or 'no answer'}", "Look into the broker's log")
         if not self._seed:
-            return warning("key", "none is asked for: whoever reaches this broker may do everything", _KEYS_MEND)
+            return warning("key", "the broker asks for no key: every client may do everything", _KEYS_HINT)
         self.role = "coordinator" if self.name == subjects.COORDINATOR else "watch" if self.name == WATCH else "agent"
         return ok("key", f"{path} is {self.name}, {public_key_of(self._seed)[:9]}…")
 
     async def rights(self) -> Finding:
-        """Whether the key may do what its name says, and no more."""
+        """Check that the key has the rights of its role, and no others."""
         assert self.bus is not None
         try:
             await self.bus.state(f"KV_{subjects.RUNS_BUCKET}")
@@ -177,18 +181,18 @@ class Broker:
             case "coordinator" if not reaches:
                 return broken(
                     "rights",
-                    f"this is no coordinator's key: {why}",
+                    f"this is not a coordinator's key: {why}",
                     f"Use {coordinator_key(str(self._key_file or ''))}",
                 )
             case "coordinator":
-                return ok("rights", "a coordinator's: everything in the account of the runs")
+                return ok("rights", "those of a coordinator: everything in the account of the runs")
             case "anybody":
                 return ok("rights", "everything: this broker has no accounts")
             case _ if reaches:
-                text = f"{self.name} may do everything here: it is a coordinator's key, or this broker has no accounts"
-                return broken("rights", text, _KEYS_MEND)
+                text = f"{self.name} may do everything: the key is a coordinator's, or this broker has no accounts"
+                return broken("rights", text, _KEYS_HINT)
             case "watch":
-                return ok("rights", "a reader's: it can ask and change nothing")
+                return ok("rights", "those of a reader, which can request and change nothing")
         return await self._rights_of_agent()
 
     async def _rights_of_agent(self) -> Finding:
@@ -204,6 +208,7 @@ class Broker:
 
     # -- what it offers ------------------------------------------------------------------------------------------------
     async def jetstream(self) -> Finding:
+        """Check that the broker and the account have JetStream."""
         hint = "Start nats-server with JetStream: -js, or a jetstream block in its configuration"
         if not self._info.get("jetstream"):
             return broken("jetstream", "the broker stores nothing: JetStream is off", hint)
@@ -220,34 +225,35 @@ class Broker:
         return ok("jetstream", "on")
 
     async def payload(self) -> Finding:
+        """Check the largest message."""
         size = int(self._info.get("max_payload", 0))
         text = f"messages of up to {size >> 10} KiB"
         hint = f"Set max_payload: {MAX_PAYLOAD_BYTES} in the broker's configuration, on every server alike"
         if size < LEAST_PAYLOAD_BYTES:
             return broken("payload", f"{text}: a run needs {LEAST_PAYLOAD_BYTES >> 10} KiB at least", hint)
         if size < SMALL_PAYLOAD_BYTES:
-            least = f"{LEAST_PAYLOAD_BYTES >> 10} KiB are the least"
-            return warning("payload", f"{text}: models travel in small pieces ({least})", hint)
+            least = f"the minimum is {LEAST_PAYLOAD_BYTES >> 10} KiB"
+            return warning("payload", f"{text}: models travel in small chunks ({least})", hint)
         return ok("payload", text)
 
     async def space(self) -> Finding:
-        """Free room in the store: from the broker's figures where they can be seen, else by asking for it."""
+        """Check the free space of the store, by the broker's HTTP pages, else by reserving some of it."""
         pages = await self._monitor("jsz")
         if pages is not None and "config" in pages:
             return space_finding(
                 pages["config"].get("max_storage", 0), pages.get("reserved_storage", 0), pages.get("storage", 0)
             )
         if self.role not in ("coordinator", "anybody"):
-            return skipped("space", "the store's room is for a coordinator's key to ask, or for --monitor")
+            return skipped("space", "needs a coordinator's key, or --monitor")
         try:
             async with self._stream(RESERVED_BYTES):
                 return ok("space", f"{RESERVED_BYTES >> 30} GiB or more can be reserved")
         except StreamFull:
             text = f"less than {RESERVED_BYTES >> 30} GiB can be reserved in the broker's store"
-            return warning("space", text, "Give JetStream more room (max_file_store), or delete runs that are over")
+            return warning("space", text, "Give JetStream more room (max_file_store), or delete runs that have ended")
 
     async def clock(self) -> Finding:
-        """Rounds go by the broker's clock alone; ours is for logs, certificates and people."""
+        """Compare the clocks. Rounds use the broker's clock alone; this machine's serves logs and certificates."""
         await self._monitor("varz")
         if self._clock is None and self.role in ("coordinator", "anybody"):
             assert self.bus is not None
@@ -259,17 +265,18 @@ class Broker:
             if stored is not None:
                 self._clock = (stored.time_s - (before + after) / 2, (after - before) / 2)
         if self._clock is None:
-            return skipped("clock", "the broker's time is for a coordinator's key to ask, or for --monitor")
+            return skipped("clock", "needs a coordinator's key, or --monitor")
         return clock_finding(*self._clock)
 
     async def coordinator(self) -> Finding:
+        """Check that a coordinator answers."""
         assert self.bus is not None
         if self.role == "watch":
-            return skipped("coordinator", "a reader's key can ask nothing")
-        if self.role == "agent":  # a heartbeat of no session: answered, and forgotten
+            return skipped("coordinator", "a reader's key can send no requests")
+        if self.role == "agent":  # a heartbeat of an unknown session is answered and ignored
             beat = Heartbeat(session=new_id(), clock=0, progress=0)
             subject, question = subjects.heartbeat("doctor", self.name), encode(beat)
-        else:  # no run at all: refused, and that is an answer
+        else:  # an empty submission is refused, and a refusal is an answer
             subject, question = subjects.submit(), b""
         try:
             began = time.perf_counter()
@@ -279,7 +286,7 @@ class Broker:
             hint = f"Start one: syncline coordinator --connect {masked(self.target.url)}" + (
                 f" --key {key}" if self._seed else ""
             )
-            return broken("coordinator", "none is on this broker", hint)
+            return broken("coordinator", "no coordinator is on this broker", hint)
         except Denied as error:
             return broken("coordinator", str(error), "Use a key of this broker's set, under its own name")
         return ok("coordinator", f"answers within {1000 * (time.perf_counter() - began):.1f} ms")
@@ -287,7 +294,7 @@ class Broker:
     # -- helpers -------------------------------------------------------------------------------------------------------
     @asynccontextmanager
     async def _stream(self, max_bytes: int) -> AsyncIterator[str]:
-        """A stream of our own for a moment; its subject."""
+        """Make a stream for the duration of the context; yield its subject."""
         assert self.bus is not None
         subject = f"{subjects.PREFIX}.doctor-{secrets.token_hex(6)}.probe"
         config = StreamConfig(_stream_of(subject), (subject,), max_bytes)
@@ -298,7 +305,7 @@ class Broker:
             await self.bus.delete_stream(config.name)
 
     async def _monitor(self, page: str) -> dict[str, Any] | None:
-        """One of the server's pages, or None where they cannot be seen from here."""
+        """Return one of the server's HTTP pages; None if this machine cannot read them."""
         base = self.target.monitor or f"http://{_bracketed(self._host)}:{MONITOR_PORT}"
         before = time.time()
         try:
@@ -307,7 +314,7 @@ class Broker:
             return None
         after = time.time()
         if found.get("server_id") != self._info.get("server_id"):
-            return None  # of another server, behind the same address
+            return None  # the page is another server's, behind the same address
         if page == "varz" and isinstance(found.get("now"), str):
             self._clock = (
                 datetime.fromisoformat(found["now"]).timestamp() - (before + after) / 2,
@@ -316,20 +323,26 @@ class Broker:
         return found
 
 
-def space_finding(most: int, reserved: int, used: int) -> Finding:
-    free = most - max(reserved, used)
-    text = f"{free / 2**30:.1f} of {most / 2**30:.1f} GiB (max_file_store) are free, {used / 2**30:.2f} used"
+def space_finding(limit: int, reserved: int, used: int) -> Finding:
+    """Judge the store's space, in bytes."""
+    free = limit - max(reserved, used)
+    text = f"{free / 2**30:.1f} of {limit / 2**30:.1f} GiB (max_file_store) are free, {used / 2**30:.2f} used"
     if free < RESERVED_BYTES:
-        return warning("space", text, "Give JetStream more room (max_file_store), or delete runs that are over")
+        return warning("space", text, "Give JetStream more room (max_file_store), or delete runs that have ended")
     return ok("space", text)
 
 
 def clock_finding(skew_s: float, error_s: float) -> Finding:
-    """`skew_s`: the broker's time less ours."""
+    """Judge the clocks.
+
+    Args:
+        skew_s: seconds that the broker's clock is ahead of this machine's.
+        error_s: error of `skew_s`.
+    """
     if abs(skew_s) - error_s > SKEW_S:
         side = "behind" if skew_s > 0 else "ahead of"
         text = f"this machine's clock is {abs(skew_s):.1f} s {side} the broker's"
-        return warning("clock", text, "Keep both in step, with chrony or systemd-timesyncd; rounds do not depend on it")
+        return warning("clock", text, "Synchronise both, with chrony or systemd-timesyncd; rounds do not depend on it")
     return ok("clock", f"within {1000 * (abs(skew_s) + error_s):.1f} ms of the broker's")
 
 
@@ -345,5 +358,5 @@ def _read_json(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=1.5) as page:
         found = json.loads(page.read(4 << 20))
     if not isinstance(found, dict):
-        raise ValueError("no object")
+        raise ValueError("not a JSON object")
     return found

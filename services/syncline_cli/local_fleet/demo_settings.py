@@ -18,7 +18,7 @@ PRELOAD = ("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "sync
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """The flags of `syncline demo`, checked."""
+    """The options of `syncline demo`, checked."""
 
     agents: int = 4
     rounds: int = 40
@@ -34,7 +34,7 @@ class DemoSettings:
         _within("--seed", self.seed, 0, 2**31)
         _within("--port", self.port, 0, 65535)
         if not 0 <= self.alpha < 2:
-            hint = "Use 0 up to but not including 2: 1 takes over the shared model, 0 leaves every agent alone"
+            hint = "Use at least 0 and less than 2: 1 takes over the shared model, 0 leaves every agent alone"
             raise ConfigError("--alpha", f"{self.alpha:g} is out of range", hint)
 
     def spec(self, name: str, **changes: Any) -> RunSpec:
@@ -64,6 +64,7 @@ class DemoSettings:
         )
 
 
-def _within(setting: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise ConfigError(setting, f"{value} is out of range", f"Use {least} to {most:,}")
+def _within(setting: str, value: int, low: int, high: int) -> None:
+    """Raise ConfigError for a value outside low … high, both included."""
+    if not low <= value <= high:
+        raise ConfigError(setting, f"{value} is out of range", f"Use {low} to {high:,}")

@@ -1,7 +1,7 @@
-"""A whole fleet on this machine: the embedded broker, a coordinator and agents, each a process of its own.
+"""A local fleet: the embedded broker, a coordinator and agents on this machine, each a process.
 
-Used by `syncline demo`, `run --local`, `bench` and the tests. One nursery imports torch once and forks all services; when
-this process goes, however it goes, all of them go, and the temporary directory with them.
+Used by `syncline demo`, `run --local`, `bench`, `syncline.local_fleet` and the tests. One nursery imports torch once and forks
+all services. All processes end, and the temporary directory is removed, when this process ends, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -36,27 +36,30 @@ PRELOAD = (
     "syncline_coordinator.evaluator",
 )
 STOP_S = 3.0
-TASK_DIR = "task.dir"  # a file beside the next one: where the fleet looks for task files
-URL = "broker.url"  # a file in the fleet's directory with the broker's address, so that others on this machine find it
+TASK_DIR = "task.dir"  # a file in the fleet's directory that names the directory of task files
+URL = "broker.url"  # a file in the fleet's directory with the broker's address, for other commands on this machine
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
-    """What the fleet looks like. `directory` None: a temporary one, removed at the end."""
+    """The settings of a local fleet."""
 
-    agents: tuple[str, ...]
-    directory: Path | None = None
-    port: int = 0
-    allow_task: tuple[str, ...] = DEFAULT_ALLOWED
+    agents: tuple[str, ...]  # names
+    directory: Path | None = None  # None: a temporary one, removed at the end
+    port: int = 0  # of the broker; 0: any free one
+    allow_task: tuple[str, ...] = DEFAULT_ALLOWED  # patterns
     task_dir: Path = field(default_factory=Path.cwd)
-    threads: int = 1
+    threads: int = 1  # of torch, in each service
     device: str = "auto"
-    max_file_store_bytes: int | None = None  # None: what the broker finds on the disk
+    max_file_store_bytes: int | None = None  # None: three quarters of the free disk
     max_payload_bytes: int = MAX_PAYLOAD_BYTES
 
 
 class LocalFleet:
-    """An async context manager. `preload()` starts importing torch; call it as early as possible, outside the loop."""
+    """Starts all processes on entry and ends them on exit.
+
+    Call `preload` as early as possible: it starts importing torch in the background.
+    """
 
     def __init__(self, settings: FleetSettings, nursery: Nursery) -> None:
         self.settings, self._nursery = settings, nursery
@@ -71,6 +74,7 @@ class LocalFleet:
 
     @staticmethod
     def preload(*modules: str) -> Nursery:
+        """Start the nursery, which imports torch, the services and `modules`."""
         return Nursery.start((*PRELOAD, *modules))
 
     async def __aenter__(self) -> LocalFleet:
@@ -95,7 +99,7 @@ class LocalFleet:
         await self.stop()
 
     async def stop(self) -> None:
-        """Everything ends: services first, then the broker."""
+        """End the services, then the broker. Stopping twice changes nothing."""
         try:
             await self._nursery.close(STOP_S)
         finally:
@@ -103,6 +107,7 @@ class LocalFleet:
 
     # -- services ------------------------------------------------------------------------------------------------------
     async def start_coordinator(self) -> Worker:
+        """Start the coordinator; also used to start it again after its end."""
         settings, keys = self.settings, self.broker.keyring
         options = CoordinatorOptions(
             connect=self.broker.url,
@@ -117,6 +122,7 @@ class LocalFleet:
         return await self._start(COORDINATOR, "syncline_coordinator.app:run_forked", asdict(options))
 
     async def start_agent(self, name: str, **changes: Any) -> Worker:
+        """Start an agent; `changes` replace fields of AgentOptions."""
         settings, keys = self.settings, self.broker.keyring
         options = AgentOptions(
             name=name,
@@ -136,12 +142,14 @@ class LocalFleet:
         return worker
 
     def signal(self, name: str, which: signal.Signals) -> None:
+        """Send a signal to a service; a service that has ended ignores it."""
         try:
             self.workers[name].signal(which)
         except NurseryDied:
             pass
 
     async def kill(self, name: str) -> None:
+        """Kill a service and wait for its end."""
         self.signal(name, signal.SIGKILL)
         await self.workers[name].exited
 
@@ -150,20 +158,20 @@ class LocalFleet:
 
     # -- connections ---------------------------------------------------------------------------------------------------
     async def connect(self, name: str) -> Bus:
-        """A bus connection as the coordinator, as `watch`, or as an agent."""
+        """Connect to the broker with the key of the coordinator, of `watch`, or of an agent."""
         identity = self.broker.keyring.identity(name)
         return await connect(self.broker.url, name, identity.seed)
 
     @property
     def watch_command(self) -> str:
-        """What to type in a second terminal. A fleet in a temporary directory is found by itself."""
+        """The command that watches this fleet from a second terminal; a temporary directory is found without options."""
         if self.settings.directory is None:
             return "syncline watch"
         return f"syncline watch --connect {self.broker.url} --key {self.broker.keyring.path('watch')}"
 
     @staticmethod
     async def ask_coordinator(bus: Bus, subject: str, question: bytes, patience_s: float = 60.0) -> bytes:
-        """One question to the coordinator, asked again while it is still coming up. Raises NoResponders after that."""
+        """Ask the coordinator, and ask again while it starts. Raises NoResponders after `patience_s`."""
         deadline = asyncio.get_running_loop().time() + patience_s
         while True:
             try:
@@ -175,15 +183,13 @@ class LocalFleet:
 
 
 def check_room(settings: FleetSettings) -> None:
-    """Raises ConfigError where the disk has no room for a run: at once, and not when the first one is submitted."""
+    """Raise ConfigError at the start of a fleet if the disk has no room for any run."""
     if settings.max_file_store_bytes is not None:
         return
     wanted = (settings.directory or Path(tempfile.gettempdir())).absolute()
     place = next(path for path in (wanted, *wanted.parents) if path.exists())
-    free, needed = (
-        shutil.disk_usage(place).free,
-        LEAST_BYTES * 4 // 3,
-    )  # the broker takes three quarters of what is free
+    free = shutil.disk_usage(place).free
+    needed = LEAST_BYTES * 4 // 3  # the broker takes three quarters of the free space
     if free >= needed:
         return
     problem = f"{place} has {free >> 20} MiB free, a fleet on this machine needs {needed >> 20} MiB at least"
@@ -193,4 +199,5 @@ def check_room(settings: FleetSettings) -> None:
 
 
 def agent_names(count: int) -> Sequence[str]:
+    """Return a1, a2, … ."""
     return [f"a{i}" for i in range(1, count + 1)]

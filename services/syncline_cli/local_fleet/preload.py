@@ -1,4 +1,4 @@
-"""The nursery of a fleet on this machine, started as early as can be: everything else waits until torch is imported."""
+"""The early start of a local fleet's nursery: every service waits until the nursery has imported torch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from syncline_cli.local_fleet.fleet import LocalFleet
 
 
 def start_nursery(*modules: str) -> Nursery:
-    """Begins to import torch and all services in the background. What they print is not on *our* standard output."""
-    logging.getLogger().addHandler(logging.NullHandler())  # what matters is shown as events
+    """Start importing torch and all services in the background.
+
+    The nursery prints to standard error: standard output of this command is for results.
+
+    Args:
+        modules: more modules to import.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # events show what the log would
     keep_torch_out_of_the_temporary_directory()
     sys.stdout.flush()
-    ours = os.dup(1)
+    stdout = os.dup(1)
     try:
         os.dup2(2, 1)
         return LocalFleet.preload(*modules)
     finally:
-        os.dup2(ours, 1)
-        os.close(ours)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def keep_torch_out_of_the_temporary_directory() -> None:
-    """Its compiler makes a cache directory as soon as it is imported, used or not: where caches belong, please."""
+    """Set the cache directory of torch's compiler, which otherwise appears in the temporary directory on import."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that nobody may write to
+        return  # the home directory is read-only
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))

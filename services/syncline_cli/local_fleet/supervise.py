@@ -1,4 +1,4 @@
-"""A fleet of our own around a piece of work: started, watched while it runs, and gone afterwards whatever happens."""
+"""Supervision of a local fleet: start it for some work, restart its broker and coordinator, and end it afterwards."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from syncline_cli.process import Interrupted, run_interruptible
 LOOK_S = 0.2
 LOG_LINES = 12
 NO_SPACE = re.compile(r"\[\d+\] \S+ \S+ \[ERR\] JetStream .*: no space left on device")  # a line of nats-server's log
-ENOUGH_BYTES = 64 << 20  # to go on with
-BROKER_STARTS = COORDINATOR_STARTS = 3  # again, after which it will not stay up
+ENOUGH_BYTES = 64 << 20  # free space at which a broker with a full disk is restarted
+BROKER_STARTS = COORDINATOR_STARTS = 3  # restarts, after which the run fails
 
 T = TypeVar("T")
 
@@ -39,44 +39,60 @@ def with_fleet(
     work: Callable[[LocalFleet], Awaitable[int]],
     around: AbstractAsyncContextManager[Any] | None = None,
 ) -> int:
-    """Runs `work` with the fleet up, inside `around`. Raises Interrupted on a signal; everything is stopped then."""
+    """Run `work` with the fleet up.
+
+    Args:
+        work: returns the exit code.
+        around: a context that is entered before the fleet starts and left after its end, such as the screen.
+
+    Raises:
+        Interrupted: a signal came; the fleet has been stopped.
+    """
     starting = True
 
-    def no_more_imports() -> None:
+    def stop_imports() -> None:
         if starting:
-            os.kill(nursery.pid, signal.SIGKILL)  # it would see our end only after it has imported everything
+            os.kill(nursery.pid, signal.SIGKILL)  # while it imports torch it does not see the end of this process
 
-    async def all_of_it() -> int:
+    async def start_and_work() -> int:
         nonlocal starting
         async with around or nullcontext(), LocalFleet(settings, nursery) as fleet:
             starting = False
             return await work(fleet)
 
     try:
-        return run_interruptible(all_of_it, on_signal=no_more_imports)
-    except KeyboardInterrupt:  # it came before the event loop ran
-        no_more_imports()
+        return run_interruptible(start_and_work, on_signal=stop_imports)
+    except KeyboardInterrupt:  # a signal before the event loop ran
+        stop_imports()
         raise Interrupted from None
 
 
 class Services:
-    """The processes of a fleet, watched: nobody else will bring back one that is gone."""
+    """Watches the processes of a local fleet, and restarts the broker and the coordinator. Agents are not restarted."""
 
     def __init__(self, fleet: LocalFleet, say: Say, *, coordinator_starts: int = COORDINATOR_STARTS) -> None:
         self.fleet, self._say = fleet, say
         self._gone: set[str] = set()
-        self._coordinator_starts = coordinator_starts  # that are left
-        self._broker_starts, self._full = 0, False
+        self._coordinator_starts = coordinator_starts  # restarts that are left
+        self._broker_starts = 0  # restarts so far
+        self._disk_full = False
         self._broker_log = LogTail(fleet.broker.log_path, from_end=True)
 
     def able(self, state: RunState) -> list[str]:
-        """The agents that are alive and have not said that they cannot train."""
+        """Return the agents that are alive and have not reported that they cannot train."""
         self._look()
         return [name for name in self.fleet.settings.agents if name not in self._gone and name not in state.failed]
 
     async def until_ended(self, follower: RunFollower, needed: int, *, stalled_s: float = math.inf) -> Head:
-        """The last head of a run that did what it should. Raises RunFailed, with the end of a log, for any other end, and
-        when nothing has moved for `stalled_s`. `needed`: the agents that the run starts with."""
+        """Return the last head of a run that is done.
+
+        Args:
+            needed: agents that the run starts with.
+            stalled_s: longest time without progress.
+
+        Raises:
+            RunFailed: the run failed or stalled, or the fleet cannot continue it; the error has the last lines of logs.
+        """
         watching = (
             self._until_broken(follower, needed),
             self._until_stalled(follower, stalled_s),
@@ -89,11 +105,11 @@ class Services:
         return head
 
     async def while_up(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which asks the coordinator. Raises RunFailed where that one has gone: it has no answer."""
+        """Return the result of `work`, which asks the coordinator. Raises RunFailed if the coordinator ends before."""
         return await first_of(work, self._until_no_coordinator())
 
     async def keep_up(self) -> NoReturn:
-        """Broker and coordinator, until cancelled. Raises RunFailed where one does not stay up."""
+        """Restart broker and coordinator as needed, until cancelled. Raises RunFailed after too many restarts."""
         while True:
             await self._keep_broker()
             await self._keep_coordinator()
@@ -101,7 +117,7 @@ class Services:
             await asyncio.sleep(LOOK_S)
 
     def _look(self) -> None:
-        """Names the agents that have gone. None is started again: the run goes on without it, as in a fleet of machines."""
+        """Report agents whose processes have ended. The run goes on without them, as in a fleet of machines."""
         for name in self.fleet.settings.agents:
             worker = self.fleet.workers[name]
             if name not in self._gone and worker.exited.done():
@@ -109,22 +125,22 @@ class Services:
                 self._say("warning", f"{name}: its process {how_it_ended(worker.exited.result())}")
 
     def _coordinator_end(self) -> int | None:
-        """The exit code of a coordinator that has gone."""
+        """Return the exit code of the coordinator, or None while it runs."""
         exited = self.fleet.workers[COORDINATOR].exited
         return exited.result() if exited.done() else None
 
     async def _keep_coordinator(self) -> None:
-        """Starts it again where it has gone: it goes on where head stands. Raises RunFailed where that is no help."""
+        """Restart a coordinator that has ended; it continues at head. Raises RunFailed if another restart cannot help."""
         if (code := self._coordinator_end()) is None:
             return
         if code == WRONG_INPUT or not self._coordinator_starts:
             raise self._no_coordinator(code)
         self._coordinator_starts -= 1
-        self._say("warning", f"the coordinator's process {how_it_ended(code)}; it is started again")
+        self._say("warning", f"the coordinator's process {how_it_ended(code)}; restarting it")
         try:
             await self.fleet.start_coordinator()
         except SynclineError as error:
-            why = f"the coordinator's process {how_it_ended(code)}, and does not start again: {error}"
+            why = f"the coordinator's process {how_it_ended(code)}, and cannot be restarted: {error}"
             raise RunFailed(why) from None
 
     async def _until_no_coordinator(self) -> NoReturn:
@@ -134,51 +150,54 @@ class Services:
         return RunFailed(f"the coordinator's process {how_it_ended(code)}{ends_of_logs(self.fleet, [COORDINATOR])}")
 
     async def _keep_broker(self) -> None:
-        """Starts it again where it has gone, or stores nothing any more: its disk has all that was acknowledged. Raises
-        RunFailed where that is no help."""
+        """Restart a broker that has ended, or that stopped storing on a full disk; its disk has every acknowledged write.
+
+        Raises:
+            RunFailed: the broker cannot be restarted, or was restarted too often.
+        """
         code = self.fleet.broker.exit_code
         why = "ran out of disk space" if code is None else how_it_ended(code)
         if code is None and not self._has_space_again():
             return
         if self._broker_starts == BROKER_STARTS:
-            raise RunFailed(f"the broker's process {why}, after {BROKER_STARTS} new starts")
+            raise RunFailed(f"the broker's process {why}, after {BROKER_STARTS} restarts")
         self._broker_starts += 1
-        self._say("warning", f"the broker's process {why}; it is started again")
+        self._say("warning", f"the broker's process {why}; restarting it")
         try:
             await self.fleet.broker.restart()
         except SynclineError as error:
-            raise RunFailed(f"the broker's process {why}, and does not start again: {error}") from None
+            raise RunFailed(f"the broker's process {why}, and cannot be restarted: {error}") from None
 
     def _has_space_again(self) -> bool:
-        """After its disk was full: until it is started anew, nats-server stores nothing, however much is freed."""
+        """Tell whether a broker with a full disk has space again; nats-server stores nothing until its restart."""
         place = self.fleet.broker.directory
-        if any(NO_SPACE.match(line) for line in self._broker_log.read()) and not self._full:
-            self._full = True
-            self._say("error", f"the disk is full and the run stands still: free {ENOUGH_BYTES >> 20} MiB for {place}")
-        if not self._full or shutil.disk_usage(place).free < ENOUGH_BYTES:
+        if any(NO_SPACE.match(line) for line in self._broker_log.read()) and not self._disk_full:
+            self._disk_full = True
+            self._say("error", f"the disk is full and the run has stopped: free {ENOUGH_BYTES >> 20} MiB for {place}")
+        if not self._disk_full or shutil.disk_usage(place).free < ENOUGH_BYTES:
             return False
         self._broker_log.read()
-        self._full = False
+        self._disk_full = False
         return True
 
     async def _until_broken(self, follower: RunFollower, needed: int) -> NoReturn:
-        """Raises RunFailed when too few agents are left, or broker or coordinator do not stay up."""
+        """Raise RunFailed when too few agents are left, or when broker or coordinator cannot be kept up."""
         state = follower.state
         while True:
             await self._keep_broker()
             await self._keep_coordinator()
             able, least = self.able(state), needed
-            if follower.opened:  # what is said from now on, the coordinator judges; processes are for us to see
+            if follower.opened:  # the coordinator handles failures from now on; only ended processes count here
                 able, least = [name for name in self.fleet.settings.agents if name not in self._gone], 1
             if len(able) < least:
                 unable = sorted({*self.fleet.settings.agents} - {*able})
-                why = "; ".join(state.failed.values()) or f"{', '.join(unable)} gone"
+                why = "; ".join(state.failed.values()) or f"{', '.join(unable)} ended"
                 text = f"run {state.run} needs {least} of its agents and has {len(able)}: {why}"
                 raise RunFailed(text + ends_of_logs(self.fleet, unable[:2]))
             await asyncio.sleep(LOOK_S)
 
     async def _until_stalled(self, follower: RunFollower, stalled_s: float) -> NoReturn:
-        """Raises RunFailed when nobody has made a step, and no round has closed, for so long."""
+        """Raise RunFailed when no agent has made a step and no round has closed for `stalled_s`."""
         state, loop = follower.state, asyncio.get_running_loop()
         moved_at_s, seen = loop.time(), ""
         while True:
@@ -189,13 +208,13 @@ class Services:
             if now != seen:
                 moved_at_s, seen = loop.time(), now
             if loop.time() - moved_at_s > stalled_s:
-                text = f"run {state.run}: nothing has moved for {stalled_s:g} s; it stands at version {state.version}"
+                text = f"run {state.run}: no progress for {stalled_s:g} s, at version {state.version}"
                 raise RunFailed(text + ends_of_logs(self.fleet, [COORDINATOR, *self.fleet.settings.agents[:1]]))
             await asyncio.sleep(LOOK_S)
 
 
 def how_it_ended(code: int) -> str:
-    """An exit code in words; negative for a signal, as in `subprocess`."""
+    """Describe an exit code; negative for a signal, as in `subprocess`."""
     if code >= 0:
         return f"ended with code {code}"
     known = {int(s): s.name for s in signal.Signals}
@@ -203,7 +222,7 @@ def how_it_ended(code: int) -> str:
 
 
 def ends_of_logs(fleet: LocalFleet, names: list[str]) -> str:
-    """The last lines of these services' logs, to be put below an error."""
+    """Return the last lines of the logs of services, indented to stand below an error."""
     text = ""
     for name in names:
         path = fleet.broker.directory / "logs" / f"{name}.log"

@@ -1,4 +1,4 @@
-"""The demo once its settings are checked: two runs on a fleet of our own, what they look like, and what came of them."""
+"""The demo: two runs on a local fleet, their display, and the comparison of their results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from syncline_cli.process import as_typed, since_start_s
 from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, number
 from syncline_cli.ui.results import print_json, result_of
 
-BAR = 30  # columns of the longest bar in the final table
-STALLED_S = 60.0
+BAR_COLUMNS = 30  # of the longest bar in the final table
+STALLED_S = 60.0  # without progress, after which the demo fails
 
 
 class Demo:
-    """`run` on a fleet that is up; then `report`."""
+    """The demo on one fleet. Call `run`, then `report`."""
 
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
@@ -44,13 +44,12 @@ class Demo:
         self.shared = RunState("", 1)
 
     async def run(self, fleet: LocalFleet) -> int:
-        """Both runs. Raises RunFailed."""
+        """Follow both runs to their end. Raises RunFailed."""
         bus, watch = await fleet.connect(COORDINATOR), await fleet.connect("watch")
         try:
             self._say_how_to_watch(fleet)
-            services = Services(
-                fleet, self.screen.say, coordinator_starts=0
-            )  # a demo shows what there is, and not a hint
+            # Without restarts of the coordinator: its end in a demo is a fault that the user should see.
+            services = Services(fleet, self.screen.say, coordinator_starts=0)
             name = f"demo-{secrets.token_hex(3)}"
             await self._together(services, bus, watch, self.settings.spec(name))
             able = len(services.able(self.shared))
@@ -61,6 +60,7 @@ class Demo:
             await bus.close()
         return 0
 
+    # -- the runs ----------------------------------------------------------------------------------------------------
     async def _together(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         fleet_state = FleetState.of(spec)
         self.shared = fleet_state.followed
@@ -98,8 +98,9 @@ class Demo:
         self.screen.say("hint", "or with any NATS client:")
         self.screen.say("hint", f"  nats --server {broker.url} --nkey {key} sub 'syncline.v1.*.metrics.>'")
 
-    # -- what came of it -----------------------------------------------------------------------------------------------
+    # -- the results ---------------------------------------------------------------------------------------------------
     def report(self) -> int:
+        """Print the results and return the exit code."""
         self.result["alone"] = {name: agent.metrics.get("accuracy") for name, agent in self.alone.items()}
         if self.settings.as_json:
             print_json({key: self.result[key] for key in _KEYS})
@@ -109,7 +110,7 @@ class Demo:
         return 0
 
     def _table(self) -> Table:
-        """Everybody's accuracy, and bars for what is missing to 1: the errors."""
+        """Draw the accuracies, and bars for the shares of errors."""
         table = Table.grid(padding=(0, 3, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, justify="right")
@@ -119,7 +120,7 @@ class Demo:
         table.add_row("", *(Text(head, "dim") for head in ("rows", "accuracy", "errors")))
         every = [agent.metrics.get("accuracy") for agent in self.alone.values()]
         worst = max([1.0 - a for a in (*every, self.result["accuracy"]) if a is not None], default=1.0)
-        rows = 0
+        rows = 0  # of all parts
         for (name, agent), accuracy in zip(self.alone.items(), every, strict=True):
             part = self._rows(name, agent)
             rows += part
@@ -128,7 +129,7 @@ class Demo:
         return table
 
     def _rows(self, name: str, agent: AgentState) -> int:
-        """Of its part, which is the same in both runs."""
+        """Return the rows of an agent's part, which is the same in both runs."""
         known = [a.train.rows for a in (agent, self.shared.agents.get(name)) if a is not None and a.train is not None]
         return max(known, default=0)
 
@@ -157,10 +158,10 @@ _KEYS = (
 
 
 def _errors(accuracy: float | None, worst: float, style: str) -> tuple[Text, Text, Text]:
-    """Accuracy, share of errors, and a bar for the errors."""
+    """Draw accuracy, share of errors, and a bar for the errors, relative to the `worst` share."""
     if accuracy is None:
         return Text("—"), Text("—"), Text("")
     errors = 1.0 - accuracy
     strong = "bold" if style == "green" else ""
-    bar = "█" * max(1, round(BAR * errors / worst)) if errors and worst else ""
+    bar = "█" * max(1, round(BAR_COLUMNS * errors / worst)) if errors and worst else ""
     return Text(f"{accuracy:.3f}", strong), Text(f"{errors:.1%}", strong), Text(bar, style)

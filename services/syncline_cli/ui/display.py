@@ -1,4 +1,4 @@
-"""How a run looks: a live picture on a terminal, a plain line now and then elsewhere. Draws what a RunState holds."""
+"""The display of a followed run: a live picture on a terminal, plain lines elsewhere. Draws a RunState."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ from syncline.observe.run_state import AgentState, RunState
 from syncline_cli.process import since_start_s
 
 FRAME_S = 0.125
-LINE_S = 10.0  # a plain line at least so often, while something moves
-WIDEST = 100
-TENTHS = 10
+LINE_S = 10.0  # longest time between plain lines while the run moves
+MAX_WIDTH = 100  # columns
+TENTHS = 10  # a plain line is printed after each tenth of the run
 STYLES = {"info": "", "hint": "dim", "warning": "yellow", "error": "red"}
 
 
 class View(Protocol):
-    """Something to look at while it goes on."""
+    """One screen of the display."""
 
-    def picture(self, width: int, height: int) -> RenderableType: ...
+    def picture(self, width: int, height: int) -> RenderableType:
+        """Return the picture for a terminal of that size."""
+        ...
+
     def line(self) -> str:
-        """The same in a line. It changes where something has moved, and not with time alone."""
+        """Return the same as one line, which changes with the run and not with time alone; '' for no line."""
         ...
 
     def progress(self) -> float:
-        """0 … 1."""
+        """Return the share of the work that is done, 0 … 1."""
         ...
 
 
 @dataclass(slots=True)
 class Message:
-    """Nothing moves yet."""
+    """A text, shown while no run is followed."""
 
     text: str
 
@@ -55,12 +58,12 @@ class Message:
 
 @dataclass(slots=True)
 class RunView:
-    """A run: its agents, and the shared model; with `summary`, that instead of the shared model."""
+    """The agents of a run and its shared model."""
 
     title: str
     state: RunState
-    summary: str = ""
-    about: str = ""
+    summary: str = ""  # replaces the lines of the shared model
+    about: str = ""  # an explanation beside the title
 
     def picture(self, width: int, height: int) -> RenderableType:
         below = [Text(self.summary)] if self.summary else [_shared(self.state, width - 2)]
@@ -90,7 +93,7 @@ class RunView:
 
 
 def _titled(title: str, about: str, width: int) -> RenderableType:
-    """Bold title, dim explanation, and the time at the right end."""
+    """Draw the title, an explanation, and the age of this process at the right end."""
     clock = f"{since_start_s():.1f} s"
     left = Text.assemble((title, "bold"), ("  " + about if about else "", "dim"))
     left.truncate(max(0, width - len(clock) - 2), overflow="ellipsis", pad=True)
@@ -98,6 +101,7 @@ def _titled(title: str, about: str, width: int) -> RenderableType:
 
 
 def _agents(state: RunState, width: int, room: int) -> RenderableType:
+    """Draw the first `room` agents, and the number of the others."""
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
     table.width = width
     table.add_column(no_wrap=True, max_width=16, overflow="ellipsis")
@@ -113,11 +117,12 @@ def _agents(state: RunState, width: int, room: int) -> RenderableType:
 
 
 def _agent(state: RunState, agent: AgentState, figures: int) -> list[RenderableType]:
+    """Draw the cells of one agent: a bar for its period and the first `figures` figures, or its trouble."""
     train, (done, steps) = agent.train, state.steps_of(agent)
     if agent.lost or agent.failed:
         return [Text("cannot train" if agent.failed else "lost", "yellow")]
     if agent.slow:
-        return [Text("slow: no progress, and not waited for", "yellow")]
+        return [Text("slow: no progress; rounds do not wait for it", "yellow")]
     if train is None or not steps:
         return [Text("starting", "dim")]
     bar = ProgressBar(total=steps, completed=done, complete_style="cyan", finished_style="cyan")
@@ -131,7 +136,7 @@ def _agent(state: RunState, agent: AgentState, figures: int) -> list[RenderableT
 
 
 def _figure(before: str, value: str, after: str, known: bool) -> Text:
-    """A value with its dim name or unit; blank while it is not known."""
+    """Draw a value with its name or unit, dimmed; blanks of the same width if the value is not known."""
     whole = Text.assemble((before, "dim"), value, (after, "dim"))
     return whole if known else Text(" " * len(whole))
 
@@ -140,11 +145,12 @@ _FIGURES = ("steps", "loss", "rate", "version")
 
 
 def _figures_that_fit(width: int) -> int:
+    """Return how many of _FIGURES a table of that width shows."""
     return 4 if width >= 70 else 2 if width >= 44 else 1
 
 
 def _shared(state: RunState, width: int) -> RenderableType:
-    """Rounds, metrics and traffic of the shared model."""
+    """Draw rounds, metrics and traffic of the shared model."""
     metrics = state.metric_names()[:4]
     rounds = f"{state.version:,} of {state.versions:,}"
     figures = [number(name, state.metrics[name]) for name in metrics]
@@ -168,11 +174,12 @@ def _shared(state: RunState, width: int) -> RenderableType:
 
 
 def clean(text: str) -> str:
-    """What came from anywhere, so that it does not command the terminal."""
+    """Replace control characters: a text from the bus must not command the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 def number(name: str, value: float | None) -> str:
+    """Return a metric as text; accuracies have three decimals, a missing value is a dash."""
     if value is None:
         return "—"
     if name == "accuracy":
@@ -181,12 +188,14 @@ def number(name: str, value: float | None) -> str:
 
 
 def megabytes(count: int) -> str:
+    """Return a number of bytes as kB, MB or GB (powers of ten)."""
     if 0 < count < 1e5:
         return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 def counted(count: int, noun: str) -> str:
+    """Return `1 agent`, `2 agents`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
@@ -195,17 +204,16 @@ def counted(count: int, noun: str) -> str:
 
 @dataclass
 class Screen:
-    """Shows one view after the other; an async context manager."""
+    """Shows one view after the other. As an async context manager the screen redraws itself; as a plain one, by `frame`."""
 
     console: Console
     view: View = field(default_factory=lambda: Message(""))
     _live: Live | None = None
     _drawing: asyncio.Task[None] | None = None
-    _said: tuple[int, float] = (-1, 0.0)  # tenths and seconds of the last plain line
+    _printed: tuple[int, float] = (-1, 0.0)  # tenths and seconds of the last plain line
     _line: str = ""
 
     def __enter__(self) -> Screen:
-        """For whoever has no event loop, and draws by `frame`."""
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
@@ -229,30 +237,31 @@ class Screen:
         self.__exit__()
 
     def show(self, view: View) -> None:
+        """Finish the current view and show another."""
         self._finish_view()
-        self.view, self._said = view, (-1, 0.0)
+        self.view, self._printed = view, (-1, 0.0)
 
     def say(self, level: str, text: str) -> None:
-        """A line above the picture. It may come from anywhere, so it does not command the terminal."""
+        """Print a line above the picture, without control characters."""
         self.console.print(Text(clean(text), STYLES.get(level, "")), soft_wrap=True)
 
     def _finish_view(self) -> None:
-        """Nothing of it is left unsaid."""
+        """Print the events and the last line of the current view."""
         self.drain()
         if self._live is None:
             self._plain()
 
     def drain(self) -> None:
-        """Warnings and errors of the run that is shown."""
+        """Print new warnings and errors of the run that is shown."""
         if isinstance(self.view, RunView):
             for event in self.view.state.take_events():
                 self.say(event.level, event.text)
 
     def frame(self) -> None:
-        """Draws what there is."""
+        """Draw the current view."""
         self.drain()
         if self._live is not None:
-            width = min(self.console.width, WIDEST)
+            width = min(self.console.width, MAX_WIDTH)
             picture = self.view.picture(width, self.console.height)
             self._live.update(Padding(picture, (1, 0, 0, 0)), refresh=True)
         else:
@@ -264,10 +273,10 @@ class Screen:
             await asyncio.sleep(FRAME_S)
 
     def _plain(self) -> None:
-        """A line when another tenth is done, and now and then in between."""
+        """Print a line when another tenth is done, and after LINE_S if the line has changed."""
         now, tenths, line = since_start_s(), int(self.view.progress() * TENTHS), self.view.line()
-        due = tenths > self._said[0] or (now - self._said[1] > LINE_S and line != self._line)
+        due = tenths > self._printed[0] or (now - self._printed[1] > LINE_S and line != self._line)
         if line and due:
-            self._said, self._line = (tenths, now), line
+            self._printed, self._line = (tenths, now), line
             line += f"  {now:.1f} s" if isinstance(self.view, RunView) and not self.view.summary else ""
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What a finished run is reported as: the JSON object that scripts rely on. Pure."""
+"""The JSON object that reports a finished run; scripts rely on its keys. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from syncline.client.follow import RunFollower
 
 
 def result_of(follower: RunFollower) -> dict[str, Any]:
-    """The keys that `demo` and `run` share. A metric that was not measured, or is not finite, is null.
+    """Return the keys that `demo` and `run` share.
 
-    With `evaluate.agents` also `agents`: what each agent's own model reached at the end of its last period.
+    A metric that was not measured, or is not finite, is null. With `evaluate.agents` the key `agents` has the metrics of each
+    agent's own model at the end of its last period.
     """
     head, state = follower.head, follower.state
     assert head is not None
     current = state.metrics if state.evaluated == head.version else {}
-    own = {name: agent.metrics for name, agent in sorted(state.agents.items()) if agent.metrics}
+    of_agents = {name: agent.metrics for name, agent in sorted(state.agents.items()) if agent.metrics}
     return {
         "run": head.run,
         "versions": head.version,
@@ -27,9 +28,10 @@ def result_of(follower: RunFollower) -> dict[str, Any]:
         "bytes_down": state.bytes_down,
         "digest": head.digest,
         "reason": head.reason,
-        **({"agents": own} if own else {}),
+        **({"agents": of_agents} if of_agents else {}),
     }
 
 
 def print_json(result: dict[str, Any]) -> None:
+    """Print one JSON object on one line."""
     print(json.dumps(result, allow_nan=False), flush=True)

@@ -1,4 +1,4 @@
-"""A run that `syncline run` follows: what it looks like, and what came of it."""
+"""The run that `syncline run` follows: its display and its result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from syncline_cli.ui.results import print_json, result_of
 
 
 class RunWatch:
-    """The screen and the state of one run; then `report`."""
+    """The screen, the state and the result of one run."""
 
     def __init__(self, spec: RunSpec, as_json: bool, text: str = "", key: str = "") -> None:
         self.spec, self.as_json, self.key = spec, as_json, key
@@ -33,11 +33,13 @@ class RunWatch:
         self.fleet = FleetState.of(spec)
         self.state = self.fleet.followed
         self.screen = Screen(self.console, Message(text or f"submitting run {spec.name}"))
-        self.asked = self.submitted = False
+        self.asked = False  # a submission was sent
+        self.submitted = False  # a submission was accepted
         self.stayed: int | None = None  # the exit code of a run whose fleet stays up
         self.result: dict[str, Any] = {}
 
     def follows(self, warnings: list[str]) -> None:
+        """Show the accepted run, after its warnings."""
         self.submitted = True
         for warning in warnings:
             self.screen.say("warning", warning)
@@ -48,30 +50,30 @@ class RunWatch:
         self.result = result_of(follower)
 
     def report(self) -> None:
-        """What came of it; nothing where the run was not followed to its end. Said once."""
+        """Print the result as JSON, once, if JSON is wanted and the run was followed to its end."""
         if self.result and self.as_json:
             print_json(self.result)
             self.result = {}
 
     def summary(self) -> int:
-        """The same for people, where all went well."""
+        """Print the result of a successful run for people; return the exit code."""
         if not self.as_json:
             r = self.result
             metrics = [f"{name} {number(name, r['metrics'].get(name))}" for name in self.state.metric_names()]
             traffic = f"{megabytes(r['bytes_up'])} up, {megabytes(r['bytes_down'])} down"
-            said = [
+            parts = [
                 f"run {r['run']}: {r['reason']}",
                 *metrics,
                 f"{r['seconds']:.1f} s",
                 traffic,
                 f"digest {r['digest']}",
             ]
-            self.console.print(Text(", ".join(said)), soft_wrap=True)
+            self.console.print(Text(", ".join(parts)), soft_wrap=True)
         return DONE
 
 
 async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
-    """On a fleet of our own. Raises RunFailed."""
+    """Submit and follow the run on a local fleet. Raises RunFailed."""
     return await _follow_local(watch, Services(fleet, watch.screen.say))
 
 
@@ -96,12 +98,12 @@ async def _follow_local(watch: RunWatch, services: Services) -> int:
 
 
 async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
-    """The same, and the fleet stays up when the run has ended, however it did, until somebody interrupts."""
+    """Submit and follow the run on a local fleet; keep the fleet up afterwards, until a signal comes."""
     code, services = DONE, Services(fleet, watch.screen.say)
     goodbye = Message("Ctrl-C ends the fleet")
     try:
         await _follow_local(watch, services)
-        watch.screen.show(goodbye)  # the run's last line comes before what is said of it
+        watch.screen.show(goodbye)  # prints the last line of the run before its summary
         watch.summary()
     except RunFailed as error:
         watch.screen.show(goodbye)
@@ -121,7 +123,7 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
 
 
 async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
-    """Submits, and says the run's name."""
+    """Submit the run and print its name."""
     logging.getLogger().addHandler(logging.NullHandler())
     errors = Screen(Console(stderr=True, highlight=False), Message(""))
     bus = await _connect(at, seed)
@@ -140,11 +142,16 @@ async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
 
 
 async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) -> int:
-    """On a broker that somebody else runs. `watch_seed`: the key that hears the agents; the coordinator's does not.
+    """Submit and follow the run on a given broker.
 
-    Raises RunFailed for a run that failed.
+    Args:
+        seed: of the coordinator's key.
+        watch_seed: of the watchers' key, which hears the agents; the coordinator's does not.
+
+    Raises:
+        RunFailed: the run failed.
     """
-    logging.getLogger().addHandler(logging.NullHandler())  # trouble with the connection is shown on the screen
+    logging.getLogger().addHandler(logging.NullHandler())  # the screen shows problems of the connection
     bus = await _connect(at, seed)
     feed_bus = bus
     try:

@@ -1,4 +1,4 @@
-"""A simulated fleet as a person sees it: the same picture as of a real run, and what everybody did."""
+"""The display of a simulated run: the picture of a real run, and a table of the agents' work."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from syncline_cli.ui.results import print_json
 from syncline_sim.fleet import AgentResult, Fleet, FleetResult
 from syncline_sim.settings import SimSettings
 
-ROWS = 24  # of the table of agents; of more, the first and the last are shown
+MAX_ROWS = 24  # of the table of agents; a longer table shows the first and the last
 
 
 class SimRun:
-    """`run` once."""
+    """One simulated run and its display. Call `run` once."""
 
     def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path, as_json: bool) -> None:
         self.spec, self.as_json = spec, as_json
@@ -41,7 +41,16 @@ class SimRun:
         self._began_s = time.monotonic()
 
     def run(self) -> int:
-        """Returns the exit code. Raises ConfigError, RunFailed and Interrupted."""
+        """Simulate the run and print its result.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            ConfigError: the settings are refused.
+            RunFailed: the run failed; the result until then is printed.
+            Interrupted: Ctrl-C; the result until then is printed.
+        """
         try:
             with self.screen:
                 self.screen.frame()
@@ -59,17 +68,17 @@ class SimRun:
             raise RunFailed(f"run {result.run}: {result.reason}")
         return 0
 
-    # -- while it goes on ----------------------------------------------------------------------------------------------
+    # -- progress ----------------------------------------------------------------------------------------------
     def _follow(self, subject: str, data: bytes) -> None:
-        """A metric or an event: the picture is drawn again when that was some time ago."""
+        """Take a metric or an event; redraw the picture at most every FRAME_S."""
         if self.console.is_terminal or not subject.endswith(f".{Train.kind}"):  # no line prints what agents are doing
             self.observed.handle(subject, data, self.fleet.now_s)
         if time.monotonic() - self._drawn_s > FRAME_S:
-            self._view.about = f"{self.spec.task}, {_seconds(self.fleet.now_s)} of its own time"
+            self._view.about = f"{self.spec.task}, {_seconds(self.fleet.now_s)} of virtual time"
             self.screen.frame()
             self._drawn_s = time.monotonic()
 
-    # -- what came of it -----------------------------------------------------------------------------------------------
+    # -- the result -----------------------------------------------------------------------------------------------
     def _report(self, result: FleetResult) -> None:
         real_s = time.monotonic() - self._began_s
         if self.as_json:
@@ -82,18 +91,18 @@ class SimRun:
         ]
         versions = counted(result.versions, "version")
         rate = result.updates / result.seconds if result.seconds else 0.0
-        said = (
+        parts = (
             f"run {result.run}: {result.reason or result.phase}", *metrics, *([versions] if versions != result.reason else []),
-            f"{counted(result.updates, 'update')}, {rate:.3g} a second", f"{_seconds(result.seconds)} of its own time",
-            f"{real_s:.1f} s of yours", f"digest {result.digest}",
+            f"{counted(result.updates, 'update')}, {rate:.3g} per second", f"{_seconds(result.seconds)} of virtual time",
+            f"{real_s:.1f} s of real time", f"digest {result.digest}",
         )  # fmt: skip
         whole = Group(_agents(result), "", *_curve(result))
         self.console.print(Padding(whole, (1, 0, 0, 0), expand=False))
-        self.console.print(Text(", ".join(said)), soft_wrap=True)
+        self.console.print(Text(", ".join(parts)), soft_wrap=True)
 
 
 def as_object(result: FleetResult, real_s: float) -> dict[str, Any]:
-    """The result as the JSON that scripts rely on."""
+    """Return the result with the keys that scripts rely on."""
     return {
         "run": result.run,
         "versions": result.versions,
@@ -114,17 +123,18 @@ def as_object(result: FleetResult, real_s: float) -> dict[str, Any]:
 
 
 def _agents(result: FleetResult) -> Table:
+    """Draw one row per agent."""
     table = Table.grid(padding=(0, 2, 0, 0))
     heads = ("", "s/step", "periods", "busy", "merged", "late", "dropped", "lag", "most", "up", "down")
     for i, _ in enumerate(heads):
         table.add_column(no_wrap=True, justify="right" if i else "left")
     table.add_row(*(Text(head, "dim") for head in heads))
     shown = list(result.agents)
-    if len(shown) > ROWS:
-        shown = [*shown[: ROWS // 2], *shown[-ROWS // 2 :]]
+    if len(shown) > MAX_ROWS:
+        shown = [*shown[: MAX_ROWS // 2], *shown[-MAX_ROWS // 2 :]]
     for i, agent in enumerate(shown):
-        if i == ROWS // 2 and len(result.agents) > ROWS:
-            table.add_row("…", Text(f"{len(result.agents) - ROWS} more", "dim"))
+        if i == MAX_ROWS // 2 and len(result.agents) > MAX_ROWS:
+            table.add_row("…", Text(f"{len(result.agents) - MAX_ROWS} more", "dim"))
         table.add_row(*_row(agent, result.seconds))
     return table
 
@@ -146,7 +156,7 @@ def _row(agent: AgentResult, seconds: float) -> tuple[str, ...]:
 
 
 def _curve(result: FleetResult, rows: int = 10) -> list[Any]:
-    """The center's metrics by time, some of them."""
+    """Draw the center's metrics by time, in at most `rows` rows."""
     points = result.timeline
     if not points:
         return []

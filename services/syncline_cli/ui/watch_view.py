@@ -1,6 +1,6 @@
-"""How a watched run looks: a picture that fits the terminal, whatever the number of agents. Draws a FleetState.
+"""The picture of a watched run, fitted to the terminal for any number of agents. Draws a FleetState.
 
-Lines are laid out by hand: of 400 agents only those that fit are drawn, each in a few microseconds.
+Lines are laid out by hand, because only the agents that fit are drawn, in a few microseconds each.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from syncline.wire.subjects import FLEET
 from syncline_cli.ui.display import STYLES, clean, counted, megabytes, number
 
 GAP = "  "
-STATE = 13  # columns of «training 100%»
-WIDE = 110  # columns from which on the rarer figures are shown
-MOST_CURVES = 4
-MOST_EVENTS, FEWEST_EVENTS = 8, 3
-NARROWEST_CURVE = 8
+STATE_COLUMNS = 13  # of «training 100%»
+WIDE = 110  # columns from which wide columns are shown
+MAX_CURVES = 4
+MAX_EVENTS = 8
+MIN_EVENTS = 3
+MIN_CURVE_COLUMNS = 8
 PHASE_STYLES = {"done": "bold green", "failed": "bold red", "refused": "bold red"}
-DEAF = "no agent is heard: the key watch.nk hears them, the coordinator's does not"
-KEYS = "q or Ctrl-C leaves"
+DEAF = "no agent is heard: the key watch.nk hears agents, the coordinator's key does not"
+KEYS = "q or Ctrl-C to leave"
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How an agent does: those that need somebody to look come first."""
+    """The condition of an agent in one word, with its order: agents in trouble come first."""
 
     rank: int
     word: str
@@ -41,6 +42,7 @@ class Standing:
 
     @classmethod
     def of(cls, agent: AgentState, now_s: float, *, ended: bool = False) -> Standing:
+        """Return the condition of an agent; after the end of its run only failures and losses count."""
         if agent.failed:
             return cls(0, "cannot train", "red")
         if agent.lost:
@@ -60,6 +62,8 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Column:
+    """A column of the table of agents."""
+
     title: str
     width: int
     cell: Callable[[RunState, AgentState, float], str]
@@ -67,7 +71,7 @@ class Column:
 
 
 def _train(cell: Callable[[RunState, AgentState], str]) -> Callable[[RunState, AgentState, float], str]:
-    """A figure of an agent that has said where it stands."""
+    """Return a cell that is empty for an agent without a training metric."""
     return lambda state, agent, now_s: "" if agent.train is None else cell(state, agent)
 
 
@@ -100,7 +104,13 @@ COLUMNS = (
 
 
 def picture(fleet: FleetState, width: int, height: int, now_s: float, wall_s: float, url: str) -> Text:
-    """At most `height` lines of at most `width` columns. `now_s` is the clock by which messages were heard."""
+    """Draw at most `height` lines of at most `width` columns.
+
+    Args:
+        now_s: the clock that `fleet.handle` was given.
+        wall_s: seconds since the epoch.
+        url: the broker's address, without passwords.
+    """
     state = fleet.shown(now_s)
     if state is None:
         lines = list(_nothing(fleet, width, url))
@@ -113,12 +123,12 @@ def picture(fleet: FleetState, width: int, height: int, now_s: float, wall_s: fl
         lines += events
     lines = lines[: height - 1]
     lines += [Text("")] * (height - 1 - len(lines))
-    going = "; the run goes on" if state is not None and state.phase not in ENDED else ""
+    going = "; the run continues" if state is not None and state.phase not in ENDED else ""
     return Text("\n").join(_fitted(line, width) for line in [*lines, Text(KEYS + going, "dim")])
 
 
 def ago(seconds: float) -> str:
-    """How long something is ago, in at most six columns."""
+    """Return an age in at most six columns."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{min(999, int(seconds // size))} {unit}"
@@ -126,6 +136,7 @@ def ago(seconds: float) -> str:
 
 
 def clock(wall_s: float) -> str:
+    """Return the local time of day."""
     return datetime.fromtimestamp(wall_s).strftime("%H:%M:%S")
 
 
@@ -133,20 +144,21 @@ def clock(wall_s: float) -> str:
 
 
 def _nothing(fleet: FleetState, width: int, url: str) -> Iterator[Text]:
+    """Draw the picture before the run is heard."""
     wanted = f"run {fleet.selected}" if fleet.selected else "a run"
     yield Text.assemble((f"waiting for {wanted}", "bold"), (f"  {url}", "dim"))
     yield Text("")
     for line in waiting_for(fleet):
         yield Text(line)
     yield Text("")
-    yield from _events(fleet, FLEET, width, MOST_EVENTS)
+    yield from _events(fleet, FLEET, width, MAX_EVENTS)
 
 
 def waiting_for(fleet: FleetState) -> Iterator[str]:
-    """What is known while nothing of the run is heard, and what to do."""
+    """Yield the known facts while the run is not heard, and a hint."""
     status = fleet.status
     if status is None:
-        yield "nothing is heard of a coordinator so far"
+        yield "no message from a coordinator so far"
     else:
         busy = f"run {status.run} is active" if status.run else "no run is active"
         queued = f", queued: {', '.join(status.queued)}" if status.queued else ""
@@ -155,13 +167,13 @@ def waiting_for(fleet: FleetState) -> Iterator[str]:
         if suggestion := fleet.suggestion():
             yield suggestion
         if status is None:
-            yield "a run that has ended says nothing more: `syncline ls` lists it, `syncline why` explains it"
+            yield "a run that has ended sends no messages: `syncline ls` lists it, `syncline why` explains it"
     elif status is not None and not status.run:
         yield "submit one: syncline run SPEC.yaml"
 
 
 def _head(state: RunState, others: list[str], width: int, now_s: float, wall_s: float) -> Iterator[Text]:
-    """Two lines: which run, and how its last round went; and how far it is."""
+    """Draw the run, its last round, and its progress."""
     status, round_ = state.status, state.round
     left = Text.assemble((f"run {state.run}", "bold"), GAP, (state.phase, PHASE_STYLES.get(state.phase, "green")))
     if status is not None and status.phase == "waiting" and not state.version:
@@ -193,14 +205,14 @@ def _progress(state: RunState, width: int) -> Text:
     traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down" if state.round else ""
     right = Text(GAP.join(filter(None, [f"{rate:,.0f} rows/s" if rate else "", traffic])), "dim")
     room = width - len(figures) - len(right) - 2 * len(GAP)
-    if room < NARROWEST_CURVE or not state.versions:
+    if room < MIN_CURVE_COLUMNS or not state.versions:
         return _pair(Text(figures), right, width)
     done = round(room * min(1.0, state.version / state.versions))
     return Text.assemble(figures, GAP, ("━" * done, "green"), ("━" * (room - done), "bright_black"), GAP, right)
 
 
 def _curves(state: RunState, width: int) -> Iterator[Text]:
-    names = [name for name in state.metric_names() if name in state.curves][: MOST_CURVES - 1]
+    names = [name for name in state.metric_names() if name in state.curves][: MAX_CURVES - 1]
     curves: list[tuple[str, float | None, Curve]] = [(n, state.metrics.get(n), state.curves[n]) for n in names]
     if TRAINING_LOSS in state.curves:
         trained = state.curves[TRAINING_LOSS]
@@ -210,12 +222,12 @@ def _curves(state: RunState, width: int) -> Iterator[Text]:
     wide, longest, widest = (max(map(len, column), default=0) for column in ([c[0] for c in curves], figures, spans))
     for (name, _, curve), figure, span in zip(curves, figures, spans, strict=True):
         line = Text.assemble((name.ljust(wide), "dim"), GAP, (figure.rjust(longest), "bold"), GAP)
-        line.append(curve.sparkline(max(NARROWEST_CURVE, width - len(line) - len(GAP) - widest)), "green")
+        line.append(curve.sparkline(max(MIN_CURVE_COLUMNS, width - len(line) - len(GAP) - widest)), "green")
         yield line.append(f"{GAP}{span:>{widest}}", "dim")
 
 
 def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
-    """Heading and rows, those first that need somebody to look; the rest is counted."""
+    """Draw the heading and the rows that fit, agents in trouble first; count the rest."""
     if not state.agents or room < 2:
         return []
     ended = state.phase in ENDED
@@ -226,18 +238,20 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
     columns = [column for column in COLUMNS if width >= WIDE or not column.wide]
     figures = sum(column.width + len(GAP) for column in columns)
     longest = max(map(len, shown), default=5)
-    wide = max(5, min(longest, width - figures - STATE - len(GAP)))
+    wide = max(5, min(longest, width - figures - STATE_COLUMNS - len(GAP)))
     heads = "".join(f"{GAP}{column.title:>{column.width}}" for column in columns)
-    lines = [Text(f"{'agent':<{wide}}{GAP}{'state':<{STATE}}{heads}", "dim")]
+    lines = [Text(f"{'agent':<{wide}}{GAP}{'state':<{STATE_COLUMNS}}{heads}", "dim")]
     for name in shown:
         agent, how = state.agents[name], standing[name]
         cells = "".join(f"{GAP}{column.cell(state, agent, now_s):>{column.width}}" for column in columns)
         word = _word(state, agent, how)
-        said = _one_line(agent.failed or agent.lost or agent.slow).removeprefix(f"{name} ")
-        said = said.removeprefix("lost: ").removeprefix("slow: ")
-        why = f"{GAP}{said}" if how.rank < 3 and width >= WIDE else ""
+        reason = _one_line(agent.failed or agent.lost or agent.slow).removeprefix(f"{name} ")
+        reason = reason.removeprefix("lost: ").removeprefix("slow: ")
+        why = f"{GAP}{reason}" if how.rank < 3 and width >= WIDE else ""
         lines.append(
-            Text.assemble(f"{_cut(name, wide):<{wide}}{GAP}", (f"{word:<{STATE}}", how.style), cells, (why, "dim"))
+            Text.assemble(
+                f"{_cut(name, wide):<{wide}}{GAP}", (f"{word:<{STATE_COLUMNS}}", how.style), cells, (why, "dim")
+            )
         )
     if len(shown) < len(names):
         words = Counter(standing[name].word for name in names[len(shown) :])
@@ -247,32 +261,32 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
 
 
 def _word(state: RunState, agent: AgentState, how: Standing) -> str:
-    """How it does; of one that trains also how far it is."""
+    """Return the agent's condition; while it trains, with the share of its period."""
     done, steps = state.steps_of(agent)
     return f"{how.word} {done / steps:.0%}" if how.word == "training" and steps else how.word
 
 
 def _events_that_fit(room: int, agents: int) -> int:
-    """Agents come first, but a few events are always shown."""
+    """Return the lines for events: agents come first, but a few events are always shown."""
     left = room - agents - 2
-    return max(0, min(MOST_EVENTS, max(FEWEST_EVENTS, left), room - 3)) if room > 4 else 0
+    return max(0, min(MAX_EVENTS, max(MIN_EVENTS, left), room - 3)) if room > 4 else 0
 
 
 def _events(fleet: FleetState, run: str, width: int, lines: int) -> list[Text]:
-    """Under a blank line: the newest advice, which says what to do, in as much as half of the room; then the newest last."""
+    """Draw a blank line, the newest advice in at most half of the lines, and events, the newest last."""
     if lines < 2:
         return []
     state = fleet.runs.get(run)
     advice = state.advice if state is not None else None
     shown = [] if advice is None else _whole(RunEvent(run, advice), width, lines // 2)
     room = lines - 1 - len(shown)
-    said = [s for s in fleet.recent if s.run in (run, FLEET) and s.event is not advice]
-    shown += [_fitted(event_line(s), width) for s in said[max(0, len(said) - room) :]]
+    others = [s for s in fleet.recent if s.run in (run, FLEET) and s.event is not advice]
+    shown += [_fitted(event_line(s), width) for s in others[max(0, len(others) - room) :]]
     return [Text(""), *shown] if shown else []
 
 
 def _whole(said: RunEvent, width: int, lines: int) -> list[Text]:
-    """An event that is not cut off at the end of its line."""
+    """Draw an event on several lines."""
     first = event_line(said)
     indent = len(clock(0)) + len(GAP)
     texts = textwrap.wrap(first.plain[indent:], max(10, width - indent), max_lines=lines, placeholder=" …")
@@ -282,6 +296,7 @@ def _whole(said: RunEvent, width: int, lines: int) -> list[Text]:
 
 
 def event_line(said: RunEvent) -> Text:
+    """Draw an event on one line, with its time."""
     event = said.event
     return Text.assemble((clock(event.time_s), "dim"), GAP, (_one_line(event.text), STYLES[event.level]))
 
@@ -291,7 +306,7 @@ def _one_line(text: str) -> str:
 
 
 def _pair(left: Text, right: Text, width: int) -> Text:
-    """One at each end; the left one gives way."""
+    """Draw one text at each end of a line; the left one is cut off if both do not fit."""
     room = width - len(right) - len(GAP)
     left.truncate(max(0, room), overflow="ellipsis", pad=True)
     return Text.assemble(left, GAP, right)

@@ -1,5 +1,7 @@
-"""Watching on a terminal, in plain lines, or as JSON lines. Subscribes to metrics and events, and asks
-nothing but how a run ended that is no longer heard of."""
+"""`syncline watch` on a terminal, in plain lines, or as JSON lines.
+
+The command subscribes to metrics and events. Its only question to the broker is the head of a selected run that is not heard.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +39,17 @@ from syncline_cli.process import Interrupted, run_interruptible
 from syncline_cli.ui.display import STYLES, clean, megabytes, number
 from syncline_cli.ui.watch_view import DEAF, clock, event_line, picture, waiting_for
 
-FRAME_S = 0.2  # a picture at most so often
-STILL_S = 1.0  # and at least so often: ages grow while nothing is heard
-LINE_S = 2.0  # plain lines of versions at most so often
-HINT_S = 4.0  # after which it is said that nothing is heard
-LAST_S = 1.0  # what is still on its way when a run has ended
-PENDING = 16_384  # messages that wait to be understood; beyond them the newest are dropped
-MOST_LINES = 10_000  # JSON lines that wait for a slow reader
+FRAME_S = 0.2  # shortest time between pictures
+STILL_S = 1.0  # longest time between pictures: ages grow without messages too
+LINE_S = 2.0  # shortest time between plain lines of versions
+HINT_S = 4.0  # without a message, after which a hint is printed
+LAST_S = 1.0  # for messages that are on their way when a run has ended
+MAX_PENDING = 16_384  # messages that wait to be parsed; beyond that the newest are dropped
+MAX_LINES = 10_000  # JSON lines that wait for a slow reader; beyond that the oldest are dropped
 
 
 class _Pipe(Console):
-    """Rich would end the process with an error where nobody reads on."""
+    """A console that raises BrokenPipeError; rich would end the process with an error."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -55,32 +57,33 @@ class _Pipe(Console):
 
 @dataclass(slots=True)
 class Watching:
-    """What to watch, and what was heard. `asks`: the key that may ask how a run ended; None where there is none at hand."""
+    """The state of one `syncline watch`."""
 
     at: Place
     fleet: FleetState
     plain: bool
     as_json: bool
-    asks: str | None = None
-    head: Head | None = None  # of a run that ended unheard
+    head_key: str | None = None  # a key file that may read heads; None: not known
+    head: Head | None = None  # of a selected run that ended unheard
     console: Console = field(default_factory=lambda: _Pipe(highlight=False))
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    fresh: deque[RunEvent] = field(default_factory=lambda: deque(maxlen=1000))  # events that no line was printed for
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
+    fresh: deque[RunEvent] = field(default_factory=lambda: deque(maxlen=1000))  # events that are not printed yet
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINES))
 
     @classmethod
     def of(cls, run: str, connect: str, key: str, *, plain: bool, as_json: bool, tls: Tls | None = None) -> Watching:
-        """Raises ConfigError."""
+        """Return the state for the options of the command. Raises ConfigError for an invalid run name, key or broker."""
         if run and not NAME.fullmatch(run):
-            raise ConfigError("RUN", f"{run!r} is no run's name", "Use 1 to 63 of a-z, 0-9 and '-'")
+            raise ConfigError("RUN", f"{run!r} is not a run's name", "Use 1 to 63 of a-z, 0-9 and '-'")
         at, asking = place(connect, key, WATCH, tls), place(connect, key, tls=tls)
         may_ask = not asking.key or Path(asking.key).name == f"{COORDINATOR}{SUFFIX}"
         at = replace(at, key=watch_key(at.key))
         if key and at.key != key:
-            print(f"watching with the key {at.key}, which lies beside {key}", file=sys.stderr)
+            print(f"watching with the key {at.key}, of the same set as {key}", file=sys.stderr)
         return cls(at, FleetState(run), plain, as_json, asking.key if may_ask else None)
 
     async def on_message(self, delivery: Delivery) -> None:
+        """Take a message of the feeds."""
         message = self.fleet.handle(delivery.subject, delivery.data, time.monotonic())
         if message is None:
             return
@@ -92,16 +95,18 @@ class Watching:
 
     @property
     def on_terminal(self) -> bool:
+        """Whether a live picture is drawn."""
         console = self.console
         return console.is_terminal and not (console.is_dumb_terminal or self.plain or self.as_json)
 
     @property
     def state(self) -> RunState | None:
+        """The run that is shown."""
         return self.fleet.shown(time.monotonic())
 
     @property
     def over(self) -> bool:
-        """The run that was asked for has ended, or is none; or the local fleet that was found is gone."""
+        """Whether watching ends: the selected run has ended or does not exist, or the local fleet has ended."""
         state = self.state
         return (
             bool(self.fleet.selected and state is not None and state.phase in ENDED)
@@ -111,18 +116,24 @@ class Watching:
 
 
 def watch_run(watching: Watching) -> int:
-    """Until the run has ended or somebody leaves. Raises ConfigError, Interrupted, and RunFailed for a run that failed."""
-    logging.getLogger().addHandler(logging.NullHandler())  # the connection heals itself; silence is shown
+    """Watch until the run has ended or the user leaves; return the exit code.
+
+    Raises:
+        ConfigError: the broker cannot be used, or the run does not exist.
+        Interrupted: Ctrl-C.
+        RunFailed: the run failed.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # the connection heals itself, and the picture shows silence
     seed = read_seed(Path(watching.at.key)) if watching.at.key else ""
     try:
         return run_interruptible(lambda: _watch(watching, seed)) or _summary(watching)
-    except BrokenPipeError:  # whoever read our lines has read enough
+    except BrokenPipeError:  # the reader of the lines has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Interrupted:
         state = watching.state
         goes_on = state is not None and state.phase not in ENDED
-        raise Interrupted(f"; run {state.run} goes on" if goes_on and state is not None else "") from None
+        raise Interrupted(f"; run {state.run} continues" if goes_on and state is not None else "") from None
 
 
 async def _watch(watching: Watching, seed: str) -> int:
@@ -133,13 +144,13 @@ async def _watch(watching: Watching, seed: str) -> int:
         raise unreachable(error, at) from None
     try:
         for feed in ("metrics.>", "events.*"):
-            await bus.subscribe(f"{PREFIX}.*.{feed}", watching.on_message, limit=PENDING)
+            await bus.subscribe(f"{PREFIX}.*.{feed}", watching.on_message, limit=MAX_PENDING)
         show = _on_terminal if watching.on_terminal else _in_json if watching.as_json else _in_lines
         while True:
             await show(watching)
             if not watching.fleet.absent:
                 return DONE
-            watching.head = await _how_it_ended(watching)
+            watching.head = await _head_of_selected(watching)
             if watching.head is None or watching.head.phase in ENDED:
                 return DONE
             watching.fleet.reset_absence()
@@ -147,11 +158,11 @@ async def _watch(watching: Watching, seed: str) -> int:
         await bus.close()
 
 
-async def _how_it_ended(watching: Watching) -> Head | None:
-    """The head of the wanted run; None where that cannot be known. Raises ConfigError where there is no such run."""
-    if watching.asks is None:
+async def _head_of_selected(watching: Watching) -> Head | None:
+    """Return the head of the selected run; None without a key or an answer. Raises ConfigError if the run does not exist."""
+    if watching.head_key is None:
         return None
-    seed = read_seed(Path(watching.asks)) if watching.asks else ""
+    seed = read_seed(Path(watching.head_key)) if watching.head_key else ""
     try:
         bus = await watching.at.connect("cli", seed)
     except BusError:
@@ -188,7 +199,7 @@ async def _on_terminal(watching: Watching) -> None:
 
 @contextlib.contextmanager
 def _keys(left: asyncio.Event) -> Iterator[None]:
-    """`q` sets `left`; nothing that is typed is echoed into the picture."""
+    """Set `left` when `q` is typed; suppress the echo of typed keys."""
     if not sys.stdin.isatty():
         yield
         return
@@ -216,8 +227,10 @@ def _keys(left: asyncio.Event) -> Iterator[None]:
 
 
 async def _in_lines(watching: Watching) -> None:
-    """A line for every event, and now and then one for the newest version."""
-    began_s, said_s, said, hinted = time.monotonic(), 0.0, ("", -1), False
+    """Print a line for every event, and at most every LINE_S one for the newest version."""
+    began_s = time.monotonic()
+    printed, printed_s = ("", -1), 0.0
+    hinted = False
     while not watching.over:
         await asyncio.sleep(FRAME_S)
         _print_events(watching)
@@ -231,12 +244,12 @@ async def _in_lines(watching: Watching) -> None:
         if state.deaf and not hinted:
             hinted = True
             _print(watching, Text(DEAF, STYLES["warning"]))
-        if (state.run, state.version) != said and now_s - said_s >= LINE_S:
-            said, said_s = (state.run, state.version), now_s
+        if (state.run, state.version) != printed and now_s - printed_s >= LINE_S:
+            printed, printed_s = (state.run, state.version), now_s
             _print(watching, Text(version_line(state, time.time())))
     await asyncio.sleep(LAST_S)
     _print_events(watching)
-    if (state := watching.state) is not None and (state.run, state.version) != said:
+    if (state := watching.state) is not None and (state.run, state.version) != printed:
         _print(watching, Text(version_line(state, time.time())))
 
 
@@ -244,9 +257,9 @@ def _print_events(watching: Watching) -> None:
     state = watching.state
     shown = watching.fleet.selected or (state.run if state is not None else "")
     while watching.fresh:
-        said = watching.fresh.popleft()
-        if said.run in (shown, FLEET) or not watching.fleet.selected:
-            _print(watching, event_line(said))
+        event = watching.fresh.popleft()
+        if event.run in (shown, FLEET) or not watching.fleet.selected:
+            _print(watching, event_line(event))
 
 
 def _print(watching: Watching, line: Text) -> None:
@@ -254,11 +267,11 @@ def _print(watching: Watching, line: Text) -> None:
 
 
 def version_line(state: RunState, wall_s: float) -> str:
-    """Where the run stands, in a line."""
+    """Return the state of a run as one line."""
     of = f" of {state.versions:,}" if state.versions else ""
     metrics = [f"{name} {number(name, state.metrics[name])}" for name in state.metric_names()[:3]]
-    away = [name for name, agent in state.agents.items() if agent.lost or agent.failed]
-    agents = f"{len(state.agents) - len(away)} of {len(state.agents)} agents"
+    missing = [name for name, agent in state.agents.items() if agent.lost or agent.failed]
+    agents = f"{len(state.agents) - len(missing)} of {len(state.agents)} agents"
     late = [f"late: {', '.join(state.round.late[:5])}"] if state.round is not None and state.round.late else []
     traffic = f"{megabytes(state.bytes_up)} up, {megabytes(state.bytes_down)} down"
     parts = [f"run {state.run}: version {state.version:,}{of}", *metrics, agents, *late, traffic]
@@ -269,17 +282,17 @@ def version_line(state: RunState, wall_s: float) -> str:
 
 
 def json_line(message: FeedMessage, data: bytes) -> str:
-    """The message as it came, with where it came from; '' for one that is no JSON object."""
-    where = {"run": message.run, "sender": message.sender, "kind": message.kind}
+    """Return the message with its run, sender and kind as a JSON object; '' for data that is not a JSON object."""
+    source = {"run": message.run, "sender": message.sender, "kind": message.kind}
     try:
-        said = json.loads(data)
+        fields = json.loads(data)
     except ValueError:
         return ""
-    return json.dumps({**where, **said, **where}) if isinstance(said, dict) else ""
+    return json.dumps({**source, **fields, **source}) if isinstance(fields, dict) else ""
 
 
 async def _in_json(watching: Watching) -> None:
-    """Written by a thread: a reader that is slow, or stopped, does not hold the connection up; beyond a limit the oldest go."""
+    """Print JSON lines in a thread, so that a slow or stopped reader does not block the connection."""
     while True:
         over = watching.over
         batch = [watching.lines.popleft() for _ in range(len(watching.lines))]
@@ -302,7 +315,7 @@ def _write(text: str) -> None:
 
 
 def _summary(watching: Watching) -> int:
-    """How the run stood when it was left. Raises RunFailed for one that failed, and ConfigError for one that is none."""
+    """Print the last state of the run; return the exit code. Raises RunFailed and ConfigError as `watch_run` does."""
     if watching.fleet.absent:
         return _summary_of_head(watching)
     state = watching.state
@@ -316,14 +329,14 @@ def _summary(watching: Watching) -> int:
         gone = at.found and not Path(at.key).exists()
         text = "the local fleet has ended" if gone else f"come back with: {again}"
         _print(watching, Text(text, STYLES["hint"]))
-    elif watching.on_terminal:  # elsewhere it is in the lines
+    elif watching.on_terminal:  # plain lines and JSON have it already
         _print(watching, Text(clean(state.ended)))
         _print(watching, Text(version_line(state, time.time())))
     return DONE
 
 
 def _summary_of_head(watching: Watching) -> int:
-    """The same for a run that ended before anything was heard of it, or while nothing was."""
+    """Print the last state of a run that ended unheard."""
     head = watching.head
     if head is None:
         raise absent(watching.fleet, "" if watching.at.found else come_back("", watching.at.url, "", watching.at.tls))
@@ -336,14 +349,18 @@ def _summary_of_head(watching: Watching) -> int:
 
 
 def absent(fleet: FleetState, where: str) -> ConfigError:
-    """What to say of a run that the coordinator does not know of. `where`: options that lead to its broker."""
+    """Return the error for a run that the coordinator does not know.
+
+    Args:
+        where: options that lead to its broker, for the hint.
+    """
     status = fleet.status
     running = [status.run] if status is not None and status.run else []
     queued = status.queued if status is not None else []
     busy = "; ".join(
-        f"{what}: {', '.join(names)}" for what, names in (("running", running), ("queued", queued)) if names
+        f"{phase}: {', '.join(names)}" for phase, names in (("running", running), ("queued", queued)) if names
     )
-    problem = f"no run {fleet.selected} is running or queued here; {busy or 'nor is any other'}"
+    problem = f"no run {fleet.selected} is running or queued; {busy or 'no other run is, either'}"
     close = difflib.get_close_matches(fleet.selected, [*running, *queued], n=1, cutoff=0.5)
-    ended = f"With the coordinator's key, `syncline ls{where}` lists those that have ended"
+    ended = f"With the coordinator's key, `syncline ls{where}` lists runs that have ended"
     return ConfigError("RUN", problem, f"Did you mean {close[0]}? {ended}" if close else ended)

@@ -219,7 +219,7 @@ def test_the_command_says_what_to_do_next(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "--name edge-7 --key edge-7.nk" in said and "--signal reload" in said
     assert keys("revoke", ops, "a1") == 0
-    assert "the key is still good" in capsys.readouterr().out
+    assert "the key is still valid" in capsys.readouterr().out
     assert keys("list", ops) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["coordinator", "watch", "a2", "edge-7", "a1"]

@@ -90,11 +90,11 @@ def test_errors_are_one_line_and_an_exit_code(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["keys", "make", ""], "DIR: '' names no directory. Name one; the current one is '.'"),
-        (["agent", "--task-dir", "/not/there"], "--task-dir: '/not/there' is no directory here. Make it"),
-        (["coordinator", "--task-dir", "/not/there"], "--task-dir: '/not/there' is no directory here. Make it"),
+        (["keys", "make", ""], "DIR: '' is not a directory. Name one; '.' is the current one"),
+        (["agent", "--task-dir", "/not/there"], "--task-dir: '/not/there' is not a directory. Make it"),
+        (["coordinator", "--task-dir", "/not/there"], "--task-dir: '/not/there' is not a directory. Make it"),
         (["run", "s.yaml", "--local", "2", "--connect", "nats://hub:4222"], "--connect nats://hub:4222 names another"),
-        (["run", "s.yaml", "--local", "2", "--key", "k.nk"], "--key k.nk names another. Leave out --local, or --key"),
+        (["run", "s.yaml", "--local", "2", "--key", "k.nk"], "--key k.nk names another. Remove --local or --key"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_happens(

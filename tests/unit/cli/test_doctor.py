@@ -68,9 +68,9 @@ def seen(gpus: int = 0, cuda: str = "", error: str = "", **changes: Any) -> dict
         (seen(2, "12.8"), True, "cuda:1", "ok", "cuda:0 H100", ""),
         (seen(2, "12.8"), True, "cpu", "ok", "the CPU", ""),
         (seen(mps=True), False, "auto", "ok", "on mps", ""),
-        (seen(), True, "auto", "warning", "this build of torch is without CUDA", "with CUDA"),
+        (seen(), True, "auto", "warning", "this build of torch has no CUDA", "with CUDA"),
         (seen(), True, "cpu", "ok", "the CPU", ""),
-        (seen(), True, "cuda", "broken", "this build of torch is without CUDA", "with CUDA"),
+        (seen(), True, "cuda", "broken", "this build of torch has no CUDA", "with CUDA"),
         (
             seen(cuda="13.0", said=["driver is too old"]),
             True,
@@ -79,12 +79,12 @@ def seen(gpus: int = 0, cuda: str = "", error: str = "", **changes: Any) -> dict
             "driver is too old",
             "Update the driver",
         ),
-        (seen(cuda="13.0"), True, "auto", "warning", "its CUDA 13.0 finds none", "Update the driver"),
+        (seen(cuda="13.0"), True, "auto", "warning", "CUDA 13.0 of torch finds no GPU", "Update the driver"),
         (seen(cuda="13.0"), False, "cuda", "broken", "no NVIDIA driver", "container toolkit"),
-        (seen(2, "12.8"), True, "cuda:2", "broken", "2 are here, from cuda:0 on", "--device auto"),
+        (seen(2, "12.8"), True, "cuda:2", "broken", "torch sees 2, from cuda:0 on", "--device auto"),
         (seen(1, "12.8", "no kernel image"), True, "auto", "broken", "cuda:0 H100: no kernel image", "Install a build"),
         (seen(), False, "mps", "broken", "no Apple GPU", "--device auto"),
-        (seen(), False, "gpu", "broken", "'gpu' is no device", "cuda:N"),
+        (seen(), False, "gpu", "broken", "'gpu' is not a device", "cuda:N"),
     ],
 )
 def test_what_torch_sees(what: dict[str, Any], driver: bool, device: str, verdict: str, text: str, hint: str) -> None:
@@ -213,4 +213,4 @@ def test_a_check_that_does_not_exist_is_wrong_input(check: str, hint: str, capsy
 def test_an_address_of_pages_that_is_none_is_wrong_input(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--monitor", url, "--only", "disk"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: --monitor: {url!r} is no address") and "http://host:8222" in said
+    assert said.startswith(f"error: --monitor: {url!r} is not the address") and "http://host:8222" in said

@@ -59,16 +59,16 @@ async def test_a_broker_that_has_gone_is_started_again_three_times(tmp_path: Pat
     for _ in range(BROKER_STARTS):
         broker.exit_code = -9
         await services._keep_broker()
-    assert broker.said[0] == ("warning", "the broker's process was killed by SIGKILL; it is started again")
+    assert broker.said[0] == ("warning", "the broker's process was killed by SIGKILL; restarting it")
     broker.exit_code = 1
-    with pytest.raises(RunFailed, match="ended with code 1, after 3 new starts"):
+    with pytest.raises(RunFailed, match="ended with code 1, after 3 restarts"):
         await services._keep_broker()
     assert broker.restarts == BROKER_STARTS
 
 
 async def test_a_broker_that_does_not_come_up_again_ends_the_run(tmp_path: Path) -> None:
     broker = Broker(tmp_path, exit_code=-9, broken=True)
-    with pytest.raises(RunFailed, match="killed by SIGKILL, and does not start again: nats-server ended with code 1"):
+    with pytest.raises(RunFailed, match="killed by SIGKILL, and cannot be restarted: nats-server ended with code 1"):
         await broker.services()._keep_broker()
 
 
@@ -87,13 +87,11 @@ async def test_a_full_disk_is_said_once_and_the_broker_started_again_when_there_
             log.write(FULL)
         await services._keep_broker()
     ((level, text),) = broker.said
-    assert level == "error" and text == f"the disk is full and the run stands still: free 64 MiB for {tmp_path}"
+    assert level == "error" and text == f"the disk is full and the run has stopped: free 64 MiB for {tmp_path}"
     free = ENOUGH_BYTES
     await services._keep_broker()
     await services._keep_broker()
-    assert (
-        broker.restarts == 1 and broker.said[1][1] == "the broker's process ran out of disk space; it is started again"
-    )
+    assert broker.restarts == 1 and broker.said[1][1] == "the broker's process ran out of disk space; restarting it"
 
 
 # -- the coordinator ------------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ async def test_a_coordinator_that_has_gone_is_started_again_three_times(tmp_path
         fleet.ends(-9)
         await services._keep_coordinator()
     assert fleet.starts == 1 + COORDINATOR_STARTS
-    said = ("warning", "the coordinator's process was killed by SIGKILL; it is started again")
+    said = ("warning", "the coordinator's process was killed by SIGKILL; restarting it")
     assert fleet.broker.said == [said] * COORDINATOR_STARTS
     fleet.ends(FAILED)
     with pytest.raises(RunFailed, match=r"ended with code 1\n  coordinator\.log: error: the reason"):

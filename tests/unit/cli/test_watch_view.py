@@ -89,7 +89,7 @@ def test_four_agents_are_shown_with_all_that_is_known() -> None:
         "a4     training 55%       13     0    0.0203    12,345     2.7 MB     now",
     ):
         assert shown in text
-    assert f"{KEYS}; the run goes on" in text
+    assert f"{KEYS}; the run continues" in text
 
 
 def test_a_wide_terminal_shows_more() -> None:
@@ -192,7 +192,7 @@ def test_ages_in_words() -> None:
 
 def test_before_anything_is_heard_it_says_what_it_waits_for_and_what_to_do() -> None:
     fleet = FleetState()
-    assert "nothing is heard of a coordinator so far" in drawn(fleet)
+    assert "no message from a coordinator so far" in drawn(fleet)
     hear(fleet, COORDINATOR, FleetStatus(agents=1, run="", queued=[]), "fleet")
     text = "\n".join(drawn(fleet))
     assert "waiting for a run  nats://hub:4222" in text

@@ -35,7 +35,7 @@ def test_people_read_who_was_merged_late_or_dropped_and_why() -> None:
         "  merged  clock  lag  weight  rows  steps  seconds",
         "  a2          8    1     0.5   449     20    2.500",
         "  a1          8    0     0.5   449     20    1.250",
-        "  late: a3 was not waited for",
+        "  late: a3; the round closed without its update",
         "  dropped: a4, clock 8: late: the round of version 0 is closed",
         "  collect 1.500 s, merge 0.250 s; 2.0 MB up, 1.0 MB down",
     ]

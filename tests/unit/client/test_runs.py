@@ -250,8 +250,8 @@ async def test_plain_pytorch_loads_the_file(bus: MemoryBus, tmp_path: Path) -> N
     ("name", "said"),
     [
         ("m.pt", "m.pt does not end with .safetensors. Write "),
-        ("gone/m.safetensors", "gone is no directory"),
-        ("there.safetensors", "is there already. Name another, or replace it with --force"),
+        ("gone/m.safetensors", "gone is not a directory"),
+        ("there.safetensors", "exists. Name another file, or replace it with --force"),
     ],
 )
 def test_a_file_that_cannot_be_meant(tmp_path: Path, name: str, said: str) -> None:

@@ -116,8 +116,8 @@ def test_a_name_that_is_none_is_answered_with_what_is_running_and_what_may_have_
     fleet = FleetState("digits-2")
     hear(fleet, "fleet", COORDINATOR, FleetStatus(agents=3, run="digits-1", queued=["other"]))
     assert str(absent(fleet, " --connect nats://hub:4222")) == (
-        "RUN: no run digits-2 is running or queued here; running: digits-1; queued: other. Did you mean digits-1? "
-        "With the coordinator's key, `syncline ls --connect nats://hub:4222` lists those that have ended"
+        "RUN: no run digits-2 is running or queued; running: digits-1; queued: other. Did you mean digits-1? "
+        "With the coordinator's key, `syncline ls --connect nats://hub:4222` lists runs that have ended"
     )
 
 
