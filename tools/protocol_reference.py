@@ -39,7 +39,7 @@ from syncline.wire.messages import (
     Verdict,
 )
 
-RUN, AGENT, WHO, BLOB, K = "<run>", "<agent>", "<who>", "<blob>", "<k>"
+RUN, AGENT, WHO, BLOB, K = "<run>", "<agent>", "<sender>", "<blob>", "<k>"
 
 INTRO = f"""# The protocol
 
@@ -98,7 +98,7 @@ SUBJECTS = (
     (subjects.submit(), "anybody in `CORE`", "coordinator", "`submit`, a request; the reply is a `submitted`"),
     (subjects.stop(), "anybody in `CORE`", "coordinator", "`stop`, a request; the reply is a `stopped`"),
     (subjects.story(), "anybody in `CORE`", "coordinator", "`story`, a request; the reply is a `story-told`"),
-    (subjects.metrics(RUN, WHO, "<what>"), "agents, coordinator", "anybody", "a metric, JSON"),
+    (subjects.metrics(RUN, WHO, "<kind>"), "agents, coordinator", "anybody", "a metric, JSON"),
     (subjects.events(RUN, WHO), "agents, coordinator", "anybody", "an event, JSON"),
 )
 
@@ -248,7 +248,7 @@ def _metrics() -> Iterable[str]:
     for who, metric in METRICS:
         run = subjects.FLEET if metric is FleetStatus else RUN
         yield from _published(subjects.metrics(run, who, metric.kind), metric)
-    yield from _published(subjects.events(RUN, "<who>"), Event)
+    yield from _published(subjects.events(RUN, "<sender>"), Event)
 
 
 def _published(subject: str, metric: type[Published]) -> Iterable[str]:

@@ -47,7 +47,7 @@ def as_typed() -> str:
 
 
 def run_interruptible(work: Callable[[], Awaitable[int]], *, on_signal: Callable[[], None] = lambda: None) -> int:
-    """Run `work` in a new event loop. The first signal cancels it and lets it clean up; the second ends the process at once.
+    """Run `work` in a new event loop. The first signal cancels the work, which can clean up; the second ends the process.
 
     Args:
         work: returns the exit code.

@@ -69,7 +69,7 @@ _STYLES = {"done": "green", "failed": "red", "refused": "red", "queued": "dim"}
 
 
 async def look(bus: Bus) -> tuple[list[RunSummary], bool | None]:
-    """Return the runs, and whether a coordinator answers; None if every run has ended and none is needed."""
+    """Return the runs, and whether a coordinator answers; None if every run has ended."""
     from syncline.client.runs import coordinator_answers, summaries
 
     rows = await summaries(bus)

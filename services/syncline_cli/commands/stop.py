@@ -55,7 +55,7 @@ def stop(
 
 
 async def _stop(bus: Bus, run: str, by: str, at: Place) -> StopResult:
-    """Stop the run; name the command that starts a coordinator if none is up."""
+    """Stop the run; without a coordinator, name the command that starts one."""
     from syncline.client.stop import stop as stop_run
     from syncline.errors import ConfigError, NoResponders
     from syncline_cli.connect import come_back

@@ -125,7 +125,7 @@ class Services:
                 self._say("warning", f"{name}: its process {how_it_ended(worker.exited.result())}")
 
     def _coordinator_end(self) -> int | None:
-        """Return the exit code of the coordinator, or None while it runs."""
+        """Return the exit code of an ended coordinator."""
         exited = self.fleet.workers[COORDINATOR].exited
         return exited.result() if exited.done() else None
 

@@ -211,7 +211,7 @@ class RunState:
         return max(of_round, of_status, self.evaluated)
 
     def lag(self, agent: AgentState) -> int | None:
-        """Return the versions between the center and the version the agent trains from; None if it trains from none."""
+        """Return the versions between the center and the base of the agent's training, or None without a base."""
         train = agent.train
         return None if train is None or train.state == "starting" else max(0, self.version - train.version)
 

@@ -267,7 +267,7 @@ def test_a_setting_that_is_none_is_named(
     tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert keys("make", str(tmp_path / "ops"), option, value) == 2
-    assert capsys.readouterr().err.startswith(f"error: {option}: {value!r} is no ")
+    assert capsys.readouterr().err.startswith(f"error: {option}: {value!r} is not a")
     assert not (tmp_path / "ops").exists()
 
 
