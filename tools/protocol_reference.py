@@ -202,7 +202,7 @@ def _subjects() -> Iterable[str]:
     yield "## Subjects\n"
     yield _table(("subject", "written by", "read by", "carries"), [(f"`{s}`", *rest) for s, *rest in SUBJECTS])
     yield (
-        "`<who>` is an agent's name, `coordinator` or `broker`; `<run>` is `fleet` for what concerns no single run. "
+        "`<sender>` is an agent's name, `coordinator` or `broker`; `<run>` is `fleet` for what concerns no single run. "
         f"Reserved and no names of runs or agents: {', '.join(f'`{n}`' for n in sorted(subjects.RESERVED))}.\n"
     )
     yield "## What JetStream keeps\n"

@@ -1,7 +1,7 @@
 """Metrics and events: JSON on public subjects, for people and dashboards.
 
-`syncline.v1.<run>.metrics.<sender>.<kind>` and `syncline.v1.<run>.events.<sender>`; the sender is an agent's name, `coordinator`
-or `broker`. The messages are not stored: a lost one is a gap in a plot. `syncline.observe.feed` reads them.
+`syncline.v1.<run>.metrics.<sender>.<kind>` and `syncline.v1.<run>.events.<sender>`; the sender is an agent's name,
+`coordinator` or `broker`. The messages are not stored: a lost one is a gap in a plot. `syncline.observe.feed` reads them.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def test_every_record_with_every_field_is_there(page: str) -> None:
 
 
 def test_every_subject_is_there(page: str) -> None:
-    placeholders = {"run": "<run>", "agent": "<agent>", "blob": "<blob>", "who": "<who>", "what": "<what>"}
+    placeholders = {"run": "<run>", "agent": "<agent>", "blob": "<blob>", "who": "<sender>", "what": "<kind>"}
     placeholders |= {"version": "<version>", "term": "<term>"}
     for name, make in inspect.getmembers(subjects, inspect.isfunction):
         taken = inspect.signature(make).parameters
