@@ -1,4 +1,9 @@
-"""`syncline agent`: run the agent service in the foreground."""
+"""`syncline agent`: run the agent service in the foreground.
+
+The service itself is `syncline_agent`; this module turns options into its settings. Options have environment variables,
+so that a container or a unit file needs no command line. The exit code is 0 after a drain, and 2 for a wrong option or
+key.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`syncline bench`: measure this machine: rounds per second of the services without training."""
+"""`syncline bench`: measure this machine: rounds per second of the services without training.
+
+A task without training and with a model of a chosen size runs on a local fleet. The times between the commits are those
+of the services and the broker alone. Needs the extra `local`.
+"""
 
 from __future__ import annotations
 

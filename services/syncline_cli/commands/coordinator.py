@@ -1,4 +1,8 @@
-"""`syncline coordinator`: run the coordinator service in the foreground."""
+"""`syncline coordinator`: run the coordinator service in the foreground.
+
+The service itself is `syncline_coordinator`; this module turns options into its settings. One coordinator serves a
+broker: a second one is refused. The exit code is 0 after SIGINT or SIGTERM, and 2 for a wrong option or key.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`syncline demo`: agents on this machine train a real model together, then each alone, and compare."""
+"""`syncline demo`: agents on this machine train a real model together, then each alone, and compare.
+
+All checks come first: the options, the port, the directory, and the extra `local`. The nursery starts next, because
+every service waits for its import of torch; the rest of the command is imported meanwhile.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`syncline doctor`: check this set-up; each line has a hint."""
+"""`syncline doctor`: check this set-up; each line has a hint.
+
+The checks are in `syncline_cli.doctor`: of this machine in `checks_here`, of the broker in `checks_broker`. Both groups
+run concurrently. A check never raises: errors become findings. The exit code is 1 if a finding is broken.
+"""
 
 from __future__ import annotations
 

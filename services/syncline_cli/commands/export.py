@@ -1,4 +1,8 @@
-"""`syncline export`: write a run's shared model to a safetensors file that plain PyTorch loads."""
+"""`syncline export`: write a run's shared model to a safetensors file that plain PyTorch loads.
+
+The command reads head and the model's chunks with the coordinator's key, and checks the digest that the run's records
+name. It imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""`syncline keys`: make and revoke the keys of a fleet, and write the configuration of its nats-server."""
+"""`syncline keys`: make and revoke the keys of a fleet, and write the configuration of its nats-server.
+
+A set is a directory: one seed file per identity, in a subdirectory per role, so that each machine is given its own part
+only, and the configuration of nats-server with the public keys. No command contacts the broker; the operator reloads
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`syncline ls`: list the runs on a broker, the newest first."""
+"""`syncline ls`: list the runs on a broker, the newest first.
+
+The list comes from the bucket of runs and the rosters, read with the coordinator's key, so that ended runs are listed
+too. One request finds out whether a coordinator answers, unless every run has ended.
+"""
 
 from __future__ import annotations
 

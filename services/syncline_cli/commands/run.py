@@ -1,4 +1,10 @@
-"""`syncline run`: submit a run and follow it to its end, on a given broker or on a local fleet."""
+"""`syncline run`: submit a run and follow it to its end, on a given broker or on a local fleet.
+
+On a given broker the command needs the coordinator's key to submit, and the watchers' key of the same set to hear the
+agents. With `--local N` it starts a fleet of its own, which needs the extra `local`. Head decides when the run has
+ended; metrics and events are only shown. The exit code is 0 for a run that is done, 1 for one that failed, 2 for a
+refused one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`syncline sim`: a run with its whole fleet in this process and in virtual time, to try a fleet before its deployment."""
+"""`syncline sim`: a run with its whole fleet in this process and in virtual time, to try a fleet before its deployment.
+
+The simulator is `syncline_sim`. The same spec, seed and settings give the same result, bit for bit.
+"""
 
 from __future__ import annotations
 

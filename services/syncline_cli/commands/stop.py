@@ -1,4 +1,7 @@
-"""`syncline stop`: end a run cleanly; its models and its log are kept."""
+"""`syncline stop`: end a run cleanly; its models and its log are kept.
+
+The request is repeated until head names an end: a coordinator that restarts meanwhile does not remember it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""`syncline watch`: show a run in progress, from the public feeds alone."""
+"""`syncline watch`: show a run in progress, from the public feeds alone.
+
+The command needs no more than the watchers' key, and publishes nothing. On a terminal it draws a live picture,
+elsewhere it prints lines; `--json` prints the messages themselves. The exit code is 1 if RUN failed, 2 if RUN does not
+exist.
+"""
 
 from __future__ import annotations
 

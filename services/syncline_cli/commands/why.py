@@ -1,4 +1,8 @@
-"""`syncline why`: explain a version of a run, from the log of commits."""
+"""`syncline why`: explain a version of a run, from the log of commits.
+
+The log holds a record of every commit, with the plan of its merge. It is read with the coordinator's key, during the
+run and after.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
     from syncline.wire.messages import Committed, Head, PlanEntry
 
 app = new_app()
+
+Line = tuple[str, str]  # a text and its style
 
 MAX_ROWS = 20  # updates that are shown without --all
 
@@ -80,20 +86,34 @@ def _entry(e: PlanEntry) -> dict[str, Any]:
     return {"agent": e.agent, "clock": e.clock, "lag": e.lag, "weight": e.weight, "seconds": e.seconds}
 
 
-def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[str, str]]:
-    """Yield the lines for people, each with its style.
+def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[Line]:
+    """Yield the lines for people, section by section.
+
+    A further section, such as the history of one agent, is one more generator here.
 
     Args:
         rows: the most entries to list of each kind; None: all.
     """
-    from syncline.observe.naming import natural_order
-    from syncline_cli.ui.display import clean, megabytes
+    yield from _title(commit, head)
+    yield from _merged(commit, rows)
+    yield from _left_out(commit, rows)
+    yield from _figures(commit)
 
-    plan = commit.plan
+
+def _title(commit: Committed, head: Head) -> Iterator[Line]:
+    """Yield the version and the reason why its round closed."""
+    from syncline_cli.ui.display import clean
+
     of = f" of {head.version:,} so far" if commit.version < head.version else ""
     yield f"run {commit.run}, version {commit.version:,}{of}", "bold"
-    yield f"  closed by: {clean(plan.reason)}", ""
-    merged = sorted(plan.merged, key=lambda e: (-e.lag, -e.seconds, natural_order(e.agent)))
+    yield f"  closed by: {clean(commit.plan.reason)}", ""
+
+
+def _merged(commit: Committed, rows: int | None) -> Iterator[Line]:
+    """Yield the table of merged updates; those with the largest lag come first, and of these the slowest."""
+    from syncline.observe.naming import natural_order
+
+    merged = sorted(commit.plan.merged, key=lambda e: (-e.lag, -e.seconds, natural_order(e.agent)))
     table: list[tuple[str, ...]] = [("merged", "clock", "lag", "weight", "rows", "steps", "seconds")]
     for e in merged[:rows]:
         counts = (f"{e.samples:,}", f"{e.steps:,}", f"{e.seconds:.3f}")
@@ -102,19 +122,34 @@ def as_lines(commit: Committed, head: Head, rows: int | None) -> Iterator[tuple[
     for i, row in enumerate(table):
         cells = [row[0].ljust(widths[0]), *(f.rjust(w) for f, w in zip(row[1:], widths[1:], strict=True))]
         yield f"  {'  '.join(cells)}", "" if i else "dim"
-    late = [f"late: {name}; the round closed without its update" for name in sorted(plan.late, key=natural_order)]
+    yield from _hidden(len(merged), rows)
+
+
+def _left_out(commit: Committed, rows: int | None) -> Iterator[Line]:
+    """Yield the late agents and the dropped updates, with reasons."""
+    from syncline.observe.naming import natural_order
+    from syncline_cli.ui.display import clean
+
+    names = sorted(commit.plan.late, key=natural_order)
+    late = [f"late: {name}; the round closed without its update" for name in names]
     dropped = [f"dropped: {d.agent}, clock {d.clock:,}: {clean(d.reason)}" for d in commit.dropped]
     if commit.dropped_more:
         dropped.append(f"dropped: {commit.dropped_more:,} more, which the record has no room for")
-    yield from _hidden(len(merged), rows)
     for lines in (late, dropped):
         yield from ((f"  {line}", "yellow") for line in lines[:rows])
         yield from _hidden(len(lines), rows)
+
+
+def _figures(commit: Committed) -> Iterator[Line]:
+    """Yield the seconds of each phase, the traffic, and the identity of the version."""
+    from syncline_cli.ui.display import megabytes
+
     phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in commit.phases_s.items())
     yield f"  {phases}; {megabytes(commit.bytes_up)} up, {megabytes(commit.bytes_down)} down", ""
     yield f"  digest {commit.digest}, term {commit.term}", "dim"
 
 
-def _hidden(count: int, rows: int | None) -> Iterator[tuple[str, str]]:
+def _hidden(count: int, rows: int | None) -> Iterator[Line]:
+    """Yield the number of entries beyond the first `rows`."""
     if rows is not None and count > rows:
         yield f"  … and {count - rows:,} more: --all shows them", "dim"
