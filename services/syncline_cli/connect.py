@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BrokerChoice:
     """A broker and the key file to use there."""
 
     url: str = field(repr=False)  # as given, passwords included; `shown` is for people
@@ -55,7 +55,7 @@ class Place:
         return await connect(self.url, identity, seed, tls=self.tls)
 
 
-def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = None) -> Place:
+def choose_broker(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = None) -> BrokerChoice:
     """Return the broker to use.
 
     Args:
@@ -70,14 +70,14 @@ def place(connect: str, key: str, role: str = COORDINATOR, tls: Tls | None = Non
     fleets, tls = local_fleets(), tls or Tls()
     if connect:
         own = next((str(_key(d, role)) for d, url in fleets if url == connect), "")
-        return Place(connect, key or own, tls=tls)
+        return BrokerChoice(connect, key or own, tls=tls)
     if not fleets or key:
-        return Place(DEFAULT_URL, key, named=bool(key), tls=tls)
+        return BrokerChoice(DEFAULT_URL, key, named=bool(key), tls=tls)
     if len(fleets) > 1:
         urls = ", ".join(sorted(url for _, url in fleets))
         raise ConfigError("--connect", f"several local fleets are up: {urls}", "Name one of them")
     directory, url = fleets[0]
-    return Place(url, str(_key(directory, role)), found=True)
+    return BrokerChoice(url, str(_key(directory, role)), found=True)
 
 
 def local_fleets() -> list[tuple[Path, str]]:
@@ -95,7 +95,7 @@ def local_fleets() -> list[tuple[Path, str]]:
     return found
 
 
-def check_task_dir(at: Place, task: str, spec: Path) -> None:
+def check_task_dir(at: BrokerChoice, task: str, spec: Path) -> None:
     """Refuse a task file for a local fleet that searches another directory, and might load another file of the same name.
 
     Raises:
@@ -111,7 +111,7 @@ def check_task_dir(at: Place, task: str, spec: Path) -> None:
                 raise ConfigError("task", problem, f"Start another fleet for it: syncline run {spec} --local 4")
 
 
-def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
+def ask(at: BrokerChoice, work: Callable[[Bus], Awaitable[T]]) -> T:
     """Connect with a command's key, await `work(bus)` and return its result.
 
     Raises:
@@ -126,7 +126,7 @@ def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
         try:
             bus = await at.connect("cli", seed)
         except BusError as error:
-            raise unreachable(error, at) from None
+            raise connection_error(error, at) from None
         try:
             results.append(await work(bus))
         except Denied as error:
@@ -141,7 +141,7 @@ def ask(at: Place, work: Callable[[Bus], Awaitable[T]]) -> T:
     return results[0]
 
 
-async def submit_remote(bus: Bus, spec: RunSpec, at: Place, say: Say) -> Submitted:
+async def submit_remote(bus: Bus, spec: RunSpec, at: BrokerChoice, say: Say) -> Submitted:
     """Submit a run to a coordinator that somebody else operates; every problem with the broker becomes a ConfigError."""
     try:
         return await submit(bus, spec, patience_s=5.0, say=say)
@@ -167,7 +167,7 @@ async def _check_jetstream(bus: Bus, url: str) -> None:
         pass
 
 
-def unreachable(error: BusError, at: Place) -> ConfigError:
+def connection_error(error: BusError, at: BrokerChoice) -> ConfigError:
     """Return the error for a person who cannot connect; without a named broker its hint tells how to start one."""
     if at.named or isinstance(error, Denied):
         return connection_problem(error, at.url)
@@ -175,7 +175,7 @@ def unreachable(error: BusError, at: Place) -> ConfigError:
     return ConfigError("--connect", f"no local fleet is up on this machine, and {error}", hint)
 
 
-def come_back(command: str, connect: str, key: str, tls: Tls | None = None) -> str:
+def command_with_options(command: str, connect: str, key: str, tls: Tls | None = None) -> str:
     """Return the command with the options that reach this broker, less those that environment variables set already."""
     words = [command]
     if connect not in (DEFAULT_URL, os.environ.get("SYNCLINE_NATS_URL")):

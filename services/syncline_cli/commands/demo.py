@@ -57,12 +57,12 @@ def demo(
     nursery = start_nursery(*PRELOAD)  # early: every service waits for torch
 
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names
-    from syncline_cli.local_fleet.supervise import with_fleet
+    from syncline_cli.local_fleet.supervise import run_with_fleet
     from syncline_cli.ui.demo_run import Demo
 
     show = Demo(settings)
     fleet = FleetSettings(tuple(agent_names(agents)), directory=directory, port=port, device="cpu")
-    raise typer.Exit(with_fleet(fleet, nursery, show.run, around=show.screen) or show.report())
+    raise typer.Exit(run_with_fleet(fleet, nursery, show.run, around=show.screen) or show.report())
 
 
 def _check_port(port: int) -> None:

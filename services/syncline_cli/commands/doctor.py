@@ -66,13 +66,13 @@ def doctor(
 
     from syncline.bus.tls import Tls
     from syncline.runtime.service import state_dir as default_state_dir
-    from syncline_cli.connect import place
+    from syncline_cli.connect import choose_broker
     from syncline_cli.doctor import findings
     from syncline_cli.doctor.checks_broker import Target
     from syncline_cli.process import run_interruptible
 
     _check_monitor(monitor)
-    at = place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
+    at = choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
     target = Target(at.url, at.key, name, monitor, at.tls)
     directories = {"disk": default_state_dir(state_dir), **({"store": Path(store)} if store else {})}
     found: list[Finding] = []

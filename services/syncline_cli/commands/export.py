@@ -47,11 +47,11 @@ def export(
 
     from syncline.bus.tls import Tls
     from syncline.client.export import fetch, save
-    from syncline_cli.connect import ask, place
+    from syncline_cli.connect import ask, choose_broker
     from syncline_cli.ui.display import counted, megabytes
     from syncline_cli.ui.results import print_json
 
-    model = ask(place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), lambda bus: fetch(bus, run, version))
+    model = ask(choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), lambda bus: fetch(bus, run, version))
     save(model, file)
     if as_json:
         print_json({**model.about, "file": str(file)})

@@ -37,11 +37,11 @@ def ls(
     from rich.text import Text
 
     from syncline.bus.tls import Tls
-    from syncline_cli.connect import ask, come_back, place
+    from syncline_cli.connect import ask, choose_broker, command_with_options
     from syncline_cli.ui.display import clean
     from syncline_cli.ui.results import print_json
 
-    at = place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
+    at = choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
     rows, driven = ask(at, look)
     if as_json:
         runs = [{k: v for k, v in asdict(row).items() if k != "revision"} for row in rows]
@@ -64,7 +64,7 @@ def ls(
         table.add_row(row.run, Text(phase, _STYLES.get(row.phase, "")), versions, agents, Text(clean(row.reason)))
     console.print(table, soft_wrap=not console.is_terminal)
     if driven is False:
-        start = come_back("syncline coordinator", at.url, at.key, at.tls)
+        start = command_with_options("syncline coordinator", at.url, at.key, at.tls)
         text = f"?: no coordinator answers, so the run does not move. Start one: {start}"
         console.print(Text(text, "yellow"), soft_wrap=True)
 

@@ -118,11 +118,11 @@ def _remote(
     from syncline.bus.server.accounts import read_seed
     from syncline.bus.tls import Tls
     from syncline.client.keys import watch_key
-    from syncline_cli.connect import check_task_dir, come_back, place
+    from syncline_cli.connect import check_task_dir, choose_broker, command_with_options
     from syncline_cli.process import Interrupted, run_interruptible
     from syncline_cli.ui.run_follow import RunWatch, follow_remote, submit_alone
 
-    at = place(connect, key, tls=Tls(*certificates))
+    at = choose_broker(connect, key, tls=Tls(*certificates))
     check_task_dir(at, spec.task, path)
     watch = RunWatch(spec, as_json, key=at.key)
     seeds = [read_seed(Path(file)) if file else "" for file in (at.key, watch_key(at.key))]
@@ -131,9 +131,11 @@ def _remote(
             return run_interruptible(lambda: submit_alone(watch, at, seeds[0]))
         return run_interruptible(lambda: follow_remote(watch, at, *seeds)) or watch.summary()
     except Interrupted:
-        again, ls = f"syncline watch {spec.name}", "syncline ls"
+        again = f"syncline watch {spec.name}"
+        ls = "syncline ls"
         if not at.found:
-            again, ls = come_back(again, at.url, watch_key(at.key), at.tls), come_back(ls, at.url, at.key, at.tls)
+            again = command_with_options(again, at.url, watch_key(at.key), at.tls)
+            ls = command_with_options(ls, at.url, at.key, at.tls)
         if watch.submitted:
             raise Interrupted(f"; run {spec.name} continues without this terminal. Come back with: {again}") from None
         raise Interrupted(f"; run {spec.name} may have been submitted. See: {ls}" if watch.asked else "") from None
@@ -163,7 +165,7 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) ->
     nursery = start_nursery("torch._dynamo", *preload)
 
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names
-    from syncline_cli.local_fleet.supervise import with_fleet
+    from syncline_cli.local_fleet.supervise import run_with_fleet
     from syncline_cli.process import Interrupted
     from syncline_cli.ui.display import counted
     from syncline_cli.ui.run_follow import RunWatch, follow_and_stay, follow_local
@@ -177,7 +179,7 @@ def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) ->
     )
     follow = follow_and_stay if stay else follow_local
     try:
-        return with_fleet(fleet, nursery, lambda up: follow(watch, up), around=watch.screen) or watch.summary()
+        return run_with_fleet(fleet, nursery, lambda up: follow(watch, up), around=watch.screen) or watch.summary()
     except Interrupted:
         if watch.stayed is None:
             raise

@@ -14,7 +14,7 @@ from syncline_cli.options import HELP_NAMES, FindConnect, Json, Key, RunName, Tl
 if TYPE_CHECKING:
     from syncline.bus.base import Bus
     from syncline.client.stop import StopResult
-    from syncline_cli.connect import Place
+    from syncline_cli.connect import BrokerChoice
 
 app = new_app()
 
@@ -39,10 +39,10 @@ def stop(
     A queued run never starts. Stopping a run that has ended changes nothing.
     """
     from syncline.bus.tls import Tls
-    from syncline_cli.connect import ask, place
+    from syncline_cli.connect import ask, choose_broker
     from syncline_cli.ui.results import print_json
 
-    at = place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
+    at = choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
     result = ask(at, lambda bus: _stop(bus, run, by, at))
     outcome, head = result.outcome, result.head
     if as_json:
@@ -57,14 +57,14 @@ def stop(
         print(f"export its model with: syncline export {run} {run}.safetensors")
 
 
-async def _stop(bus: Bus, run: str, by: str, at: Place) -> StopResult:
+async def _stop(bus: Bus, run: str, by: str, at: BrokerChoice) -> StopResult:
     """Stop the run; without a coordinator, name the command that starts one."""
     from syncline.client.stop import stop as stop_run
     from syncline.errors import ConfigError, NoResponders
-    from syncline_cli.connect import come_back
+    from syncline_cli.connect import command_with_options
 
     try:
         return await stop_run(bus, run, by)
     except NoResponders:
-        hint = f"Start one with `{come_back('syncline coordinator', at.url, at.key, at.tls)}`"
+        hint = f"Start one with `{command_with_options('syncline coordinator', at.url, at.key, at.tls)}`"
         raise ConfigError("--connect", f"no coordinator answers on {at.shown}", hint) from None

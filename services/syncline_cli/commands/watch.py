@@ -39,7 +39,7 @@ def watch(
     the next run.
     """
     from syncline.bus.tls import Tls
-    from syncline_cli.ui.watching import Watching, watch_run
+    from syncline_cli.ui.watching import WatchSession, watch_run
 
     tls = Tls(tls_ca, tls_cert, tls_key)
-    raise typer.Exit(watch_run(Watching.of(run, connect, key, plain=plain, as_json=as_json, tls=tls)))
+    raise typer.Exit(watch_run(WatchSession.of(run, connect, key, plain=plain, as_json=as_json, tls=tls)))

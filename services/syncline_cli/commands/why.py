@@ -46,14 +46,14 @@ def why(
     from syncline.bus.tls import Tls
     from syncline.client.history import commit_of
     from syncline.client.runs import head_of
-    from syncline_cli.connect import ask, place
+    from syncline_cli.connect import ask, choose_broker
     from syncline_cli.ui.results import print_json
 
     async def read(bus: Any) -> tuple[Head, Committed]:
         head = await head_of(bus, run)
         return head, await commit_of(bus, head, head.version if version is None else version)
 
-    head, commit = ask(place(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), read)
+    head, commit = ask(choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), read)
     if as_json:
         print_json(as_object(commit))
         return

@@ -33,7 +33,7 @@ BROKER_STARTS = COORDINATOR_STARTS = 3  # restarts, after which the run fails
 T = TypeVar("T")
 
 
-def with_fleet(
+def run_with_fleet(
     settings: FleetSettings,
     nursery: Nursery,
     work: Callable[[LocalFleet], Awaitable[int]],
@@ -67,7 +67,7 @@ def with_fleet(
         raise Interrupted from None
 
 
-class Services:
+class FleetSupervisor:
     """Watches the processes of a local fleet, and restarts the broker and the coordinator. Agents are not restarted."""
 
     def __init__(self, fleet: LocalFleet, say: Say, *, coordinator_starts: int = COORDINATOR_STARTS) -> None:
@@ -78,7 +78,7 @@ class Services:
         self._disk_full = False
         self._broker_log = LogTail(fleet.broker.log_path, from_end=True)
 
-    def able(self, state: RunState) -> list[str]:
+    def able_agents(self, state: RunState) -> list[str]:
         """Return the agents that are alive and have not reported that they cannot train."""
         self._look()
         return [name for name in self.fleet.settings.agents if name not in self._gone and name not in state.failed]
@@ -186,7 +186,7 @@ class Services:
         while True:
             await self._keep_broker()
             await self._keep_coordinator()
-            able, least = self.able(state), needed
+            able, least = self.able_agents(state), needed
             if follower.opened:  # the coordinator handles failures from now on; only ended processes count here
                 able, least = [name for name in self.fleet.settings.agents if name not in self._gone], 1
             if len(able) < least:

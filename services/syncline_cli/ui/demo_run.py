@@ -21,7 +21,7 @@ from syncline.spec.run_spec import RunSpec
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.local_fleet.demo_settings import TASK, DemoSettings
 from syncline_cli.local_fleet.fleet import LocalFleet
-from syncline_cli.local_fleet.supervise import Services
+from syncline_cli.local_fleet.supervise import FleetSupervisor
 from syncline_cli.process import as_typed, since_start_s
 from syncline_cli.ui.display import Message, RunView, Screen, counted, megabytes, number
 from syncline_cli.ui.results import print_json, result_of
@@ -49,11 +49,11 @@ class Demo:
         try:
             self._say_how_to_watch(fleet)
             # Without restarts of the coordinator: its end in a demo is a fault that the user should see.
-            services = Services(fleet, self.screen.say, coordinator_starts=0)
+            supervisor = FleetSupervisor(fleet, self.screen.say, coordinator_starts=0)
             name = f"demo-{secrets.token_hex(3)}"
-            await self._together(services, bus, watch, self.settings.spec(name))
-            able = len(services.able(self.shared))
-            await self._alone(services, bus, watch, self.settings.spec_alone(f"{name}-alone", max(1, able)))
+            await self._together(supervisor, bus, watch, self.settings.spec(name))
+            able = len(supervisor.able_agents(self.shared))
+            await self._alone(supervisor, bus, watch, self.settings.spec_alone(f"{name}-alone", max(1, able)))
             self.screen.show(Message("stopping"))
         finally:
             await watch.close()
@@ -61,33 +61,33 @@ class Demo:
         return 0
 
     # -- the runs ----------------------------------------------------------------------------------------------------
-    async def _together(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
+    async def _together(self, supervisor: FleetSupervisor, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         fleet_state = FleetState.of(spec)
         self.shared = fleet_state.followed
         for warning in spec.warnings:
             self.screen.say("warning", warning)
         self.screen.show(RunView("training together", self.shared, about=self.about))
-        follower = await self._follow(services, bus, watch, spec, fleet_state)
+        follower = await self._follow(supervisor, bus, watch, spec, fleet_state)
         first_s = 0.0 if follower.first_commit_at_s is None else since_start_s(follower.first_commit_at_s)
         self.result = {**result_of(follower), "first_commit_s": round(first_s, 3)}
 
-    async def _alone(self, services: Services, bus: Bus, watch: Bus, spec: RunSpec) -> None:
+    async def _alone(self, supervisor: FleetSupervisor, bus: Bus, watch: Bus, spec: RunSpec) -> None:
         steps = spec.local.steps_for(0)
         fleet_state = FleetState.of(spec)
         state = fleet_state.followed
         accuracy = number("accuracy", self.result["accuracy"])
         done = f"shared model: accuracy {accuracy} after {counted(self.shared.version, 'round')}"
         self.screen.show(RunView("each agent alone", state, done, f"on its own part, for as many steps: {steps:,}"))
-        await self._follow(services, bus, watch, spec, fleet_state)
+        await self._follow(supervisor, bus, watch, spec, fleet_state)
         self.alone = {name: state.agents[name] for name in sorted(state.agents, key=natural_order)}
 
     async def _follow(
-        self, services: Services, bus: Bus, watch: Bus, spec: RunSpec, fleet_state: FleetState
+        self, supervisor: FleetSupervisor, bus: Bus, watch: Bus, spec: RunSpec, fleet_state: FleetState
     ) -> RunFollower:
         follower = RunFollower(bus, watch, fleet_state)
         await follower.open()
-        await services.while_up(submit(bus, spec, say=self.screen.say))
-        await services.until_ended(follower, spec.agents.min, stalled_s=STALLED_S)
+        await supervisor.while_up(submit(bus, spec, say=self.screen.say))
+        await supervisor.until_ended(follower, spec.agents.min, stalled_s=STALLED_S)
         await follower.last_metrics(spec)
         return follower
 

@@ -17,9 +17,9 @@ from syncline.observe.fleet_state import FleetState
 from syncline.runtime.service import DONE, FAILED
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.subjects import COORDINATOR
-from syncline_cli.connect import Place, submit_remote, unreachable
+from syncline_cli.connect import BrokerChoice, connection_error, submit_remote
 from syncline_cli.local_fleet.fleet import LocalFleet
-from syncline_cli.local_fleet.supervise import Services
+from syncline_cli.local_fleet.supervise import FleetSupervisor
 from syncline_cli.ui.display import Message, RunView, Screen, megabytes, number
 from syncline_cli.ui.results import print_json, result_of
 
@@ -74,19 +74,19 @@ class RunWatch:
 
 async def follow_local(watch: RunWatch, fleet: LocalFleet) -> int:
     """Submit and follow the run on a local fleet. Raises RunFailed."""
-    return await _follow_local(watch, Services(fleet, watch.screen.say))
+    return await _follow_local(watch, FleetSupervisor(fleet, watch.screen.say))
 
 
-async def _follow_local(watch: RunWatch, services: Services) -> int:
-    fleet = services.fleet
+async def _follow_local(watch: RunWatch, supervisor: FleetSupervisor) -> int:
+    fleet = supervisor.fleet
     bus, feed_bus = await fleet.connect(COORDINATOR), await fleet.connect("watch")
     try:
         follower = RunFollower(bus, feed_bus, watch.fleet)
         await follower.open()
-        watch.follows((await services.while_up(submit(bus, watch.spec, say=watch.screen.say))).warnings)
+        watch.follows((await supervisor.while_up(submit(bus, watch.spec, say=watch.screen.say))).warnings)
         watch.screen.say("hint", f"watch from a second terminal: {fleet.watch_command}")
         try:
-            await services.until_ended(follower, watch.spec.agents.min)
+            await supervisor.until_ended(follower, watch.spec.agents.min)
         finally:
             if follower.ended:
                 await follower.last_metrics(watch.spec)
@@ -99,10 +99,10 @@ async def _follow_local(watch: RunWatch, services: Services) -> int:
 
 async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
     """Submit and follow the run on a local fleet; keep the fleet up afterwards, until a signal comes."""
-    code, services = DONE, Services(fleet, watch.screen.say)
+    code, supervisor = DONE, FleetSupervisor(fleet, watch.screen.say)
     goodbye = Message("Ctrl-C ends the fleet")
     try:
-        await _follow_local(watch, services)
+        await _follow_local(watch, supervisor)
         watch.screen.show(goodbye)  # prints the last line of the run before its summary
         watch.summary()
     except RunFailed as error:
@@ -115,14 +115,14 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
     watch.screen.say("hint", f"the fleet stays up: {others}")
     watch.stayed = code
     try:
-        await services.keep_up()
+        await supervisor.keep_up()
     except RunFailed as error:
         watch.screen.say("error", f"error: {error}")
     await asyncio.Event().wait()
     return code
 
 
-async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
+async def submit_alone(watch: RunWatch, at: BrokerChoice, seed: str) -> int:
     """Submit the run and print its name."""
     logging.getLogger().addHandler(logging.NullHandler())
     errors = Screen(Console(stderr=True, highlight=False), Message(""))
@@ -141,7 +141,7 @@ async def submit_alone(watch: RunWatch, at: Place, seed: str) -> int:
     return DONE
 
 
-async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) -> int:
+async def follow_remote(watch: RunWatch, at: BrokerChoice, seed: str, watch_seed: str) -> int:
     """Submit and follow the run on a given broker.
 
     Args:
@@ -165,14 +165,14 @@ async def follow_remote(watch: RunWatch, at: Place, seed: str, watch_seed: str) 
     return DONE
 
 
-async def _connect(at: Place, seed: str) -> Bus:
+async def _connect(at: BrokerChoice, seed: str) -> Bus:
     try:
         return await at.connect("cli", seed)
     except BusError as error:
-        raise unreachable(error, at) from None
+        raise connection_error(error, at) from None
 
 
-async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, at: Place) -> None:
+async def _follow_remote(watch: RunWatch, bus: Bus, feed_bus: Bus, at: BrokerChoice) -> None:
     follower = RunFollower(bus, feed_bus, watch.fleet, watch.screen.say)
     await follower.open()
     watch.asked = True

@@ -33,7 +33,7 @@ KEYS = "q or Ctrl-C to leave"
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class AgentCondition:
     """The condition of an agent in one word, with its order: agents in trouble come first."""
 
     rank: int
@@ -41,7 +41,7 @@ class Standing:
     style: str = ""
 
     @classmethod
-    def of(cls, agent: AgentState, now_s: float, *, ended: bool = False) -> Standing:
+    def of(cls, agent: AgentState, now_s: float, *, ended: bool = False) -> AgentCondition:
         """Return the condition of an agent; after the end of its run only failures and losses count."""
         if agent.failed:
             return cls(0, "cannot train", "red")
@@ -181,7 +181,7 @@ def _head(state: RunState, others: list[str], width: int, now_s: float, wall_s: 
     left.append(f"{GAP}{_one_line(status.task)}" if status is not None else "", "dim")
     left.append(f"{GAP}also: {', '.join(others)}" if others else "", "dim")
     yield _pair(left, Text(clock(wall_s), "dim"), width)
-    standings = Counter(Standing.of(agent, now_s).word for agent in state.agents.values())
+    standings = Counter(AgentCondition.of(agent, now_s).word for agent in state.agents.values())
     bad = [
         f"{standings[word]} {word}" for word in ("cannot train", "lost", "slow", "silent", "late") if standings[word]
     ]
@@ -231,7 +231,7 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
     if not state.agents or room < 2:
         return []
     ended = state.phase in ENDED
-    standing = {name: Standing.of(agent, now_s, ended=ended) for name, agent in state.agents.items()}
+    standing = {name: AgentCondition.of(agent, now_s, ended=ended) for name, agent in state.agents.items()}
     names = sorted(state.agents, key=lambda name: (standing[name].rank, natural_order(name)))
     fits = room - 1
     shown = names if len(names) <= fits else names[: max(0, fits - 1)]
@@ -260,7 +260,7 @@ def _agents(state: RunState, width: int, room: int, now_s: float) -> list[Text]:
     return lines
 
 
-def _word(state: RunState, agent: AgentState, how: Standing) -> str:
+def _word(state: RunState, agent: AgentState, how: AgentCondition) -> str:
     """Return the agent's condition; while it trains, with the share of its period."""
     done, steps = state.steps_of(agent)
     return f"{how.word} {done / steps:.0%}" if how.word == "training" and steps else how.word

@@ -34,7 +34,7 @@ from syncline.observe.run_state import RunState
 from syncline.runtime.service import DONE
 from syncline.wire.messages import ENDED, Head
 from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
-from syncline_cli.connect import Place, come_back, place, unreachable
+from syncline_cli.connect import BrokerChoice, choose_broker, command_with_options, connection_error
 from syncline_cli.process import Interrupted, run_interruptible
 from syncline_cli.ui.display import STYLES, clean, megabytes, number
 from syncline_cli.ui.watch_view import DEAF, clock, event_line, picture, waiting_for
@@ -56,26 +56,28 @@ class _Pipe(Console):
 
 
 @dataclass(slots=True)
-class Watching:
+class WatchSession:
     """The state of one `syncline watch`."""
 
-    at: Place
+    at: BrokerChoice
     fleet: FleetState
     plain: bool
     as_json: bool
     head_key: str | None = None  # a key file that may read heads; None: not known
     head: Head | None = None  # of a selected run that ended unheard
     console: Console = field(default_factory=lambda: _Pipe(highlight=False))
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    fresh: deque[RunEvent] = field(default_factory=lambda: deque(maxlen=1000))  # events that are not printed yet
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    unprinted: deque[RunEvent] = field(default_factory=lambda: deque(maxlen=1000))  # events
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINES))
 
     @classmethod
-    def of(cls, run: str, connect: str, key: str, *, plain: bool, as_json: bool, tls: Tls | None = None) -> Watching:
+    def of(
+        cls, run: str, connect: str, key: str, *, plain: bool, as_json: bool, tls: Tls | None = None
+    ) -> WatchSession:
         """Return the state for the options of the command. Raises ConfigError for an invalid run name, key or broker."""
         if run and not NAME.fullmatch(run):
             raise ConfigError("RUN", f"{run!r} is not a run's name", "Use 1 to 63 of a-z, 0-9 and '-'")
-        at, asking = place(connect, key, WATCH, tls), place(connect, key, tls=tls)
+        at, asking = choose_broker(connect, key, WATCH, tls), choose_broker(connect, key, tls=tls)
         may_ask = not asking.key or Path(asking.key).name == f"{COORDINATOR}{SUFFIX}"
         at = replace(at, key=watch_key(at.key))
         if key and at.key != key:
@@ -88,10 +90,10 @@ class Watching:
         if message is None:
             return
         if message.event is not None:
-            self.fresh.append(RunEvent(message.run, message.event))
+            self.unprinted.append(RunEvent(message.run, message.event))
         if self.as_json and self.fleet.selected in ("", message.run) and (line := json_line(message, delivery.data)):
             self.lines.append(line)
-        self.news.set()
+        self.changed.set()
 
     @property
     def on_terminal(self) -> bool:
@@ -105,7 +107,7 @@ class Watching:
         return self.fleet.shown(time.monotonic())
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         """Whether watching ends: the selected run has ended or does not exist, or the local fleet has ended."""
         state = self.state
         return (
@@ -115,7 +117,7 @@ class Watching:
         )
 
 
-def watch_run(watching: Watching) -> int:
+def watch_run(watching: WatchSession) -> int:
     """Watch until the run has ended or the user leaves; return the exit code.
 
     Raises:
@@ -136,12 +138,12 @@ def watch_run(watching: Watching) -> int:
         raise Interrupted(f"; run {state.run} continues" if goes_on and state is not None else "") from None
 
 
-async def _watch(watching: Watching, seed: str) -> int:
+async def _watch(watching: WatchSession, seed: str) -> int:
     at = watching.at
     try:
         bus = await at.connect(WATCH, seed)
     except BusError as error:
-        raise unreachable(error, at) from None
+        raise connection_error(error, at) from None
     try:
         for feed in ("metrics.>", "events.*"):
             await bus.subscribe(f"{PREFIX}.*.{feed}", watching.on_message, limit=MAX_PENDING)
@@ -158,7 +160,7 @@ async def _watch(watching: Watching, seed: str) -> int:
         await bus.close()
 
 
-async def _head_of_selected(watching: Watching) -> Head | None:
+async def _head_of_selected(watching: WatchSession) -> Head | None:
     """Return the head of the selected run; None without a key or an answer. Raises ConfigError if the run does not exist."""
     if watching.head_key is None:
         return None
@@ -178,14 +180,14 @@ async def _head_of_selected(watching: Watching) -> Head | None:
 # -- a terminal ---------------------------------------------------------------------------------------------------------
 
 
-async def _on_terminal(watching: Watching) -> None:
+async def _on_terminal(watching: WatchSession) -> None:
     left = asyncio.Event()
     console, last_s = watching.console, 0.0
     with _keys(left), Live(console=console, screen=True, auto_refresh=False) as live:
-        while not left.is_set() and not watching.over:
+        while not left.is_set() and not watching.ended:
             now_s = time.monotonic()
-            if watching.news.is_set() or now_s - last_s >= STILL_S:
-                watching.news.clear()
+            if watching.changed.is_set() or now_s - last_s >= STILL_S:
+                watching.changed.clear()
                 last_s = now_s
                 size = console.size
                 text = picture(watching.fleet, size.width, size.height, now_s, time.time(), watching.at.shown)
@@ -226,12 +228,12 @@ def _keys(left: asyncio.Event) -> Iterator[None]:
 # -- lines --------------------------------------------------------------------------------------------------------------
 
 
-async def _in_lines(watching: Watching) -> None:
+async def _in_lines(watching: WatchSession) -> None:
     """Print a line for every event, and at most every LINE_S one for the newest version."""
     began_s = time.monotonic()
     printed, printed_s = ("", -1), 0.0
     hinted = False
-    while not watching.over:
+    while not watching.ended:
         await asyncio.sleep(FRAME_S)
         _print_events(watching)
         state, now_s = watching.state, time.monotonic()
@@ -253,16 +255,16 @@ async def _in_lines(watching: Watching) -> None:
         _print(watching, Text(version_line(state, time.time())))
 
 
-def _print_events(watching: Watching) -> None:
+def _print_events(watching: WatchSession) -> None:
     state = watching.state
     shown = watching.fleet.selected or (state.run if state is not None else "")
-    while watching.fresh:
-        event = watching.fresh.popleft()
+    while watching.unprinted:
+        event = watching.unprinted.popleft()
         if event.run in (shown, FLEET) or not watching.fleet.selected:
             _print(watching, event_line(event))
 
 
-def _print(watching: Watching, line: Text) -> None:
+def _print(watching: WatchSession, line: Text) -> None:
     watching.console.print(line, soft_wrap=True)
 
 
@@ -291,19 +293,19 @@ def json_line(message: FeedMessage, data: bytes) -> str:
     return json.dumps({**source, **fields, **source}) if isinstance(fields, dict) else ""
 
 
-async def _in_json(watching: Watching) -> None:
+async def _in_json(watching: WatchSession) -> None:
     """Print JSON lines in a thread, so that a slow or stopped reader does not block the connection."""
     while True:
-        over = watching.over
+        ended = watching.ended
         batch = [watching.lines.popleft() for _ in range(len(watching.lines))]
         if batch:
             await asyncio.to_thread(_write, "".join(f"{line}\n" for line in batch))
-        if over:
+        if ended:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FRAME_S):
-                await watching.news.wait()
-        watching.news.clear()
+                await watching.changed.wait()
+        watching.changed.clear()
 
 
 def _write(text: str) -> None:
@@ -314,7 +316,7 @@ def _write(text: str) -> None:
 # -- the end ------------------------------------------------------------------------------------------------------------
 
 
-def _summary(watching: Watching) -> int:
+def _summary(watching: WatchSession) -> int:
     """Print the last state of the run; return the exit code. Raises RunFailed and ConfigError as `watch_run` does."""
     if watching.fleet.absent:
         return _summary_of_head(watching)
@@ -325,7 +327,7 @@ def _summary(watching: Watching) -> int:
         return DONE
     if state is None or state.phase not in ENDED:
         at, again = watching.at, f"syncline watch{' ' + state.run if state else ''}"
-        again = again if at.found else come_back(again, at.url, at.key, at.tls)
+        again = again if at.found else command_with_options(again, at.url, at.key, at.tls)
         gone = at.found and not Path(at.key).exists()
         text = "the local fleet has ended" if gone else f"come back with: {again}"
         _print(watching, Text(text, STYLES["hint"]))
@@ -335,11 +337,13 @@ def _summary(watching: Watching) -> int:
     return DONE
 
 
-def _summary_of_head(watching: Watching) -> int:
+def _summary_of_head(watching: WatchSession) -> int:
     """Print the last state of a run that ended unheard."""
     head = watching.head
     if head is None:
-        raise absent(watching.fleet, "" if watching.at.found else come_back("", watching.at.url, "", watching.at.tls))
+        raise absent(
+            watching.fleet, "" if watching.at.found else command_with_options("", watching.at.url, "", watching.at.tls)
+        )
     text = f"run {head.run}: {head.reason}"
     if head.phase in ("failed", "refused"):
         raise RunFailed(text)

@@ -8,7 +8,7 @@ from syncline.bus.address import Address, address_of, masked
 from syncline.bus.connect import connect
 from syncline.errors import ConfigError
 from syncline_cli import main as cli
-from syncline_cli.connect import Place, come_back
+from syncline_cli.connect import BrokerChoice, command_with_options
 
 SECRET = "s3cr3t"
 NOWHERE = "127.0.0.1:1"
@@ -133,8 +133,8 @@ def test_an_address_is_shown_without_its_login(text: str, shown: str) -> None:
 
 def test_a_place_and_a_hint_show_no_password() -> None:
     url = f"nats://alice:{SECRET}@hub:4222"
-    assert SECRET not in repr(Place(url, "")) and Place(url, "").shown == "nats://***@hub:4222"
-    assert come_back("syncline ls", url, "") == "syncline ls --connect 'nats://***@hub:4222'"
+    assert SECRET not in repr(BrokerChoice(url, "")) and BrokerChoice(url, "").shown == "nats://***@hub:4222"
+    assert command_with_options("syncline ls", url, "") == "syncline ls --connect 'nats://***@hub:4222'"
 
 
 COMMANDS = [
@@ -168,7 +168,7 @@ def test_every_command_names_the_option_or_the_variable(
 def test_a_command_that_reaches_no_server_shows_no_password(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Place, "connect", lambda at, name, seed: connect(at.url, name, seed, patience_s=0.0))
+    monkeypatch.setattr(BrokerChoice, "connect", lambda at, name, seed: connect(at.url, name, seed, patience_s=0.0))
     assert cli.main([*command, "--connect", f"nats://alice:{SECRET}@{NOWHERE},{NOWHERE}"]) in (1, 2)
     said = "".join(capsys.readouterr())
     assert NOWHERE in said and SECRET not in said and "alice" not in said, said

@@ -12,7 +12,14 @@ from syncline.client.keys import watch_key
 from syncline.errors import ConfigError, Denied, Unreachable
 from syncline.wire.allow_list import is_allowed
 from syncline_cli.commands.run import allowed_tasks
-from syncline_cli.connect import Place, check_task_dir, come_back, local_fleets, place, unreachable
+from syncline_cli.connect import (
+    BrokerChoice,
+    check_task_dir,
+    choose_broker,
+    command_with_options,
+    connection_error,
+    local_fleets,
+)
 from syncline_cli.options import DEFAULT_URL
 
 A, B = "nats://127.0.0.1:5001", "nats://127.0.0.1:5002"
@@ -35,26 +42,26 @@ def fleet(tmp: Path, name: str, url: str) -> Path:
 
 
 def test_without_a_fleet_it_is_the_usual_address(tmp: Path) -> None:
-    assert place("", "") == Place(DEFAULT_URL, "", named=False)
-    assert place("", "mine.nk") == Place(DEFAULT_URL, "mine.nk")
-    assert place(A, "mine.nk") == Place(A, "mine.nk")
+    assert choose_broker("", "") == BrokerChoice(DEFAULT_URL, "", named=False)
+    assert choose_broker("", "mine.nk") == BrokerChoice(DEFAULT_URL, "mine.nk")
+    assert choose_broker(A, "mine.nk") == BrokerChoice(A, "mine.nk")
 
 
 def test_a_fleet_that_is_up_is_found_with_its_key(tmp: Path) -> None:
     keys = fleet(tmp, "1", A) / "keys"
-    assert place("", "") == Place(A, str(keys / "coordinator.nk"), found=True)
-    assert place("", "", "watch") == Place(A, str(keys / "watch.nk"), found=True)
-    assert place(A, "") == Place(A, str(keys / "coordinator.nk"))
-    assert place(B, "") == Place(B, "")
+    assert choose_broker("", "") == BrokerChoice(A, str(keys / "coordinator.nk"), found=True)
+    assert choose_broker("", "", "watch") == BrokerChoice(A, str(keys / "watch.nk"), found=True)
+    assert choose_broker(A, "") == BrokerChoice(A, str(keys / "coordinator.nk"))
+    assert choose_broker(B, "") == BrokerChoice(B, "")
 
 
 def test_of_several_fleets_one_must_be_named(tmp: Path) -> None:
     fleet(tmp, "1", A)
     fleet(tmp, "2", B)
     with pytest.raises(ConfigError) as caught:
-        place("", "")
+        choose_broker("", "")
     assert str(caught.value) == f"--connect: several local fleets are up: {A}, {B}. Name one of them"
-    assert place(B, "").key.endswith("syncline-broker-2/keys/coordinator.nk")
+    assert choose_broker(B, "").key.endswith("syncline-broker-2/keys/coordinator.nk")
 
 
 def test_what_is_not_up_yet_or_may_be_somebody_elses_is_not_looked_at(tmp: Path) -> None:
@@ -83,28 +90,28 @@ def test_the_watchers_key_is_taken_out_of_an_operators_set(tmp: Path) -> None:
 
 
 def test_what_to_type_to_come_back(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert come_back("syncline watch r", DEFAULT_URL, "") == "syncline watch r"
-    assert come_back("syncline watch r", A, "k.nk") == f"syncline watch r --connect {A} --key k.nk"
+    assert command_with_options("syncline watch r", DEFAULT_URL, "") == "syncline watch r"
+    assert command_with_options("syncline watch r", A, "k.nk") == f"syncline watch r --connect {A} --key k.nk"
     monkeypatch.setenv("SYNCLINE_NATS_URL", A)
     monkeypatch.setenv("SYNCLINE_KEY", "k.nk")
-    assert come_back("syncline watch r", A, "k.nk") == "syncline watch r"
+    assert command_with_options("syncline watch r", A, "k.nk") == "syncline watch r"
 
 
 def test_nothing_to_connect_to_is_said_with_the_mend(tmp: Path) -> None:
     gone = Unreachable("no broker answers at x")
-    assert "syncline demo" in str(unreachable(gone, Place(DEFAULT_URL, "", named=False)))
-    assert "Start the broker" in str(unreachable(gone, Place(A, "")))
-    assert unreachable(Denied("no"), Place(DEFAULT_URL, "", named=False)).setting == "--key"
+    assert "syncline demo" in str(connection_error(gone, BrokerChoice(DEFAULT_URL, "", named=False)))
+    assert "Start the broker" in str(connection_error(gone, BrokerChoice(A, "")))
+    assert connection_error(Denied("no"), BrokerChoice(DEFAULT_URL, "", named=False)).setting == "--key"
 
 
 def test_a_task_file_is_submitted_only_to_a_local_fleet_that_looks_for_it_there(tmp: Path) -> None:
     (fleet(tmp, "1", A) / "task.dir").write_text(str(tmp / "tasks"))
-    check_task_dir(place("", ""), "mine.py:Mine", tmp / "tasks" / "spec.yaml")
-    check_task_dir(place(B, ""), "mine.py:Mine", tmp / "other" / "spec.yaml")
+    check_task_dir(choose_broker("", ""), "mine.py:Mine", tmp / "tasks" / "spec.yaml")
+    check_task_dir(choose_broker(B, ""), "mine.py:Mine", tmp / "other" / "spec.yaml")
     for task in ("package.module:Mine", "/tasks/mine.py:Mine"):
-        check_task_dir(place("", ""), task, tmp / "other" / "spec.yaml")
+        check_task_dir(choose_broker("", ""), task, tmp / "other" / "spec.yaml")
     with pytest.raises(ConfigError, match=r"task: 'mine.py:Mine' lies in .*/other, and the local fleet .* in .*/tasks"):
-        check_task_dir(place("", ""), "mine.py:Mine", tmp / "other" / "spec.yaml")
+        check_task_dir(choose_broker("", ""), "mine.py:Mine", tmp / "other" / "spec.yaml")
 
 
 @pytest.mark.parametrize(
@@ -131,4 +138,4 @@ def test_a_fleet_that_stays_allows_what_further_runs_of_its_directory_need(
 def test_a_command_to_come_back_with_names_certificates_too(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tls = Tls("ca.crt", "own.crt", "own.key")
     monkeypatch.setenv("SYNCLINE_TLS_KEY", "own.key")
-    assert come_back("syncline ls", DEFAULT_URL, "", tls) == "syncline ls --tls-ca ca.crt --tls-cert own.crt"
+    assert command_with_options("syncline ls", DEFAULT_URL, "", tls) == "syncline ls --tls-ca ca.crt --tls-cert own.crt"

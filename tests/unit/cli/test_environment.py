@@ -1,4 +1,4 @@
-"""Services are configured by flags and by the environment alike; a flag beats the environment."""
+"""FleetSupervisor are configured by flags and by the environment alike; a flag beats the environment."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from syncline.bus.connect import connection_problem
 from syncline.errors import ConfigError, RunFailed, StreamFull, Unavailable
 from syncline.runtime.service import FAILED, WRONG_INPUT
 from syncline_cli.local_fleet.fleet import FleetSettings, check_room
-from syncline_cli.local_fleet.supervise import BROKER_STARTS, COORDINATOR_STARTS, ENOUGH_BYTES, Services
+from syncline_cli.local_fleet.supervise import BROKER_STARTS, COORDINATOR_STARTS, ENOUGH_BYTES, FleetSupervisor
 
 FULL = (
     "[16001] 2026/11/27 21:58:13.147456 [ERR] JetStream failed to store a msg on stream 'CORE > SYNCLINE_MODEL_r': "
@@ -45,10 +45,10 @@ class Broker:
         self.restarts += 1
         self.exit_code = None
 
-    def services(self) -> Services:
+    def services(self) -> FleetSupervisor:
         self.log_path.touch()
         fleet = cast("Any", SimpleNamespace(broker=self))
-        return Services(fleet, lambda level, text: self.said.append((level, text)))
+        return FleetSupervisor(fleet, lambda level, text: self.said.append((level, text)))
 
 
 async def test_a_broker_that_has_gone_is_started_again_three_times(tmp_path: Path) -> None:
@@ -116,9 +116,11 @@ class Fleet:
     def ends(self, code: int) -> None:
         self.workers["coordinator"].exited.set_result(code)
 
-    async def services(self, **settings: Any) -> Services:
+    async def services(self, **settings: Any) -> FleetSupervisor:
         await self.start_coordinator()
-        return Services(cast("Any", self), lambda level, text: self.broker.said.append((level, text)), **settings)
+        return FleetSupervisor(
+            cast("Any", self), lambda level, text: self.broker.said.append((level, text)), **settings
+        )
 
 
 async def test_a_coordinator_that_has_gone_is_started_again_three_times(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from syncline.observe.fleet_state import LATE_S, SILENT_S, FleetState
 from syncline.observe.run_state import AgentState
 from syncline.observe.telemetry import CenterEval, Event, FleetStatus, Published, Round, RunStatus, Train
 from syncline.wire import subjects
-from syncline_cli.ui.watch_view import KEYS, Standing, ago, picture
+from syncline_cli.ui.watch_view import KEYS, AgentCondition, ago, picture
 from syncline_cli.ui.watching import json_line, version_line
 
 COORDINATOR = subjects.COORDINATOR
@@ -157,11 +157,14 @@ def test_who_needs_somebody_to_look_comes_first() -> None:
         (AgentState(train=train(), seen_s=NOW_S, late_at_s=NOW_S - LATE_S + 1), "late"),
         (now, "training"),
     ]
-    standings = [Standing.of(agent, NOW_S) for agent, _ in cases]
+    standings = [AgentCondition.of(agent, NOW_S) for agent, _ in cases]
     assert [s.word for s in standings] == [word for _, word in cases]
     assert [s.rank for s in standings] == sorted(s.rank for s in standings)
-    assert Standing.of(AgentState(), NOW_S).word == "starting"
-    assert Standing.of(AgentState(train=train(), seen_s=NOW_S, late_at_s=NOW_S - LATE_S - 1), NOW_S).word == "training"
+    assert AgentCondition.of(AgentState(), NOW_S).word == "starting"
+    assert (
+        AgentCondition.of(AgentState(train=train(), seen_s=NOW_S, late_at_s=NOW_S - LATE_S - 1), NOW_S).word
+        == "training"
+    )
 
 
 def test_an_agent_that_was_lost_says_why_where_there_is_room() -> None:
