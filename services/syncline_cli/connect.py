@@ -5,7 +5,6 @@ A local fleet is found by its temporary directory, which is removed with it. Dir
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import stat
@@ -30,7 +29,7 @@ from syncline.wire.messages import Submitted
 from syncline.wire.subjects import COORDINATOR
 from syncline_cli.local_fleet.fleet import TASK_DIR, URL
 from syncline_cli.options import DEFAULT_URL
-from syncline_cli.process import run_interruptible
+from syncline_cli.process import run_interruptible, silence_logging
 
 T = TypeVar("T")
 
@@ -118,7 +117,7 @@ def ask(at: BrokerChoice, work: Callable[[Bus], Awaitable[T]]) -> T:
         ConfigError: every problem with the broker or the key.
         Interrupted: a signal ended the work.
     """
-    logging.getLogger().addHandler(logging.NullHandler())  # the error names problems of the connection
+    silence_logging()
     seed = read_seed(Path(at.key)) if at.key else ""
     results: list[T] = []
 
@@ -142,7 +141,7 @@ def ask(at: BrokerChoice, work: Callable[[Bus], Awaitable[T]]) -> T:
 
 
 async def submit_remote(bus: Bus, spec: RunSpec, at: BrokerChoice, say: Say) -> Submitted:
-    """Submit a run to a coordinator that somebody else operates; every problem with the broker becomes a ConfigError."""
+    """Submit a run on a given broker; every problem with the broker becomes a ConfigError."""
     try:
         return await submit(bus, spec, patience_s=5.0, say=say)
     except NoResponders:

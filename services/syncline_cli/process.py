@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -38,6 +39,11 @@ def since_start_s(at_s: float | None = None) -> float:
     Counts from the import of this module if the system does not tell when the process was created.
     """
     return (time.monotonic() if at_s is None else at_s) - _BEGAN_S
+
+
+def silence_logging() -> None:
+    """Drop log records of this process. The caller shows problems itself: as events, findings or errors."""
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 def as_typed() -> str:

@@ -53,7 +53,9 @@ def demo(
     require_modules("syncline demo", "local", "sklearn")
 
     from syncline_cli.local_fleet.preload import start_nursery
+    from syncline_cli.process import silence_logging
 
+    silence_logging()
     nursery = start_nursery(*PRELOAD)  # early: every service waits for torch
 
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names

@@ -100,11 +100,11 @@ def _check_monitor(url: str) -> None:
 async def examine(target: Target, device: str, directories: dict[str, Path], wanted: set[str]) -> list[Finding]:
     """Make the wanted checks, those of this machine and of the broker concurrently; return findings in the order of CHECKS."""
     import asyncio
-    import logging
 
     from syncline_cli.doctor import checks_here
+    from syncline_cli.process import silence_logging
 
-    logging.getLogger().addHandler(logging.NullHandler())  # the findings report problems of the connection
+    silence_logging()
     here: list[Awaitable[Finding]] = []
     if "python" in wanted:
         here.append(checks_here.python())

@@ -158,10 +158,12 @@ def allowed_tasks(task: str, *, stay: bool) -> tuple[str, ...]:
 def _local(spec: RunSpec, agents: int, path: Path, as_json: bool, stay: bool) -> int:
     from syncline_cli.local_fleet.preload import start_nursery
     from syncline_cli.local_fleet.requirements import check_broker
+    from syncline_cli.process import silence_logging
 
     check_broker("--local")
     module = spec.task.rpartition(":")[0]
     preload = [module] if _is_ready_made(module) else []
+    silence_logging()
     nursery = start_nursery("torch._dynamo", *preload)
 
     from syncline_cli.local_fleet.fleet import FleetSettings, agent_names

@@ -35,7 +35,7 @@ def watch(
 ) -> None:
     """Watch a run: version, curves, events, and every agent with its lag and state.
 
-    The command only reads the public feeds, so the key `watch.nk` is enough. It ends with RUN; without RUN it goes on to
+    The command only reads the public feeds, so the key `watch.nk` is enough. It ends with RUN; without RUN it shows
     the next run.
     """
     from syncline.bus.tls import Tls

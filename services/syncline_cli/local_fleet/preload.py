@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ def start_nursery(*modules: str) -> Nursery:
     Args:
         modules: more modules to import.
     """
-    logging.getLogger().addHandler(logging.NullHandler())  # events show what the log would
     keep_torch_out_of_the_temporary_directory()
     sys.stdout.flush()
     stdout = os.dup(1)

@@ -117,7 +117,7 @@ class FleetSupervisor:
             await asyncio.sleep(LOOK_S)
 
     def _look(self) -> None:
-        """Report agents whose processes have ended. The run goes on without them, as in a fleet of machines."""
+        """Report agents whose processes have ended. The run continues without them, as in a fleet of machines."""
         for name in self.fleet.settings.agents:
             worker = self.fleet.workers[name]
             if name not in self._gone and worker.exited.done():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from syncline.wire.subjects import COORDINATOR
 from syncline_cli.connect import BrokerChoice, connection_error, submit_remote
 from syncline_cli.local_fleet.fleet import LocalFleet
 from syncline_cli.local_fleet.supervise import FleetSupervisor
+from syncline_cli.process import silence_logging
 from syncline_cli.ui.display import Message, RunView, Screen, megabytes, number
 from syncline_cli.ui.results import print_json, result_of
 
@@ -46,7 +46,7 @@ class RunWatch:
         self.screen.show(RunView(f"run {self.spec.name}", self.state, about=self.spec.task))
 
     def ended(self, follower: RunFollower) -> None:
-        """Keep the result of a run that has ended, in whatever phase."""
+        """Keep the result of a run that has ended, successfully or not."""
         self.result = result_of(follower)
 
     def report(self) -> None:
@@ -124,7 +124,7 @@ async def follow_and_stay(watch: RunWatch, fleet: LocalFleet) -> int:
 
 async def submit_alone(watch: RunWatch, at: BrokerChoice, seed: str) -> int:
     """Submit the run and print its name."""
-    logging.getLogger().addHandler(logging.NullHandler())
+    silence_logging()
     errors = Screen(Console(stderr=True, highlight=False), Message(""))
     bus = await _connect(at, seed)
     try:
@@ -151,7 +151,7 @@ async def follow_remote(watch: RunWatch, at: BrokerChoice, seed: str, watch_seed
     Raises:
         RunFailed: the run failed.
     """
-    logging.getLogger().addHandler(logging.NullHandler())  # the screen shows problems of the connection
+    silence_logging()
     bus = await _connect(at, seed)
     feed_bus = bus
     try:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import difflib
 import json
-import logging
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ from syncline.runtime.service import DONE
 from syncline.wire.messages import ENDED, Head
 from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
 from syncline_cli.connect import BrokerChoice, choose_broker, command_with_options, connection_error
-from syncline_cli.process import Interrupted, run_interruptible
+from syncline_cli.process import Interrupted, run_interruptible, silence_logging
 from syncline_cli.ui.display import STYLES, clean, megabytes, number
 from syncline_cli.ui.watch_view import DEAF, clock, event_line, picture, waiting_for
 
@@ -125,7 +124,7 @@ def watch_run(watching: WatchSession) -> int:
         Interrupted: Ctrl-C.
         RunFailed: the run failed.
     """
-    logging.getLogger().addHandler(logging.NullHandler())  # the connection heals itself, and the picture shows silence
+    silence_logging()  # the connection heals itself, and the picture shows silence
     seed = read_seed(Path(watching.at.key)) if watching.at.key else ""
     try:
         return run_interruptible(lambda: _watch(watching, seed)) or _summary(watching)

@@ -53,7 +53,7 @@ class HeadFollower:
         return self.head is not None and self.head.phase in ENDED
 
     async def until_ended(self) -> Head:
-        """Return the last head, whatever its phase.
+        """Return the last head, of a run that is done or has failed.
 
         Raises:
             RunFailed: the run's head was deleted, or cannot be read by this version.
@@ -126,7 +126,7 @@ class Progress:
     """The state of a followed run at one moment."""
 
     head: Head | None  # None: not read yet
-    state: RunState  # shared with the follower, which goes on updating it
+    state: RunState  # shared with the follower, which updates it further
     events: list[Event]  # warnings and errors since the last progress
 
     @property

@@ -48,7 +48,7 @@ async def stop(bus: Bus, run: str, by: str = "") -> StopResult:
         ConfigError: no such run; the error names similar ones.
         NoResponders: no coordinator is up.
         Denied: the key may not stop runs.
-        RunFailed: the run still goes on after END_S.
+        RunFailed: the run has not ended after END_S.
     """
     await head_of(bus, run)
     loop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ async def stop(bus: Bus, run: str, by: str = "") -> StopResult:
     finally:
         ended.cancel()
         await asyncio.gather(ended, return_exceptions=True)
-    raise RunFailed(f"run {run} was asked to stop and still goes on after {END_S:g} s: see `syncline watch {run}`")
+    raise RunFailed(f"run {run} was asked to stop and has not ended after {END_S:g} s: see `syncline watch {run}`")
 
 
 async def _request(bus: Bus, run: str, by: str, before: str) -> str:
