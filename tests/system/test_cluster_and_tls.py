@@ -67,7 +67,7 @@ async def test_a_client_certificate_opens_the_door(verifying: Verifying) -> None
 
 
 async def test_a_client_without_a_certificate_is_told_what_to_name(verifying: Verifying) -> None:
-    with pytest.raises(Unfit, match=r"asks for a client certificate, and none is named\. Name it: --tls-cert"):
+    with pytest.raises(Unfit, match=r"asks for a client certificate, and none is named\. Name it with --tls-cert"):
         await NatsBus.connect(Connection(verifying.url, "a1", tls=Tls(verifying.ca)))
 
 

@@ -1,11 +1,12 @@
-"""The bus port: the few operations that Syncline asks of a message bus. Knows no broker and no message format.
+"""The bus port: the operations that Syncline asks of a message bus. This module knows no broker and no message format.
 
-Two implementations pass one contract suite (`tests/bus/`): a real nats-server, and a deterministic one in memory.
+Two implementations pass one contract suite (`tests/bus/`): `syncline.bus.nats` on a real nats-server, and the deterministic
+`syncline.bus.memory`. The operations form three groups:
 
-* **Key-value**: small records with revisions, changed by compare-and-set.
-* **Streams**: subjects kept in order of arrival. Bulk is *put* (acknowledged) and *got* by subject; nobody is pushed a
-  tensor, so there is no slow consumer and nothing overflows.
-* **Core**: at-most-once publish, subscribe and request, for what may be lost: heartbeats, notifies, metrics, events.
+* **Key-value**: small records with revisions. Every change is a compare-and-set.
+* **Streams**: subjects stored in the order of arrival. Bulk data is *put* with an acknowledgement and *got* by subject. The
+  broker never pushes a tensor, so no subscriber is too slow for one and no queue overflows.
+* **Core**: publish, subscribe and request, each at most once. Heartbeats, notifies, metrics and events may be lost.
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ from typing import Literal, Protocol
 
 from syncline.errors import Unavailable
 
-READ_BYTES = (
-    8 << 20
-)  # one answer to `read` ends when it has so much: a broker cuts off whoever is far behind with reading
-WAITING_BYTES = 128 << 20  # so much may wait for one handler
-LONGEST_SUBJECT_BYTES = 3 << 10  # a broker hangs up on a line of 4 KiB, in which more stands than a subject
-_NO_SUBJECT = re.compile("[ \t\r\n\x7f\ud800-\udfff]|^$")
+# One answer to `read` ends once it has this many bytes: a broker disconnects a client that falls far behind with reading.
+READ_BYTES = 8 << 20
+# Messages of this many bytes in total may wait for one handler.
+WAITING_BYTES = 128 << 20
+# A broker disconnects a client that sends a protocol line of more than 4 KiB, and a line holds more than the subject.
+LONGEST_SUBJECT_BYTES = 3 << 10
+_INVALID_SUBJECT = re.compile("[ \t\r\n\x7f\ud800-\udfff]|^$")
 
 
 def checked_subject(subject: str) -> str:
-    """The subject itself. Raises Unavailable for one that no broker takes, or that it does not take well: nats-server hangs up
-    on one that is too long, and a stream of its neither finds nor purges a message whose subject has a DEL."""
-    if _NO_SUBJECT.search(subject) or len(subject.encode()) > LONGEST_SUBJECT_BYTES:
-        raise Unavailable(f"{subject[:200]!r} is no subject")
+    """Return the subject if a broker can handle it.
+
+    nats-server disconnects a client that sends too long a subject. Its streams neither find nor purge a message whose subject
+    contains a DEL character.
+
+    Raises:
+        Unavailable: the subject is empty, too long, or contains white space, DEL or a surrogate.
+    """
+    if _INVALID_SUBJECT.search(subject) or len(subject.encode()) > LONGEST_SUBJECT_BYTES:
+        raise Unavailable(f"{subject[:200]!r} is not a valid subject")
     return subject
 
 
@@ -39,13 +47,13 @@ class Stored:
 
     subject: str
     data: bytes
-    seq: int
-    time_s: float  # when the bus took it, seconds since the epoch, by the bus's own clock
+    seq: int  # position in the stream, from 1
+    time_s: float  # time of storing by the broker's clock, seconds since the Unix epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key's value. `revision` is what a compare-and-set must name."""
+    """The value of a key. A compare-and-set names its `revision`."""
 
     value: bytes
     revision: int
@@ -53,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A core message as a subscriber gets it; `reply` is empty when no answer is wanted."""
+    """A core message as a subscriber receives it. `reply` is the subject of the answer, empty if the sender wants no answer."""
 
     subject: str
     data: bytes
@@ -62,130 +70,257 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class StreamConfig:
-    """What a stream must look like. Ensuring it twice changes nothing; another configuration under the name is an error."""
+    """The wanted configuration of a stream."""
 
     name: str
-    subjects: tuple[str, ...]
+    subjects: tuple[str, ...]  # patterns of the subjects that the stream stores
     max_bytes: int  # every stream is bounded
-    max_per_subject: int = -1
-    full: Literal["drop oldest", "refuse"] = "drop oldest"
-    write_once: bool = False  # a subject holds one message for ever; a second put raises AlreadyPut
+    max_per_subject: int = -1  # messages kept for each subject; -1: no limit
+    full: Literal["drop oldest", "refuse"] = "drop oldest"  # reaction to a put that exceeds `max_bytes`
+    write_once: bool = False  # a subject keeps its first message; a second put raises AlreadyPut
 
 
 @dataclass(frozen=True, slots=True)
 class BucketConfig:
-    """A key-value bucket with one revision kept per key. `ttl_s`: a key not written for so long vanishes; 0 keeps it."""
+    """The wanted configuration of a key-value bucket, which keeps one revision of each key."""
 
     name: str
     max_bytes: int
     max_value_bytes: int
-    ttl_s: float = 0.0
+    ttl_s: float = 0.0  # a key expires after this time without a write; 0: never
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
+    """Counts of a stream at one moment."""
+
     messages: int
     bytes: int
     first_seq: int
     last_seq: int
-    subjects: dict[str, int] = field(default_factory=dict)  # messages per subject, where a filter asked for it
+    subjects: dict[str, int] = field(default_factory=dict)  # messages of each subject that a filter selected
 
 
 Handler = Callable[[Delivery], Awaitable[None]]
 
 
 class Subscription(Protocol):
-    async def unsubscribe(self) -> None: ...
+    """A subscription made by `Bus.subscribe`."""
+
+    async def unsubscribe(self) -> None:
+        """Stop the delivery of messages. A second call changes nothing."""
+        ...
 
 
 class Bus(Protocol):
-    """Every method may raise Unreachable (no connection or no answer in time) and Denied (the broker's permissions).
+    """A client's connection to a message bus.
 
-    While the connection is lost, `kv_create`, `kv_update`, `purge`, `delete_stream` and `fit_stream` raise
-    Unreachable at once and are not kept until it is back: the broker may come back with an older store, and what was right to
-    change is right no more. So do `put` and `get` of bulk, which would travel for a caller who has long asked again.
+    Every method may raise `Unreachable` (no connection, or no answer in time: the operation may or may not have happened) and
+    `Denied` (the broker's permissions forbid the operation). `syncline.bus.blobs.with_retries` repeats a call after the errors
+    that may pass.
+
+    While the connection is lost, small messages (`put`, `get`, core messages and read-only questions) wait in a bounded buffer
+    and are sent after the reconnection, even if the caller has already received `Unreachable`. Two groups of operations do not
+    wait and raise `Unreachable` at once:
+
+    * `kv_create`, `kv_update`, `purge`, `delete_stream` and `fit_stream`: the broker may return with an older state, in which
+      the change would be wrong.
+    * `put` and `get` with `bulk`: the data would travel for a caller that has already repeated the call.
     """
 
     @property
     def max_payload(self) -> int:
-        """The largest message in bytes, headers included."""
+        """The size of the largest message that the broker accepts, in bytes, with headers."""
         ...
 
     # -- key-value -------------------------------------------------------------------------------------------------
     async def ensure_bucket(self, config: BucketConfig) -> None:
-        """Creates the bucket, or finds it as configured. Raises Unavailable where it exists with another configuration."""
+        """Create a bucket, or verify that an existing one has this configuration. Idempotent.
+
+        Raises:
+            Unavailable: a bucket of this name has another configuration.
+            StreamFull: the broker has no room to reserve `max_bytes`.
+        """
         ...
 
-    async def kv_get(self, bucket: str, key: str) -> Entry | None: ...
+    async def kv_get(self, bucket: str, key: str) -> Entry | None:
+        """Return the entry of a key, or None if the key does not exist.
+
+        Raises:
+            NoResponders: the bucket does not exist.
+        """
+        ...
 
     async def kv_create(self, bucket: str, key: str, value: bytes) -> int:
-        """Writes a key that does not exist; returns its revision. Raises Conflict where it does."""
+        """Write a key that does not exist yet.
+
+        Returns:
+            The revision of the new entry.
+
+        Raises:
+            Conflict: the key exists, perhaps by an earlier call of the same caller whose answer was lost.
+            StreamFull: the bucket is full.
+            Unavailable: the value is too large for the bucket or for the broker.
+            Unreachable: unknown whether the value was written; read the key.
+        """
         ...
 
     async def kv_update(self, bucket: str, key: str, value: bytes, revision: int) -> int:
-        """Compare-and-set: writes if the key is still at `revision`. Raises Conflict where it is not.
-        Unreachable means *unknown*: read again."""
+        """Write a key if its entry still has `revision`: a compare-and-set.
+
+        Returns:
+            The revision of the new entry.
+
+        Raises:
+            Conflict: the key has another revision, perhaps by an earlier call of the same caller whose answer was lost.
+            StreamFull: the bucket is full.
+            Unavailable: the value is too large for the bucket or for the broker.
+            Unreachable: unknown whether the value was written; read the key.
+        """
         ...
 
-    async def kv_keys(self, bucket: str) -> list[str]: ...
+    async def kv_keys(self, bucket: str) -> list[str]:
+        """Return the existing keys, sorted.
+
+        Raises:
+            Unavailable: the bucket does not exist.
+        """
+        ...
 
     # -- streams ---------------------------------------------------------------------------------------------------
     async def ensure_stream(self, config: StreamConfig) -> None:
-        """Creates the stream, or finds it as configured. Raises Unavailable where it exists with another configuration."""
+        """Create a stream, or verify that an existing one has this configuration. Idempotent.
+
+        Raises:
+            Unavailable: a stream of this name has another configuration, or another stream stores one of the subjects.
+            StreamFull: the broker has no room to reserve `max_bytes`.
+        """
         ...
 
     async def delete_stream(self, stream: str) -> None:
-        """Deletes it with all it holds; a stream that is not there is no error."""
+        """Delete a stream with all its messages. Idempotent: no error if the stream does not exist."""
         ...
 
     async def fit_stream(self, stream: str) -> None:
-        """Lowers its byte limit to what it holds: the rest of its reservation is free for others.
-        Raises Unavailable where there is no such stream."""
+        """Lower the byte limit of a stream to the bytes that it holds, so that other streams can reserve the rest. Idempotent.
+
+        Raises:
+            Unavailable: the stream does not exist.
+        """
         ...
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
-        """Stores one message and returns its sequence number once the bus holds it.
-        Raises AlreadyPut (write-once), StreamFull, NoResponders (no stream takes the subject), Unavailable (too large for
-        the bus). Larger than a drop-oldest stream as a whole, it is acknowledged and gone. `bulk` travels on a
-        connection of its own, so that nothing small waits behind it; its answer has the time that a thin link takes
-        (`syncline.bus.silence`)."""
+        """Store one message in the stream of its subject, and wait for the acknowledgement.
+
+        A repeated put stores the message again, except in a write-once stream. A message that is larger than a whole
+        drop-oldest stream is acknowledged and dropped at once.
+
+        Args:
+            subject: a subject of a stream.
+            data: the content, at most `max_payload` bytes.
+            bulk: send over the second connection, so that no small message waits behind this one. The time limit then allows
+                for a slow link (`syncline.bus.silence`).
+
+        Returns:
+            The message's sequence number in the stream.
+
+        Raises:
+            AlreadyPut: the stream is write-once and has a message of this subject.
+            StreamFull: the stream refuses messages beyond its byte limit.
+            NoResponders: no stream stores the subject.
+            Unavailable: the message is too large for the broker.
+        """
         ...
 
     async def get(self, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
-        """The last message of a subject, or None."""
+        """Return the last message of a subject, or None if the stream holds none.
+
+        Args:
+            stream: name of the stream.
+            subject: a subject of the stream.
+            bulk: as in `put`.
+
+        Raises:
+            NoResponders: the stream does not exist.
+        """
         ...
 
     async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
-        """Up to `limit` messages in stream order, from sequence `from_seq` on; fewer is not the end, none is."""
+        """Return messages in stream order, starting with sequence number `from_seq`.
+
+        Returns:
+            At most `limit` messages and about `READ_BYTES`. Only an empty list means that the stream has no more messages; a
+            list shorter than `limit` does not.
+
+        Raises:
+            NoResponders: the stream does not exist.
+        """
         ...
 
     async def state(self, stream: str, subjects: str = "") -> StreamState:
-        """Counts; with a filter also the messages per subject. Raises Unavailable where there is no such stream."""
+        """Return the counts of a stream.
+
+        Args:
+            stream: name of the stream.
+            subjects: a pattern; the result has the messages per subject for the subjects that match. Empty: for no subject.
+
+        Raises:
+            Unavailable: the stream does not exist.
+        """
         ...
 
     async def purge(self, stream: str, subject: str) -> None:
-        """Removes all messages of a subject (wildcards allowed)."""
+        """Remove all messages whose subject matches, wildcards allowed. Idempotent.
+
+        Raises:
+            Unavailable: the stream does not exist.
+        """
         ...
 
     # -- core ------------------------------------------------------------------------------------------------------
-    async def publish(self, subject: str, data: bytes) -> None: ...
+    async def publish(self, subject: str, data: bytes) -> None:
+        """Send a message to the current subscribers, at most once and without acknowledgement.
+
+        The broker does not report a forbidden subject to the caller; the broker's log records the refusal.
+
+        Raises:
+            Unavailable: the message is too large for the broker.
+            Unreachable: the connection is closed, or is lost and its buffer is full.
+        """
+        ...
 
     async def subscribe(self, subject: str, handler: Handler, *, limit: int = 4096) -> Subscription:
-        """Calls the handler for one message after the other; when `limit` wait, or WAITING_BYTES, the newest are dropped. A
-        subject that the permissions forbid stays silent: the broker's log says so."""
+        """Call the handler for each message, one after the other. The subscription outlives a lost connection.
+
+        A subscription that the permissions forbid receives no message; the broker's log records the refusal.
+
+        Args:
+            subject: a subject or a pattern.
+            handler: its errors are logged, and the next message is handled.
+            limit: messages that may wait for the handler. New messages are dropped while so many wait, or `WAITING_BYTES`.
+        """
         ...
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
-        """One question, one answer. Raises NoResponders at once where nobody listens."""
+        """Send a question to a subscriber and return the first answer.
+
+        Raises:
+            NoResponders: the subject has no subscriber; raised at once.
+            Unreachable: no answer within `timeout_s`.
+            Unavailable: the message is too large for the broker.
+        """
         ...
 
     @property
     def losses(self) -> int:
-        """How often a connection was lost by now: counted before anything is heard over the next one."""
+        """The number of connections lost so far. It grows before any message arrives over the next connection."""
         ...
 
     def when_reconnected(self, call: Callable[[], None]) -> None:
-        """`call()` after every reconnect: whatever was sent by core messages meanwhile is lost."""
+        """Register a function to call after every reconnection. Core messages sent during the interruption are lost."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connections for good. Messages published before are still sent; open requests raise Unreachable.
+        A second call changes nothing."""
+        ...

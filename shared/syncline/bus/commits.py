@@ -1,9 +1,9 @@
-"""The log of commits: one small line for each commit, with its record inside, or with the blob that holds the record.
+"""The log of commits: one small line for each commit. The line contains the commit's record, or names the blob with the record.
 
-A record grows by some 200 bytes with every update of its merge, and a message may not. The chunks of a large record lie in
-the stream of its line, under the line's own subject, so that both are reserved together and stay as long as each other. The
-record is put before its line: a coordinator that dies in between leaves chunks that no line names, and the next one purges
-them.
+A record grows by some 200 bytes with every update of its merge, while the size of a message is limited. The chunks of a large
+record are stored in the stream of the line, under the subject of the line, so that line and record share one reservation and
+one lifetime. The record is put before its line: a coordinator that dies between the two leaves chunks that no line names, and
+the next coordinator purges them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from syncline.bus.blobs import get_record, put_record, with_retries
 from syncline.wire import subjects
 from syncline.wire.messages import LINE_INLINE_BYTES, MAX_BLOB_RECORD_BYTES, BlobRef, Committed, LogLine, decode, encode
 
-INLINE_SHARE = 32  # of a message that the broker takes: at most one part in so many is a record inside its line
+INLINE_SHARE = 32  # a record inside its line takes at most this fraction, 1/32, of the largest message of the broker
 
 
 async def put_commit(bus: Bus, record: Committed) -> None:
-    """Put the record of a commit, then its line. Raises StreamFull where the log has no room."""
+    """Put the record of a commit, then its line.
+
+    Raises:
+        StreamFull: the log has no room.
+        Unreachable: the bus did not answer for `blobs.PATIENCE_S` seconds.
+    """
     data = encode(record)
     held: bytes | BlobRef = data
     if len(data) > min(LINE_INLINE_BYTES, bus.max_payload // INLINE_SHARE):
@@ -30,9 +35,16 @@ async def put_commit(bus: Bus, record: Committed) -> None:
 
 
 async def line_of(bus: Bus, run: str, version: int, most_term: int) -> LogLine | None:
-    """Return the line of a committed version: the one under the highest term up to `most_term`, which is head's.
+    """Return the line of a committed version, or None if the log has none.
 
-    A line under a lower term was put by a coordinator that was replaced before it could commit.
+    Several coordinators may have put a line of one version. The line with the highest term counts: a line with a lower term
+    comes from a coordinator that was replaced before the commit.
+
+    Args:
+        bus: the bus of the run.
+        run: name of the run.
+        version: the committed version.
+        most_term: the term in head; lines with a higher term are ignored.
     """
     stream, every_term = subjects.log_stream(run), subjects.log_record(run, version, "*")
     found = (await with_retries(partial(bus.state, stream, every_term))).subjects
@@ -44,7 +56,12 @@ async def line_of(bus: Bus, run: str, version: int, most_term: int) -> LogLine |
 
 
 async def record_in(bus: Bus, run: str, line: LogLine) -> Committed:
-    """Return the whole record of a line. Raises BlobGone where the broker has lost a part of it."""
+    """Return the whole record of a line.
+
+    Raises:
+        BlobGone: the broker has lost a part of the record.
+        PeerError: the record is not valid.
+    """
     data = line.record
     if not isinstance(data, bytes):
         prefix = partial(subjects.log_blob, run, line.version, line.term)

@@ -24,14 +24,14 @@ async def connect(
 
     Args:
         url: one server of a broker, or several of a cluster with commas between them.
-        identity: the name of this process on the bus: the part of its inbox that the broker's permissions know.
-        seed: the nkey seed that it logs in with; empty: none.
+        identity: the name of this process on the bus. The broker's permissions allow the inbox of this name.
+        seed: the nkey seed to log in with; empty: no key.
         tls: files with certificates, for a broker with TLS.
         patience_s: seconds to go on trying until a broker answers.
 
     Raises:
-        ConfigError: the address or a file with a certificate is none.
-        Denied: the broker does not know the key, or asks for one and none was given.
+        ConfigError: the address or a certificate file is not valid.
+        Denied: the broker does not know the key, or asks for a key and none was given.
         Unfit: the broker is too old, or its TLS is not what was asked for.
         Unreachable: no broker answered within `patience_s`.
     """
@@ -39,12 +39,12 @@ async def connect(
 
 
 def connection_problem(error: BusError, url: str) -> ConfigError:
-    """Return the error of a bus as one of the setting that the user has to correct, `--connect` or `--key`."""
+    """Turn an error of the bus into one about the setting that the user has to correct, `--connect` or `--key`."""
     has_login, url = masked(url) != url, masked(url)
     if isinstance(error, Unfit):
         return ConfigError("--connect", f"{url}: {error.problem}", error.hint)
     if isinstance(error, Denied) and has_login:
-        return ConfigError("--connect", str(error), "Correct the user and password, or the token, in it")
+        return ConfigError("--connect", str(error), "Correct the user and password, or the token, in the address")
     if isinstance(error, Denied):
         return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
     if isinstance(error, StreamFull):

