@@ -113,7 +113,7 @@ class Desk:
             return
         run, why_not = self._run, ""
         if run is not None and run.parts.spec.name == name:
-            run.lookout.heard(agent, beat)
+            run.loss_detector.on_heartbeat(agent, beat)
             if beat.state == "failed":
                 await run.lost(agent, beat.reason or "it cannot train", failed=True)
             elif beat.state == "leaving":
@@ -157,7 +157,7 @@ class Desk:
                 log.warning("this process stood still until just now; agents get time to be heard again")
                 self._fleet.stood_still(_now())
                 if (run := self._run) is not None:  # another coordinator may drive it by now
-                    run.lookout.look()
+                    run.loss_detector.check_now()
 
 
 async def answer(bus: Bus, delivery: Delivery, record: Record) -> None:

@@ -1,6 +1,7 @@
-"""Reads the offers of a run in stream order, and lets through only those that are what they claim to be.
+"""The reader of a run's stream of offers: yields them in order, and names each one that is not valid.
 
-A core message wakes the reader at once; the stream is the truth, and is read again every few seconds.
+A core message wakes the reader as soon as an agent has put an offer. Core messages may be lost, so the stream is also read
+every `READ_AGAIN_S`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from syncline_coordinator.head import VerifyDurable
 
 log = logging.getLogger(__name__)
 
-READ_AT_ONCE = 256
+BATCH_OFFERS = 256
+MAX_OFFER_BYTES = 16 * 1024
 READ_AGAIN_S = 2.0
-SOON_S = (0.0005, 0.001, 0.002, 0.005, 0.02, 0.1)
+RETRY_DELAYS_S = (0.0005, 0.001, 0.002, 0.005, 0.02, 0.1)  # before the next tries to read an announced offer
 
 
 @dataclass(slots=True)
@@ -33,47 +35,62 @@ class StreamPosition:
     """How far a coordinator has read the stream of offers."""
 
     read_up_to: int  # sequence number
-    last_read: Stored | None = None  # the message there, unless it was read by a coordinator before
+    last_read: Stored | None = None  # the message at `read_up_to`; None if an earlier coordinator has read it
 
-    def passed(self, message: Stored) -> None:
-        """Note that this message was read, acceptable or not."""
-        self.read_up_to, self.last_read = message.seq, message
+    def advance(self, message: Stored) -> None:
+        """Note that this message was read, whether its offer is valid or not."""
+        self.read_up_to = message.seq
+        self.last_read = message
 
 
 class OfferReader:
-    """`public_key(agent)`: the key the agent said hello with, or '' where it has not yet."""
+    """Reads and checks the offers of one run.
+
+    Args:
+        manifest: gives the size of an update.
+        codec: the run's, which every update must have.
+        public_key: returns the key in an agent's hello, or '' for an agent without a hello or without a key.
+    """
 
     def __init__(self, bus: Bus, run: str, manifest: Manifest, codec: Codec, public_key: Callable[[str], str]) -> None:
-        self._bus, self._run, self._manifest, self._codec, self._public_key = bus, run, manifest, codec, public_key
+        self._bus = bus
+        self._run = run
+        self._manifest = manifest
+        self._codec = codec
+        self._public_key = public_key
         self._woken = asyncio.Event()
-        self._told = self._looks = 0  # offers told of by core messages and not read yet; times looked for them in vain
+        self._announced = 0  # offers that core messages have announced and that are not read yet
+        self._failed_tries = 0  # reads in a row that did not find an announced offer
 
     async def read(
         self, after_seq: int, verify_durable: VerifyDurable
     ) -> AsyncGenerator[tuple[Stored, Offer | PeerError], None]:
-        """Yield every offer after that sequence number, without end, and a bad one as the error that says why.
+        """Yield the messages of the stream without end, each with its offer or with the error that makes it invalid.
 
-        `verify_durable()` raises where an offer that was read before is lost.
+        Args:
+            after_seq: the sequence number after which reading starts.
+            verify_durable: called before each read; raises if the broker has lost an offer that was read before.
         """
         subscription = await self._bus.subscribe(subjects.offer(self._run, "*"), self._wake, limit=64)
-        stream, next_seq = subjects.offers_stream(self._run), after_seq + 1
+        stream = subjects.offers_stream(self._run)
+        next_seq = after_seq + 1
         try:
             while True:
                 self._woken.clear()
                 losses = self._bus.losses
                 await verify_durable()
-                found = await with_retries(partial(self._bus.read, stream, next_seq, READ_AT_ONCE))
-                all_told_of = len(found) == self._told
-                self._told = max(0, self._told - len(found))
+                found = await with_retries(partial(self._bus.read, stream, next_seq, BATCH_OFFERS))
+                all_announced_found = len(found) == self._announced
+                self._announced = max(0, self._announced - len(found))
                 for stored in found:
-                    if self._bus.losses != losses:  # it may be lost by now: read again
-                        all_told_of = False
+                    if self._bus.losses != losses:  # the broker may have lost these offers meanwhile: read again
+                        all_announced_found = False
                         break
                     next_seq = stored.seq + 1
                     yield stored, self._checked(stored)
                 if found:
-                    self._looks = 0
-                if all_told_of or not found:
+                    self._failed_tries = 0
+                if all_announced_found or not found:
                     await self._wait()
         finally:
             try:
@@ -82,26 +99,32 @@ class OfferReader:
                 pass
 
     async def _wake(self, _: Delivery) -> None:
-        self._told += 1
+        self._announced += 1
         self._woken.set()
 
     async def _wait(self) -> None:
-        """Until there may be more. Core messages run ahead of the stream: one told of and not yet there is looked for soon."""
-        pause = READ_AGAIN_S
-        if self._told and self._looks < len(SOON_S):
-            pause, self._looks = SOON_S[self._looks], self._looks + 1
+        """Wait until the stream may hold another offer.
+
+        A core message can arrive before the stream shows its offer. An announced offer is looked for again after short delays.
+        """
+        delay_s = READ_AGAIN_S
+        if self._announced and self._failed_tries < len(RETRY_DELAYS_S):
+            delay_s = RETRY_DELAYS_S[self._failed_tries]
+            self._failed_tries += 1
         else:
-            self._told = self._looks = 0
+            self._announced = 0
+            self._failed_tries = 0
         try:
-            async with asyncio.timeout(pause):
+            async with asyncio.timeout(delay_s):
                 await self._woken.wait()
         except TimeoutError:
             pass
 
     def _checked(self, stored: Stored) -> Offer | PeerError:
+        """Return the offer in a message, or the error that says why it is not valid."""
         try:
             agent = subjects.agent_of(stored.subject)
-            offer = decode(Offer, stored.data, limit=16 * 1024)
+            offer = decode(Offer, stored.data, limit=MAX_OFFER_BYTES)
             if offer.blob.codec != self._codec.kind:
                 raise PeerError(
                     f"offer: its update is coded by {offer.blob.codec!r}, the run's is {self._codec.kind!r}"

@@ -166,7 +166,7 @@ async def restore(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
             log.debug("%s: %s", stream.name, error)
 
 
-async def insist_on_models(bus: Bus, run: str) -> None:
+async def require_model_stream(bus: Bus, run: str) -> None:
     """Raises BlobGone where the broker has lost the whole stream of the run's models: it answers no question about one then."""
     try:
         await bus.state(subjects.model_stream(run))

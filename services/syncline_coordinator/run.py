@@ -67,7 +67,7 @@ from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.merge.updates import UpdateGone, UpdateUnusable
 from syncline_coordinator.offers import OfferReader, StreamPosition
 from syncline_coordinator.policies import policy_of, resume_point_of
-from syncline_coordinator.recovery import Lookout
+from syncline_coordinator.recovery import LossDetector
 from syncline_coordinator.reporting import MergeDone, Room, RunReport
 from syncline_coordinator.reservation import Reservation, is_log_full
 from syncline_coordinator.retention import Janitor, Purger, Retention, kept_models, leftovers, uncommitted
@@ -98,7 +98,7 @@ class Run:
     """A run that is being driven: `resume`, then `pump` until it has ended."""
 
     def __init__(
-        self, parts: Parts, keeper: HeadKeeper, *, believes: Callable[[str], bool], rolled_back: bool = False
+        self, parts: Parts, keeper: HeadKeeper, *, is_trusted: Callable[[str], bool], rolled_back: bool = False
     ) -> None:
         spec = parts.spec
         self.parts = parts
@@ -116,12 +116,12 @@ class Run:
         self._purger = Purger(parts.bus)
         self._retention = Retention(spec, keeper.head, self._purger)
         self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.needed_blobs)
-        self.lookout = Lookout(
+        self.loss_detector = LossDetector(
             parts.bus,
             keeper,
             self.ledger,
             self.position,
-            believes=believes,
+            is_trusted=is_trusted,
             rolled_back=rolled_back,
             outer_ref=parts.reducer.outer_ref if spec.states else None,
         )
@@ -232,9 +232,9 @@ class Run:
         """
         try:
             self._begin(self._read_offers())
-            self._begin(self._purger.run(self.lookout.verify_durable))
+            self._begin(self._purger.run(self.loss_detector.verify_durable))
             self._begin(self._janitor.run())
-            self._begin(self.lookout.watch())
+            self._begin(self.loss_detector.watch())
             self._begin(tell_often(self.parts.telemetry, self.status))
             while not self.ended.is_set():
                 fact = await self._next()
@@ -326,7 +326,7 @@ class Run:
     async def _move(self, head: Head, roster: Roster) -> None:
         """Write head, and purge what only the older one needed."""
         before = self.keeper.head
-        await self.lookout.write(head, roster)
+        await self.loss_detector.write_head(head, roster)
         self._retention.head_moved(before, head, self.ledger.take_purgeable())
 
     async def _decide(self, merge: Merge) -> None:
@@ -336,23 +336,23 @@ class Run:
         self._report.decided(_now())
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
-        await self.lookout.write(head.changed(plan=held, phase="merging"), tell=False)
+        await self.loss_detector.write_head(head.changed(plan=held, phase="merging"), tell=False)
         self._begin(self._merge(plan))
 
     async def _merge(self, plan: Plan) -> None:
         if self.parts.evaluation is not None:
             await self.parts.evaluation.copied()
-        began, losses = _now(), self.lookout.losses
+        began, risks = _now(), self.loss_detector.risks
         try:
             merged = await self.parts.reducer.merge(plan)
         except UpdateUnusable as error:
             if error.blob:
                 self._retention.purge_model(error.blob)
-            if isinstance(error, UpdateGone) and self.lookout.suspects(error.agent, error.why):
-                return  # `Lookout.watch` raises in a moment
+            if isinstance(error, UpdateGone) and self.loss_detector.report_missing_update(error.agent, error.why):
+                return  # `LossDetector.watch` raises in a moment
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
-        self.lookout.was_put(merged.model, losses)
+        self.loss_detector.note_put(merged.model, risks)
         await self._inbox.put(MergeDone(plan, merged, _now() - began))
 
     async def _commit(self, done: MergeDone) -> None:
@@ -394,7 +394,7 @@ class Run:
             await self.parts.evaluation.last(head.version)
         if self._diverged_at == head.version:
             phase, reason = "failed", f"{_diverged(head.version)}. Before that: {reason}"
-        await self.lookout.write(head.changed(phase=phase, plan=None, reason=reason[:2000]))
+        await self.loss_detector.write_head(head.changed(phase=phase, plan=None, reason=reason[:2000]))
         await self.parts.telemetry.metric(self.status())
         level = "info" if phase == "done" else "error"
         await self.parts.telemetry.event(f"run-{phase}", f"run {head.run}: {reason}", level=level)  # type: ignore[arg-type]
@@ -402,9 +402,11 @@ class Run:
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
-        async with aclosing(self.parts.offers.read(self.position.read_up_to, self.lookout.verify_durable)) as offers:
+        async with aclosing(
+            self.parts.offers.read(self.position.read_up_to, self.loss_detector.verify_durable)
+        ) as offers:
             async for stored, offer in offers:
-                self.position.passed(stored)
+                self.position.advance(stored)
                 agent = subjects.agent_of(stored.subject)
                 if isinstance(offer, Offer) and offer.epoch == self.keeper.head.epoch:
                     self.ledger.found(agent, offer.clock)
@@ -423,9 +425,9 @@ class Run:
             if (
                 offer.epoch == self.keeper.head.epoch
             ):  # an agent trains once head's roster has a place for it, not before
-                self.lookout.lost(agent, "has trained in a round that head does not know")
+                self.loss_detector.report_loss(agent, "has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
-        if offer.epoch != self.keeper.head.epoch or self.lookout.is_lost(agent, offer.term, offer.base):
+        if offer.epoch != self.keeper.head.epoch or self.loss_detector.is_version_lost(agent, offer.term, offer.base):
             return PeerError("offer: made before the broker lost what it had acknowledged")
         if offer.term > self.keeper.head.term:
             return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")
@@ -439,9 +441,10 @@ class Run:
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:
-        prefix, losses = partial(subjects.model_prefix, self.parts.spec.name), self.lookout.losses
+        prefix = partial(subjects.model_prefix, self.parts.spec.name)
+        risks = self.loss_detector.risks
         ref = await put_record(self.parts.bus, prefix, data)
-        self.lookout.was_put(ref, losses)
+        self.loss_detector.note_put(ref, risks)
         return ref
 
     async def _put_commit_record(self, done: MergeDone) -> None:

@@ -29,9 +29,9 @@ from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.model_loader import ModelLoader
 from syncline_coordinator.offers import OfferReader
-from syncline_coordinator.recovery import WORDS, Losses, taken_over
+from syncline_coordinator.recovery import MAX_UNCONFIRMED_REPORTS, LossReports, head_under_new_term
 from syncline_coordinator.reporting import Room
-from syncline_coordinator.reservation import Reservation, insist_on_models, most_agents, release, reserve, restore
+from syncline_coordinator.reservation import Reservation, most_agents, release, require_model_stream, reserve, restore
 from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.run_queue import commit_initial, give_up, gone, stop_reason
 
@@ -44,7 +44,7 @@ class Shared:
 
     bus: Bus
     loader: ModelLoader
-    losses: Losses
+    loss_reports: LossReports
     room: Room
     executor: Executor | None  # reduces; None: inline
     evaluation_s: float | None  # that an evaluation may take
@@ -130,12 +130,12 @@ class RunHost:
     async def _report_loss(self, error: RolledBack) -> None:
         text = f"run {self.name}: {error}. It goes on from what is there; updates not merged by then are trained again"
         await self._telemetry.event("broker-rolled-back", text, level="error")
-        if liar := self._shared.losses.noticed(self.name, error):
+        if agent := self._shared.loss_reports.record(self.name, error):
             text = (
-                f"{liar} has reported {WORDS} losses that no other agent reported: its reports are ignored until the "
-                "connection to the broker is lost again"
+                f"{agent} has reported {MAX_UNCONFIRMED_REPORTS} losses that no other agent reported: its reports are "
+                "ignored until the connection to the broker is lost again"
             )
-            await self._telemetry.event("not-believed", text, level="warning", agent=liar)
+            await self._telemetry.event("not-believed", text, level="warning", agent=agent)
 
     # -- opening -------------------------------------------------------------------------------------------------------
     async def _open(self) -> Run:
@@ -154,10 +154,10 @@ class RunHost:
 
     async def _opened_run(self, spec: RunSpec) -> Run:
         shared, keeper, bus = self._shared, self._keeper, self._shared.bus
-        lost_term = shared.losses.term(self.name)
+        lost_term = shared.loss_reports.highest_term(self.name)
         anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
         if not anew:
-            await insist_on_models(bus, self.name)
+            await require_model_stream(bus, self.name)
         layout = None if anew else keeper.head.manifest
         known = b"" if layout is None else await record_of(bus, self.name, layout)
         child, manifest = await shared.loader.load(spec, self._memory, known, check=False)
@@ -171,16 +171,16 @@ class RunHost:
                 await commit_initial(bus, keeper, reducer, manifest, lost_term)
             else:
                 await reducer.get_center(keeper.head.model, keeper.head.version)
-                head = await taken_over(bus, keeper.head, lost_term)
+                head = await head_under_new_term(bus, keeper.head, lost_term)
                 await keeper.check()  # a broker that lost writes gives revisions again
                 await keeper.write(head)
-            shared.losses.recovered(self.name)
+            shared.loss_reports.recovered(self.name)
             offers = OfferReader(bus, self.name, manifest, spec.wire.codec, shared.public_key)
             parts = Parts(
                 bus, spec, manifest, center, reducer, self._telemetry, offers, None, most_agents(spec), shared.room
             )
-            believes = partial(shared.losses.believes, self.name)
-            run = Run(parts, keeper, believes=believes, rolled_back=lost_term is not None)
+            is_trusted = partial(shared.loss_reports.is_trusted, self.name)
+            run = Run(parts, keeper, is_trusted=is_trusted, rolled_back=lost_term is not None)
             if spec.evaluate.center:
                 start = partial(self._fresh_evaluator, spec, encode(manifest))
                 parts.evaluation = Evaluation(child, start, self._telemetry, run.evaluated, shared.evaluation_s)

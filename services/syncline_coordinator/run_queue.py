@@ -21,7 +21,7 @@ from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import ENDED, Head, Stop, Stopped, Submit, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.merge.reducer import Reducer
-from syncline_coordinator.recovery import taken_over
+from syncline_coordinator.recovery import head_under_new_term
 from syncline_coordinator.reservation import RUNS, release
 
 log = logging.getLogger(__name__)
@@ -202,12 +202,12 @@ async def commit_initial(
     """Commit version 0: the model as the task makes it under the run's seed.
 
     Args:
-        lost_term: as in `taken_over`.
+        lost_term: as in `head_under_new_term`.
     """
     merged = await reducer.put_center()
     prefix = partial(subjects.model_prefix, keeper.head.run)
     layout = await put_record(bus, prefix, encode(manifest))
     moved = {"model": merged.model, "digest": merged.digest, "manifest": layout, "roster": None, "phase": "waiting"}
-    head = keeper.head if lost_term is None else await taken_over(bus, keeper.head, lost_term)
+    head = keeper.head if lost_term is None else await head_under_new_term(bus, keeper.head, lost_term)
     await keeper.check()  # a broker that was set back gives revisions again
     await keeper.write(head.changed(**moved))

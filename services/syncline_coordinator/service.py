@@ -25,7 +25,7 @@ from syncline.wire.messages import Stop, Stopped, Story, StoryTold, Submit, deco
 from syncline_coordinator.desk import Desk, answer
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.model_loader import ModelLoader
-from syncline_coordinator.recovery import Losses
+from syncline_coordinator.recovery import LossReports
 from syncline_coordinator.reporting import Room, tell_refusals
 from syncline_coordinator.reservation import RUNS, Reservation, check_space, most_agents, reserve
 from syncline_coordinator.run_host import RunHost, Shared
@@ -54,7 +54,7 @@ class Coordinator:
         self._bus = bus
         self._settings = settings
         self._events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
-        self._losses = Losses()
+        self._loss_reports = LossReports()
         self._room = Room(self._events)
         self._loader = ModelLoader(bus, start_child)
         self._desk = Desk(bus, self._events)
@@ -64,7 +64,7 @@ class Coordinator:
         self._shared = Shared(
             bus=bus,
             loader=self._loader,
-            losses=self._losses,
+            loss_reports=self._loss_reports,
             room=self._room,
             executor=settings.executor,
             evaluation_s=settings.evaluation_s,
@@ -94,9 +94,9 @@ class Coordinator:
             await self._submissions.close()
 
     def _on_reconnect(self) -> None:
-        self._losses.connection_was_gone()
+        self._loss_reports.reset_trust()
         if self._host is not None and self._host.run is not None:
-            self._host.run.lookout.look()
+            self._host.run.loss_detector.check_now()
 
     def _status(self) -> FleetStatus:
         run = self._host.name if self._host is not None else ""

@@ -22,7 +22,7 @@ from syncline_agent.run_view import News
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import Reducer
-from syncline_coordinator.recovery import Lookout
+from syncline_coordinator.recovery import LossDetector
 from syncline_coordinator.retention import Retention
 from syncline_coordinator.run import Run
 from syncline_sim.seeds import play
@@ -271,10 +271,10 @@ def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_coordinator_never_looks_whether_it_was_replaced(patch: pytest.MonkeyPatch) -> None:
-    async def watch(self: Lookout) -> None:
+    async def watch(self: LossDetector) -> None:
         await asyncio.Event().wait()
 
-    patch.setattr(Lookout, "watch", watch)
+    patch.setattr(LossDetector, "watch", watch)
 
 
 PLANTED: tuple[Plant, ...] = (

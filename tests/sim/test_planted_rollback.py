@@ -11,9 +11,9 @@ from syncline.bus.base import Bus
 from syncline.wire.messages import Head, Offer
 from syncline_agent.run_view import News
 from syncline_agent.session import Session
-from syncline_coordinator import run_host
+from syncline_coordinator import run_host, run_queue
 from syncline_coordinator.head import HeadKeeper
-from syncline_coordinator.recovery import Lookout, taken_over
+from syncline_coordinator.recovery import LossDetector, head_under_new_term
 from syncline_coordinator.run import Run
 
 pytestmark = pytest.mark.long
@@ -41,24 +41,25 @@ def an_older_head_is_no_news(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_offers_are_waited_for(patch: pytest.MonkeyPatch) -> None:
-    async def check(self: Lookout, term: int) -> None:
+    async def check(self: LossDetector, term: int) -> None:
         pass
 
-    patch.setattr(Lookout, "_check_offers", check)
+    patch.setattr(LossDetector, "_check_offers", check)
 
 
 def what_head_names_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
-    async def check(self: Lookout, head: Head, before: Head, losses: int) -> None:
+    async def check(self: LossDetector, head: Head, before: Head, risks: int) -> None:
         pass
 
-    patch.setattr(Lookout, "_check_blobs", check)
+    patch.setattr(LossDetector, "_check_blobs", check)
 
 
 def no_new_epoch_is_begun(patch: pytest.MonkeyPatch) -> None:
     async def same_epoch(bus: Bus, head: Head, lost_term: int | None) -> Head:
-        return (await taken_over(bus, head, lost_term)).model_copy(update={"epoch": head.epoch})
+        return (await head_under_new_term(bus, head, lost_term)).model_copy(update={"epoch": head.epoch})
 
-    patch.setattr(run_host, "taken_over", same_epoch)
+    for module in (run_host, run_queue):
+        patch.setattr(module, "head_under_new_term", same_epoch)
 
 
 def offers_of_every_epoch_are_taken(patch: pytest.MonkeyPatch) -> None:

@@ -8,27 +8,27 @@ from syncline.bus.memory.bus import MemoryBroker
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Submit, encode
 from syncline_coordinator.head import HeadKeeper, RolledBack
-from syncline_coordinator.recovery import WORDS, Losses
+from syncline_coordinator.recovery import MAX_UNCONFIRMED_REPORTS, LossReports
 from syncline_coordinator.reservation import RUNS
 from syncline_coordinator.run_queue import RunQueue
 
 
 def test_an_agent_is_believed_so_many_times_for_each_run_until_the_connection_was_gone() -> None:
-    losses = Losses()
-    said = [losses.noticed("r", RolledBack("a9 says so", 3, "a9")) for _ in range(WORDS)]
+    losses = LossReports()
+    said = [losses.record("r", RolledBack("a9 says so", 3, "a9")) for _ in range(MAX_UNCONFIRMED_REPORTS)]
     assert said == ["", "", "a9"]
-    assert not losses.believes("r", "a9") and losses.believes("r", "a1") and losses.believes("q", "a9")
-    losses.connection_was_gone()
-    assert losses.believes("r", "a9")
+    assert not losses.is_trusted("r", "a9") and losses.is_trusted("r", "a1") and losses.is_trusted("q", "a9")
+    losses.reset_trust()
+    assert losses.is_trusted("r", "a9")
 
 
 def test_what_the_bus_shows_counts_against_nobody_and_the_highest_term_is_kept_until_the_run_goes_on() -> None:
-    losses = Losses()
+    losses = LossReports()
     for term in (3, 7, 5):
-        assert losses.noticed("r", RolledBack("head is gone", term)) == ""
-    assert (losses.term("r"), losses.term("q")) == (7, None)
+        assert losses.record("r", RolledBack("head is gone", term)) == ""
+    assert (losses.highest_term("r"), losses.highest_term("q")) == (7, None)
     losses.recovered("r")
-    assert losses.term("r") is None
+    assert losses.highest_term("r") is None
 
 
 def test_a_run_whose_head_cannot_be_read_stands_in_nobodys_way() -> None:

@@ -16,7 +16,7 @@ from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Heartbeat, Offer, encode
 from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
 from syncline_coordinator.offers import StreamPosition
-from syncline_coordinator.recovery import LOST_OFFER_S, Lookout, taken_over
+from syncline_coordinator.recovery import LOST_OFFER_S, LossDetector, head_under_new_term
 from syncline_coordinator.reservation import RUNS
 from syncline_sim.dice import Dice
 from unit.stored_run import lose_head
@@ -31,12 +31,12 @@ def blob(i: int) -> BlobRef:
 
 
 class Stage:
-    """A broker with a run's streams, and a lookout that stands at term 3, version 5."""
+    """A broker with a run's streams, and a detector that stands at term 3, version 5."""
 
     def __init__(self, broker: MemoryBroker, bus: MemoryBus, keeper: HeadKeeper, ledger: Ledger) -> None:
         self.broker, self.bus, self.keeper, self.ledger = broker, bus, keeper, ledger
         self.position = StreamPosition(keeper.head.offers_seq)
-        self.lookout = Lookout(bus, keeper, ledger, self.position)
+        self.detector = LossDetector(bus, keeper, ledger, self.position)
 
     @classmethod
     async def set(cls, head: Head = HEAD) -> Stage:
@@ -50,7 +50,7 @@ class Stage:
 
     def beat(self, agent: str = "a1", **said: Any) -> None:
         fields = {"seen_term": 3, "seen_version": 5, "seen_epoch": 77, **said}
-        self.lookout.heard(agent, Heartbeat(session=SESSION, clock=9, progress=0, **fields))
+        self.detector.on_heartbeat(agent, Heartbeat(session=SESSION, clock=9, progress=0, **fields))
 
     async def offer(self, agent: str, clock: int) -> int:
         offer = Offer(
@@ -62,7 +62,7 @@ class Stage:
         """Why the coordinator must stop, or '' where it need not."""
         try:
             async with asyncio.timeout(within_s):
-                await self.lookout.watch()
+                await self.detector.watch()
         except TimeoutError:
             pass
         except RolledBack as error:
@@ -89,7 +89,7 @@ async def nothing(stage: Stage) -> None:
     stage.beat(handed=6)
     stage.beat("a2", seen_term=2, seen_version=5)
     stage.beat("a3", seen_term=1, seen_version=9, seen_epoch=1, handed=9)  # of before a roll-back that is known
-    stage.lookout.look()
+    stage.detector.check_now()
 
 
 async def an_offer_that_is_read_a_little_later(stage: Stage) -> None:
@@ -184,10 +184,10 @@ def test_an_update_that_is_gone_is_believed_lost_once_for_each_time_the_connecti
 
     async def play() -> list[bool]:
         stage = await Stage.set()
-        lookout = Lookout(stage.bus, stage.keeper, stage.ledger, stage.position, rolled_back=rolled_back)
-        believed = [lookout.suspects("a1", "gone"), lookout.suspects("a1", "gone")]
+        detector = LossDetector(stage.bus, stage.keeper, stage.ledger, stage.position, rolled_back=rolled_back)
+        believed = [detector.report_missing_update("a1", "gone"), detector.report_missing_update("a1", "gone")]
         stage.broker.restart()
-        return [*believed, lookout.suspects("a2", "gone"), lookout.suspects("a2", "gone")]
+        return [*believed, detector.report_missing_update("a2", "gone"), detector.report_missing_update("a2", "gone")]
 
     assert simulated(play())[0] == [not rolled_back, False, True, False]
 
@@ -195,7 +195,7 @@ def test_an_update_that_is_gone_is_believed_lost_once_for_each_time_the_connecti
 def test_a_reconnect_is_reason_to_look_at_once(simulated: Simulated) -> None:
     async def play() -> str:
         stage = await Stage.set()
-        asyncio.get_running_loop().call_later(30.0, stage.lookout.look)
+        asyncio.get_running_loop().call_later(30.0, stage.detector.check_now)
         asyncio.get_running_loop().call_later(29.9, setattr, stage.position, "read_up_to", 4)
         return await stage.concludes()
 
@@ -226,12 +226,12 @@ def test_whoever_takes_over_after_a_roll_back_begins_a_new_line_under_a_higher_t
         stage = await Stage.set()
         for clock in (6, 7):
             await stage.offer("a1", clock)
-        same = await taken_over(stage.bus, merging, None)
+        same = await head_under_new_term(stage.bus, merging, None)
         assert same == merging.model_copy(update={"term": 4})
-        other = await taken_over(stage.bus, merging, 9)
+        other = await head_under_new_term(stage.bus, merging, 9)
         assert (other.term, other.phase, other.plan, other.round, other.offers_seq) == (10, "training", None, 9, 2)
         assert other.version == 5 and other.epoch not in (0, 77)
-        short = await taken_over(stage.bus, merging.model_copy(update={"offers_seq": 3}), None)
+        short = await head_under_new_term(stage.bus, merging.model_copy(update={"offers_seq": 3}), None)
         assert short.term == 4 and short.epoch not in (0, 77) and short.offers_seq == 2
 
     simulated(play())
