@@ -16,7 +16,7 @@ help:
 	@echo "make results-tasks  accuracy of the tasks in examples/: together, centralised, alone (an hour on two cores)"
 	@echo "make experiment NAME=straggler  one of experiments/, in virtual time: straggler, fedavg, scaffold, diloco, shakespeare"
 	@echo "make install  make $(VENV) and install Syncline into it"
-	@echo "make docs     write docs/protocol.md anew from the code"
+	@echo "make docs     write docs/protocol.md and docs/states.md anew from the code"
 	@echo "make docs-site  build the documentation as web pages into site/; they load nothing from other hosts"
 	@echo "make prose    figures about the docstrings and comments of every package; WORST=20 lists the worst"
 	@echo "make clean    remove $(VENV) and caches"
@@ -71,6 +71,7 @@ experiment: install
 
 docs: install
 	@$(BIN)/python tools/protocol_reference.py > docs/protocol.md
+	@$(BIN)/python tools/state_diagrams.py > docs/states.md
 
 SITE_STAMP := $(VENV)/.installed-docs
 $(SITE_STAMP): $(STAMP)
