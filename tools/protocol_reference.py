@@ -1,6 +1,6 @@
-"""Writes docs/protocol.md from the code: `python -m protocol_reference`. A test holds the file against it.
+"""Print docs/protocol.md from the code: `python tools/protocol_reference.py`. A test compares the page with this output.
 
-Tables come from the records, subjects, metrics and permissions themselves; only who reads and writes what is said here.
+The tables come from the records, subjects, metrics and permissions themselves; only writers and readers are named here.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ INTRO = f"""# The protocol
 
 <!-- Written by `make docs` from the code; changes made by hand are lost. -->
 
-What travels over the bus, so that a service in another language, a dashboard or a curious person can take part. Everything
-is under `{subjects.PREFIX}`, with one token per name, so that the broker can hold each service to its own subjects.
+This page describes the messages on the bus, for services in other languages and for dashboards. All subjects are below
+`{subjects.PREFIX}`, with one token per name, so that the broker can restrict each service to its own subjects.
 
-Three kinds of things travel:
+Three kinds of messages exist:
 
-- **records**, small maps of msgpack, say what happens: an offer, a verdict, which version is current;
+- **records**, small maps of msgpack, describe offers, verdicts and versions;
 - **chunks**, frames of one msgpack map with tensor bytes, carry models and updates. They are *put* into JetStream and *got*
-  by subject, a window at a time; nobody is ever pushed a tensor;
-- **metrics and events** are JSON, because people read them: `nats sub '{subjects.PREFIX}.*.metrics.>'`.
+  by subject, a window at a time; no tensor is pushed to a subscriber;
+- **metrics and events** are JSON, for people: `nats sub '{subjects.PREFIX}.*.metrics.>'`.
 
-Nothing is ever unpickled. Every length has a limit, a name is `{subjects.NAME.pattern}`, and whatever breaks a rule is counted,
-reported on the events subject with the name of its sender, and dropped.
+Nothing is ever unpickled. Every length has a limit, and a name is `{subjects.NAME.pattern}`. A message that breaks a rule is
+counted, reported on the events subject with the name of its sender, and dropped.
 """
 
 VERSIONING = f"""## Versions
 
 Every record and every chunk carries `t`, its type, and `v`, its major version, now {VERSION}.
 
-- A field that a reader does not know is ignored, so that a newer minor version may add some; a new field has a default.
+- A reader ignores unknown fields, so that a newer minor version may add fields; a new field has a default.
 - Another type, or another major version, is refused with an error that names both versions.
-- A field of the wrong type, or beyond its limit, is refused; nothing is converted to fit.
+- A field of the wrong type, or beyond its limit, is refused; values are never converted.
 - Subjects carry the major version of their layout: `{subjects.PREFIX}`.
 - A run spec has a version of its own, `v`, and is refused by a Syncline that is older than it.
 
-The type tag is there for safety too: whoever chooses the reply subject of a request can have the broker deliver a genuine
-record of one type where another is expected, and the tag makes that a refused record instead of a confused one.
+The type tag is a safety measure too: an attacker who chooses the reply subject of a request can make the broker deliver a
+genuine record of one type in the place of another. The tag makes the reader refuse this record.
 """
 
 # subject, written by, read by, carries
@@ -85,7 +85,7 @@ SUBJECTS = (
         f"{subjects.PREFIX}.{RUN}.probe",
         "coordinator",
         "",
-        "nothing: a stream is made for it and deleted at once, to learn whether a queued run would find space",
+        "no message: a stream is made for it and deleted at once, to learn whether a queued run would have space",
     ),
     (f"{subjects.PREFIX}.{RUN}.log.<version>.<term>", "coordinator", "anybody in `CORE`", "`log-line`; JetStream"),
     (
@@ -142,7 +142,7 @@ OBJECTS = (
 CHUNK = (
     ("t", "text", "`chunk`"),
     ("v", "integer", f"{VERSION}"),
-    ("blob", "32 hexadecimal digits", "the blob it belongs to, as in its subject"),
+    ("blob", "32 hexadecimal digits", "the blob to which the chunk belongs, as in its subject"),
     ("k", "integer", "its place in the blob, from 0, as in its subject"),
     ("n", "integer", "chunks of the blob"),
     ("codec", "text", "as in the blob's reference: how tensor elements became `data`; `raw` for records"),
@@ -150,9 +150,9 @@ CHUNK = (
     ("data", "bytes", "as many as k, n and the blob's size say, no more and no fewer"),
 )
 
-FRAMES = f"""A blob is cut in chunks of equal size; the last one may be shorter. A reader knows the number and the size of the
-chunks before it asks: they follow from the manifest, from the blob's reference, and from its codec. It refuses a frame that
-says anything else, whose checksum does not match, or that is longer than its content by more than
+FRAMES = f"""A blob is divided into chunks of equal size; the last one may be shorter. A reader knows the number and the size
+of the chunks before its first request: they follow from the manifest, from the blob's reference, and from its codec. It refuses
+a frame with other numbers, with a wrong checksum, or that is longer than its content by more than
 {FRAME_OVERHEAD_BYTES // 1024} KiB. Chunks of tensors hold a multiple of {ALIGN_ELEMENTS} elements, little-endian.
 
 The **digest** of an update, which its offer carries and the agent signs, is BLAKE3 over the BLAKE3 digests of the `data` of
@@ -183,16 +183,16 @@ EXAMPLES: dict[type[Published], Published] = {
     ),
 }  # fmt: skip
 
-ACCOUNTS = """## Who may do what
+ACCOUNTS = """## Accounts and permissions
 
-Nobody is trusted to name himself: the identity of an agent is the token after `agent.` in the subject, and the broker lets an
-agent publish under its own alone. Each agent has a broker account of its own, and reaches in the coordinator's account only
-what that exports. A permission alone would not do: it guards the subject of a message and not its *reply* subject.
+The identity of an agent is the token after `agent.` in the subject; the broker lets an agent publish only under its own token.
+Each agent has a broker account of its own, and reaches only the exports of the coordinator's account. A permission alone is
+not enough: it guards the subject of a message and not its *reply* subject.
 """
 
 
 def protocol() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return (
         "\n".join([INTRO, *_subjects(), VERSIONING, *_records(), *_chunks(), *_metrics(), *_accounts()]).rstrip() + "\n"
     )
@@ -202,11 +202,11 @@ def _subjects() -> Iterable[str]:
     yield "## Subjects\n"
     yield _table(("subject", "written by", "read by", "carries"), [(f"`{s}`", *rest) for s, *rest in SUBJECTS])
     yield (
-        "`<sender>` is an agent's name, `coordinator` or `broker`; `<run>` is `fleet` for what concerns no single run. "
-        f"Reserved and no names of runs or agents: {', '.join(f'`{n}`' for n in sorted(subjects.RESERVED))}.\n"
+        "`<sender>` is an agent's name, `coordinator` or `broker`; `<run>` is `fleet` for metrics and events of no single run. "
+        f"Reserved words, which are not names of runs or agents: {', '.join(f'`{n}`' for n in sorted(subjects.RESERVED))}.\n"
     )
     yield "## What JetStream keeps\n"
-    yield "Everything that must survive is here: any service can be killed at any time, and reads again what it needs.\n"
+    yield "All state that must survive is here: any service can be killed at any time, and reads its state again.\n"
     yield _table(("object", "holds", "written by", "how"), OBJECTS)
 
 
