@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -44,3 +46,13 @@ def test_the_documentation_tools_are_pinned() -> None:
         for requirement in requirements:
             name = requirement.partition(">")[0].lower()
             assert name in pinned or name.startswith("syncline["), f"extra {extra}: {name} is not in constraints.txt"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    for path in shown:
+        module, _, name = path.rpartition(".")
+        assert path == "syncline.errors" or hasattr(importlib.import_module(module), name), f"there is no {path}"
+    for name in syncline.__all__:
+        public = getattr(syncline, name)
+        assert f"{public.__module__}.{name}" in shown, f"docs/api.md does not have {name}"
