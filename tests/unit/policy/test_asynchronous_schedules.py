@@ -355,8 +355,8 @@ def judged_once_and_can_end(policy: Asynchronous, schedule: Sequence[Act]) -> Fl
 # -- drawn by Hypothesis -----------------------------------------------------------------------------------------------
 def made(**chosen: Any) -> Asynchronous:
     """With what `guardrails` and `spec` would not let pass put right."""
-    if chosen["buffer"] is not None and chosen["buffer"] < chosen["least"]:
-        chosen["least"] = 1
+    if chosen["buffer"] is not None and chosen["buffer"] < chosen["min_updates"]:
+        chosen["min_updates"] = 1
     if chosen["max_ahead"] == 0:
         chosen["buffer"] = None
     if chosen["quorum"] is not None and chosen["buffer"] is not None:
@@ -377,7 +377,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "grace_s": (None, 0.0, 1.0),
     "elastic": (False, False, True),
     "one_each": (False, False, True),
-    "least": (1, 1, 1, 2, 3),
+    "min_updates": (1, 1, 1, 2, 3),
     "versions": (1, 2, 4, 8, 30),
 }
 acts = st.lists(
