@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from syncline.errors import ConfigError
 from syncline.local.gradients import Control, Gradients
 from syncline.model.flat import FlatModel
-from syncline.spec.run_spec import Local
+from syncline.spec.sections import Local
 from syncline.tasks.base import Task
 from syncline.tasks.optimizers import inner_of, optimizers_of
 from syncline_agent.values import can_be_kept

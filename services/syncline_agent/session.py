@@ -20,7 +20,8 @@ from syncline.errors import BusError, ConfigError, Denied, PeerError, SynclineEr
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
 from syncline.runtime.child import ChildDied, ChildFailed
-from syncline.spec.run_spec import Async, RunSpec
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.sections import Async
 from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes

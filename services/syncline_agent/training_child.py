@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 from syncline.policy.asynchronous import OVERLAPPING
 from syncline.runtime.child import Asked, ChildDied, ChildFailed, Start
 from syncline.shm import SharedMemory
-from syncline.spec.run_spec import Async, RunSpec
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.sections import Async
 
 PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress, and the wish to stop early
 PROGRESS_BYTES = 64

@@ -8,7 +8,8 @@ from syncline.policy.base import Policy, ResumePoint
 from syncline.policy.ledger import Ledger
 from syncline.policy.membership import Numbering
 from syncline.policy.rounds import Rounds
-from syncline.spec.run_spec import Async, RunSpec
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.sections import Async
 from syncline.wire.messages import Head, Presence, Roster
 
 

@@ -11,7 +11,8 @@ from syncline.bus.base import BucketConfig, Bus, StreamConfig
 from syncline.bus.blobs import BlobGone, with_retries
 from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
 from syncline.model.manifest import Manifest
-from syncline.spec.run_spec import Async, RunSpec
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.sections import Async
 from syncline.wire import subjects
 from syncline.wire.messages import Submit
 

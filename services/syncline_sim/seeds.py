@@ -10,7 +10,8 @@ from typing import Any
 
 from syncline.averaging.merge import CentredClip, Krum, Median, MultiKrum, NormClip, TrimmedMean
 from syncline.averaging.outer import Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Yogi
-from syncline.spec.run_spec import Async, RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
+from syncline.spec.sections import Async
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.subjects import COORDINATOR
 from syncline_sim.dice import Dice

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from syncline.bus.memory.bus import MemoryBroker
 from syncline.bus.memory.faults import Operation
 from syncline.bus.memory.store import Store
 from syncline.wire import subjects
@@ -25,20 +26,61 @@ from syncline_sim.faults import (
     RollBack,
     Twin,
     Unanswered,
+    Weather,
     Zombie,
 )
 from syncline_sim.life import Life
 
-if TYPE_CHECKING:
-    from syncline_sim.world import World
-
 COORDINATOR = subjects.COORDINATOR
+
+
+class Faulty(Protocol):
+    """The simulated system that faults act on: its broker, its network and the processes of its services."""
+
+    seed: int
+    broker: MemoryBroker
+    weather: Weather
+    books: Books
+    lives: dict[str, Life]  # by connection
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended, or an invariant was violated."""
+        ...
+
+    def start(self, service: str) -> None:
+        """Start a new process of the service, unless the run has ended."""
+        ...
+
+    def current(self, service: str) -> Life | None:
+        """Return the newest process of the service, or None if it is dead."""
+        ...
+
+    def crash(self, life: Life, disk: bool) -> None:
+        """End a process at once; without `disk`, its state directory is deleted as well."""
+        ...
+
+    def end(self, life: Life) -> None:
+        """End a process at once: cut its connection, then cancel its tasks."""
+        ...
+
+    def rolled_back(self, store: Store, then: Books) -> None:
+        """Give the broker an older store; `then`: the observer's state when that store was current."""
+        ...
+
+    def at(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call a function after so many virtual seconds."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Append a line to the timeline."""
+        ...
 
 
 class Trouble:
     """Every fault begins at its time or at its operation, and ends by itself."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: Faulty) -> None:
         self._world = world
         self._flushed: dict[RollBack, tuple[Store, Books]] = {}
 

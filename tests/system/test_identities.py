@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncline.data.partition import Part
-from syncline.spec.run_spec import Iid
+from syncline.spec.sections import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
 from system.harness import Fleet, task

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Dirichlet, Iid, Natural, Partition, Shards
+from syncline.spec.sections import Dirichlet, Iid, Natural, Partition, Shards
 
 Rows = NDArray[np.int64]
 

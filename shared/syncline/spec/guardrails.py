@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from syncline.errors import ConfigError
+from syncline.spec.sections import RunSettings
 from syncline.transform.codecs import Need
-
-if TYPE_CHECKING:
-    from syncline.spec.run_spec import RunSpec
-
 
 FEW_LABELS = 0.3  # the α of a Dirichlet split below which most agents have a few labels only
 BATCH_NORM = ("running_mean", "running_var")  # how the names of its statistics end
 LONG_LAG = 4.0  # versions
 
 
-def refuse_nonsense(spec: RunSpec) -> None:
+def refuse_nonsense(spec: RunSettings) -> None:
     """Raises ConfigError."""
     _check_counts(spec)
     _check_target(spec)
@@ -43,7 +39,7 @@ def refuse_nonsense(spec: RunSpec) -> None:
     _check_codec(spec)
 
 
-def _check_codec(spec: RunSpec) -> None:
+def _check_codec(spec: RunSettings) -> None:
     """Refuse a codec that needs something that the run does not provide."""
     codec, sample = spec.wire.codec, spec.sync.sample if spec.sync.kind == "rounds" else None
     provided = {Need.PLAIN_UPDATES}
@@ -59,7 +55,7 @@ def _check_codec(spec: RunSpec) -> None:
             )
 
 
-def _check_counts(spec: RunSpec) -> None:
+def _check_counts(spec: RunSettings) -> None:
     least = spec.agents.min
     if isinstance(spec.sync.quorum, int) and spec.sync.quorum > least:
         raise ConfigError(
@@ -75,7 +71,7 @@ def _check_counts(spec: RunSpec) -> None:
         )
 
 
-def _check_target(spec: RunSpec) -> None:
+def _check_target(spec: RunSettings) -> None:
     target = spec.stop.target
     if target is not None and not spec.evaluate.center:
         raise ConfigError(
@@ -85,7 +81,7 @@ def _check_target(spec: RunSpec) -> None:
         )
 
 
-def _check_rule(spec: RunSpec) -> None:
+def _check_rule(spec: RunSettings) -> None:
     """A merge rule has the updates it needs in every merge, as far as that can be known before the run."""
     rule, sync, least = spec.merge, spec.sync, spec.merge.least()
     if rule.weights != "uniform" and not rule.weighted:
@@ -119,7 +115,7 @@ def _check_rule(spec: RunSpec) -> None:
         )
 
 
-def _check_async(spec: RunSpec) -> None:
+def _check_async(spec: RunSettings) -> None:
     sync, mix = spec.sync, spec.mix
     assert sync.kind == "async"
     if mix.kind == "interpolate" and mix.alpha != 1:
@@ -149,7 +145,7 @@ def _check_async(spec: RunSpec) -> None:
         )
 
 
-def _merges_of_a_round(spec: RunSpec) -> int:
+def _merges_of_a_round(spec: RunSettings) -> int:
     """Return N / K, the merges of an asynchronous run in which every agent has one update on average; 1 at least."""
     assert spec.sync.kind == "async"
     size = spec.sync.updates(spec.agents.min)
@@ -167,7 +163,7 @@ def most_elastic_agents(alpha: float) -> int:
     return n
 
 
-def too_many_agents(spec: RunSpec, agents: int) -> str:
+def too_many_agents(spec: RunSettings, agents: int) -> str:
     """Return why a run cannot have so many agents at once, or ''."""
     if spec.mix.kind != "elastic" or agents <= (most := most_elastic_agents(spec.mix.alpha)):
         return ""
@@ -177,7 +173,7 @@ def too_many_agents(spec: RunSpec, agents: int) -> str:
     )
 
 
-def _check_elastic(spec: RunSpec) -> None:
+def _check_elastic(spec: RunSettings) -> None:
     n, alpha, sync = max(spec.agents.min, spec.agents.max or 0), spec.mix.alpha, spec.sync
     most = 2 / (n + 1)
     usual = f"0.9 / N = {0.9 / n:.3g}, the fastest 2 / (N + 2) = {2 / (n + 2):.3g}"
@@ -211,7 +207,7 @@ def _check_elastic(spec: RunSpec) -> None:
         )
 
 
-def _check_scaffold(spec: RunSpec) -> None:
+def _check_scaffold(spec: RunSettings) -> None:
     assert spec.local.control_variates is not None
     wrong: dict[str, tuple[object, object, str]] = {
         "merge.rule": (str(spec.merge.rule), "mean", "which c_i the center holds would not be known"),
@@ -229,7 +225,7 @@ def _check_scaffold(spec: RunSpec) -> None:
             )
 
 
-def doubts(spec: RunSpec) -> list[str]:
+def doubts(spec: RunSettings) -> list[str]:
     """Settings that are allowed and rarely meant."""
     n, mix, sync = spec.agents.min, spec.mix, spec.sync
     found = []
@@ -280,7 +276,7 @@ def doubts_of_model(averaged: Iterable[str], local: Iterable[str] = ()) -> list[
     ]
 
 
-def _doubts_of_fednova(spec: RunSpec) -> list[str]:
+def _doubts_of_fednova(spec: RunSettings) -> list[str]:
     """Return a doubt about factors that are exact for plain SGD alone (arXiv:2007.07481)."""
     local = spec.local
     if spec.merge.normalize is None:
@@ -302,7 +298,7 @@ def _doubts_of_fednova(spec: RunSpec) -> list[str]:
     ]
 
 
-def _doubts_async(spec: RunSpec) -> list[str]:
+def _doubts_async(spec: RunSettings) -> list[str]:
     n, sync = spec.agents.min, spec.sync
     assert sync.kind == "async"
     found = []

@@ -15,7 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Local, Schedule
+from syncline.spec.sections import Local, Schedule
 from syncline.tasks.base import Task
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Local
+from syncline.spec.sections import Local
 from syncline.tasks.optimizers import inner_of
 from syncline.tasks.quadratic import LinearRegression
 from syncline_agent.inner_optimizers import restore_state

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Iid
+from syncline.spec.sections import Iid
 from syncline.tasks.base import batches
 from syncline.tasks.quadratic import LinearRegression
 from unit.trainers import Child, Ticking

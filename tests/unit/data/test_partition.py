@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from syncline.data.partition import Part, split
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Dirichlet, Iid, Natural, Partition, Shards
+from syncline.spec.sections import Dirichlet, Iid, Natural, Partition, Shards
 
 KINDS: dict[str, Partition] = {
     "iid": Iid(),

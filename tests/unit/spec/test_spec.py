@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from syncline.averaging.merge import RULES
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Local, Optimizer, RunSpec, Target, load_spec, parse
+from syncline.spec.run_spec import RunSpec, load_spec, parse
+from syncline.spec.sections import Local, Optimizer, Target
 
 TASK = "syncline.tasks.digits:Digits"
 

@@ -8,7 +8,8 @@ import pytest
 
 from syncline.errors import ConfigError
 from syncline.settings import Settings, parse
-from syncline.spec.run_spec import Iid, Local, RunSpec
+from syncline.spec.run_spec import RunSpec
+from syncline.spec.sections import Iid, Local
 from syncline.spec.submission import submission, submitted_spec
 from syncline.wire.messages import Submit, decode, encode
 from syncline_agent.session import spec_in

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Local
+from syncline.spec.sections import Local
 from syncline.tasks.optimizers import OPTIMIZERS, OPTIMIZERS_OF_A_TASK, SCHEDULES, Rate, check_inner, inner_of
 from syncline.tasks.quadratic import LinearRegression
 

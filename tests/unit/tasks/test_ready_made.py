@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Dirichlet, Iid, Natural, Partition, Shards
+from syncline.spec.sections import Dirichlet, Iid, Natural, Partition, Shards
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline.tasks.base import Task, _ready_made, batch_rows, batches, evaluate, load_task, to_device
 from syncline.tasks.digits import Digits

@@ -13,7 +13,8 @@ import torch
 
 from syncline.data.partition import Part
 from syncline.shm import SharedMemory
-from syncline.spec.run_spec import Iid, RunSpec, parse
+from syncline.spec.run_spec import RunSpec, parse
+from syncline.spec.sections import Iid
 from syncline.tasks.base import load_task, make_dataset, make_model
 from syncline.tasks.seeding import generators_restored, seed_all, seed_of
 from syncline_coordinator.evaluator import Evaluator

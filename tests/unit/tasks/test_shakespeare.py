@@ -9,7 +9,7 @@ import pytest
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Natural
+from syncline.spec.sections import Natural
 from syncline.tasks.shakespeare import MOST_BYTES, Shakespeare, encode, read_plays, speeches
 
 PLAY = """\

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
-from syncline.spec.run_spec import Iid, Local
+from syncline.spec.sections import Iid, Local
 from syncline.tasks import DEFAULT_ALLOWED
 from syncline.tasks.base import Task, batch_rows, batches, evaluate, load_task, to_device
 from syncline.tasks.quadratic import LinearRegression
