@@ -49,7 +49,7 @@ class Reservation:
     def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
         vector = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
         updates = UPDATES_PER_AGENT * agents * manifest.sections * vector + UPDATES_SLACK_BYTES
-        models = (spec.keep_models + 1) * (manifest.sections + spec.states) * vector
+        models = (spec.keep_models + 1) * (manifest.sections + spec.state_vectors) * vector
         return cls(
             updates,
             models + RECORDS_BYTES + agents * RECORDS_AGENT_BYTES,
@@ -76,18 +76,20 @@ class Reservation:
 def most_agents(spec: RunSpec) -> int:
     """The largest fleet that the run has room for: `agents.max`, or twice what it starts with and eight at least."""
     most = spec.agents.max or max(2 * spec.agents.min, spec.agents.min + 8)
-    return most if spec.merge.most is None else min(most, spec.merge.most)
+    return most if spec.merge.max_updates is None else min(most, spec.merge.max_updates)
 
 
 def most_updates(spec: RunSpec, agents: int) -> int:
     """Return how many updates a version is made of at most."""
     sync = spec.sync
     if isinstance(sync, Async):
-        return sync.updates(spec.agents.min) or agents
+        return sync.buffer_size(spec.agents.min) or agents
     if sync.sample is None:
         return agents
     quorum = 1 if sync.quorum == "all" else sync.quorum
-    if max(spec.merge.least(), quorum) > 1:  # where some of those drawn are lost or slow, all others are asked too
+    if (
+        max(spec.merge.min_updates(), quorum) > 1
+    ):  # where some of those drawn are lost or slow, all others are asked too
         return agents
     return min(agents, max(1, round(sync.sample * agents)))
 
@@ -121,7 +123,7 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
 def _too_large(spec: RunSpec, manifest: Manifest, agents: int, space: Reservation, error: BusError) -> ConfigError:
     """Name the setting that the run's space depends on most, with the figures."""
     why = f"merge.rule is {spec.merge.rule} and outer.kind is {spec.outer.kind}"
-    kept = f" of {manifest.sections + spec.states} vectors, because {why}" if spec.states else ""
+    kept = f" of {manifest.sections + spec.state_vectors} vectors, because {why}" if spec.state_vectors else ""
     parts = {"agents.max": space.updates, "keep_models": space.models, "stop.versions": space.log}
     return ConfigError(
         max(parts, key=lambda setting: parts[setting]),

@@ -77,7 +77,7 @@ class Retention:
     def __init__(self, spec: RunSpec, head: Head, purger: Purger) -> None:
         self._run = spec.name
         self._keep_models = spec.keep_models
-        self._has_outer_state = spec.states > 0
+        self._has_outer_state = spec.state_vectors > 0
         self._purger = purger
         self._kept = [model for model in (head.previous, head.model) if model is not None]  # the oldest first
 

@@ -123,7 +123,7 @@ class Run:
             self.position,
             is_trusted=is_trusted,
             rolled_back=rolled_back,
-            outer_ref=parts.reducer.outer_ref if spec.states else None,
+            outer_ref=parts.reducer.outer_ref if spec.state_vectors else None,
         )
         self._diverged_at: int | None = None  # the newest version whose held-out loss was not finite
         self._work: set[asyncio.Task[None]] = set()

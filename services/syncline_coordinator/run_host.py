@@ -164,7 +164,7 @@ class RunHost:
         try:
             await (reserve if anew else restore)(bus, spec, manifest)
             shared.hold(Reservation.of(spec, manifest, most_agents(spec)).total)
-            center = Center(manifest, self._memory, spec.states)
+            center = Center(manifest, self._memory, spec.state_vectors)
             reducer = Reducer(bus, spec, manifest, center, shared.executor)
             if anew or keeper.head.model is None:
                 await child.ask("initial")

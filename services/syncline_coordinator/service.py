@@ -17,7 +17,7 @@ from syncline.errors import BusError, PeerError, StoreDown, StreamFull
 from syncline.observe.telemetry import QUEUED_NAMED, FleetStatus, Telemetry, tell_often
 from syncline.policy.words import story_lines
 from syncline.runtime.child import ChildDied, Start
-from syncline.spec.guardrails import doubts_of_model
+from syncline.spec.guardrails import model_warnings
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
@@ -149,7 +149,7 @@ class Coordinator:
         await self._queue.put(spec.name, record)
         await self._events.event("run-accepted", f"run {spec.name} is queued")
         self._queue.changed.set()
-        return [*spec.warnings, *doubts_of_model((t.name for t in manifest.tensors), manifest.local)]
+        return [*spec.warnings, *model_warnings((t.name for t in manifest.tensors), manifest.local)]
 
     # -- runs ----------------------------------------------------------------------------------------------------------
     async def _take_runs(self) -> None:

@@ -106,13 +106,13 @@ class Chronicle:
     def _misses(self, ref: BlobRef) -> bool:
         """Whether a chunk of it is not there; or, for the current model, one of the outer state beside it."""
         blobs = [(subjects.model_prefix, ref)]
-        if self.spec.states and self.head is not None and self.head.version and ref == self.head.model:
+        if self.spec.state_vectors and self.head is not None and self.head.version and ref == self.head.model:
             blobs.append((subjects.outer_prefix, self._outer(ref)))
         names = [f"{prefix(self.spec.name, blob.id)}.{k}" for prefix, blob in blobs for k in range(blob.chunks)]
         return any(name not in self.chunks or name in self.gone or name in self.lost for name in names)
 
     def _outer(self, model: BlobRef) -> BlobRef:
-        states, sections = self.spec.states, self.spec.local.sections
+        states, sections = self.spec.state_vectors, self.spec.local.sections
         return BlobRef(id=model.id, size=states * model.size // sections, chunks=states * model.chunks // sections)
 
     def _content(self, what: str, ref: BlobRef) -> bytes:

@@ -170,7 +170,7 @@ class Invariants(Chronicle):
         names = [(e.agent, e.clock) for e in plan.merged]
         self._insist(names == sorted(set(names)), f"the plan's order is {names}")
         self._insist(bool(names), "the plan merges nothing")
-        most = self.spec.sync.updates(self.spec.agents.min) if self.spec.sync.kind == "async" else None
+        most = self.spec.sync.buffer_size(self.spec.agents.min) if self.spec.sync.kind == "async" else None
         self._insist(most is None or len(names) <= most, f"a merge of {len(names)} updates, and K = {most}")
         if old is not None:
             fewer = {(e.agent, e.clock) for e in plan.merged} < {(e.agent, e.clock) for e in old.merged}
@@ -189,7 +189,7 @@ class Invariants(Chronicle):
         share = 1 / n if spec.merge.weights == "uniform" or not total else entry.samples / total
         if spec.sync.kind == "rounds":
             return share
-        size, s, lag = spec.sync.updates(spec.agents.min), spec.sync.weighing, entry.lag
+        size, s, lag = spec.sync.buffer_size(spec.agents.min), spec.sync.staleness_or_default, entry.lag
         stale = 1.0
         if isinstance(s, Polynomial):
             stale = float((1 + lag) ** -s.a)
@@ -301,7 +301,7 @@ class Invariants(Chronicle):
         bound = self.spec.sync.max_ahead if self.spec.sync.kind == "async" else None
         level = {a: roster.clocks[i] + roster.offset(i) for i, a in enumerate(roster.agents) if roster.participant(i)}
         expected = min(level.values()) + bound if bound is not None and level else None
-        lifted = self.spec.merge.least() > 1 and (head.gate or 0) > (expected or 0)  # for want of updates
+        lifted = self.spec.merge.min_updates() > 1 and (head.gate or 0) > (expected or 0)  # for want of updates
         self._insist(head.gate == expected or lifted, f"{_short(head)}: the gate is {head.gate}, not {expected}")
         for agent in level.keys() - self.levels.keys() if self.levels and bound is not None else ():
             others = (

@@ -25,13 +25,13 @@ def next_center(
     buffers: Sequence[slice] = (),
 ) -> tuple[Vector, list[Vector]]:
     """W of the next version, and what is kept beside it. `version`: of `center`; `kept`: empty stands for zeros."""
-    kept = kept or [np.zeros_like(center) for _ in range(spec.states)]
+    kept = kept or [np.zeros_like(center) for _ in range(spec.state_vectors)]
     parameter = np.ones(len(center))
     for buffer in buffers:
         parameter[buffer] = 0
     differences = [x * parameter for x in updates]
-    d, last = merged(spec.merge, differences, weights, kept[: spec.merge.keeps])
-    w, state = stepped(spec.outer, center, d, kept[spec.merge.keeps :], version)
+    d, last = merged(spec.merge, differences, weights, kept[: spec.merge.state_vectors])
+    w, state = stepped(spec.outer, center, d, kept[spec.merge.state_vectors :], version)
     mean = _mean_of_buffers(spec, center, updates, weights, _let_in(spec.merge, differences, weights, d))
     return np.where(parameter > 0, w, mean), [*last, *state]
 

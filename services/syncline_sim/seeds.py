@@ -86,7 +86,7 @@ def scene_of(seed: int) -> Scene:
     more = Dice(f"{seed} outer")
     if more.random() < 0.3:
         spec = spec.model_copy(update={"outer": more.choice(OUTER_OPTIMIZERS)})
-    rules = [rule for rule in MERGE_RULES if rule.least() <= min(least, sync.get("quorum", least))]
+    rules = [rule for rule in MERGE_RULES if rule.min_updates() <= min(least, sync.get("quorum", least))]
     if more.random() < 0.3:
         spec = spec.model_copy(update={"merge": more.choice(rules)})
     spec = _other_kind(seed, spec)
@@ -115,9 +115,9 @@ def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
     if is_async:
         changes["sync"] = _async(rng, spec.agents.min)
         sync = parse(Async, changes["sync"])
-        sizes = (sync.updates(spec.agents.min), sync.quorum)
-        held_up = sync.max_ahead is not None and sizes[0] is not None and spec.merge.least() > 1
-        if held_up or any(size is not None and size < spec.merge.least() for size in sizes):
+        sizes = (sync.buffer_size(spec.agents.min), sync.quorum)
+        held_up = sync.max_ahead is not None and sizes[0] is not None and spec.merge.min_updates() > 1
+        if held_up or any(size is not None and size < spec.merge.min_updates() for size in sizes):
             changes["merge"] = {"weights": "uniform"}
     if is_async and not elastic:
         changes["sync"]["staleness"] = rng.choice((None, {"kind": "constant"}, {"kind": "hinge", "a": 2.0, "b": 1}))
@@ -139,7 +139,7 @@ def _async(rng: Dice, agents: int) -> dict[str, Any]:
         "overlap": rng.random() < 0.7,
     }
     if rng.random() < 0.3:
-        most = min(agents, parse(Async, sync).updates(agents) or agents)
+        most = min(agents, parse(Async, sync).buffer_size(agents) or agents)
         sync |= {"quorum": rng.between(1, most), "grace_s": rng.choice((None, 0.0, 0.05, 0.5))}
     return sync
 

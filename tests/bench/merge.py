@@ -124,7 +124,7 @@ async def work(url: str, key: str, plan_data: bytes, case: Case) -> dict[str, An
     spec, layout, memory = case.spec, case.layout(bus.max_payload), SharedMemory()
     plan = decode(Plan, plan_data)
     imported = peak_bytes()
-    center = Center(layout, memory, spec.states)
+    center = Center(layout, memory, spec.state_vectors)
     seconds, cpu_s = [], []
     with ThreadPoolExecutor(REDUCERS) as executor:
         reducer = Reducer(bus, spec, layout, center, executor)
@@ -136,7 +136,7 @@ async def work(url: str, key: str, plan_data: bytes, case: Case) -> dict[str, An
             for prefix in (subjects.model_prefix, subjects.outer_prefix):
                 await bus.purge(subjects.model_stream("bench"), f"{prefix('bench', merged.model.id)}.>")
     await bus.close()
-    kept = (1 + spec.states) * layout.nbytes
+    kept = (1 + spec.state_vectors) * layout.nbytes
     return {
         "rule": case.rule, "agents": case.agents, "params": case.params, "merge_s": statistics.median(seconds),
         "cpu_s": statistics.median(cpu_s), "imports_bytes": imported, "vectors_bytes": kept,

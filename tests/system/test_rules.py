@@ -75,7 +75,7 @@ async def test_a_coordinator_that_is_killed_goes_on_with_its_outer_state(fleet: 
     records = await fleet.log(run)
     assert [len(r.plan.merged) for r in records] == [4] * versions and {r.term for r in records} == {1, 2}
     optimiser, w = OUTERS[outer["kind"]](**outer), np.zeros(8)
-    kept = [np.zeros(8) for _ in range(optimiser.states)]
+    kept = [np.zeros(8) for _ in range(optimiser.state_vectors)]
     middle = torch.stack([Liar().place(i) for i in range(4)]).mean(0).numpy()
     for version in range(versions):
         w, kept = stepped(optimiser, w, 0.5 * (middle - w), kept, version)

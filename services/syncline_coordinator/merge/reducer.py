@@ -122,7 +122,7 @@ class Reducer:
         """
         planned = [entry.weight for entry in plan.merged]
         work = _Work(plan, new_id(), planned, self._shares(plan, planned))
-        if self._rule.looks:
+        if self._rule.two_pass:
             await self._look(work)
         try:
             await self._make(work)
@@ -161,9 +161,9 @@ class Reducer:
 
     def _look_at(self, updates: Updates, weights: list[float], frames: list[bytes], k: int) -> tuple[Tensor, Tensor]:
         slices, buffers = updates.slice(k, frames), self._buffers.get(k, [])
-        kept = self._center.states(self._manifest.chunk(k))[: self._rule.keeps]
+        kept = self._center.states(self._manifest.chunk(k))[: self._rule.state_vectors]
         squares_BN = updates.figures(slices, buffers)
-        return squares_BN, self._rule.look([without_buffers(x_E, buffers) for x_E in slices], weights, kept)
+        return squares_BN, self._rule.measure([without_buffers(x_E, buffers) for x_E in slices], weights, kept)
 
     async def _make(self, work: _Work) -> None:
         """The pass that makes the next center."""
@@ -229,7 +229,7 @@ class Reducer:
 
     def outer_ref(self, model: BlobRef) -> BlobRef:
         """The outer state that lies beside a model."""
-        states, layout = self._spec.states, self._manifest
+        states, layout = self._spec.state_vectors, self._manifest
         return BlobRef(id=model.id, size=states * layout.nbytes, chunks=states * layout.chunks)
 
     def _model_ref(self, blob: str) -> BlobRef:
@@ -262,7 +262,7 @@ class Reducer:
         buffers = self._buffers.get(k, [])
         squares_BN = updates.figures(slices, buffers) if work.chosen is None else None
         merged_E = torch.empty(part.stop - part.start, dtype=TORCH_DTYPES[self._manifest.dtype])
-        w_E, kept, keeps = self._center.w_P[part], self._center.states(part), self._rule.keeps
+        w_E, kept, keeps = self._center.w_P[part], self._center.states(part), self._rule.state_vectors
         rules, outers = kept[:keeps], kept[keeps:]
         means = mean_of_values(w_E, slices, work.shares, buffers)
         self._rule.reduce(slices, work.weights, rules, merged_E, rules)

@@ -1,8 +1,10 @@
-"""The buffers of a model, BatchNorm's statistics for example: they are averaged, and no rule or optimiser acts on them.
+"""Averaging of a model's buffers, for example BatchNorm's statistics. No merge rule and no outer optimiser acts on them.
 
-A parameter's place in an update holds a difference, a buffer's place holds the agent's value. So the center's buffer is always
-a mean of values: W ← (1 − Σ w_i) W + Σ w_i v_i, which stays between the smallest and the largest of them. Sums of differences
-do not: three stale differences of a variance make it negative. Reads no torch by itself: all it does are methods of tensors.
+An update holds differences in the places of parameters and the agent's values in the places of buffers. The center's buffer
+becomes a mean of values, W ← (1 − Σ w_i) W + Σ w_i v_i, which stays between the smallest and the largest of them. A sum of
+differences would not: three stale differences of a variance can make the variance negative.
+
+The module imports no torch; it calls methods of the tensors that it is given.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from syncline.averaging.weights import Counts, Normalize, Weights, weights_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-Places = Sequence[slice]  # of buffers, in a slice of the flat vector
+Places = Sequence[slice]  # positions of the buffers within a slice of the flat vector
 
 
 def buffer_weights(
@@ -26,13 +28,14 @@ def buffer_weights(
     normalize: Normalize | None,
     elastic_alpha: float | None = None,
 ) -> list[float]:
-    """Return w_i, how much the buffers of each update count. Their sum is at most 1.
+    """Return w_i, the weight of each update's buffers. The weights sum to at most 1.
 
     Args:
         updates: the updates of a merge.
         planned: the weights of the plan.
         weights: the setting `merge.weights`.
-        normalize: the setting `merge.normalize`; its factors are for steps of an optimiser, and are taken out again.
+        normalize: the setting `merge.normalize`. Its factors correct for numbers of optimiser steps; buffers make no steps,
+            so the factors are divided out again.
         elastic_alpha: α of elastic averaging, whose planned weights are 1; None in other runs.
     """
     if elastic_alpha is not None:
@@ -44,14 +47,14 @@ def buffer_weights(
 
 
 def of_chosen(weights: Sequence[float], chosen: Sequence[int]) -> list[float]:
-    """Return the weights of the updates that a rule has chosen by number, scaled so that they sum to as much as all of them."""
+    """Return the weights of the updates with the numbers `chosen`, scaled so that they have the sum of all weights."""
     total = math.fsum(weights[i] for i in chosen)
     scale = math.fsum(weights) / total if total else 0.0
     return [weights[i] * scale for i in chosen]
 
 
 def without_buffers(x_E: Tensor, buffers: Places) -> Tensor:
-    """Return the slice with zeros in the places of buffers: a copy, where there are any."""
+    """Return the slice with zeros in the places of buffers; a slice without buffers is returned itself, not copied."""
     if not buffers:
         return x_E
     x_E = x_E.clone()
@@ -68,7 +71,7 @@ def clear_(x_E: Tensor, buffers: Places) -> None:
 def mean_of_values(
     center_E: Tensor, updates: Sequence[Tensor], weights: Sequence[float], buffers: Places
 ) -> list[Tensor]:
-    """Return what each buffer of the slice becomes: (1 − Σ w_i) W + Σ w_i v_i.
+    """Return the new value of each buffer in the slice, (1 − Σ w_i) W + Σ w_i v_i.
 
     Args:
         center_E: a slice of W, E elements of any float dtype.

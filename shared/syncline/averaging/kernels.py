@@ -1,5 +1,8 @@
-"""What the merge rules are made of: sums that come out the same however a vector is cut, order statistics, and the geometric
-median of points that are known by their distances alone. Reads no torch by itself: everything here are methods of tensors."""
+"""Numerical kernels of the merge rules: sums, order statistics and the geometric median.
+
+Sums are taken over blocks of fixed size, so they do not depend on the size of the slices in which a vector arrives. The
+geometric median is computed from distances alone. The module imports no torch; it calls methods of tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 1024  # elements; chunks hold whole blocks, so that a sum over blocks does not depend on the size of the chunks
-SAME = 1e-13  # squared distances below this share of the squared norms are rounding: the two are the same
-WIDE_ELEMENTS = 1 << 18  # of all updates together that are in float64 at once
-SCRATCH_ELEMENTS = 1 << 17  # of all rows of a sorting network together: they stay in the cache
+SAME = 1e-13  # squared distances below this share of the squared norms are rounding errors and count as 0
+WIDE_ELEMENTS = 1 << 18  # elements of all updates together that are converted to float64 at a time
+SCRATCH_ELEMENTS = 1 << 17  # elements of all rows of a sorting network together, so that they fit into the cache
 
 
 # -- sums over slices --------------------------------------------------------------------------------------------------
 def squares(x_E: Tensor) -> Tensor:
-    """Σ x² of each block, in float64. (B,). Not finite where an element is not, or is too large to be squared."""
+    """Return Σ x² of each block, float64, (B,). A sum is not finite if an element is not, or if a square overflows."""
     return _blocks(x_E.square()).sum(1).double()
 
 
 def products(updates: Sequence[Tensor]) -> Tensor:
-    """⟨x_i, x_j⟩ of each block, in float64. (B, N, N). A few blocks at a time: in float64 they take twice the room."""
+    """Return ⟨x_i, x_j⟩ of each block, float64, (B, N, N).
+
+    The loop takes a few blocks at a time, because their float64 copies are twice as large as the updates.
+    """
     n, blocks = len(updates), -(-updates[0].numel() // BLOCK)
     found_BNN = updates[0][:0].double().new_empty((blocks, n, n))
     step = max(1, WIDE_ELEMENTS // (n * BLOCK))
@@ -38,12 +44,15 @@ def products(updates: Sequence[Tensor]) -> Tensor:
 
 
 def finite(x_E: Tensor) -> bool:
-    """Whether no element is NaN or infinite. A sum is enough to say yes; only where it is not, every element is looked at."""
+    """Return whether no element is NaN or infinite.
+
+    A finite sum proves that all elements are finite. An infinite sum may be an overflow: then every element is checked.
+    """
     return bool(x_E.sum().isfinite()) or bool(x_E.isfinite().all())
 
 
 def _blocks(x_E: Tensor) -> Tensor:
-    """(E,) → (B, 1024), the last one filled up with zeros."""
+    """Reshape (E,) to (B, 1024); the last block is filled up with zeros."""
     missing = -x_E.numel() % BLOCK
     if missing:
         padded_E = x_E.new_zeros(x_E.numel() + missing)
@@ -53,7 +62,7 @@ def _blocks(x_E: Tensor) -> Tensor:
 
 
 class Sums:
-    """Adds up figures of blocks in the order of the slices, in whatever order those come: the bits do not depend on it."""
+    """The sum of the blocks' figures. Slices may arrive in any order and are added in their own, so the bits are the same."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -61,7 +70,7 @@ class Sums:
         self._next = 0
 
     def add(self, k: int, figures_BF: Tensor) -> None:
-        """Those of slice k, which are written over."""
+        """Add the figures of slice k; the tensor is overwritten."""
         self._early[k] = figures_BF
         while (figures := self._early.pop(self._next, None)) is not None:
             if self.total is not None:
@@ -72,10 +81,16 @@ class Sums:
 
 # -- order statistics --------------------------------------------------------------------------------------------------
 def middle_mean(updates: Sequence[Tensor], scales: Sequence[float], trim: int, out_E: Tensor) -> None:
-    """For each element the mean of what is left without the `trim` smallest and largest of the scaled updates.
+    """Write the trimmed mean of the scaled updates: for each element, without the `trim` smallest and largest values.
 
-    A sorting network over whole rows: some 0.3 ns a comparison, where sorting every element's column takes a hundred
-    times as long.
+    A sorting network compares whole rows, at about 0.3 ns per element and comparison. Sorting the column of each element takes
+    a hundred times as long.
+
+    Args:
+        updates: N tensors of E elements.
+        scales: the factor of each update.
+        trim: number of values left out at either end; 2 trim < N.
+        out_E: receives the result.
     """
     n, size = len(updates), out_E.numel()
     comparisons = network(n, trim, n - trim)
@@ -97,7 +112,7 @@ def middle_mean(updates: Sequence[Tensor], scales: Sequence[float], trim: int, o
 
 
 def _compare_(a_E: Tensor, b_E: Tensor, spare_E: Tensor, lower: bool, upper: bool) -> None:
-    """The smaller of each pair into a and the larger into b, as far as they are wanted."""
+    """Write the smaller of each pair to a if `lower`, and the larger to b if `upper`; `spare_E` is overwritten."""
     if lower and upper:
         spare_E.copy_(a_E)
         a_E.clamp_(max=b_E)
@@ -110,10 +125,10 @@ def _compare_(a_E: Tensor, b_E: Tensor, spare_E: Tensor, lower: bool, upper: boo
 
 @lru_cache(maxsize=16)
 def network(n: int, first: int, last: int) -> tuple[tuple[int, int, bool, bool], ...]:
-    """Comparisons (i, j, lower, upper) after which row r holds rank r, for first ≤ r < last.
+    """Return the comparisons (i, j, lower, upper) after which row r holds rank r, for first ≤ r < last.
 
-    Batcher's merge exchange (Knuth, The Art of Computer Programming 3, algorithm 5.2.2 M) without what no wanted row hangs on:
-    `lower` and `upper` say whether the smaller is wanted in i, the larger in j.
+    The network is Batcher's merge exchange (Knuth, The Art of Computer Programming 3, algorithm 5.2.2 M). Comparisons on which
+    no wanted row depends are left out. `lower`: the smaller value is needed in row i; `upper`: the larger one in row j.
     """
     wanted, found = set(range(first, last)), []
     for i, j in reversed(list(_merge_exchange(n))):
@@ -124,6 +139,7 @@ def network(n: int, first: int, last: int) -> tuple[tuple[int, int, bool, bool],
 
 
 def _merge_exchange(n: int) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of rows that merge exchange compares to sort n rows, in order."""
     top = 1 << (n - 1).bit_length() >> 1
     p = top
     while p:
@@ -136,7 +152,7 @@ def _merge_exchange(n: int) -> Iterator[tuple[int, int]]:
 
 # -- points known by their products ------------------------------------------------------------------------------------
 def squared_distances(products_NN: Tensor, scales: Sequence[float]) -> Tensor:
-    """‖s_i x_i − s_j x_j‖², from ⟨x_i, x_j⟩. (N, N), float64; 0 where the two differ by rounding alone."""
+    """Return ‖s_i x_i − s_j x_j‖² computed from ⟨x_i, x_j⟩, (N, N), float64; 0 for a pair that differs by rounding alone."""
     s_N = products_NN.new_tensor(scales)
     scaled_NN = products_NN * s_N[:, None] * s_N
     norms_N = scaled_NN.diagonal()
@@ -146,11 +162,19 @@ def squared_distances(products_NN: Tensor, scales: Sequence[float]) -> Tensor:
 
 
 def geometric_median(d_NN: Tensor, shares: Sequence[float], most_steps: int = 1000) -> list[float]:
-    """Weights w, Σw = 1, of the point z = Σ w_i x_i that minimises Σ a_i ‖z − x_i‖. d_NN: squared distances; shares: a, Σa = 1.
+    """Return the weights w of the geometric median z = Σ w_i x_i, which minimises Σ a_i ‖z − x_i‖.
 
-    Where a point is the median itself, it has all the weight: so it is if the pull of the others on it, of length
-    ‖Σ a_i (x_i − x_k) / ‖x_i − x_k‖‖, is not above its own share (Kuhn 1973). Elsewhere Weiszfeld's steps are made,
-    w_i ∝ a_i / ‖z − x_i‖, with ‖z − x_i‖² = Σ w_j d_ij − ½ ΣΣ w_j w_k d_jk.
+    Point k is the median itself if the pull of the others on x_k, of length ‖Σ a_i (x_i − x_k) / ‖x_i − x_k‖‖, is at most its
+    own share a_k (Kuhn 1973); then it has the whole weight. Otherwise Weiszfeld's steps are made, w_i ∝ a_i / ‖z − x_i‖, with
+    ‖z − x_i‖² = Σ w_j d_ij − ½ ΣΣ w_j w_k d_jk.
+
+    Args:
+        d_NN: squared distances between the points, float64.
+        shares: a, with Σ a_i = 1.
+        most_steps: Weiszfeld's steps after which the result is taken as it is.
+
+    Returns:
+        w, with Σ w_i = 1.
     """
     a_N = d_NN.new_tensor(shares)
     for k in range(len(shares)):

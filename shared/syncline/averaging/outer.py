@@ -1,8 +1,9 @@
-"""The outer optimiser: (W, D) → the next W, on the flat center, slice by slice. D, the merged update, points where the agents
-went: it is the descent direction, where torch's optimisers take the gradient −D.
+"""Outer optimisers: compute the next center from W and the merged update D, slice by slice on the flat vector.
 
-To add one: a class with its settings and `step`, and a line in `OUTERS`. It reads no torch by itself, so that a spec can be
-read without it: everything it does are methods of the tensors it is given.
+D is the descent direction, the mean movement of the agents; torch's optimisers take the gradient, which is −D.
+
+To add an optimiser: write a class with its settings and `step`, and add a line to `OUTERS`. The module imports no torch,
+because agents and commands read specs without torch; an optimiser calls methods of the tensors that it is given.
 """
 
 from __future__ import annotations
@@ -22,25 +23,31 @@ if TYPE_CHECKING:
 
 
 class Outer(Settings):
-    """Base of all: what a spec's section `outer` may set, and what is done with it."""
+    """Base class of outer optimisers. Its fields are the settings of the spec's section `outer`."""
 
     kind: str
     lr: float = Field(1.0, gt=0, le=100)
-    states: ClassVar[int] = 0  # flat vectors of the model's size that it keeps; zeros at version 0
+    state_vectors: ClassVar[int] = 0  # vectors of the model's size kept beside the center; zeros at version 0
 
     @abstractmethod
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
-        """Writes the next W to `out_E` and the next state to `new`, and leaves all else as it is. `old`: the state so far.
-        Results may lie where the arguments do: `out_E` at `center_E`, `new` at `old`.
+        """Write the next W of one slice to `out_E` and the next state to `new`; modify no other tensor.
 
-        E: elements of the slice, the same in all of them, any float dtype. An element depends on nothing but the same
-        element of the others: slices are stepped in any order, of any size. `version`: of the center that is left, so the
-        number of steps made before; 0 is the first.
+        An element of the result may depend only on the same element of the arguments: slices have any size and are stepped
+        in any order.
+
+        Args:
+            center_E: the slice of W, E elements of any float dtype; so are all others.
+            merged_E: the slice of D.
+            old: the state vectors.
+            out_E: receives the next W; may share memory with `center_E`.
+            new: receives the next state vectors; may share memory with `old`.
+            version: the version of W, which is the number of steps made before.
         """
 
 
 class Sgd(Outer):
-    """W ← W + lr D. With lr 1 and uniform weights this is W = (1/N) Σ W_i."""
+    """Plain averaging, W ← W + lr D. With lr 1 and uniform weights this is W = (1/N) Σ W_i."""
 
     kind: Literal["sgd"] = "sgd"
 
@@ -49,11 +56,11 @@ class Sgd(Outer):
 
 
 class Momentum(Outer):
-    """m ← β m + D, W ← W + lr m: FedAvgM (arXiv:1909.06335), and torch.optim.SGD's momentum to the last bit."""
+    """FedAvgM (arXiv:1909.06335): m ← β m + D, W ← W + lr m. Equal to torch.optim.SGD with momentum to the last bit."""
 
     kind: Literal["momentum"] = "momentum"
     momentum: float = Field(0.9, ge=0, lt=1, description="β, the share of m that is kept.")
-    states: ClassVar[int] = 1
+    state_vectors: ClassVar[int] = 1
 
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         m_E = new[0].copy_(old[0]).mul_(self.momentum).add_(merged_E)
@@ -61,12 +68,15 @@ class Momentum(Outer):
 
 
 class Nesterov(Outer):
-    """m ← β m + D, W ← W + lr (D + β m): DiLoCo (arXiv:2311.08105, algorithm 1), and torch.optim.SGD's to the last bit."""
+    """Nesterov momentum, as in DiLoCo (arXiv:2311.08105, algorithm 1): m ← β m + D, W ← W + lr (D + β m).
+
+    Equal to torch.optim.SGD with nesterov=True to the last bit.
+    """
 
     kind: Literal["nesterov"] = "nesterov"
     lr: float = Field(0.7, gt=0, le=100)
     momentum: float = Field(0.9, gt=0, lt=1, description="β, the share of m that is kept.")
-    states: ClassVar[int] = 1
+    state_vectors: ClassVar[int] = 1
 
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         m_E = new[0].copy_(old[0]).mul_(self.momentum).add_(merged_E)
@@ -75,10 +85,10 @@ class Nesterov(Outer):
 
 
 class DelayedNesterov(Outer):
-    """Nesterov for asynchronous runs (arXiv:2401.09135): every merge moves W by lr D / N, each N-th one lets momentum in.
+    """Nesterov momentum for asynchronous runs (arXiv:2401.09135): every N-th merge applies the momentum.
 
-    b ← b + D; at the N-th merge m ← β m + b/N, W ← W + lr (D/N + β m), b ← 0; at the others W ← W + lr D/N. N merges of fixed
-    updates are one Nesterov step on their mean; N = 1 is Nesterov.
+    Every merge: b ← b + D, W ← W + lr D/N. Every N-th merge in addition: m ← β m + b/N, W ← W + lr β m, b ← 0. N merges of
+    fixed updates equal one Nesterov step on their mean; N = 1 is Nesterov.
     """
 
     kind: Literal["delayed_nesterov"] = "delayed_nesterov"
@@ -89,7 +99,7 @@ class DelayedNesterov(Outer):
         le=1_000_000,
         description="N, merges between two steps of the momentum: the agents divided by sync.buffer.",
     )
-    states: ClassVar[int] = 2  # m, b
+    state_vectors: ClassVar[int] = 2  # m, b
 
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         m_E, gathered_E = (next_E.copy_(old_E) for next_E, old_E in zip(new, old, strict=True))
@@ -102,15 +112,20 @@ class DelayedNesterov(Outer):
 
 
 class _Adaptive(Outer):
-    """FedOpt (arXiv:2003.00295, algorithm 2): m ← β₁ m + (1 − β₁) D, v by each one's own rule, W ← W + lr m / (√v + τ).
+    """Base class of FedOpt (arXiv:2003.00295, algorithm 2): m ← β₁ m + (1 − β₁) D, W ← W + lr m / (√v + τ).
 
-    As in the paper there is no bias correction; m begins at 0, and v at τ².
+    Each subclass has its own rule for v. As in the paper, m starts at 0 and v at τ², without bias correction.
     """
 
     lr: float = Field(0.01, gt=0, le=100)
     beta1: float = Field(0.9, ge=0, lt=1, description="Share of m that is kept.")
-    tau: float = Field(1e-3, gt=0, le=1, description="Degree of adaptivity: the smaller, the more alike all steps are.")
-    states: ClassVar[int] = 2  # m, v
+    tau: float = Field(
+        1e-3,
+        gt=0,
+        le=1,
+        description="Degree of adaptivity: with a smaller value the steps of all coordinates are more alike.",
+    )
+    state_vectors: ClassVar[int] = 2  # m, v
 
     def step(self, center_E: Tensor, merged_E: Tensor, old: Tensors, out_E: Tensor, new: Tensors, version: int) -> None:
         m_E, v_E = (next_E.copy_(old_E) for next_E, old_E in zip(new, old, strict=True))
@@ -122,7 +137,7 @@ class _Adaptive(Outer):
 
     @abstractmethod
     def _second_moment_(self, v_E: Tensor, squared_E: Tensor) -> None:
-        """v and D² → the next v, in place."""
+        """Update v in place from D²."""
 
 
 class Adam(_Adaptive):
@@ -146,7 +161,7 @@ class Yogi(_Adaptive):
 
 
 class Adagrad(_Adaptive):
-    """FedAdagrad: v ← v + D². Without momentum, as the paper runs it: β₁ is 0 unless it is set."""
+    """FedAdagrad: v ← v + D². β₁ is 0 by default, as in the paper's experiments."""
 
     kind: Literal["adagrad"] = "adagrad"
     lr: float = Field(0.1, gt=0, le=100)

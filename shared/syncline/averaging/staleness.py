@@ -1,6 +1,6 @@
-"""What an update counts for that was trained from an older version: s(τ), τ its lag in versions.
+"""Staleness weights s(τ): the factor of an update whose base is τ versions old.
 
-To add one: a class with its settings and `weight`, and a line in `STALENESS`.
+To add a weight: write a class with its settings and `weight`, and add a line to `STALENESS`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from syncline.settings import Settings
 
 
 class Staleness(Settings):
-    """Base of all: what a spec's section `sync.staleness` may set, and what follows from it."""
+    """Base class of staleness weights. Its fields are the settings of the spec's section `sync.staleness`."""
 
     kind: str
 
     @abstractmethod
     def weight(self, lag: int) -> float:
-        """s(τ) ≥ 0 for a lag of τ versions; s(0) = 1."""
+        """Return s(τ) ≥ 0 for a lag of τ versions; s(0) = 1."""
 
 
 class Constant(Staleness):
-    """s(τ) = 1: an update counts the same however old it is."""
+    """s(τ) = 1: the lag of an update has no influence."""
 
     kind: Literal["constant"] = "constant"
 
@@ -47,7 +47,7 @@ class Hinge(Staleness):
 
     kind: Literal["hinge"] = "hinge"
     a: float = Field(10.0, ge=0, le=1e6)
-    b: int = Field(4, ge=0, le=1_000_000, description="versions")
+    b: int = Field(4, ge=0, le=1_000_000, description="The lag in versions up to which an update has its full weight.")
 
     def weight(self, lag: int) -> float:
         return 1.0 if lag <= self.b else 1.0 / (self.a * (lag - self.b) + 1.0)

@@ -1,4 +1,4 @@
-"""How much each update of a merge counts."""
+"""Weights of the updates in a merge."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ Normalize = Literal["fednova"]
 
 
 class Counts(Protocol):
-    """What an update is weighed by."""
+    """The numbers of an update that decide its weight."""
 
     @property
-    def samples(self) -> int: ...
+    def samples(self) -> int:
+        """Rows of the agent's part of the data."""
+        ...
+
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """Local steps of the period."""
+        ...
 
 
 def weights_of(offers: Sequence[Counts], weights: Weights, normalize: Normalize | None = None) -> list[float]:
-    """The weight of each update, in the order given.
+    """Return the weight of each update, in the given order.
 
-    Shares p_i that sum to 1: `uniform` 1/N, or in proportion to the `samples` of the agents' parts or their `steps`;
-    uniform where all of those are 0. With `fednova` (Wang et al., arXiv:2007.07481) each update counts as if every agent had
-    made the same number of steps: p_i (Σ_j p_j a_j) / a_i with a_i its steps, so that W moves by (Σ p_j a_j) Σ p_i Δ_i / a_i.
-    Those need not sum to 1, and are the p_i, to the last bit, where all made the same number. An update of no steps weighs 0.
+    The shares p_i sum to 1. With `fednova` (Wang et al., arXiv:2007.07481) the weight is p_i (Σ_j p_j a_j) / a_i for a_i steps,
+    so that W moves by (Σ p_j a_j) Σ p_i Δ_i / a_i, as if every agent had made the same number of steps. These weights need
+    not sum to 1; they equal p_i to the last bit if all agents made the same number. An update of 0 steps has weight 0.
+
+    Args:
+        offers: the updates of the merge.
+        weights: `uniform` gives p_i = 1/N; `samples` and `steps` give shares in proportion to these numbers, or 1/N if all
+            of them are 0.
+        normalize: `fednova`, or None for the shares themselves.
     """
     shares = _shares(offers, weights)
     steps = [offer.steps for offer in offers]

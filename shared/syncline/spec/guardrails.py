@@ -18,7 +18,7 @@ BATCH_NORM = ("running_mean", "running_var")  # how the names of its statistics 
 LONG_LAG = 4.0  # versions
 
 
-def refuse_nonsense(spec: RunSettings) -> None:
+def check_combinations(spec: RunSettings) -> None:
     """Raises ConfigError."""
     _check_counts(spec)
     _check_target(spec)
@@ -83,7 +83,7 @@ def _check_target(spec: RunSettings) -> None:
 
 def _check_rule(spec: RunSettings) -> None:
     """A merge rule has the updates it needs in every merge, as far as that can be known before the run."""
-    rule, sync, least = spec.merge, spec.sync, spec.merge.least()
+    rule, sync, least = spec.merge, spec.sync, spec.merge.min_updates()
     if rule.weights != "uniform" and not rule.weighted:
         raise ConfigError(
             "merge.weights",
@@ -91,13 +91,13 @@ def _check_rule(spec: RunSettings) -> None:
             "weight by what it says of itself",
             "Leave merge.weights out, or use mean, norm_clip or geometric_median, which have weights",
         )
-    buffer = sync.updates(spec.agents.min) if sync.kind == "async" else None
+    buffer = sync.buffer_size(spec.agents.min) if sync.kind == "async" else None
     for setting, count in (("agents.min", spec.agents.min), ("sync.quorum", sync.quorum), ("sync.buffer", buffer)):
         if isinstance(count, int) and count < least:
             raise ConfigError(
                 setting,
                 f"{count} is too few for merge.rule = {rule.rule}, which needs {least} updates in every merge",
-                f"Use at least {least}, or {rule.with_fewer()}",
+                f"Use at least {least}, or {rule.hint_for_fewer()}",
             )
     if sync.kind == "async" and sync.max_ahead is not None and buffer is not None and least > 1:
         raise ConfigError(
@@ -107,11 +107,11 @@ def _check_rule(spec: RunSettings) -> None:
             "Use `buffer: all`, or leave sync.max_ahead out",
         )
     most = max(spec.agents.min, spec.agents.max or 0)
-    if rule.most is not None and most > rule.most:
+    if rule.max_updates is not None and most > rule.max_updates:
         raise ConfigError(
             "agents.max",
             f"{most} agents are too many for merge.rule = {rule.rule}, which compares every update with every other one",
-            f"Use at most {rule.most}, or median or trimmed_mean, which take any number",
+            f"Use at most {rule.max_updates}, or median or trimmed_mean, which take any number",
         )
 
 
@@ -130,7 +130,7 @@ def _check_async(spec: RunSettings) -> None:
             f"{sync.buffer} beside max_ahead: 0, which waits for one update of every live agent",
             "Leave buffer out, or raise max_ahead",
         )
-    size = sync.updates(spec.agents.min)
+    size = sync.buffer_size(spec.agents.min)
     if sync.quorum is not None and size is not None and sync.quorum > size:
         raise ConfigError(
             "sync.quorum",
@@ -148,11 +148,11 @@ def _check_async(spec: RunSettings) -> None:
 def _merges_of_a_round(spec: RunSettings) -> int:
     """Return N / K, the merges of an asynchronous run in which every agent has one update on average; 1 at least."""
     assert spec.sync.kind == "async"
-    size = spec.sync.updates(spec.agents.min)
+    size = spec.sync.buffer_size(spec.agents.min)
     return 1 if size is None else max(1, round(spec.agents.min / size))
 
 
-def most_elastic_agents(alpha: float) -> int:
+def max_stable_agents(alpha: float) -> int:
     """Return the largest N for which elastic averaging is stable: α < 2 / (N + 1).
 
     That is the bound for agents that all meet the same center. In an asynchronous run they do so where they are equally fast.
@@ -165,7 +165,7 @@ def most_elastic_agents(alpha: float) -> int:
 
 def too_many_agents(spec: RunSettings, agents: int) -> str:
     """Return why a run cannot have so many agents at once, or ''."""
-    if spec.mix.kind != "elastic" or agents <= (most := most_elastic_agents(spec.mix.alpha)):
+    if spec.mix.kind != "elastic" or agents <= (most := max_stable_agents(spec.mix.alpha)):
         return ""
     return (
         f"mix.alpha = {spec.mix.alpha:g} is stable for {most} agent{'s' * (most > 1)} at most (alpha < 2 / (N + 1)), and so "
@@ -225,7 +225,7 @@ def _check_scaffold(spec: RunSettings) -> None:
             )
 
 
-def doubts(spec: RunSettings) -> list[str]:
+def warnings_of(spec: RunSettings) -> list[str]:
     """Settings that are allowed and rarely meant."""
     n, mix, sync = spec.agents.min, spec.mix, spec.sync
     found = []
@@ -245,9 +245,9 @@ def doubts(spec: RunSettings) -> list[str]:
             "merge.weights: uniform with local.seconds lets agents that make more steps pull the center to their own data. "
             "Use merge.normalize: fednova to count all data alike, or merge.weights: steps to count the work done"
         )
-    found += _doubts_of_fednova(spec)
+    found += _fednova_warnings(spec)
     if sync.kind == "async":
-        found += _doubts_async(spec)
+        found += _async_warnings(spec)
     part, rule = spec.partition, spec.merge.rule
     few = part.per_agent <= 2 if part.kind == "shards" else part.kind == "dirichlet" and part.alpha < FEW_LABELS
     if few and rule not in ("mean", "norm_clip"):
@@ -258,7 +258,7 @@ def doubts(spec: RunSettings) -> list[str]:
     return found
 
 
-def doubts_of_model(averaged: Iterable[str], local: Iterable[str] = ()) -> list[str]:
+def model_warnings(averaged: Iterable[str], local: Iterable[str] = ()) -> list[str]:
     """Return what is doubtful about a model, by the names of the tensors that travel and of those that do not."""
     if kept := [name for name in local if name.endswith(BATCH_NORM)]:
         return [
@@ -276,7 +276,7 @@ def doubts_of_model(averaged: Iterable[str], local: Iterable[str] = ()) -> list[
     ]
 
 
-def _doubts_of_fednova(spec: RunSettings) -> list[str]:
+def _fednova_warnings(spec: RunSettings) -> list[str]:
     """Return a doubt about factors that are exact for plain SGD alone (arXiv:2007.07481)."""
     local = spec.local
     if spec.merge.normalize is None:
@@ -298,11 +298,11 @@ def _doubts_of_fednova(spec: RunSettings) -> list[str]:
     ]
 
 
-def _doubts_async(spec: RunSettings) -> list[str]:
+def _async_warnings(spec: RunSettings) -> list[str]:
     n, sync = spec.agents.min, spec.sync
     assert sync.kind == "async"
     found = []
-    size = sync.updates(n)
+    size = sync.buffer_size(n)
     under_way = n * (2 if sync.overlap else 1)
     if size is not None and size > under_way:
         found.append(

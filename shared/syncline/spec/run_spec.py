@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from syncline.errors import ConfigError
 from syncline.settings import parse as parse  # re-exported: a RunSpec is built by parse(RunSpec, mapping)
-from syncline.spec.guardrails import doubts, refuse_nonsense
+from syncline.spec.guardrails import check_combinations, warnings_of
 from syncline.spec.sections import SPEC_VERSION, RunSettings
 from syncline.spec.yaml_file import read_yaml
 from syncline.wire.subjects import checked_name
@@ -53,13 +53,13 @@ class RunSpec(RunSettings):
             raise ConfigError(
                 "agents.max", f"{self.agents.max} is below agents.min = {self.agents.min}", "Raise it or leave it out"
             )
-        refuse_nonsense(self)
+        check_combinations(self)
         return self
 
     @property
     def warnings(self) -> list[str]:
         """Settings that are allowed and rarely meant, in plain words with the hint."""
-        return doubts(self)
+        return warnings_of(self)
 
 
 def load_spec(path: Path, **overrides: Any) -> RunSpec:

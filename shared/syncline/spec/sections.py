@@ -129,21 +129,21 @@ class Async(Settings):
         None, ge=0, le=86_400, description="Wait for the rest after the quorum; default: the median time of a version."
     )
 
-    def updates(self, agents: int) -> int | None:
+    def buffer_size(self, agents: int) -> int | None:
         """K of a run that starts with so many agents; None: as many as are live."""
         if self.buffer == "all" or self.max_ahead == 0:
             return None
         return self.buffer or min(10, max(2, -(-agents // 2)))
 
     @property
-    def weighing(self) -> Staleness:
+    def staleness_or_default(self) -> Staleness:
         return self.staleness or Polynomial()
 
     def lag_bound(self, agents: int) -> int:
         """`max_lag`, or room for a slow agent: its lag is about r (N − 1) / K where it is r times slower."""
         if self.max_lag is not None:
             return self.max_lag
-        return max(16, 2 * SLOWEST * (agents - 1) // (self.updates(agents) or agents))
+        return max(16, 2 * SLOWEST * (agents - 1) // (self.buffer_size(agents) or agents))
 
 
 Sync = Annotated[Rounds | Async, Field(discriminator="kind"), untagged("kind", "rounds")]
@@ -329,6 +329,6 @@ class RunSettings(Settings):
     seed: int = Field(0, ge=0, lt=1 << 63)
 
     @property
-    def states(self) -> int:
+    def state_vectors(self) -> int:
         """Flat vectors of the model's size that the coordinator keeps beside the center."""
-        return self.merge.keeps + self.outer.states
+        return self.merge.state_vectors + self.outer.state_vectors

@@ -64,15 +64,15 @@ def reduced(
 ) -> Tensor:
     """As a coordinator does it: one or two passes over the slices, these in any order."""
     weights = list(weights or [1 / len(updates)] * len(updates))
-    kept = list(kept) or [torch.zeros_like(updates[0]) for _ in range(rule.keeps)]
+    kept = list(kept) or [torch.zeros_like(updates[0]) for _ in range(rule.state_vectors)]
     parts = [slice(start, start + chunk) for start in range(0, len(updates[0]), chunk)]
-    if rule.looks:
+    if rule.two_pass:
         sums = Sums()
         for k in order or range(len(parts)):
-            sums.add(k, rule.look([x[parts[k]] for x in updates], weights, [v[parts[k]] for v in kept]))
+            sums.add(k, rule.measure([x[parts[k]] for x in updates], weights, [v[parts[k]] for v in kept]))
         assert sums.total is not None
         weights = rule.weigh(weights, sums.total)
-    out, *new = (torch.full_like(updates[0], float("nan")) for _ in range(1 + rule.keeps))
+    out, *new = (torch.full_like(updates[0], float("nan")) for _ in range(1 + rule.state_vectors))
     for part in parts:
         rule.reduce([x[part] for x in updates], weights, [v[part] for v in kept], out[part], [v[part] for v in new])
     assert all(torch.equal(v, out) for v in new), "what is kept is the last D"
@@ -82,8 +82,8 @@ def reduced(
 # -- every rule --------------------------------------------------------------------------------------------------------
 def test_a_spec_chooses_it_by_its_name(rule: Rule) -> None:
     section = {"rule": rule.rule, **NEEDED.get(rule.rule, {})}
-    spec = parse(RunSpec, {"task": "a.b:C", "merge": section, "agents": {"min": rule.least()}})
-    assert spec.merge == rule and spec.states == rule.keeps
+    spec = parse(RunSpec, {"task": "a.b:C", "merge": section, "agents": {"min": rule.min_updates()}})
+    assert spec.merge == rule and spec.state_vectors == rule.state_vectors
     assert parse(RunSpec, spec.model_dump(mode="json")) == spec
 
 
@@ -94,19 +94,19 @@ def test_identical_updates_give_that_update(wide: Rule, n: int) -> None:
 
 
 def test_it_leaves_its_updates_as_they_were(rule: Rule) -> None:
-    given, kept = vectors(), vectors(rule.keeps, seed=1)
+    given, kept = vectors(), vectors(rule.state_vectors, seed=1)
     before = [x.clone() for x in (*given, *kept)]
     reduced(rule, given, kept=kept)
     assert all(torch.equal(x, y) for x, y in zip((*given, *kept), before, strict=True))
 
 
 def test_what_it_keeps_may_lie_where_it_lay(rule: Rule) -> None:
-    given, kept = vectors(), vectors(rule.keeps, seed=1)
+    given, kept = vectors(), vectors(rule.state_vectors, seed=1)
     apart = reduced(rule, given, kept=kept)
     weights, out = [1 / N] * N, torch.empty_like(given[0])
-    if rule.looks:
+    if rule.two_pass:
         sums = Sums()
-        sums.add(0, rule.look(given, weights, kept))
+        sums.add(0, rule.measure(given, weights, kept))
         assert sums.total is not None
         weights = rule.weigh(weights, sums.total)
     rule.reduce(given, weights, kept, out, kept)
@@ -116,7 +116,7 @@ def test_what_it_keeps_may_lie_where_it_lay(rule: Rule) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 4, N])
 def test_the_size_and_the_order_of_the_slices_change_no_bit(rule: Rule, n: int, dtype: torch.dtype) -> None:
-    given, kept = vectors(n, dtype=dtype), vectors(rule.keeps, seed=1, dtype=dtype)
+    given, kept = vectors(n, dtype=dtype), vectors(rule.state_vectors, seed=1, dtype=dtype)
     whole = reduced(rule, given, chunk=4 * BLOCK, kept=kept)
     assert whole.isfinite().all()
     for chunk, order in ((BLOCK, [3, 1, 0, 2]), (2 * BLOCK, [1, 0])):
@@ -145,7 +145,7 @@ def test_it_moves_with_its_updates(wide: Rule) -> None:
 
 @pytest.mark.parametrize("n", [3, 5, N, 12])
 def test_it_is_the_formula_to_twelve_digits(rule: Rule, n: int) -> None:
-    given, kept = vectors(n), vectors(rule.keeps, seed=1)
+    given, kept = vectors(n), vectors(rule.state_vectors, seed=1)
     found = reduced(rule, given, kept=kept)
     expected, _ = merged(rule, [x.numpy() for x in given], [1 / n] * n, [v.numpy() for v in kept])
     close = 1e-7 if isinstance(rule, GeometricMedian) else 1e-12  # the formula's own steps end there
@@ -154,11 +154,11 @@ def test_it_is_the_formula_to_twelve_digits(rule: Rule, n: int) -> None:
 
 def test_weights_that_do_not_sum_to_one_scale_the_updates(rule: Rule) -> None:
     """As those of stale updates do: (1/N) s_i. Half of everything is half of the result, but for what is clipped."""
-    given, kept = vectors(), vectors(rule.keeps, seed=1)
+    given, kept = vectors(), vectors(rule.state_vectors, seed=1)
     half = reduced(rule, given, [0.5 / N] * N, kept=kept)
     expected, _ = merged(rule, [x.numpy() for x in given], [0.5 / N] * N, [v.numpy() for v in kept])
     assert np.allclose(half.numpy(), expected, rtol=1e-7, atol=1e-9)
-    if not (rule.keeps or isinstance(rule, NormClip)):
+    if not (rule.state_vectors or isinstance(rule, NormClip)):
         assert torch.allclose(half, reduced(rule, given) / 2, rtol=1e-12)
 
 
@@ -259,7 +259,7 @@ def test_what_is_trimmed_is_a_number_or_a_share(trim: float, n: int, k: int) -> 
 def test_a_clip_beyond_every_norm_is_the_mean() -> None:
     given = vectors()
     for rule in (NormClip(max_norm=1e9), CentredClip(tau=1e9)):
-        kept = vectors(rule.keeps, seed=1)
+        kept = vectors(rule.state_vectors, seed=1)
         assert torch.allclose(reduced(rule, given, kept=kept), reduced(Mean(), given), rtol=1e-12, atol=1e-12)
 
 
@@ -305,7 +305,7 @@ def test_krum_takes_the_one_with_the_nearest_neighbours() -> None:
 
 @pytest.mark.parametrize(("n", "f"), [(5, 1), (7, 2), (15, 6)])
 def test_krum_takes_none_of_the_bad_ones_where_they_are_as_many_as_it_withstands(n: int, f: int) -> None:
-    assert Krum(f=f).least() == n
+    assert Krum(f=f).min_updates() == n
     given, (far,) = vectors(n), vectors(1, seed=8)
     for i in range(f):  # they hold together, and are near each other
         given[2 * i] = 100 * far + 1e-3 * given[2 * i]
@@ -370,22 +370,22 @@ def test_a_large_common_part_hides_no_distances() -> None:
 
 # -- how many they need ------------------------------------------------------------------------------------------------
 def test_a_rule_needs_as_many_updates_as_its_paper_says() -> None:
-    assert [r.least() for r in (Mean(), NormClip(max_norm=1), CentredClip(tau=1))] == [1, 1, 1]
-    assert [r.least() for r in (Median(), GeometricMedian(), TrimmedMean(), TrimmedMean(trim=3))] == [3, 3, 3, 7]
-    assert [TrimmedMean(trim=t).least() for t in (0, 0.1, 0.2, 0.4)] == [1, 10, 5, 3]
-    assert [Krum(f=f).least() for f in (0, 1, 2)] == [3, 5, 7] and MultiKrum(f=1, m=9).least() == 9
+    assert [r.min_updates() for r in (Mean(), NormClip(max_norm=1), CentredClip(tau=1))] == [1, 1, 1]
+    assert [r.min_updates() for r in (Median(), GeometricMedian(), TrimmedMean(), TrimmedMean(trim=3))] == [3, 3, 3, 7]
+    assert [TrimmedMean(trim=t).min_updates() for t in (0, 0.1, 0.2, 0.4)] == [1, 10, 5, 3]
+    assert [Krum(f=f).min_updates() for f in (0, 1, 2)] == [3, 5, 7] and MultiKrum(f=1, m=9).min_updates() == 9
 
 
 def test_fewer_than_it_needs_are_reduced_all_the_same(rule: Rule) -> None:
     """Those that could not be read are gone; what is left is merged. Whether it should be is not for the rule to say."""
-    for n in range(1, rule.least()):
+    for n in range(1, rule.min_updates()):
         assert reduced(rule, vectors(n)).isfinite().all()
     assert math.isfinite(float(reduced(rule, vectors(3), [0.0, 0.0, 0.0]).sum()))
 
 
 def test_a_rule_that_looks_and_does_not_say_at_what_is_no_rule() -> None:
-    with pytest.raises(TypeError, match="Blind sets `looks`: define both `look` and `weigh`"):
+    with pytest.raises(TypeError, match="Blind sets `two_pass`: define both `measure` and `weigh`"):
 
         class Blind(Rule):
             rule: Literal["blind"] = "blind"
-            looks: ClassVar[bool] = True
+            two_pass: ClassVar[bool] = True

@@ -32,14 +32,14 @@ def vectors(n: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> list[T
 def step(
     outer: Outer, center: Tensor, merged: Tensor, old: Sequence[Tensor], version: int
 ) -> tuple[Tensor, list[Tensor]]:
-    out, *new = (torch.full_like(center, float("nan")) for _ in range(1 + outer.states))
+    out, *new = (torch.full_like(center, float("nan")) for _ in range(1 + outer.state_vectors))
     outer.step(center, merged, old, out, new, version)
     return out, new
 
 
 def walked(outer: Outer, center: Tensor, updates: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """From version 0 through all the updates."""
-    state = [torch.zeros_like(center) for _ in range(outer.states)]
+    state = [torch.zeros_like(center) for _ in range(outer.state_vectors)]
     for version, merged in enumerate(updates):
         center, state = step(outer, center, merged, state, version)
     return center, state
@@ -49,12 +49,12 @@ def walked(outer: Outer, center: Tensor, updates: Sequence[Tensor]) -> tuple[Ten
 def test_a_spec_chooses_it_by_its_kind(outer: Outer) -> None:
     section = {"kind": outer.kind, **NEEDED.get(outer.kind, {})}
     spec = parse(RunSpec, {"task": "a.b:C", "outer": section})
-    assert spec.outer == outer and spec.states == outer.states
+    assert spec.outer == outer and spec.state_vectors == outer.state_vectors
     assert parse(RunSpec, spec.model_dump(mode="json")) == spec
 
 
 def test_a_step_writes_its_results_and_leaves_all_else_alone(outer: Outer) -> None:
-    center, merged, *old = vectors(2 + outer.states)
+    center, merged, *old = vectors(2 + outer.state_vectors)
     old = [x.abs() for x in old]
     before = [x.clone() for x in (center, merged, *old)]
     out, new = step(outer, center, merged, old, 0)
@@ -64,7 +64,7 @@ def test_a_step_writes_its_results_and_leaves_all_else_alone(outer: Outer) -> No
 
 def test_a_step_in_place_is_the_same_step(outer: Outer) -> None:
     """As a coordinator makes it: the results lie where the center and the state were."""
-    center, merged, *old = vectors(2 + outer.states, torch.float32)
+    center, merged, *old = vectors(2 + outer.state_vectors, torch.float32)
     old = [x.abs() for x in old]
     out, new = step(outer, center, merged, old, 2)
     outer.step(center, merged, old, center, old, 2)
@@ -84,7 +84,7 @@ def test_steps_may_be_made_slice_by_slice(outer: Outer, cut: int) -> None:
 def test_it_is_the_formula_to_twelve_digits(outer: Outer) -> None:
     center, *updates = vectors(1 + STEPS)
     found, state = walked(outer, center, updates)
-    w, kept = center.numpy(), [np.zeros(40) for _ in range(outer.states)]
+    w, kept = center.numpy(), [np.zeros(40) for _ in range(outer.state_vectors)]
     for version, merged in enumerate(updates):
         w, kept = stepped(outer, w, merged.numpy(), kept, version)
     for mine, formula in zip((found, *state), (w, *kept), strict=True):

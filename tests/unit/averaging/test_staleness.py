@@ -20,7 +20,7 @@ def staleness(request: pytest.FixtureRequest) -> Staleness:
 
 def test_a_spec_chooses_it_by_its_kind(staleness: Staleness) -> None:
     spec = parse(RunSpec, {"task": "a.b:C", "sync": {"kind": "async", "staleness": {"kind": staleness.kind}}})
-    assert spec.sync.kind == "async" and spec.sync.weighing == staleness
+    assert spec.sync.kind == "async" and spec.sync.staleness_or_default == staleness
     assert parse(RunSpec, spec.model_dump(mode="json")) == spec
 
 

@@ -65,7 +65,7 @@ class Place:
         if buffer:
             model.register_buffer("statistic", torch.zeros(buffer, dtype=dtype))
         self.layout: Manifest = manifest_of(model, 4096, sections=spec.local.sections)
-        self.center = Center(self.layout, self.memory, spec.states)
+        self.center = Center(self.layout, self.memory, spec.state_vectors)
         self.center.w_P.copy_(vectors(1, dtype, seed=99)[0])
         self.before_P = self.center.w_P.clone()  # when the last plan was made
         self._on_bus = False
@@ -117,7 +117,7 @@ def place(make: Make) -> Place:
 
 
 async def unusable(place: Place, plan: Plan) -> UpdateUnusable:
-    states = place.spec.states
+    states = place.spec.state_vectors
     before, kept = place.center.w_P.clone(), place.state().clone() if states else None
     with pytest.raises(UpdateUnusable) as error:
         await place.reducer.merge(plan)
@@ -248,7 +248,7 @@ def rule(request: pytest.FixtureRequest) -> str:
 
 async def test_every_rule_makes_what_its_formula_says_with_any_outer_optimiser(make: Make, rule: str) -> None:
     place = ruled(make, rule, outer={"kind": "adam", "lr": 0.5})
-    spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.states)]
+    spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.state_vectors)]
     for version in range(3):
         updates, before = vectors(7, torch.float64, seed=version), place.center.w_P.numpy().copy()
         await place.reducer.merge(await place.plan(updates, version=version + 1))
@@ -266,7 +266,7 @@ async def test_a_buffer_becomes_the_mean_of_values_with_any_rule_and_outer_optim
 ) -> None:
     """An update holds differences of the parameters, and values of the buffers."""
     place = ruled(make, rule, buffer=BUFFER, outer={"kind": outer, "lr": 0.5})
-    spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.states)]
+    spec, kept = place.spec, [np.zeros(ELEMENTS) for _ in range(place.spec.state_vectors)]
     places = place.layout.buffers
     assert places == [slice(ELEMENTS - BUFFER, ELEMENTS)]
     for version in range(3):
@@ -330,7 +330,7 @@ async def test_no_rule_takes_an_update_that_is_not_finite(make: Make, rule: str)
         place = ruled(make, rule, torch.float32)
         error = await unusable(place, await place.plan(updates))
         assert str(error) == "a5: it holds NaN or infinite values: its training diverged" and error.clock == 3
-        assert bool(error.blob) != RULES[rule].looks, "nothing is put before all updates were seen"
+        assert bool(error.blob) != RULES[rule].two_pass, "nothing is put before all updates were seen"
 
 
 async def test_no_rule_takes_values_that_are_too_large_to_be_squared(make: Make, rule: str) -> None:

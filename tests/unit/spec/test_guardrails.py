@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from syncline.errors import ConfigError
-from syncline.spec.guardrails import doubts_of_model, most_elastic_agents, refuse_nonsense
+from syncline.spec.guardrails import check_combinations, max_stable_agents, model_warnings
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.transform.codecs import RAW, Need, Raw
 
@@ -294,14 +294,14 @@ def test_a_long_lag_is_told_with_how_much_smaller_a_stable_learning_rate_is() ->
 
 
 def test_averaged_statistics_of_batchnorm_are_doubted() -> None:
-    (found,) = doubts_of_model(["0.weight", "1.running_mean", "1.running_var"])
+    (found,) = model_warnings(["0.weight", "1.running_mean", "1.running_var"])
     assert "1.running_mean and 1 more" in found and "Use GroupNorm" in found
     assert "local" not in found, "statistics that stay with the agents would make the center's metrics meaningless"
-    assert doubts_of_model(["0.weight", "0.bias"], ["1.num_batches_tracked"]) == []
+    assert model_warnings(["0.weight", "0.bias"], ["1.num_batches_tracked"]) == []
 
 
 def test_statistics_of_batchnorm_that_stay_at_home_make_the_centers_metrics_doubtful() -> None:
-    (found,) = doubts_of_model(["0.weight"], ["1.running_mean", "1.running_var", "1.num_batches_tracked"])
+    (found,) = model_warnings(["0.weight"], ["1.running_mean", "1.running_var", "1.num_batches_tracked"])
     assert "1.running_mean and 1 more" in found and "its metrics mean little" in found
 
 
@@ -316,7 +316,7 @@ def test_one_agent_alone_is_not_doubted() -> None:
 
 @pytest.mark.parametrize(("alpha", "most"), [(0.9, 1), (0.45, 3), (0.4, 3), (0.39, 4), (2 / 11, 9), (0.09, 21)])
 def test_an_elastic_alpha_is_stable_for_so_many_agents(alpha: float, most: int) -> None:
-    assert most_elastic_agents(alpha) == most
+    assert max_stable_agents(alpha) == most
     assert alpha < 2 / (most + 1) and alpha >= 2 / (most + 2)
 
 
@@ -345,7 +345,7 @@ def test_the_buffer_and_the_bound_on_lags_follow_from_the_number_of_agents(
 ) -> None:
     """K: half of the agents, 2 to 10. The bound: room for one five times slower, 2 r (N − 1) / K, at least 16."""
     made = spec(agents={"min": agents}, sync=free(**sync)).sync
-    assert made.kind == "async" and made.updates(agents) == updates and made.lag_bound(agents) == lag
+    assert made.kind == "async" and made.buffer_size(agents) == updates and made.lag_bound(agents) == lag
 
 
 # -- codecs ------------------------------------------------------------------------------------------------------------
@@ -372,12 +372,12 @@ def test_a_codec_that_needs_what_the_run_does_not_provide_is_refused(
     needs: set[Need], settings: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        refuse_nonsense(with_codec(needs, **settings))
+        check_combinations(with_codec(needs, **settings))
     assert error.value.setting == "wire.codec" and problem in error.value.problem and error.value.hint
 
 
 def test_a_codec_that_has_what_it_needs_is_accepted() -> None:
-    refuse_nonsense(with_codec({Need.PLAIN_UPDATES, Need.AGENT_MEMORY}))
+    check_combinations(with_codec({Need.PLAIN_UPDATES, Need.AGENT_MEMORY}))
 
 
 def test_a_codec_is_named_alone_or_with_its_settings() -> None:
