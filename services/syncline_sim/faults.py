@@ -1,32 +1,31 @@
-"""What goes wrong in a simulated run: data, so that a failing schedule can be printed, replayed and made smaller.
+"""Faults of a simulated run, as data: a failing schedule can be printed, replayed and reduced.
 
-Every fault ends by itself. Once the last one is over the run has to finish. Times are virtual seconds from the start.
+Every fault ends; the run must finish after the last one. Times are virtual seconds from the start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from syncline.bus.memory.faults import BROKER, CORE_KINDS
-from syncline_sim.dice import Dice
+from syncline_sim.rng import Rng
 
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """The service dies at its `at_op`-th bus operation, before it is sent or when the broker has done it and not answered."""
+    """The service dies at its `at_op`-th bus operation: before it is sent, or after the broker's work and before the answer."""
 
     service: str
     at_op: int
     when: Literal["before", "done"] = "before"
-    down_s: float = 0.5  # until it is started again
-    disk: bool = True  # it finds its state directory again
+    down_s: float = 0.5  # until the service is started again
+    disk: bool = True  # the state directory is kept
 
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """The service is dead for a while: whatever it was doing, it dies at this time."""
+    """The service is killed at `at_s`, at any point of its work, and started again after `for_s`."""
 
     service: str
     at_s: float
@@ -36,7 +35,7 @@ class Down:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The service has no connection."""
+    """The service's connection is cut."""
 
     service: str
     at_s: float
@@ -45,7 +44,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Unanswered:
-    """The broker has done the service's `at_op`-th operation, and the connection is gone before the answer."""
+    """The connection is cut after the broker's work on the service's `at_op`-th operation and before the answer."""
 
     service: str
     at_op: int
@@ -54,7 +53,7 @@ class Unanswered:
 
 @dataclass(frozen=True, slots=True)
 class BrokerDown:
-    """The broker is stopped, and started again with what its streams hold."""
+    """The broker is stopped and started again with the content of its streams."""
 
     at_s: float
     for_s: float
@@ -62,9 +61,9 @@ class BrokerDown:
 
 @dataclass(frozen=True, slots=True)
 class RollBack:
-    """A power failure at the broker's: it comes back with its store as that was `lost_s` before; acknowledged writes are lost.
+    """A power failure of the broker: it comes back with its store of `lost_s` before, so acknowledged writes are lost.
 
-    `torn`: not of every stream, as each is flushed at a time of its own.
+    With `torn` some streams come back complete, because each stream is flushed to disk at a time of its own.
     """
 
     at_s: float
@@ -75,7 +74,7 @@ class RollBack:
 
 @dataclass(frozen=True, slots=True)
 class Lose:
-    """A share of the core messages is lost: notifies, heartbeats, hellos, and their answers where those are core too."""
+    """A share of the core messages is lost: notifications, heartbeats, hellos, and those answers that are core messages."""
 
     share: float
     at_s: float
@@ -84,7 +83,7 @@ class Lose:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Every message from and to the service takes so much longer."""
+    """Every message from and to the service is delayed by additional `seconds`."""
 
     service: str
     seconds: float
@@ -94,7 +93,7 @@ class Delay:
 
 @dataclass(frozen=True, slots=True)
 class LongStep:
-    """A step of the agent's training takes so much longer; its heartbeats go on."""
+    """One step of the agent's training takes `for_s` longer; the agent still sends heartbeats."""
 
     service: str
     at_s: float
@@ -103,7 +102,7 @@ class LongStep:
 
 @dataclass(frozen=True, slots=True)
 class KillTrainer:
-    """The training child of an agent is killed, and the agent is not."""
+    """The training child of an agent is killed; the agent service goes on."""
 
     service: str
     at_s: float
@@ -111,7 +110,7 @@ class KillTrainer:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """A second process of the agent's name starts: it takes over, and the first one exits."""
+    """A second process with the agent's name starts and takes over; the first one exits."""
 
     service: str
     at_s: float
@@ -119,7 +118,7 @@ class Twin:
 
 @dataclass(frozen=True, slots=True)
 class Zombie:
-    """The coordinator is cut off and replaced; it comes back, believes to be in charge for a while, and dies."""
+    """The coordinator is cut off and replaced; it reconnects, believing that it is in charge, and dies after `awake_s`."""
 
     at_s: float
     for_s: float  # cut off
@@ -133,7 +132,7 @@ Fault = AtOperation | Down | Cut | BrokerDown | RollBack | Lose | Delay | LongSt
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """A schedule. Every method returns a longer one."""
+    """A schedule of faults. Each builder method returns a schedule with one more fault."""
 
     items: tuple[Fault, ...] = ()
 
@@ -186,19 +185,19 @@ class Faults:
 
     @property
     def over_s(self) -> float:
-        """When the last of those that come at a time is over."""
+        """The end of the last fault that has a time."""
         return max(
             (f.at_s + getattr(f, "for_s", 0.0) for f in self.items if not isinstance(f, AtOperation)), default=0.0
         )
 
     @classmethod
-    def random(cls, rng: Dice, services: Sequence[str], *, most: int = 6, within_s: float = 3.0) -> Faults:
-        """Up to `most` faults that begin within `within_s`; crashes within the first few hundred operations."""
+    def random(cls, rng: Rng, services: Sequence[str], *, most: int = 6, within_s: float = 3.0) -> Faults:
+        """Return up to `most` faults that begin within `within_s`; crashes come within the first few hundred operations."""
         return cls(tuple(_draw(rng, services, within_s) for _ in range(rng.between(0, most))))
 
 
 def shrunk(faults: Faults, fails: Callable[[Faults], bool]) -> Faults:
-    """The schedule without what the failure does not need: one fault less at a time, as long as it still fails."""
+    """Return a smaller schedule that still fails: remove one fault at a time, as long as `fails` returns True."""
     smaller = True
     while smaller:
         smaller = False
@@ -210,19 +209,19 @@ def shrunk(faults: Faults, fails: Callable[[Faults], bool]) -> Faults:
     return faults
 
 
-def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
+def _draw(rng: Rng, services: Sequence[str], within_s: float) -> Fault:
     agents = [s for s in services if s != "coordinator"]
     service, agent, at_s = rng.choice(services), rng.choice(agents), round(rng.uniform(0.0, within_s), 3)
-    for_s = round(0.02 * 1000 ** rng.random(), 3)  # 20 ms to 20 s, every order of magnitude as often
+    for_s = round(0.02 * 1000 ** rng.random(), 3)  # log-uniform, 20 ms to 20 s
     kind = rng.choice(
         (*["crash"] * 3, *["unanswered"] * 3, "cut", "cut", "broker", "lose", "delay", "trainer", "twin", "zombie")
     )
     match kind:
         case "crash":
-            whom = "coordinator" if rng.random() < 0.6 else agent
-            most = 250 if whom == "coordinator" else 60
+            service = "coordinator" if rng.random() < 0.6 else agent
+            most = 250 if service == "coordinator" else 60
             when: Literal["before", "done"] = "done" if rng.random() < 0.5 else "before"
-            return Crash(whom, rng.between(1, most), when, min(for_s, 5.0), rng.random() < 0.8)
+            return Crash(service, rng.between(1, most), when, min(for_s, 5.0), rng.random() < 0.8)
         case "unanswered":
             return Unanswered(service, rng.between(1, 250 if service == "coordinator" else 60), for_s)
         case "cut":
@@ -239,19 +238,3 @@ def _draw(rng: Dice, services: Sequence[str], within_s: float) -> Fault:
             return Zombie(at_s, min(for_s, 5.0), round(rng.uniform(0.01, 0.5), 3))
         case _:
             return Twin(agent, at_s)
-
-
-@dataclass(slots=True)
-class Weather:
-    """The network of a simulation: uniform delays up to `longest_s`, worse while a fault says so."""
-
-    rng: Dice
-    longest_s: float
-    share_lost: float = 0.0
-    slow_s: dict[str, float] = field(default_factory=dict)  # service → seconds more
-
-    def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
-        if self.share_lost and kind in CORE_KINDS and self.rng.random() < self.share_lost:
-            return None
-        who = (target if source == BROKER else source).partition("/")[0]
-        return self.rng.uniform(0.0, self.longest_s) + self.slow_s.get(who, 0.0)

@@ -19,18 +19,18 @@ from syncline.errors import RunFailed
 from syncline.spec.run_spec import RunSpec
 from syncline.tasks.seeding import generators_restored
 from syncline.wire.messages import ENDED
-from syncline_sim.dice import Dice
-from syncline_sim.guard import guarded, quiet
-from syncline_sim.links import Links
+from syncline_sim.cluster import Cluster, Environment
+from syncline_sim.determinism import deterministic, logging_disabled
+from syncline_sim.fleet_statistics import Commit, FleetStatistics, MetricPoint, UpdateCounts
 from syncline_sim.loop import VirtualLoop
-from syncline_sim.scene import Scene
+from syncline_sim.network import LinkNetwork
+from syncline_sim.rng import Rng
+from syncline_sim.scenario import Scenario
 from syncline_sim.settings import SimSettings
-from syncline_sim.tally import Commit, Point, Tally, Updates
-from syncline_sim.timed import FleetChildren
-from syncline_sim.world import Stage, World
+from syncline_sim.timed_children import TimedChildFactory
 
 Follow = Callable[[str, bytes], None]
-MOST_TURNS = 10_000_000  # at one instant: a large model goes in many chunks, and an instant link takes them all at once
+MAX_TURNS = 10_000_000  # at one instant: a link without a rate transfers all chunks of a large model at once
 
 
 def _nobody(subject: str, data: bytes) -> None:
@@ -67,7 +67,7 @@ class FleetResult:
     opened_s: float
     ended_s: float
     metrics: dict[str, float | None]  # of the last version
-    timeline: tuple[Point, ...]
+    timeline: tuple[MetricPoint, ...]
     commits: tuple[Commit, ...]
     agents: tuple[AgentResult, ...]
     warnings: tuple[tuple[float, str], ...]
@@ -101,7 +101,7 @@ def run_fleet(
     `task_dir`: where task files are looked for. `follow(subject, data)` is told every metric and event as it happens.
     """
     fleet = Fleet(spec, settings or SimSettings(), task_dir, follow)
-    fleet.play()
+    fleet.run()
     return fleet.result()
 
 
@@ -113,49 +113,49 @@ class Fleet:
         self.spec, self.settings = spec, settings
         agents = settings.names(spec)
         starts_s = tuple(settings.start_within_s * i / len(agents) for i in range(len(agents)))
-        self._scene = Scene(
+        self._scenario = Scenario(
             spec, agents, starts_s=starts_s, longest_delay_s=0.0, children="real", task_dir=task_dir.absolute()
         )
         self._seed = spec.seed if settings.seed is None else settings.seed
-        self._loop = VirtualLoop(longest_s=settings.longest_s, most_turns=MOST_TURNS)
+        self._loop = VirtualLoop(longest_s=settings.longest_s, max_turns=MAX_TURNS)
         links = {agent: settings.link[i % len(settings.link)] for i, agent in enumerate(agents)}
-        self._links = Links(Dice(f"{self._seed} network"), 0.0, links=links)
-        self.tally = Tally(spec, self._loop.time, follow)
-        self._children: FleetChildren | None = None
+        self._links = LinkNetwork(Rng(f"{self._seed} network"), 0.0, links=links)
+        self.statistics = FleetStatistics(spec, self._loop.time, follow)
+        self._children: TimedChildFactory | None = None
         self.on_doubt: Callable[[str], None] = lambda text: None  # told of settings that are allowed and rarely meant
 
-    def play(self) -> None:
+    def run(self) -> None:
         """Raises ConfigError and RunFailed."""
         with (
             tempfile.TemporaryDirectory(prefix="syncline-sim-") as disk,
             chdir("."),  # back to it afterwards: the task is in its own directory meanwhile
-            guarded(threads=True),
-            quiet(),
+            deterministic(threads=True),
+            logging_disabled(),
             generators_restored(),
             _threads(self.settings.threads),
         ):
-            self._children = FleetChildren(self._scene, Path(disk), self._loop.time, self.settings)
-            stage = Stage(self._children, self._links, self.tally)
-            world = World(self._scene, self.settings.schedule(), self._seed, self._loop, stage)
-            world.on_accepted = self._accepted
+            self._children = TimedChildFactory(self._scenario, Path(disk), self._loop.time, self.settings)
+            stage = Environment(self._children, self._links, self.statistics)
+            cluster = Cluster(self._scenario, self.settings.schedule(), self._seed, self._loop, stage)
+            cluster.on_accepted = self._accepted
             try:
-                outcome = world.play()
+                outcome = cluster.run()
             finally:
                 self._loop.close()
-        if world.refused is not None:
-            raise world.refused
-        if self.tally.broken is not None:
-            raise self.tally.broken
-        if outcome.problems and (self.tally.head is None or self.tally.head.phase not in ENDED):
+        if cluster.refused is not None:
+            raise cluster.refused
+        if self.statistics.broken is not None:
+            raise self.statistics.broken
+        if outcome.problems and (self.statistics.head is None or self.statistics.head.phase not in ENDED):
             raise RunFailed(self._unfinished() if self.now_s > self.settings.longest_s else outcome.problems[0])
 
     def _accepted(self, doubts: list[str]) -> None:
         for text in doubts:
-            self.tally.warnings.append((self.now_s, text))
+            self.statistics.warnings.append((self.now_s, text))
             self.on_doubt(text)
 
     def _unfinished(self) -> str:
-        head, longest_s = self.tally.head, self.settings.longest_s
+        head, longest_s = self.statistics.head, self.settings.longest_s
         where = f"it stands at version {head.version}, {head.phase}" if head is not None else "it has not begun"
         return (
             f"the run did not end within {longest_s:g} s of its own time (sim.longest_s): {where}. Raise sim.longest_s"
@@ -168,27 +168,27 @@ class Fleet:
 
     def result(self) -> FleetResult:
         """What there is of it."""
-        tally, head = self.tally, self.tally.head
+        statistics, head = self.statistics, self.statistics.head
         assert head is not None
-        last = tally.points[-1] if tally.points else None
+        last = statistics.points[-1] if statistics.points else None
         return FleetResult(
             run=head.run,
             phase=head.phase,
             reason=head.reason,
             versions=head.version,
             digest=head.digest,
-            opened_s=tally.opened_s,
-            ended_s=tally.ended_s,
+            opened_s=statistics.opened_s,
+            ended_s=statistics.ended_s,
             metrics=last.metrics if last is not None and last.version == head.version else {},
-            timeline=tuple(tally.points),
-            commits=tuple(tally.commits),
-            agents=tuple(self._agent(name) for name in self._scene.agents),
-            warnings=tuple(tally.warnings),
+            timeline=tuple(statistics.points),
+            commits=tuple(statistics.commits),
+            agents=tuple(self._agent(name) for name in self._scenario.agents),
+            warnings=tuple(statistics.warnings),
         )
 
     def _agent(self, name: str) -> AgentResult:
         assert self._children is not None
-        speed, updates = self._children.speeds[name], self.tally.updates.get(name, Updates())
+        speed, updates = self._children.speeds[name], self.statistics.updates.get(name, UpdateCounts())
         return AgentResult(
             agent=name,
             step_s=speed.step_s,

@@ -1,6 +1,6 @@
-"""What must hold in every run, whatever goes wrong, checked as each message reaches a stream.
+"""The invariants of every run under all faults, checked as each message reaches a stream.
 
-It holds what happens against the `Chronicle` of what happened before. A violation is noted in plain words; the world stops.
+Each message is compared with the `ObservedRun` before it. A violation is appended to `problems`, and the cluster stops.
 """
 
 from __future__ import annotations
@@ -30,19 +30,24 @@ from syncline.wire.messages import (
     Verdict,
     decode,
 )
-from syncline_sim.books import is_line
-from syncline_sim.chronicle import Chronicle
-from syncline_sim.oracle import Vector, next_center
+from syncline_sim.child_factories import StubChildFactory
+from syncline_sim.faults import Crash, Down, Faults, RollBack, Twin
+from syncline_sim.inline_children import StubState
+from syncline_sim.observed_run import ObservedRun
+from syncline_sim.observer import is_line
+from syncline_sim.reference_merge import Vector, expected_center
+from syncline_sim.scenario import Scenario
 
 ROUNDING = {"fp32": 1e-4, "fp64": 1e-11}
+CLOSE = 1e-9  # allowed difference between given and merged elastic differences, element by element
 
 
-class Invariants(Chronicle):
-    """`stored` and `purged` for all that happens in the streams of one run."""
+class Invariants(ObservedRun):
+    """An observer that checks the invariants of one run."""
 
-    # -- what happens --------------------------------------------------------------------------------------------------
-    def stored(self, stream: str, message: Stored) -> str:
-        """What the timeline says of it: heads and offers."""
+    # -- events --------------------------------------------------------------------------------------------------------
+    def on_stored(self, stream: str, message: Stored) -> str:
+        """Check a stored message. Return the timeline's line for a head or an offer."""
         run = self.spec.name
         if message.subject.endswith(f".{subjects.head_key(run)}"):
             return self._on_head(message.data)
@@ -57,7 +62,7 @@ class Invariants(Chronicle):
         return ""
 
     def _on_log(self, message: Stored) -> None:
-        """A line, or a chunk of a record. A term puts one line for a version, but one that was lost may be put again."""
+        """Check a line or a chunk of a record. A term puts one line per version; a lost line may be put again."""
         self.lost.discard(message.subject)
         self.gone.discard(message.subject)
         self.chunks[message.subject] = message.data
@@ -68,8 +73,8 @@ class Invariants(Chronicle):
             )
             self.lines[line.version, line.term] = line
 
-    def purged(self, stream: str, removed: Iterable[str]) -> None:
-        """Only what head names no more may go, and of updates only those that it calls judged."""
+    def on_purged(self, stream: str, removed: Iterable[str]) -> None:
+        """Check that head refers to no purged blob, and that purged updates are judged."""
         names = list(removed)
         self.gone.update(names)
         if self.head is None or not names:
@@ -84,25 +89,26 @@ class Invariants(Chronicle):
             for version, term in {tuple(map(int, subject.split(".")[4:6])) for subject in names}:
                 self._insist(self.committed.get(version) != term, f"the record of version {version} was purged")
 
-    def heard(self, beat: Heartbeat) -> None:
-        """Check what the sender of a heartbeat has seen. An agent gives up only where its child crashes again and again."""
+    def on_heartbeat(self, beat: Heartbeat) -> None:
+        """Check that a session never sees an older version, and gives up only if its child crashes again and again."""
         gave_up = beat.state == "failed" and "crashed" not in beat.reason
         self._insist(not gave_up, f"session {beat.session[:6]} gave up: {beat.reason}")
-        line, now = beat.seen_epoch, (beat.seen_term, beat.seen_version)
-        known, before = self.seen.get(beat.session, (line, (0, 0)))
-        if self.reborn and line != known:
+        epoch = beat.seen_epoch
+        now = (beat.seen_term, beat.seen_version)
+        known_epoch, before = self.seen.get(beat.session, (epoch, (0, 0)))
+        if self.resubmitted and epoch != known_epoch:
             before = (0, 0)
-        if not beat.seen_term:  # it has left the run, perhaps because that was gone, and begins with it
+        if not beat.seen_term:  # the agent has left the run, perhaps because the run was lost, and starts it anew
             self.seen.pop(beat.session, None)
         else:
             self._insist(now >= before, f"session {beat.session[:6]} saw {before} and then {now}")
-            self.seen[beat.session] = line, max(before, now)
+            self.seen[beat.session] = epoch, max(before, now)
 
-    def answered(self, agent: str, heard_s: float) -> None:
+    def on_heartbeat_answered(self, agent: str, heard_s: float) -> None:
         self.answered_s[agent] = max(heard_s, self.answered_s.get(agent, heard_s))
 
-    def told(self, subject: str, data: bytes) -> None:
-        """An agent that is heard of is not lost, however slow it is."""
+    def on_published(self, subject: str, data: bytes) -> None:
+        """Check that an agent whose heartbeats arrive is not counted as lost, however slow it is."""
         if subject != subjects.events(self.spec.name, subjects.COORDINATOR):
             return
         event = Event.model_validate_json(data)
@@ -113,12 +119,12 @@ class Invariants(Chronicle):
         heard = "not heard of" in event.text and silent_s < self.spec.agents.lost_after_s
         self._insist(not heard, f"{event.text}, and it was answered {silent_s:.1f} s before")
 
-    def wrote(self, who: str, head: Head) -> None:
-        """Head was changed. A term belongs to one coordinator, once the run has begun."""
+    def on_head_written(self, connection: str, head: Head) -> None:
+        """Check that one connection alone writes head under a term, once the run has begun."""
         begun = self.head is not None and self.head.model is not None
         if begun and head.phase != "failed":
-            known = self.writers.setdefault(head.term, who)
-            self._insist(known == who, f"term {head.term} is {known}'s, and {who} writes under it")
+            known = self.writers.setdefault(head.term, connection)
+            self._insist(known == connection, f"term {head.term} is {known}'s, and {connection} writes under it")
 
     # -- head ----------------------------------------------------------------------------------------------------------
     def _on_head(self, data: bytes) -> str:
@@ -127,12 +133,12 @@ class Invariants(Chronicle):
         self.heads.append(head)
         if before is not None:
             step = (head.term - before.term, head.version - before.version)
-            anew = self.was_set_back and head.epoch != before.epoch and step[0] > 0 and step[1] == 0
+            anew = self.has_rolled_back and head.epoch != before.epoch and step[0] > 0 and step[1] == 0
             goes_on = head.epoch == before.epoch and step in ((0, 0), (0, 1), (1, 0))
             self._insist(anew or goes_on, f"{_short(before)} was followed by {_short(head)}")
-            if anew:  # clocks are given again, and offers of the line before count for nothing
-                for books in (self.offers, self.offer_seqs, self.sessions, self.may_begin, self.levels):
-                    books.clear()
+            if anew:  # a new epoch counts clocks from 1 again; offers of the previous epoch are void
+                for table in (self.offers, self.offer_seqs, self.sessions, self.clock_bounds, self.levels):
+                    table.clear()
         roster = self._record(Roster, head.roster) if head.roster is not None else None
         if roster is not None and self.roster is not None:
             self._compare(self.roster, roster)
@@ -156,7 +162,7 @@ class Invariants(Chronicle):
                 head.phase != "training" or any(map(roster.participant, range(len(roster.agents)))),
                 "head is training without a participant",
             )
-            if head.phase != "failed":  # nobody reads on from it
+            if head.phase != "failed":  # no coordinator continues from a failed head
                 self._check_offers_seq(head, roster)
         where = f"{_short(head)} round {head.round} offers up to {head.offers_seq}"
         return f"head: {where} {head.digest[:8]} {head.reason}"
@@ -181,7 +187,7 @@ class Invariants(Chronicle):
             self._check_entry(head, entry)
 
     def _weight(self, entry: PlanEntry, plan: Plan) -> float:
-        """What the formulas say that an update counts."""
+        """Return the weight of an update by the formulas."""
         spec, n = self.spec, len(plan.merged)
         if spec.mix.kind == "elastic":
             return 1.0
@@ -240,7 +246,7 @@ class Invariants(Chronicle):
         self._check_center(before, head, plan)
 
     def _check_center(self, before: Head, head: Head, plan: Plan) -> None:
-        """The center and the outer state beside it are what the formulas make of the bytes that passed by."""
+        """Check the center and the state vectors against the formulas, applied to the bytes on the bus."""
         assert head.manifest is not None and head.model is not None and before.model is not None
         layout = self._record(Manifest, head.manifest)
         data = self._content("model", head.model)
@@ -252,17 +258,19 @@ class Invariants(Chronicle):
         )
         if self.spec.mix.kind == "elastic":
             self._note_taken(plan, updates, layout.buffers)
-        weights, buffers = [e.weight for e in plan.merged], layout.buffers
-        expected, self.kept = next_center(self.spec, center, updates, weights, self.kept, before.version, buffers)
+        weights = [e.weight for e in plan.merged]
+        expected, self.state_vectors = expected_center(
+            self.spec, center, updates, weights, self.state_vectors, before.version, layout.buffers
+        )
         right = np.allclose(np.frombuffer(data, dtype), expected, rtol=close, atol=close)
         self._insist(right, f"version {head.version}: the center is not what its updates and its rule make")
-        if self.kept:
+        if self.state_vectors:
             there = np.frombuffer(self._content("outer", self._outer(head.model)), dtype)
-            right = np.allclose(there, np.concatenate(self.kept), rtol=close, atol=close)
+            right = np.allclose(there, np.concatenate(self.state_vectors), rtol=close, atol=close)
             self._insist(right, f"version {head.version}: the outer state is not what its updates make")
 
     def _note_taken(self, plan: Plan, updates: list[Vector], buffers: list[slice]) -> None:
-        """Note which elastic differences the center has taken up; buffers are no part of them."""
+        """Record the elastic differences that the center has taken up, with zeros in the places of buffers."""
         for entry, update in zip(plan.merged, updates, strict=True):
             difference = update.copy()
             for buffer in buffers:
@@ -270,6 +278,7 @@ class Invariants(Chronicle):
             self.taken[entry.agent, entry.clock] = difference
 
     def _compare(self, old: Roster, new: Roster) -> None:
+        """Check that agents keep their numbers and that judged clocks and verdicts never change back."""
         self._insist(new.agents[: len(old.agents)] == old.agents, f"{old.agents} were numbered anew: {new.agents}")
         for i, agent in enumerate(old.agents[: len(new.agents)]):
             was, now = (old.clocks[i], old.verdict(i)), (new.clocks[i], new.verdict(i))
@@ -281,14 +290,14 @@ class Invariants(Chronicle):
             self._insist(now[0] > was[0] or now == was, f"{agent}'s clock {was[0]} was judged {was[1]}, now {now[1]}")
 
     def _diverged(self, agent: str, clock: int) -> bool:
-        """Whether one of the agent's updates of that clock is no number, or lost."""
+        """Return whether one of the agent's updates of that clock holds a NaN or was lost."""
         if any(offer.blob.id in subject for offer in self.offers.get((agent, clock), ()) for subject in self.lost):
             return True
         blobs = [self._content(f"agent.{agent}.update", offer.blob) for offer in self.offers.get((agent, clock), ())]
         return any(bool(np.isnan(np.frombuffer(blob, DTYPES["fp64"].little_endian)).any()) for blob in blobs)
 
     def _check_verdicts(self, head: Head, roster: Roster) -> None:
-        """What a roster says was merged is what was merged; of the last clocks, that is all that an agent will know."""
+        """Check the roster's bits of merged clocks. Agents learn the verdicts of their last clocks from these bits alone."""
         for i, agent in enumerate(roster.agents):
             clock, before = roster.clocks[i], roster.merged_before(i)
             told = [roster.verdict(i) == Verdict.MERGED, *(bool(before >> k & 1) for k in range(REMEMBERED))]
@@ -297,12 +306,13 @@ class Invariants(Chronicle):
                 self._insist(right, f"{_short(head)} calls {agent}'s clock {clock - k} merged: {merged}")
 
     def _check_gate(self, head: Head, roster: Roster) -> None:
-        """The gate is `max_ahead` above the slowest participant; whoever joins stands beside the slowest of the others."""
+        """Check that the gate is `max_ahead` above the slowest participant, and that a new one joins at least at that level."""
         bound = self.spec.sync.max_ahead if self.spec.sync.kind == "async" else None
         level = {a: roster.clocks[i] + roster.offset(i) for i, a in enumerate(roster.agents) if roster.participant(i)}
         expected = min(level.values()) + bound if bound is not None and level else None
-        lifted = self.spec.merge.min_updates() > 1 and (head.gate or 0) > (expected or 0)  # for want of updates
-        self._insist(head.gate == expected or lifted, f"{_short(head)}: the gate is {head.gate}, not {expected}")
+        # A rule that needs several updates may have to open the gate further, so that fast agents send enough of them.
+        gate_relaxed = self.spec.merge.min_updates() > 1 and (head.gate or 0) > (expected or 0)
+        self._insist(head.gate == expected or gate_relaxed, f"{_short(head)}: the gate is {head.gate}, not {expected}")
         for agent in level.keys() - self.levels.keys() if self.levels and bound is not None else ():
             others = (
                 min(level[a] for a in self.levels.keys() & level.keys()) if self.levels.keys() & level.keys() else 0
@@ -312,17 +322,17 @@ class Invariants(Chronicle):
         if head.gate is not None:
             for agent in level:
                 i = roster.agents.index(agent)
-                self.may_begin[agent] = max(self.may_begin.get(agent, 0), head.gate - roster.offset(i))
+                self.clock_bounds[agent] = max(self.clock_bounds.get(agent, 0), head.gate - roster.offset(i))
 
     def _check_given_up(self, head: Head, roster: Roster | None) -> None:
-        """A plan went without a new version: only where every update in it was found unusable."""
+        """Check a plan that was given up without a new version: every update in it must have been unusable."""
         for entry in self.plan.merged if self.plan is not None else ():
             number = roster.number(entry.agent) if roster is not None else None
             judged = roster is not None and number is not None and roster.clocks[number] >= entry.clock
             self._insist(judged or head.phase in ENDED, f"{_short(head)}: the plan is gone, and nothing was merged")
 
     def _check_offers_seq(self, head: Head, roster: Roster) -> None:
-        """Whoever starts from this head reads on behind `offers_seq`: nothing unjudged may lie before it."""
+        """Check that every offer up to `offers_seq` is judged: a coordinator that takes over reads only later ones."""
         for seq, (agent, clock) in self.offer_seqs.items():
             number = roster.number(agent)
             if seq <= head.offers_seq and number is not None:
@@ -335,12 +345,11 @@ class Invariants(Chronicle):
         if self.head is None or offer.epoch != self.head.epoch or offer.base > self.head.version:
             return f"{agent} offers clock {offer.clock} for a version {offer.base} that is lost"
         sessions = self.sessions[agent]
-        may_begin = self.may_begin.get(agent)
-        in_turn = (
-            offer.clock == 1 or (agent, offer.clock - 1) in self.offers
-        )  # else it finished one that was never sent
-        if may_begin is not None and len(sessions) == 1 and in_turn:
-            self._insist(offer.clock - 1 <= may_begin, f"{agent} began clock {offer.clock}, its gate was {may_begin}")
+        bound = self.clock_bounds.get(agent)
+        # Without an offer of the previous clock the agent has finished a period that was never offered.
+        in_turn = offer.clock == 1 or (agent, offer.clock - 1) in self.offers
+        if bound is not None and len(sessions) == 1 and in_turn:
+            self._insist(offer.clock - 1 <= bound, f"{agent} began clock {offer.clock}, its gate was {bound}")
         prefix = subjects.update_prefix(self.spec.name, agent, offer.blob.id)
         names = [f"{prefix}.{k}" for k in range(offer.blob.chunks)]
         self._insist(all(n in self.chunks for n in names), f"{agent} offers clock {offer.clock} without all its chunks")
@@ -354,9 +363,42 @@ class Invariants(Chronicle):
                 self._insist(fine, f"{agent}'s update of clock {clock} was purged and not judged")
 
     def _insist(self, holds: bool, problem: str) -> None:
+        """Append a problem unless the condition holds."""
         if not holds:
             self.problems.append(problem)
 
 
 def _short(head: Head) -> str:
     return f"term {head.term} version {head.version} {head.phase}"
+
+
+# -- after the run -----------------------------------------------------------------------------------------------------
+def elastic_conservation_problems(
+    scenario: Scenario, faults: Faults, children: StubChildFactory, invariants: Invariants
+) -> list[str]:
+    """Return the agents of an elastic run whose local model lost a difference, or gave it up twice.
+
+    An agent's W_i is its first value, plus the sum of its training steps, minus the differences that the center has taken up.
+    Agents that lost their disk or had two processes at once are skipped; after a power failure of the broker all are skipped,
+    because merged differences may be lost.
+    """
+    if scenario.spec.mix.kind != "elastic" or any(isinstance(f, RollBack) for f in faults.items):
+        return []
+    unclear = {f.service for f in faults.items if isinstance(f, Twin) or (isinstance(f, Crash | Down) and not f.disk)}
+    states = {agent: children.kept(scenario.spec.name, agent) for agent in scenario.agents if agent not in unclear}
+    return [
+        problem
+        for agent, state in states.items()
+        if state is not None
+        for problem in _conservation_problems(agent, state, invariants)
+    ]
+
+
+def _conservation_problems(agent: str, state: StubState, invariants: Invariants) -> list[str]:
+    given = np.frombuffer(state.trained) - np.frombuffer(state.own)
+    taken = sum(map(np.frombuffer, state.pending.values()), np.zeros_like(given))
+    for (name, clock), update in invariants.taken.items():
+        if name == agent and clock <= state.clock and clock not in state.pending:
+            taken = taken + update
+    apart = float(np.abs(given - taken).max(initial=0.0))
+    return [f"{agent} gave up {apart:.3g} more or less than was merged of it"] if apart > CLOSE else []

@@ -1,7 +1,7 @@
-"""An event loop whose time is made up: when nothing is ready it jumps to the next timer, so nobody waits.
+"""An event loop with virtual time: when no callback is ready, the time jumps to the next timer.
 
-The same program and the same seed give the same order of everything. What a simulation cannot repeat (sockets, processes,
-signals, threads) is an error here, and so is waiting for what can never come.
+The same program and the same seed give the same order of all callbacks. Sockets, processes, signals and threads cannot be
+repeated, so using them raises `NotSimulated`. Waiting for an event that can never come raises `Stuck`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import asyncio
 import itertools
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar
 
-from syncline_sim.dice import Dice
+from syncline_sim.rng import Rng
 
 T = TypeVar("T")
 
 LONGEST_S = 3600.0
-TICKS = 1 << 20  # a second; no timer comes early by a rounding, to find that it has to wait for another 1e-16 s
-MOST_TURNS = 20_000  # at one instant
+TICKS = 1 << 20  # per second; time is rounded up to whole ticks, so that no timer fires 1e-16 s early and is set again
+MAX_TURNS = 20_000  # turns of the loop at one instant
 _NOT_HERE = (
     "add_reader", "add_writer", "remove_reader", "remove_writer", "add_signal_handler", "remove_signal_handler",
     "sock_recv", "sock_recv_into", "sock_sendall", "sock_connect", "sock_accept", "sock_sendfile", "sendfile",
@@ -31,15 +31,15 @@ _NOT_HERE = (
 
 
 class NotSimulated(AssertionError):
-    """Something that a simulation cannot repeat was asked for."""
+    """A simulated service used something that a simulation cannot repeat."""
 
 
 class Stuck(AssertionError):
-    """The simulation cannot go on, or does not end."""
+    """The simulation cannot go on, or did not end in time."""
 
 
 class SimTask(asyncio.Task[T]):
-    """A task that counts: sets of tasks have the same order in every process."""
+    """A task whose hash is a serial number: sets of tasks have the same order in every process."""
 
     def __init__(self, coro: Generator[Any, Any, T] | Coroutine[Any, Any, T], number: int, **kwargs: Any) -> None:
         self._number = number
@@ -50,7 +50,7 @@ class SimTask(asyncio.Task[T]):
 
 
 class SimFuture(asyncio.Future[Any]):
-    """The same for futures."""
+    """A future whose hash is a serial number, as a `SimTask` has."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         assert isinstance(loop, VirtualLoop)
@@ -62,19 +62,25 @@ class SimFuture(asyncio.Future[Any]):
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """`order`: shuffles what is ready at the same instant; without it, first come, first served."""
+    """The event loop of a simulation.
 
-    def __init__(
-        self, order: Dice | None = None, *, longest_s: float = LONGEST_S, most_turns: int = MOST_TURNS
-    ) -> None:
+    Args:
+        order: shuffles the callbacks that are ready at the same instant; None: they run in the order in which they were set.
+        longest_s: virtual seconds after which the loop raises Stuck.
+        max_turns: turns at one instant after which the loop raises Stuck.
+    """
+
+    def __init__(self, order: Rng | None = None, *, longest_s: float = LONGEST_S, max_turns: int = MAX_TURNS) -> None:
         super().__init__()
-        self.on_task: Callable[[SimTask[Any]], None] = lambda task: None  # told of every new task, in its own context
-        self._order, self._longest_s, self._most_turns = order, longest_s, most_turns
+        self.on_task: Callable[[SimTask[Any]], None] = lambda task: (
+            None
+        )  # called with every new task, in the task's context
+        self._order, self._longest_s, self._max_turns = order, longest_s, max_turns
         self._now_s = 0.0
         self._turns = 0
         self._abandoned = ""
         self._numbers = itertools.count()
-        self._selector = self  # where other loops wait for sockets, this one jumps
+        self._selector = self  # the base class calls `select` to wait for sockets; here it advances the time
         self._clock_resolution = 1e-9
         self.set_debug(False)
         self.set_task_factory(self._make_task)
@@ -83,20 +89,20 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now_s
 
     def hang(self, seconds: float) -> None:
-        """Let time pass while nothing runs, as when the machine sleeps."""
+        """Advance the time while no callback runs, as if the machine were suspended."""
         self._now_s += seconds
 
     def create_future(self) -> asyncio.Future[Any]:
         return SimFuture(self)
 
     def number(self) -> int:
-        """The next one: of a task or a future."""
+        """Return the next serial number of a task or a future."""
         return next(self._numbers)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
-        """Inline: it takes no time, and is done when this returns."""
+        """Call the function at once. The call takes no virtual time."""
         future = self.create_future()
         try:
             future.set_result(func(*args))
@@ -105,13 +111,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return future
 
     def select(self, timeout_s: float | None) -> list[Any]:
-        """One turn. `timeout_s` is 0 where something is ready, None where nothing ever will be."""
+        """Advance the time by one turn of the loop.
+
+        Args:
+            timeout_s: 0 if a callback is ready; None if no callback is ready and no timer is set.
+        """
         if self._abandoned:
             raise NotSimulated(
                 f"{self._abandoned} was left to the garbage collector. Close it, as with contextlib.aclosing"
             )
         self._turns += 1
-        if self._turns > self._most_turns:
+        if self._turns > self._max_turns:
             self._turns = 0
             raise Stuck(
                 f"time stands still at {self._now_s:.3f} s, and something goes round and round: {self._waiting()}"
@@ -145,7 +155,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return task
 
     def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
-        """Its `finally` would run whenever the garbage collector comes by."""
+        """Record an abandoned generator: the garbage collector would run its `finally` at an arbitrary time."""
         self._abandoned = getattr(agen, "__qualname__", repr(agen))
 
     def _waiting(self) -> str:
@@ -162,3 +172,62 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 for _name in _NOT_HERE:
     setattr(VirtualLoop, _name, _refusing(_name))
+
+
+class _Gathering(SimFuture):
+    """The future of `gather`. Cancelling it cancels its children; it is cancelled when all of them have ended."""
+
+    def __init__(self, children: list[asyncio.Future[Any]], keep_errors: bool) -> None:
+        super().__init__(children[0].get_loop())
+        self._children, self._keep_errors = children, keep_errors
+        self._missing = len(children)
+        self._asked_to_cancel = False
+        for child in [c for c in children if not c.done()]:
+            child.add_done_callback(self._on_done)
+        for child in [c for c in children if c.done()]:
+            self._on_done(child)
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self.done():
+            return False
+        for child in self._children:
+            self._asked_to_cancel |= child.cancel(msg=msg)
+        return self._asked_to_cancel
+
+    def _on_done(self, child: asyncio.Future[Any]) -> None:
+        self._missing -= 1
+        if self.done():
+            if not child.cancelled():
+                child.exception()  # marks the exception as retrieved
+            return
+        if not self._keep_errors:
+            error = asyncio.CancelledError() if child.cancelled() else child.exception()
+            if error is not None:
+                self.set_exception(error)
+                return
+        if self._missing:
+            return
+        if self._asked_to_cancel:
+            self.set_exception(asyncio.CancelledError())
+        else:
+            self.set_result([_outcome(c) for c in self._children])
+
+
+def gather(*awaitables: Awaitable[Any], return_exceptions: bool = False) -> asyncio.Future[list[Any]]:
+    """Replace `asyncio.gather` by its behaviour since Python 3.12; no awaitable may be given twice.
+
+    Python 3.11 takes one more turn of the loop if a task is done already, and timelines would differ between versions. All
+    other asyncio functions that the services use take the same turns in every version; `tests/sim/golden` proves this.
+    """
+    if awaitables:
+        return _Gathering([asyncio.ensure_future(a) for a in awaitables], return_exceptions)
+    empty: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+    empty.set_result([])
+    return empty
+
+
+def _outcome(child: asyncio.Future[Any]) -> Any:
+    if child.cancelled():
+        return asyncio.CancelledError()
+    error = child.exception()
+    return child.result() if error is None else error

@@ -14,9 +14,9 @@ from syncline.spec.run_spec import RunSpec, parse
 from syncline.spec.sections import Async
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.subjects import COORDINATOR
-from syncline_sim.dice import Dice
 from syncline_sim.faults import Faults, shrunk
-from syncline_sim.scene import Outcome, Scene, small_spec
+from syncline_sim.rng import Rng
+from syncline_sim.scenario import Outcome, Scenario, small_spec
 from syncline_sim.simulate import simulate
 
 OUTER_OPTIMIZERS = (
@@ -42,27 +42,27 @@ class Failure:
     """What failed, with as few faults as it needs."""
 
     seed: int
-    scene: Scene
+    scenario: Scenario
     faults: Faults
     outcome: Outcome
 
     def __str__(self) -> str:
-        spec = self.scene.spec
+        spec = self.scenario.spec
         faults = "\n".join(f"  {fault}" for fault in self.faults.items) or "  none"
         return (
             f"seed {self.seed}: {self.outcome.problems[0]}\n"
             f"sync: {spec.sync.model_dump(exclude_defaults=True)}, mix: {spec.mix.kind} {spec.mix.alpha}, "
             f"agents: {spec.agents}, outer: {spec.outer!r}, merge: {spec.merge!r}, "
-            f"periods: {self.scene.period_s} s, starts: {self.scene.starts_s} s, "
-            f"delays up to {self.scene.longest_delay_s} s, shuffled: {self.scene.shuffled}, "
-            f"max_payload: {self.scene.max_payload}\n"
+            f"periods: {self.scenario.period_s} s, starts: {self.scenario.starts_s} s, "
+            f"delays up to {self.scenario.longest_delay_s} s, shuffled: {self.scenario.shuffled}, "
+            f"max_payload: {self.scenario.max_payload}\n"
             f"faults:\n{faults}\n" + "\n".join(self.outcome.timeline)
         )
 
 
-def scene_of(seed: int) -> Scene:
+def scenario_of(seed: int) -> Scenario:
     """The settings and the fleet of a seed."""
-    rng = Dice(f"{seed} scene")
+    rng = Rng(f"{seed} scene")
     count = rng.choice((1, 2, 3, 4, 4, 5))
     agents = tuple(f"a{i}" for i in range(1, count + 1))
     least = count if rng.random() < 0.7 else rng.between(1, count)
@@ -83,29 +83,29 @@ def scene_of(seed: int) -> Scene:
         keep_models=rng.choice((2, 2, 3)),
         seed=seed,
     )
-    more = Dice(f"{seed} outer")
+    more = Rng(f"{seed} outer")
     if more.random() < 0.3:
         spec = spec.model_copy(update={"outer": more.choice(OUTER_OPTIMIZERS)})
     rules = [rule for rule in MERGE_RULES if rule.min_updates() <= min(least, sync.get("quorum", least))]
     if more.random() < 0.3:
         spec = spec.model_copy(update={"merge": more.choice(rules)})
     spec = _other_kind(seed, spec)
-    if Dice(f"{seed} pieces").random() < 0.1:  # a model of several chunks
+    if Rng(f"{seed} pieces").random() < 0.1:  # a model of several chunks
         wire = spec.wire.model_copy(update={"chunk_bytes": 4096})
         spec = spec.model_copy(update={"wire": wire, "task_options": {"elements": 2500}})
-    if Dice(f"{seed} diverges").random() < 0.15:
+    if Rng(f"{seed} diverges").random() < 0.15:
         spec = spec.model_copy(update={"task_options": {**spec.task_options, "diverges": True}})
     period_s = tuple(round(0.01 * 100 ** rng.random(), 3) for _ in agents)
     starts_s = tuple(0.0 if rng.random() < 0.7 else round(rng.uniform(0.0, 3.0), 3) for _ in agents)
-    scene = Scene(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)
-    if Dice(f"{seed} payload").random() < 0.15:
-        scene = replace(scene, max_payload=LEAST_PAYLOAD_BYTES)
-    return scene
+    scenario = Scenario(spec, agents, period_s, starts_s, rng.choice((0.0, 0.002, 0.05)), rng.random() < 0.5)
+    if Rng(f"{seed} payload").random() < 0.15:
+        scenario = replace(scenario, max_payload=LEAST_PAYLOAD_BYTES)
+    return scenario
 
 
 def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
     """Half of the seeds are asynchronous, or elastic, or both; the others stay as they are."""
-    rng = Dice(f"{seed} kind")
+    rng = Rng(f"{seed} kind")
     if rng.random() < 0.5:
         return spec
     is_async, elastic = rng.choice(((True, False), (True, False), (True, True), (False, True)))
@@ -129,7 +129,7 @@ def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
     return parse(RunSpec, {**spec.model_dump(mode="json"), **changes})
 
 
-def _async(rng: Dice, agents: int) -> dict[str, Any]:
+def _async(rng: Rng, agents: int) -> dict[str, Any]:
     buffer, max_ahead = rng.choice((None, 1, 2, 3, 6, "all")), rng.choice((None, None, 0, 1, 3))
     sync: dict[str, Any] = {
         "kind": "async",
@@ -144,20 +144,20 @@ def _async(rng: Dice, agents: int) -> dict[str, Any]:
     return sync
 
 
-def faults_of(seed: int, scene: Scene) -> Faults:
-    faults = Faults.random(Dice(f"{seed} faults"), (COORDINATOR, *scene.agents))
-    step = Dice(f"{seed} step")
+def faults_of(seed: int, scenario: Scenario) -> Faults:
+    faults = Faults.random(Rng(f"{seed} faults"), (COORDINATOR, *scenario.agents))
+    step = Rng(f"{seed} step")
     if step.random() < 0.2:
         at_s, for_s = round(step.uniform(0.6, 3.0), 3), _while_s(step, 20.0)
-        faults = faults.long_step(step.choice(scene.agents), after_s=at_s, for_s=for_s)
-    power = Dice(f"{seed} power")
+        faults = faults.long_step(step.choice(scenario.agents), after_s=at_s, for_s=for_s)
+    power = Rng(f"{seed} power")
     if power.random() < 0.15:
         at_s = round(power.uniform(0.4, 4.0), 3)
         lost_s, for_s = _while_s(power, 3.0), _while_s(power)
         faults = faults.roll_back(after_s=at_s, lost_s=lost_s, for_s=for_s, torn=power.random() < 0.3)
-        rng = Dice(f"{seed} meanwhile")
+        rng = Rng(f"{seed} meanwhile")
         if rng.random() < 0.33:
-            faults = _beside(rng, scene, faults, at_s)
+            faults = _beside(rng, scenario, faults, at_s)
             if rng.random() < 0.5:
                 again_s = round(at_s + for_s + rng.uniform(0.05, 2.0), 3)
                 torn = rng.random() < 0.2
@@ -165,7 +165,7 @@ def faults_of(seed: int, scene: Scene) -> Faults:
     return faults
 
 
-def _beside(rng: Dice, scene: Scene, faults: Faults, at_s: float) -> Faults:
+def _beside(rng: Rng, scenario: Scenario, faults: Faults, at_s: float) -> Faults:
     """A power failure that does not come alone: services fail at about its time."""
 
     def near_s() -> float:
@@ -174,36 +174,36 @@ def _beside(rng: Dice, scene: Scene, faults: Faults, at_s: float) -> Faults:
     if rng.random() < 0.5:
         faults = faults.down(COORDINATOR, after_s=near_s(), for_s=_while_s(rng))
     if rng.random() < 0.4:
-        faults = faults.cut(rng.choice((COORDINATOR, *scene.agents)), after_s=near_s(), for_s=_while_s(rng))
+        faults = faults.cut(rng.choice((COORDINATOR, *scenario.agents)), after_s=near_s(), for_s=_while_s(rng))
     if rng.random() < 0.3:
         faults = faults.zombie(after_s=near_s(), for_s=_while_s(rng), awake_s=rng.choice((0.2, 1.0, 5.0)))
     if rng.random() < 0.3:
-        agent, disk = rng.choice(scene.agents), rng.random() < 0.7
+        agent, disk = rng.choice(scenario.agents), rng.random() < 0.7
         faults = faults.down(agent, after_s=near_s(), for_s=_while_s(rng), disk=disk)
     return faults
 
 
-def _while_s(rng: Dice, most_s: float = 2.0) -> float:
+def _while_s(rng: Rng, most_s: float = 2.0) -> float:
     """20 ms to `most_s`, every order of magnitude as often."""
     return round(0.02 * math.pow(most_s / 0.02, rng.random()), 3)
 
 
-def play(seed: int) -> Outcome:
-    scene = scene_of(seed)
-    return simulate(scene, faults_of(seed, scene), seed)
+def run_seed(seed: int) -> Outcome:
+    scenario = scenario_of(seed)
+    return simulate(scenario, faults_of(seed, scenario), seed)
 
 
 def explain(seed: int) -> Failure | None:
     """The failure of a seed, made smaller; None where it does not fail."""
-    scene = scene_of(seed)
-    faults = faults_of(seed, scene)
-    first = _kind(simulate(scene, faults, seed))
+    scenario = scenario_of(seed)
+    faults = faults_of(seed, scenario)
+    first = _kind(simulate(scenario, faults, seed))
     if not first:
         return None
-    if scene.shuffled and _kind(simulate(replace(scene, shuffled=False), faults, seed)) == first:
-        scene = replace(scene, shuffled=False)
-    smallest = shrunk(faults, lambda fewer: _kind(simulate(scene, fewer, seed)) == first)
-    return Failure(seed, scene, smallest, simulate(scene, smallest, seed))
+    if scenario.shuffled and _kind(simulate(replace(scenario, shuffled=False), faults, seed)) == first:
+        scenario = replace(scenario, shuffled=False)
+    smallest = shrunk(faults, lambda fewer: _kind(simulate(scenario, fewer, seed)) == first)
+    return Failure(seed, scenario, smallest, simulate(scenario, smallest, seed))
 
 
 def _kind(outcome: Outcome) -> str:
@@ -213,5 +213,5 @@ def _kind(outcome: Outcome) -> str:
 
 def failing(seeds: Iterable[int]) -> list[tuple[int, str]]:
     """The seeds that fail, with what went wrong first."""
-    played = ((seed, play(seed)) for seed in seeds)
+    played = ((seed, run_seed(seed)) for seed in seeds)
     return [(seed, outcome.problems[0]) for seed, outcome in played if outcome.failed]

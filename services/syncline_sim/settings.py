@@ -1,6 +1,6 @@
-"""The section `sim:` of a spec: what a simulated fleet is like. `syncline run` leaves it alone.
+"""The section `sim:` of a spec: speeds, links and faults of a simulated fleet. `syncline run` ignores it.
 
-Seconds are virtual: they pass in the simulation, and cost nothing.
+All seconds are virtual.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
 def _listed(value: Any) -> Any:
     if value in ([], ()):
-        raise ValueError("an empty list says nothing; leave it out")
+        raise ValueError("the list is empty; leave the setting out")
     return value if isinstance(value, list | tuple) else [value]
 
 
 class Link(Settings):
-    """An agent's connection to the broker. A rate that is left out is no limit."""
+    """An agent's connection to the broker. Without a rate the link has no limit."""
 
-    delay_s: Seconds = Field(0.0005, description="One way, each message.")
+    delay_s: Seconds = Field(0.0005, description="Delay of each message, in one direction.")
     up_mbit: float | None = Field(None, gt=0, description="Megabits a second, from the agent.")
     down_mbit: float | None = Field(None, gt=0, description="Megabits a second, to the agent.")
 
 
-class _Fault(Settings):
-    after_s: Seconds = Field(description="When it begins, from the start of the fleet.")
+class _FaultSetting(Settings):
+    after_s: Seconds = Field(description="When the fault begins, after the start of the fleet.")
 
 
-class _Lasting(_Fault):
-    for_s: Seconds = Field(description="How long it lasts.")
+class _LastingFault(_FaultSetting):
+    for_s: Seconds = Field(description="How long the fault lasts.")
 
 
-class _Whose(_Lasting):
-    service: str = Field(description="`a1` … or `coordinator`.")
+class _ServiceFault(_LastingFault):
+    service: str = Field(description="The service: `a1`, `a2`, … or `coordinator`.")
 
 
-class Crashed(_Whose):
-    """The service is killed, and started again afterwards."""
+class CrashSetting(_ServiceFault):
+    """The service is killed, and started again after `for_s`."""
 
     kind: Literal["crash"]
-    disk: bool = Field(True, description="It finds its state directory again.")
+    disk: bool = Field(True, description="The state directory is kept.")
 
     def fault(self) -> Fault:
         return Down(self.service, self.after_s, self.for_s, self.disk)
 
 
-class CutOff(_Whose):
-    """The service has no connection."""
+class CutSetting(_ServiceFault):
+    """The service's connection is cut."""
 
     kind: Literal["cut"]
 
@@ -77,8 +77,8 @@ class CutOff(_Whose):
         return Cut(self.service, self.after_s, self.for_s)
 
 
-class Slow(_Whose):
-    """Its messages take longer."""
+class DelaySetting(_ServiceFault):
+    """Messages from and to the service take longer."""
 
     kind: Literal["delay"]
     seconds: Seconds
@@ -87,8 +87,8 @@ class Slow(_Whose):
         return Delay(self.service, self.seconds, self.after_s, self.for_s)
 
 
-class Lost(_Lasting):
-    """A share of the core messages is lost: notifies, heartbeats, hellos."""
+class LossSetting(_LastingFault):
+    """A share of the core messages is lost: notifications, heartbeats, hellos."""
 
     kind: Literal["lose"]
     share: float = Field(gt=0, le=1)
@@ -97,8 +97,8 @@ class Lost(_Lasting):
         return Lose(self.share, self.after_s, self.for_s)
 
 
-class BrokerStopped(_Lasting):
-    """The broker is stopped, and started again with what its streams hold."""
+class BrokerSetting(_LastingFault):
+    """The broker is stopped and started again with the content of its streams."""
 
     kind: Literal["broker"]
 
@@ -106,19 +106,19 @@ class BrokerStopped(_Lasting):
         return BrokerDown(self.after_s, self.for_s)
 
 
-class SetBack(_Lasting):
-    """A power failure: the broker comes back with its store as that was `lost_s` before."""
+class RollBackSetting(_LastingFault):
+    """A power failure: the broker comes back with its store of `lost_s` before."""
 
     kind: Literal["rollback"]
     lost_s: Seconds
-    torn: bool = Field(False, description="Not of every stream.")
+    torn: bool = Field(False, description="Some streams come back complete.")
 
     def fault(self) -> Fault:
         return RollBack(self.after_s, self.for_s, self.lost_s, self.torn)
 
 
-class StepHeld(_Whose):
-    """A step of the agent's training takes so much longer; its heartbeats go on."""
+class LongStepSetting(_ServiceFault):
+    """One step of the agent's training takes `for_s` longer; the agent still sends heartbeats."""
 
     kind: Literal["step"]
 
@@ -126,8 +126,8 @@ class StepHeld(_Whose):
         return LongStep(self.service, self.after_s, self.for_s)
 
 
-class TrainerKilled(_Fault):
-    """The training child of an agent is killed, and the agent is not."""
+class KillTrainerSetting(_FaultSetting):
+    """The training child of an agent is killed; the agent service goes on."""
 
     kind: Literal["trainer"]
     service: str
@@ -136,8 +136,8 @@ class TrainerKilled(_Fault):
         return KillTrainer(self.service, self.after_s)
 
 
-class TwinStarted(_Fault):
-    """A second process of an agent's name starts."""
+class TwinSetting(_FaultSetting):
+    """A second process with the agent's name starts and takes over."""
 
     kind: Literal["twin"]
     service: str
@@ -147,40 +147,62 @@ class TwinStarted(_Fault):
 
 
 FaultSetting = Annotated[
-    Crashed | CutOff | Slow | Lost | BrokerStopped | SetBack | StepHeld | TrainerKilled | TwinStarted,
+    CrashSetting
+    | CutSetting
+    | DelaySetting
+    | LossSetting
+    | BrokerSetting
+    | RollBackSetting
+    | LongStepSetting
+    | KillTrainerSetting
+    | TwinSetting,
     Field(discriminator="kind"),
 ]
 
 
 class SimSettings(Settings):
-    """Lists are dealt out to the agents in turn: with two speeds, a1 and a3 have the first."""
+    """The settings of a simulated fleet. Lists are dealt out to the agents in turn: of two speeds, a1 and a3 have the first."""
 
-    agents: int | None = Field(None, ge=1, le=10_000, description="How many; default: agents.min, or agents.max.")
-    step_s: Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(_listed)] = Field(
-        (0.01,), description="Seconds of a local step: one for all, or a list."
+    agents: int | None = Field(
+        None, ge=1, le=10_000, description="Number of agents; default: agents.max, or else agents.min."
     )
-    spread: float = Field(0.0, ge=0, le=5, description="Agents differ: σ of a log-normal factor, for good.")
-    jitter: float = Field(0.0, ge=0, le=5, description="Periods differ: σ of a log-normal factor, each time.")
+    step_s: Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(_listed)] = Field(
+        (0.01,), description="Duration of a local step: one number for all agents, or a list."
+    )
+    spread: float = Field(
+        0.0, ge=0, le=5, description="Differences between agents: σ of a log-normal factor, drawn once per agent."
+    )
+    jitter: float = Field(
+        0.0, ge=0, le=5, description="Differences between periods: σ of a log-normal factor, drawn for each period."
+    )
     link: Annotated[tuple[Link, ...], BeforeValidator(_listed)] = (Link(),)
-    start_within_s: Seconds = Field(0.0, description="Agents are started evenly over so long.")
+    start_within_s: Seconds = Field(0.0, description="The agents are started evenly spread over this time.")
     faults: tuple[FaultSetting, ...] = ()
-    longest_s: float = Field(1e8, gt=0, description="The simulation is given up then.")
+    longest_s: float = Field(1e8, gt=0, description="The simulation is given up after this time.")
     threads: int = Field(1, ge=1, le=1024, description="Threads of torch.")
-    seed: int | None = Field(None, ge=0, description="Of speeds and links; default: the run's.")
+    seed: int | None = Field(None, ge=0, description="Seed of speeds and links; default: the run's seed.")
 
     def names(self, spec: RunSpec) -> tuple[str, ...]:
-        """The agents: a1, a2, …"""
+        """Return the names of the agents: a1, a2, …"""
         return tuple(f"a{i}" for i in range(1, (self.agents or spec.agents.max or spec.agents.min) + 1))
 
     def check(self, spec: RunSpec) -> None:
-        """What only the whole spec shows. Raises ConfigError."""
+        """Check the settings beside those of the run.
+
+        Raises:
+            ConfigError: too few agents, or a fault of a service that does not exist.
+        """
         names = self.names(spec)
         if len(names) < spec.agents.min:
             problem = f"{len(names)} are fewer than the run starts with (agents.min = {spec.agents.min})"
             raise ConfigError("sim.agents", problem, "Raise it, or lower agents.min")
         for i, fault in enumerate(self.faults):
             whose = getattr(fault, "service", names[0])
-            known = names if isinstance(fault, StepHeld | TrainerKilled | TwinStarted) else (*names, COORDINATOR)
+            known = (
+                names
+                if isinstance(fault, LongStepSetting | KillTrainerSetting | TwinSetting)
+                else (*names, COORDINATOR)
+            )
             if whose not in known:
                 also = " or coordinator" if COORDINATOR in known else ""
                 hint = f"Use {names[0]} to {names[-1]}{also}"
@@ -191,9 +213,14 @@ class SimSettings(Settings):
 
 
 def load(path: Path, count: int | None = None) -> tuple[RunSpec, SimSettings]:
-    """A spec and its section `sim:`; the run starts with the whole fleet, unless it says otherwise. Raises ConfigError.
+    """Return a spec and its section `sim:`. Unless the file sets agents.min, the run starts with the whole fleet.
 
-    `count`: agents, whatever the section says.
+    Args:
+        path: the spec's file.
+        count: number of agents, in place of `sim.agents`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is wrong.
     """
     given = read_yaml(path)
     section = given.get(SIM_SECTION) if isinstance(given, dict) else None

@@ -1,7 +1,6 @@
-"""One run of the simulator, from its arguments to its outcome: builds the world, lets it play, and has its end looked at.
+"""One simulated run, from its arguments to its outcome.
 
-It brings together what a `World` does not choose for itself: the order of tasks, the weather, who computes, and the
-invariants that everything which happens is held against.
+Chooses everything that a `Cluster` takes from outside: the order of tasks, the network, the children and the invariants.
 """
 
 from __future__ import annotations
@@ -10,31 +9,39 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from syncline_sim.children import StubChildren, TaskChildren
-from syncline_sim.conserved import lost_or_doubled
-from syncline_sim.dice import Dice
-from syncline_sim.faults import Faults, Weather
-from syncline_sim.guard import guarded, quiet
-from syncline_sim.invariants import Invariants
+from syncline_sim.child_factories import StubChildFactory, TaskChildFactory
+from syncline_sim.cluster import Cluster, Environment
+from syncline_sim.determinism import deterministic, logging_disabled
+from syncline_sim.faults import Faults
+from syncline_sim.invariants import Invariants, elastic_conservation_problems
 from syncline_sim.loop import VirtualLoop
-from syncline_sim.scene import Outcome, Scene
-from syncline_sim.world import Stage, World
+from syncline_sim.network import Network
+from syncline_sim.rng import Rng
+from syncline_sim.scenario import Outcome, Scenario
 
 
-def simulate(scene: Scene, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 240.0) -> Outcome:
-    """One run from submit to end. Deterministic: the same arguments give the same outcome, byte for byte."""
-    order = Dice(f"{seed} order") if scene.shuffled else None
+def simulate(scenario: Scenario, faults: Faults | None = None, seed: int = 0, *, longest_s: float = 240.0) -> Outcome:
+    """Run a scenario from submit to end. The same arguments give the same outcome, byte for byte.
+
+    Args:
+        scenario: the fleet, the network and the run.
+        faults: the schedule of faults; None: no fault.
+        seed: of delays, of the order of callbacks and of everything that services draw.
+        longest_s: virtual seconds after which a run that has not ended is a problem of the outcome.
+    """
+    order = Rng(f"{seed} order") if scenario.shuffled else None
     loop = VirtualLoop(order, longest_s=longest_s)
-    weather = Weather(Dice(f"{seed} network"), scene.longest_delay_s)
-    books, faults = Invariants(scene.spec), faults or Faults()
-    with tempfile.TemporaryDirectory() as disk, guarded(), quiet():
-        stub = scene.children == "stub"
-        children = StubChildren(scene) if stub else TaskChildren(scene, Path(disk), loop.time)
+    network = Network(Rng(f"{seed} network"), scenario.longest_delay_s)
+    invariants = Invariants(scenario.spec)
+    faults = faults or Faults()
+    with tempfile.TemporaryDirectory() as disk, deterministic(), logging_disabled():
+        stub = scenario.children == "stub"
+        children = StubChildFactory(scenario) if stub else TaskChildFactory(scenario, Path(disk), loop.time)
         try:
-            outcome = World(scene, faults, seed, loop, Stage(children, weather, books)).play()
+            outcome = Cluster(scenario, faults, seed, loop, Environment(children, network, invariants)).run()
         finally:
             loop.close()
-    if isinstance(children, StubChildren) and not outcome.problems:
-        wrong = tuple(lost_or_doubled(scene, faults, children, books))
-        outcome = replace(outcome, problems=wrong, timeline=(*outcome.timeline, *wrong))
+    if isinstance(children, StubChildFactory) and not outcome.problems:
+        problems = tuple(elastic_conservation_problems(scenario, faults, children, invariants))
+        outcome = replace(outcome, problems=problems, timeline=(*outcome.timeline, *problems))
     return outcome

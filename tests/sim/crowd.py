@@ -18,11 +18,11 @@ from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Heartbeat, Hello, Offer, Submit, Submitted, decode, encode
 from syncline_coordinator.service import Coordinator, CoordinatorSettings
-from syncline_sim.children import StubChildren
-from syncline_sim.dice import Dice
-from syncline_sim.inline import InlineChild
+from syncline_sim.child_factories import StubChildFactory
+from syncline_sim.inline_children import InlineChild
 from syncline_sim.loop import VirtualLoop
-from syncline_sim.scene import Scene, small_spec
+from syncline_sim.rng import Rng
+from syncline_sim.scenario import Scenario, small_spec
 
 T = TypeVar("T")
 RUN = "r"
@@ -31,7 +31,7 @@ AT_ONCE = 500  # messages, so that no subscription of the coordinator's overflow
 
 def in_virtual_time(work: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
     """What the coroutine returns; all tasks that it leaves are ended."""
-    loop = VirtualLoop(most_turns=10_000_000)
+    loop = VirtualLoop(max_turns=10_000_000)
     try:
         return loop.run_until_complete(work(loop))
     finally:
@@ -43,7 +43,7 @@ def in_virtual_time(work: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
 
 
 async def start_coordinator(broker: MemoryBroker) -> asyncio.Task[None]:
-    children = StubChildren(Scene(small_spec()))
+    children = StubChildFactory(Scenario(small_spec()))
 
     async def child(memory: SharedMemory) -> InlineChild:
         return children.evaluator(memory)
@@ -85,7 +85,7 @@ class Crowd:
 
     async def offer(self, names: list[str], clock: int, head: Head) -> None:
         update, names = memoryview(np.full(1, 0.5).tobytes()), [*names]
-        Dice(f"order {clock}").shuffle(names)
+        Rng(f"order {clock}").shuffle(names)
         for name in names:
             prefix = partial(subjects.update_prefix, RUN, name)
             blob, digest = await put_blob(self.bus, prefix, update, 8192)

@@ -15,9 +15,9 @@ from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Stop, encode
 from syncline_coordinator.head import Deposed, HeadKeeper
-from syncline_sim.inline import StubEvaluator
+from syncline_sim.inline_children import StubEvaluator
 from syncline_sim.loop import VirtualLoop
-from syncline_sim.scene import small_spec
+from syncline_sim.scenario import small_spec
 
 STORE_BYTES = 300 << 20
 

@@ -9,16 +9,16 @@ import pytest
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import BlobRef
-from syncline_sim.dice import Dice
 from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
 from syncline_sim.invariants import Invariants
-from syncline_sim.scene import Outcome, Scene, small_spec
-from syncline_sim.seeds import explain, scene_of
+from syncline_sim.rng import Rng
+from syncline_sim.scenario import Outcome, Scenario, small_spec
+from syncline_sim.seeds import explain, scenario_of
 from syncline_sim.simulate import simulate
 
 pytestmark = pytest.mark.long
 
-SHORT = Scene(small_spec(stop={"versions": 3}))
+SHORT = Scenario(small_spec(stop={"versions": 3}))
 CALM = simulate(SHORT)
 BEGAN_S = 0.57  # when the first round was opened
 OPERATIONS = CALM.operations["coordinator"]
@@ -38,12 +38,12 @@ def when(outcome: Outcome, words: str) -> float:
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 def test_a_coordinator_killed_at_any_bus_operation_changes_no_bit_of_a_synchronous_run(kind: str) -> None:
     """Before the odd ones are sent, and when the even ones are done and not answered. Outer momentum is kept as well."""
-    scene = Scene(small_spec(stop={"versions": 3}, outer={"kind": kind}, task_options={"elements": 1500}))
-    calm = simulate(scene)
+    scenario = Scenario(small_spec(stop={"versions": 3}, outer={"kind": kind}, task_options={"elements": 1500}))
+    calm = simulate(scenario)
     assert calm.operations["coordinator"] > 100
     for at_op in range(1, calm.operations["coordinator"] + 1):
         when: Literal["before", "done"] = "before" if at_op % 2 else "done"
-        outcome = simulate(scene, Faults().crash("coordinator", at_op=at_op, when=when))
+        outcome = simulate(scenario, Faults().crash("coordinator", at_op=at_op, when=when))
         assert digest(outcome) == digest(calm), at_op
         assert outcome.merged == calm.merged, at_op
 
@@ -57,7 +57,7 @@ def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
 ) -> None:
     """Else the stream, which has room for the models that are kept and one more, would discard what head names."""
     settings = {"outer": {"kind": "momentum"}, "keep_models": keep, "wire": {"chunk_bytes": 4096}}
-    scene = Scene(small_spec(stop={"versions": 5}, task_options={"elements": 2500}, **settings))
+    scenario = Scenario(small_spec(stop={"versions": 5}, task_options={"elements": 2500}, **settings))
     books: list[Invariants] = []
 
     def noted(spec: RunSpec) -> Invariants:
@@ -68,7 +68,7 @@ def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
 
     def left(faults: Faults) -> tuple[int, int]:
         """Models with their outer state, and all blobs."""
-        digest(simulate(scene, faults))
+        digest(simulate(scenario, faults))
         there = {tuple(s.split(".")[3:5]) for s in books[-1].chunks.keys() - books[-1].gone}
         return sum(kind == "outer" for kind, _ in there), sum(kind in ("model", "outer") for kind, _ in there)
 
@@ -83,7 +83,7 @@ def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
 def test_a_commit_interrupted_between_a_large_record_and_its_line_leaves_nothing_and_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scene = Scene(small_spec(stop={"versions": 3}), max_payload=LEAST_PAYLOAD_BYTES)
+    scenario = Scenario(small_spec(stop={"versions": 3}), max_payload=LEAST_PAYLOAD_BYTES)
     books: list[Invariants] = []
 
     def noted(spec: RunSpec) -> Invariants:
@@ -91,10 +91,10 @@ def test_a_commit_interrupted_between_a_large_record_and_its_line_leaves_nothing
         return books[-1]
 
     monkeypatch.setattr("syncline_sim.simulate.Invariants", noted)
-    calm, interrupted = simulate(scene), 0
+    calm, interrupted = simulate(scenario), 0
     assert isinstance(books[-1].lines[1, 1].record, BlobRef), "the record is not large here"
     for at_op in range(60, calm.operations["coordinator"] + 1):
-        assert digest(simulate(scene, Faults().crash("coordinator", at_op=at_op, when="done"))) == digest(calm)
+        assert digest(simulate(scenario, Faults().crash("coordinator", at_op=at_op, when="done"))) == digest(calm)
         log = [tuple(map(int, s.split(".")[4:6])) for s in books[-1].chunks if ".log." in s]
         there = [tuple(map(int, s.split(".")[4:6])) for s in books[-1].chunks.keys() - books[-1].gone if ".log." in s]
         assert set(there) == set(books[-1].committed.items()), at_op
@@ -107,7 +107,7 @@ def test_a_run_whose_log_is_full_fails_and_drops_no_record(monkeypatch: pytest.M
     monkeypatch.setattr("syncline_coordinator.reservation.LOG_BYTES", 4000)
     monkeypatch.setattr("syncline_coordinator.reservation.LOG_VERSION_BYTES", 0)
     monkeypatch.setattr("syncline_coordinator.reservation.LOG_UPDATE_BYTES", 0)
-    outcome = simulate(Scene(small_spec(stop={"versions": 20})))
+    outcome = simulate(Scenario(small_spec(stop={"versions": 20})))
     assert outcome.head is not None and outcome.head.phase == "failed" and 0 < outcome.head.version < 20
     assert outcome.head.reason.startswith("stop.versions: the log of commits is full at version")
 
@@ -134,7 +134,7 @@ def test_a_coordinator_that_was_replaced_and_comes_back_stops_or_goes_on_and_bre
 
 @pytest.mark.parametrize("for_s", [0.0, 0.05, 1.0, 15.0])
 def test_connections_that_come_back_change_no_bit_where_nobody_was_counted_as_lost(for_s: float) -> None:
-    patient = Scene(small_spec(stop={"versions": 3}, agents={"min": 4, "lost_after_s": 60.0}))
+    patient = Scenario(small_spec(stop={"versions": 3}, agents={"min": 4, "lost_after_s": 60.0}))
     for service in ("coordinator", "a3"):
         for after_s in (0.1, 0.55, 0.65, 0.7, 0.8):
             assert digest(simulate(patient, Faults().cut(service, after_s=after_s, for_s=for_s))) == digest(CALM)
@@ -179,13 +179,13 @@ LARGE = {"task_options": {"elements": 2500}, "wire": {"chunk_bytes": 4096, "wind
 
 def test_a_model_that_is_lost_in_part_while_it_is_put_is_merged_again() -> None:
     spec = small_spec(agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 3}, **LARGE)
-    scene = Scene(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
-    calm = simulate(scene)
+    scenario = Scenario(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
+    calm = simulate(scenario)
     decided, committed = (when(calm, words) for words in ("merging round 2", "training round 3"))
     for k in range(1, 12):
         for lost_s in (0.02, 0.05, 0.1):
             faults = Faults().roll_back(after_s=decided + (committed - decided) * k / 12, lost_s=lost_s, for_s=0.1)
-            assert digest(simulate(scene, faults)) == digest(calm), faults
+            assert digest(simulate(scenario, faults)) == digest(calm), faults
 
 
 def test_an_outer_state_that_is_lost_is_not_named_by_head() -> None:
@@ -193,24 +193,24 @@ def test_an_outer_state_that_is_lost_is_not_named_by_head() -> None:
     spec = small_spec(
         agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 3}, outer={"kind": "momentum"}, **LARGE
     )
-    scene = Scene(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
-    calm = simulate(scene)
+    scenario = Scenario(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
+    calm = simulate(scenario)
     merged_s = when(calm, "version 2 training")
     for k in range(12):
         faults = Faults().roll_back(after_s=merged_s - 0.01 * k, lost_s=0.02, for_s=0.1)
-        again = simulate(scene, faults)
+        again = simulate(scenario, faults)
         digest(again)
         committed_s = when(again, "version 2 training")
-        digest(simulate(scene, faults.down("coordinator", after_s=committed_s + 0.03, for_s=0.3)))
+        digest(simulate(scenario, faults.down("coordinator", after_s=committed_s + 0.03, for_s=0.3)))
 
 
 def test_a_first_version_that_is_lost_is_made_anew_by_whoever_takes_over() -> None:
-    scene = Scene(
+    scenario = Scenario(
         small_spec(agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 2}), ("a1", "a2"), longest_delay_s=0.02
     )
     for after_ms in range(700, 940, 10):
         faults = Faults().roll_back(after_s=after_ms / 1000, lost_s=0.05, for_s=0.1)
-        digest(simulate(scene, faults.down("coordinator", after_s=after_ms / 1000 + 0.25, for_s=0.5)))
+        digest(simulate(scenario, faults.down("coordinator", after_s=after_ms / 1000 + 0.25, for_s=0.5)))
 
 
 def test_a_run_that_the_broker_lost_as_a_whole_can_be_submitted_again() -> None:
@@ -234,7 +234,7 @@ def test_where_head_names_what_is_lost_the_run_fails_and_says_why() -> None:
 
 
 def test_lost_core_messages_cost_time_alone() -> None:
-    patient = Scene(small_spec(stop={"versions": 3}, agents={"min": 4, "lost_after_s": 60.0}))
+    patient = Scenario(small_spec(stop={"versions": 3}, agents={"min": 4, "lost_after_s": 60.0}))
     for share in (0.3, 1.0):
         assert digest(simulate(patient, Faults().lose(share, after_s=0.3, for_s=10.0))) == digest(CALM)
 
@@ -249,12 +249,12 @@ def test_a_killed_training_child_and_a_second_process_of_the_same_name_end_well(
 
 def test_a_participant_that_goes_while_its_round_is_opened_is_numbered_all_the_same() -> None:
     for after_ms in range(1830, 1870, 2):
-        digest(simulate(scene_of(1675), Faults().twin("a1", after_s=after_ms / 1000), seed=1675))
+        digest(simulate(scenario_of(1675), Faults().twin("a1", after_s=after_ms / 1000), seed=1675))
 
 
 def test_schedules_are_drawn_by_the_seed_and_every_fault_ends() -> None:
-    draws = [Faults.random(Dice(str(seed)), ("coordinator", "a1", "a2")) for seed in range(200)]
-    assert draws == [Faults.random(Dice(str(seed)), ("coordinator", "a1", "a2")) for seed in range(200)]
+    draws = [Faults.random(Rng(str(seed)), ("coordinator", "a1", "a2")) for seed in range(200)]
+    assert draws == [Faults.random(Rng(str(seed)), ("coordinator", "a1", "a2")) for seed in range(200)]
     assert {type(fault).__name__ for faults in draws for fault in faults.items} >= {"Crash", "Cut", "Lose", "Zombie"}
     assert all(faults.over_s < 60 for faults in draws)
 

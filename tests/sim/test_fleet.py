@@ -24,7 +24,7 @@ from syncline_agent.local_state import save_state
 from syncline_agent.state_dir import Shelf
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
-from syncline_sim.timed import TimedTrainer
+from syncline_sim.timed_children import TimedTrainer
 
 REGRESSION = "syncline.tasks.quadratic:LinearRegression"
 NEVER = {"kind": "crash", "service": "a1", "after_s": 1e6, "for_s": 1}  # with a fault in sight, agents keep a disk
@@ -383,7 +383,7 @@ def test_a_hundred_agents_of_a_real_task_hold_its_data_once(monkeypatch: pytest.
     spec = spec_of(100, task="syncline.tasks.mnist5k:Mnist5k", local=local, stop={"versions": 1})
     before, most = private_bytes(), [0]
     fleet = Fleet(spec, parse(SimSettings, {}, "sim"), follow=lambda subject, data: most.append(private_bytes()))
-    fleet.play()
+    fleet.run()
     assert fleet.result().phase == "done" and len(reads) == 1
     assert max(most) - before < 150e6  # 100 copies of the rows would be 400 million bytes
 
@@ -443,7 +443,7 @@ def test_what_is_wrong_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
 def test_whoever_follows_sees_every_metric() -> None:
     seen: set[str] = set()
     fleet = Fleet(spec_of(), SimSettings(), follow=lambda subject, data: seen.add(".".join(subject.split(".")[3:])))
-    fleet.play()
+    fleet.run()
     assert {"metrics.coordinator.eval", "metrics.coordinator.round", "metrics.a1.train", "events.coordinator"} <= seen
 
 
@@ -482,6 +482,6 @@ class Normed(LinearRegression):
     told: list[str] = []
     fleet = Fleet(spec, parse(SimSettings, {"step_s": 0.01}, "sim"), tmp_path)
     fleet.on_doubt = told.append
-    fleet.play()
+    fleet.run()
     assert [text.partition(":")[0] for text in told] == ["mix.alpha", "task"]
     assert [text for _, text in fleet.result().warnings[:2]] == told

@@ -10,7 +10,7 @@ from syncline.bus.memory.bus import MemoryBus
 from syncline.errors import BusError, StoreDown, StreamFull
 from syncline.observe.telemetry import Event
 from syncline_sim.invariants import Invariants
-from syncline_sim.scene import Scene, small_spec
+from syncline_sim.scenario import Scenario, small_spec
 from syncline_sim.simulate import simulate
 
 ERRORS = [StreamFull("no space left on device"), StoreDown("no space left on device: the broker has no JetStream")]
@@ -39,7 +39,7 @@ def test_a_full_disk_is_told_once_and_its_end_too(
 
     monkeypatch.setattr(MemoryBus, "put", full)
     monkeypatch.setattr(Invariants, "told", hear)
-    outcome = simulate(Scene(small_spec()))
+    outcome = simulate(Scenario(small_spec()))
     assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
     assert len(refused) > 3, "it tries again and again"
     about = [event for event in told if event.event.startswith("broker-")]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from syncline_sim.seeds import play
+from syncline_sim.seeds import run_seed
 
 GOLDEN = Path(__file__).parent / "golden" / "timelines.json"
 SEEDS = range(40)
@@ -21,7 +21,7 @@ SEEDS = range(40)
 
 def digest_of(seed: int) -> str:
     """Of every bus operation with its time, and of the timeline that a person reads."""
-    outcome = play(seed)
+    outcome = run_seed(seed)
     return hashlib.sha256("\n".join([outcome.trace, *outcome.timeline]).encode()).hexdigest()[:32]
 
 

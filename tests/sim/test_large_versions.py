@@ -22,7 +22,7 @@ from syncline.wire.messages import (
     encode,
 )
 from syncline_sim.loop import VirtualLoop
-from syncline_sim.scene import small_spec
+from syncline_sim.scenario import small_spec
 
 
 async def two_versions(bus: MemoryBus, agents: int, merged: int) -> list[Head]:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from syncline import chance
-from syncline_sim.dice import Dice
-from syncline_sim.guard import guarded
+from syncline_sim.determinism import deterministic
 from syncline_sim.loop import NotSimulated, Stuck, VirtualLoop
+from syncline_sim.rng import Rng
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def loop() -> Iterator[VirtualLoop]:
     made.close()
 
 
-def order_of_ten(order: Dice | None) -> list[int]:
+def order_of_ten(order: Rng | None) -> list[int]:
     loop, ran = VirtualLoop(order), list[int]()
 
     async def ten() -> None:
@@ -62,7 +62,7 @@ def test_an_hour_takes_no_time_and_timers_come_in_their_order(loop: VirtualLoop)
 
 def test_a_timer_never_comes_before_its_time(loop: VirtualLoop) -> None:
     async def many() -> None:
-        rng = Dice("1")
+        rng = Rng("1")
         for _ in range(1000):
             due = loop.time() + rng.uniform(1e-9, 1e-3)
             await asyncio.sleep(due - loop.time())
@@ -73,8 +73,8 @@ def test_a_timer_never_comes_before_its_time(loop: VirtualLoop) -> None:
 
 def test_what_is_ready_runs_first_come_first_served_or_in_an_order_by_the_seed() -> None:
     assert order_of_ten(None) == list(range(10))
-    assert order_of_ten(Dice("1")) == order_of_ten(Dice("1")) != order_of_ten(Dice("2"))
-    assert sorted(order_of_ten(Dice("1"))) == list(range(10))
+    assert order_of_ten(Rng("1")) == order_of_ten(Rng("1")) != order_of_ten(Rng("2"))
+    assert sorted(order_of_ten(Rng("1"))) == list(range(10))
 
 
 def test_an_executor_runs_inline(loop: VirtualLoop) -> None:
@@ -104,7 +104,7 @@ def test_what_does_not_end_is_stopped_in_virtual_time_and_where_time_stands_stil
             await asyncio.sleep(pause_s)
 
     for pause_s, what in ((1.0, "did not end within 100 s"), (0.0, "time stands still")):
-        loop = VirtualLoop(longest_s=100.0, most_turns=1000)
+        loop = VirtualLoop(longest_s=100.0, max_turns=1000)
         task = loop.create_task(for_ever(pause_s))
         with pytest.raises(Stuck, match=what):
             loop.run_until_complete(task)
@@ -165,7 +165,7 @@ def test_tasks_hash_by_their_number_so_that_sets_of_them_have_one_order(loop: Vi
 
 def test_guarded_code_gets_no_real_time_chance_or_thread_and_afterwards_all_is_as_before() -> None:
     before = (time.monotonic, random.random, os.urandom, threading.Thread.start)
-    with guarded(prefix=__name__):
+    with deterministic(prefix=__name__):
         for ask in (time.monotonic, time.time, random.random, lambda: os.urandom(1), lambda: time.sleep(0)):
             with pytest.raises(NotSimulated, match=__name__):
                 ask()
@@ -175,7 +175,7 @@ def test_guarded_code_gets_no_real_time_chance_or_thread_and_afterwards_all_is_a
 
 
 def test_a_service_without_a_source_of_its_own_gets_no_chance_and_no_clock() -> None:
-    with guarded():
+    with deterministic():
         for ask in (chance.new_id, chance.wall_time_s, lambda: chance.jitter(1.0)):
             with pytest.raises(NotSimulated, match="was not set for this service"):
                 ask()

@@ -25,7 +25,7 @@ from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.recovery import LossDetector
 from syncline_coordinator.retention import Retention
 from syncline_coordinator.run import Run
-from syncline_sim.seeds import play
+from syncline_sim.seeds import run_seed
 
 pytestmark = pytest.mark.long
 
@@ -314,7 +314,7 @@ def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -
 
 def found_in(first: int, seeds: int) -> None:
     """Some seed shows what is planted; a plant that does not fit into the code any more shows nothing."""
-    failed = (outcome.problems[0] for seed in range(first, first + seeds) if (outcome := play(seed)).failed)
+    failed = (outcome.problems[0] for seed in range(first, first + seeds) if (outcome := run_seed(seed)).failed)
     found = next(failed, None)
     assert found is not None, f"not in {seeds} seeds"
     assert "TypeError" not in found and "AttributeError" not in found, found

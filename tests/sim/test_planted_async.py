@@ -20,7 +20,7 @@ from syncline_agent.run_view import Place
 from syncline_agent.session import Session
 from syncline_agent.training_child import Period
 from syncline_coordinator.run import Run
-from syncline_sim.inline import InlineTraining
+from syncline_sim.inline_children import InlineTraining
 
 pytestmark = pytest.mark.long
 

@@ -11,7 +11,7 @@ from syncline.policy.membership import Membership
 from syncline.wire.messages import Head, Presence, Roster
 from syncline_sim.faults import Faults
 from syncline_sim.invariants import Invariants
-from syncline_sim.scene import Outcome, Scene, small_spec
+from syncline_sim.scenario import Outcome, Scenario, small_spec
 from syncline_sim.simulate import simulate
 
 SECOND_STEP_S = 0.65  # the first round opens at .58 s, and has four steps in .1 s
@@ -21,8 +21,8 @@ HELD_S = 5.0  # lost_after_s is 2 s
 class Listener(Invariants):
     """Keeps the events about agents' presence, and what rosters say of it."""
 
-    def told(self, subject: str, data: bytes) -> None:
-        super().told(subject, data)
+    def on_published(self, subject: str, data: bytes) -> None:
+        super().on_published(subject, data)
         if subject.endswith(".events.coordinator"):
             event = Event.model_validate_json(data)
             if event.event in ("agent-slow", "agent-present", "agent-lost"):
@@ -37,11 +37,11 @@ HEARD: list[tuple[str, str]] = []
 SHOWN: set[tuple[str, Presence]] = set()
 
 
-def play(monkeypatch: pytest.MonkeyPatch, scene: Scene, faults: Faults) -> Outcome:
+def play(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, faults: Faults) -> Outcome:
     monkeypatch.setattr("syncline_sim.simulate.Invariants", Listener)
     HEARD.clear()
     SHOWN.clear()
-    outcome = simulate(scene, faults)
+    outcome = simulate(scenario, faults)
     assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
     assert outcome.head is not None and outcome.head.phase == "done"
     return outcome
@@ -69,8 +69,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_the_run_goes_on_without_a_slow_agent_which_is_present_again_when_it_moves(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene = Scene(small_spec(stop={"versions": 120 if kind == "async" else 50}, **KINDS[kind]))
-    outcome = play(monkeypatch, scene, held("a2"))
+    scenario = Scenario(small_spec(stop={"versions": 120 if kind == "async" else 50}, **KINDS[kind]))
+    outcome = play(monkeypatch, scenario, held("a2"))
     assert HEARD == [("agent-slow", "a2"), ("agent-present", "a2")]
     assert {("a2", Presence.SLOW), ("a2", Presence.PRESENT)} <= SHOWN and ("a2", Presence.LOST) not in SHOWN
     without = [agents for agents in outcome.merged if "a2" not in agents]
@@ -79,15 +79,15 @@ def test_the_run_goes_on_without_a_slow_agent_which_is_present_again_when_it_mov
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_whose_agents_are_all_slow_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(small_spec(**KINDS[kind]))
-    outcome = play(monkeypatch, scene, held(*scene.agents))
-    assert sorted(HEARD[:4]) == [("agent-slow", agent) for agent in scene.agents]
+    scenario = Scenario(small_spec(**KINDS[kind]))
+    outcome = play(monkeypatch, scenario, held(*scenario.agents))
+    assert sorted(HEARD[:4]) == [("agent-slow", agent) for agent in scenario.agents]
     assert "agent-lost" not in {event for event, _ in HEARD} and outcome.seconds > HELD_S
 
 
 def test_a_coordinator_that_starts_again_knows_who_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(small_spec(stop={"versions": 40}))
-    play(monkeypatch, scene, held("a2").down("coordinator", after_s=3.5, for_s=0.3))
+    scenario = Scenario(small_spec(stop={"versions": 40}))
+    play(monkeypatch, scenario, held("a2").down("coordinator", after_s=3.5, for_s=0.3))
     assert {agent for _, agent in HEARD} == {"a2"} and HEARD[-1] == ("agent-present", "a2")
 
 
@@ -101,5 +101,5 @@ def test_the_invariants_find_a_coordinator_that_calls_slow_agents_lost(monkeypat
         return expired(self, now_s)
 
     monkeypatch.setattr(Membership, "expired", impatient)
-    outcome = simulate(Scene(small_spec()), held("a2"))
+    outcome = simulate(Scenario(small_spec()), held("a2"))
     assert "a2 lost: not heard of for" in outcome.problems[0] and "it was answered" in outcome.problems[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from syncline_sim.main import main
-from syncline_sim.seeds import explain, play
+from syncline_sim.seeds import explain, run_seed
 
 pytestmark = pytest.mark.long
 
@@ -30,7 +30,7 @@ FOUND = (  # what was found by many seeds, and mended
 
 @pytest.mark.parametrize("seed", FOUND)
 def test_what_was_found_once_stays_mended(seed: int) -> None:
-    assert not play(seed).failed, f"\n{explain(seed)}"
+    assert not run_seed(seed).failed, f"\n{explain(seed)}"
 
 
 def test_the_command_tells_how_many_it_ran_and_how_many_failed(capsys: pytest.CaptureFixture[str]) -> None:

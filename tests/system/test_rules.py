@@ -14,7 +14,7 @@ from syncline.averaging.merge import RULES
 from syncline.averaging.outer import OUTERS
 from syncline.runtime.nursery import Nursery
 from syncline_cli.local_fleet.fleet import LocalFleet
-from syncline_sim.oracle import stepped
+from syncline_sim.reference_merge import outer_step
 from system.harness import Fleet, settings, task
 from system.tasks import Liar
 
@@ -78,5 +78,5 @@ async def test_a_coordinator_that_is_killed_goes_on_with_its_outer_state(fleet: 
     kept = [np.zeros(8) for _ in range(optimiser.state_vectors)]
     middle = torch.stack([Liar().place(i) for i in range(4)]).mean(0).numpy()
     for version in range(versions):
-        w, kept = stepped(optimiser, w, 0.5 * (middle - w), kept, version)
+        w, kept = outer_step(optimiser, w, 0.5 * (middle - w), kept, version)
     assert np.allclose((await fleet.center(head)).numpy(), w, rtol=1e-10, atol=1e-12)

@@ -55,9 +55,9 @@ class SimRun:
             with self.screen:
                 self.screen.frame()
                 self.screen.show(self._view)
-                self.fleet.play()
+                self.fleet.run()
         except (KeyboardInterrupt, RunFailed) as error:
-            if self.fleet.tally.head is not None:
+            if self.fleet.statistics.head is not None:
                 self._report(self.fleet.result())
             if isinstance(error, RunFailed):
                 raise

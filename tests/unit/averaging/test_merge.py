@@ -28,7 +28,7 @@ from syncline.averaging.merge import (
     TrimmedMean,
 )
 from syncline.spec.run_spec import RunSpec, parse
-from syncline_sim.oracle import merged
+from syncline_sim.reference_merge import merge_updates
 
 NEEDED: dict[str, dict[str, Any]] = {"norm_clip": {"max_norm": 5.0}, "centred_clip": {"tau": 5.0}}  # without a default
 WIDE: dict[str, dict[str, Any]] = {"norm_clip": {"max_norm": 1e6}, "centred_clip": {"tau": 1e6}}  # nothing is clipped
@@ -147,7 +147,7 @@ def test_it_moves_with_its_updates(wide: Rule) -> None:
 def test_it_is_the_formula_to_twelve_digits(rule: Rule, n: int) -> None:
     given, kept = vectors(n), vectors(rule.state_vectors, seed=1)
     found = reduced(rule, given, kept=kept)
-    expected, _ = merged(rule, [x.numpy() for x in given], [1 / n] * n, [v.numpy() for v in kept])
+    expected, _ = merge_updates(rule, [x.numpy() for x in given], [1 / n] * n, [v.numpy() for v in kept])
     close = 1e-7 if isinstance(rule, GeometricMedian) else 1e-12  # the formula's own steps end there
     assert np.allclose(found.numpy(), expected, rtol=close, atol=close)
 
@@ -156,7 +156,7 @@ def test_weights_that_do_not_sum_to_one_scale_the_updates(rule: Rule) -> None:
     """As those of stale updates do: (1/N) s_i. Half of everything is half of the result, but for what is clipped."""
     given, kept = vectors(), vectors(rule.state_vectors, seed=1)
     half = reduced(rule, given, [0.5 / N] * N, kept=kept)
-    expected, _ = merged(rule, [x.numpy() for x in given], [0.5 / N] * N, [v.numpy() for v in kept])
+    expected, _ = merge_updates(rule, [x.numpy() for x in given], [0.5 / N] * N, [v.numpy() for v in kept])
     assert np.allclose(half.numpy(), expected, rtol=1e-7, atol=1e-9)
     if not (rule.state_vectors or isinstance(rule, NormClip)):
         assert torch.allclose(half, reduced(rule, given) / 2, rtol=1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor
 from syncline.averaging.merge import Mean
 from syncline.averaging.outer import OUTERS, Adagrad, Adam, DelayedNesterov, Momentum, Nesterov, Outer, Sgd, Yogi
 from syncline.spec.run_spec import RunSpec, parse
-from syncline_sim.oracle import stepped
+from syncline_sim.reference_merge import outer_step
 
 NEEDED: dict[str, dict[str, Any]] = {"delayed_nesterov": {"every": 3}}  # settings without a default
 STEPS = 7
@@ -86,7 +86,7 @@ def test_it_is_the_formula_to_twelve_digits(outer: Outer) -> None:
     found, state = walked(outer, center, updates)
     w, kept = center.numpy(), [np.zeros(40) for _ in range(outer.state_vectors)]
     for version, merged in enumerate(updates):
-        w, kept = stepped(outer, w, merged.numpy(), kept, version)
+        w, kept = outer_step(outer, w, merged.numpy(), kept, version)
     for mine, formula in zip((found, *state), (w, *kept), strict=True):
         assert np.allclose(mine.numpy(), formula, rtol=1e-12, atol=1e-14)
 

@@ -18,7 +18,7 @@ from syncline_coordinator.head import Deposed, HeadKeeper, RolledBack
 from syncline_coordinator.offers import StreamPosition
 from syncline_coordinator.recovery import LOST_OFFER_S, LossDetector, head_under_new_term
 from syncline_coordinator.reservation import RUNS
-from syncline_sim.dice import Dice
+from syncline_sim.rng import Rng
 from unit.stored_run import lose_head
 
 SESSION = "5" * 32
@@ -74,7 +74,7 @@ class Stage:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    token = chance.source.set(Dice("lookout"))
+    token = chance.source.set(Rng("lookout"))
     yield
     chance.source.reset(token)
 

@@ -28,7 +28,7 @@ from syncline.wire.messages import Plan, PlanEntry
 from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import LEAST_DEPTH, STAGING_BYTES, Reducer, chunk_bytes_for, digest_of
 from syncline_coordinator.merge.updates import UpdateUnusable
-from syncline_sim.oracle import next_center
+from syncline_sim.reference_merge import expected_center
 
 RUN = "run-1"
 ELEMENTS = 5000  # five chunks of 1,024 elements, the last one short
@@ -252,7 +252,7 @@ async def test_every_rule_makes_what_its_formula_says_with_any_outer_optimiser(m
     for version in range(3):
         updates, before = vectors(7, torch.float64, seed=version), place.center.w_P.numpy().copy()
         await place.reducer.merge(await place.plan(updates, version=version + 1))
-        expected, kept = next_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version)
+        expected, kept = expected_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version)
         assert np.allclose(place.center.w_P.numpy(), expected, rtol=1e-7, atol=1e-7)
         assert np.allclose(place.state().numpy(), np.stack(kept), rtol=1e-7, atol=1e-7)
 
@@ -273,7 +273,7 @@ async def test_a_buffer_becomes_the_mean_of_values_with_any_rule_and_outer_optim
         updates, before = vectors(7, torch.float64, seed=version), place.center.w_P.numpy().copy()
         merged = await place.reducer.merge(await place.plan(updates, version=version + 1))
         values = torch.stack(updates)[:, -BUFFER:]
-        expected, kept = next_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version, places)
+        expected, kept = expected_center(spec, before, [u.numpy() for u in updates], [1 / 7] * 7, kept, version, places)
         assert np.allclose(place.center.w_P.numpy(), expected, rtol=1e-7, atol=1e-7)
         if rule not in ("krum", "multi_krum"):  # those take the values of the updates that they choose
             assert torch.allclose(place.center.w_P[-BUFFER:], values.mean(0), rtol=1e-12, atol=1e-12)

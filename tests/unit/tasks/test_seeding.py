@@ -18,7 +18,7 @@ from syncline.spec.sections import Iid
 from syncline.tasks.base import load_task, make_dataset, make_model
 from syncline.tasks.seeding import generators_restored, seed_all, seed_of
 from syncline_coordinator.evaluator import Evaluator
-from syncline_sim.guard import guarded
+from syncline_sim.determinism import deterministic
 from unit.trainers import Child
 
 DRAWING = """
@@ -93,7 +93,7 @@ def test_one_seed_seeds_all_three_generators_also_inside_a_simulation() -> None:
         return [random.random(), np.random.rand(), torch.rand(()).item()]
 
     for seed in (0, 7, (1 << 32) - 1, 1 << 32, (1 << 63) - 1):
-        with guarded():
+        with deterministic():
             seed_all(seed)
         drawn = draw()
         seed_all(seed, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What a simulated fleet came to, counted as it happens: commits, metrics, warnings, and what became of everybody's updates."""
+"""Statistics of a simulated fleet, counted during the run: commits, metrics, warnings and verdicts of each agent's updates."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from syncline.observe.telemetry import CenterEval, Event
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Committed, Head, Heartbeat, LogLine, decode
-from syncline_sim.books import Books, is_line, record_of
+from syncline_sim.observer import Observer, is_line, record_of
 
-WARNINGS = 1000  # that are kept; the rest are counted
+MAX_WARNINGS = 1000  # warnings whose texts are kept; later ones are counted by kind
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A version: when, and of what."""
+    """The commit of a version."""
 
     time_s: float
     version: int
@@ -27,8 +27,8 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """The center's held-out metrics, by the time at which it was committed."""
+class MetricPoint:
+    """The center's held-out metrics. `time_s` is the time of the version's commit, not of its evaluation."""
 
     time_s: float
     version: int
@@ -36,19 +36,25 @@ class Point:
 
 
 @dataclass(slots=True)
-class Updates:
-    """Of one agent."""
+class UpdateCounts:
+    """Verdicts of one agent's updates."""
 
     merged: int = 0
-    lags: int = 0  # their sum
+    lags: int = 0  # the sum of the lags of merged updates, versions
     max_lag: int = 0
     dropped: int = 0
     late: int = 0  # merges that did not wait for it
 
 
 @dataclass
-class Tally:
-    """`clock`: the fleet's time. `follow(subject, data)`: told of every metric and event, as a watcher is."""
+class FleetStatistics:
+    """An observer that counts.
+
+    Args:
+        spec: the run.
+        clock: the fleet's virtual time.
+        follow: called with every metric and event, as a watcher receives them.
+    """
 
     spec: RunSpec
     clock: Callable[[], float]
@@ -56,64 +62,66 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     merged: dict[tuple[str, int], int] = field(default_factory=dict)
     head: Head | None = None
-    opened_s: float = 0.0  # when the first round was
+    opened_s: float = 0.0  # when the first round was opened
     ended_s: float = 0.0
     commits: list[Commit] = field(default_factory=list)
-    points: list[Point] = field(default_factory=list)
-    updates: dict[str, Updates] = field(default_factory=dict)  # by agent
+    points: list[MetricPoint] = field(default_factory=list)
+    updates: dict[str, UpdateCounts] = field(default_factory=dict)  # by agent
     warnings: list[tuple[float, str]] = field(default_factory=list)
-    events: dict[str, int] = field(default_factory=dict)  # warnings and errors by their kind
+    events: dict[str, int] = field(default_factory=dict)  # number of warnings and errors by kind
     incomplete: bool = False
-    broken: BaseException | None = None  # what `follow` raised
-    _records: dict[int, Committed] = field(default_factory=dict)  # of versions that are not committed yet
-    _frames: dict[str, bytes] = field(default_factory=dict)  # of records that have no line yet
+    broken: BaseException | None = None  # raised by `follow`
+    _records: dict[int, Committed] = field(default_factory=dict)  # records of versions that are not committed yet
+    _frames: dict[str, bytes] = field(default_factory=dict)  # chunks of records whose line is not stored yet
 
-    def stored(self, stream: str, message: Stored) -> str:
+    def on_stored(self, stream: str, message: Stored) -> str:
         if stream == subjects.log_stream(self.spec.name):
             self._on_log(message)
         elif message.subject.endswith(f".{subjects.head_key(self.spec.name)}"):
             self._on_head(decode(Head, message.data))
         return ""
 
-    def answered(self, agent: str, heard_s: float) -> None:
-        """Heartbeats are not counted."""
+    def on_heartbeat_answered(self, agent: str, heard_s: float) -> None:
+        """Ignore heartbeats."""
 
-    def told(self, subject: str, data: bytes) -> None:
+    def on_published(self, subject: str, data: bytes) -> None:
         kind = subject.split(".")[3:4]
         if kind not in (["metrics"], ["events"]):
             return
         try:
             if self.broken is None:
                 self.follow(subject, data)
-        except (Exception, SystemExit) as error:  # whoever follows is no service, and none may have to deal with it
+        except (Exception, SystemExit) as error:  # an error of the follower must not reach a service
             self.broken = error
-            self.problems.append(f"whoever follows the run failed: {type(error).__name__}: {error}")
+            self.problems.append(f"the function that follows the run failed: {type(error).__name__}: {error}")
         run = self.spec.name
         if subject == subjects.metrics(run, subjects.COORDINATOR, CenterEval.kind):
             self._on_metrics(CenterEval.model_validate_json(data))
         elif kind == ["events"] and subjects.run_of(subject) == run and b'"level":"info"' not in data:
             event = Event.model_validate_json(data)
             self.events[event.event] = self.events.get(event.event, 0) + 1
-            if len(self.warnings) < WARNINGS:
+            if len(self.warnings) < MAX_WARNINGS:
                 self.warnings.append((self.clock(), event.text))
 
-    def purged(self, stream: str, removed: list[str]) -> None:
+    def on_purged(self, stream: str, removed: list[str]) -> None:
         pass
 
-    def copy(self) -> Tally:
+    def copy(self) -> FleetStatistics:
         return replace(self, updates={agent: replace(mine) for agent, mine in self.updates.items()})
 
-    def rolled_back(self, then: Books, store: Store) -> None:
-        """What was committed and is lost does not count."""
-        assert isinstance(then, Tally)
-        self.head, self.updates, version = then.head, then.updates, then.head.version if then.head else 0
+    def on_rolled_back(self, then: Observer, store: Store) -> None:
+        """Remove the commits and metrics of lost versions."""
+        assert isinstance(then, FleetStatistics)
+        self.head = then.head
+        self.updates = then.updates
+        version = then.head.version if then.head else 0
         self.commits = [commit for commit in self.commits if commit.version <= version]
         self.points = [point for point in self.points if point.version <= version]
 
-    def heard(self, beat: Heartbeat) -> None:
+    def on_heartbeat(self, beat: Heartbeat) -> None:
         pass
 
-    def wrote(self, who: str, head: Head) -> None:
+    def on_head_written(self, connection: str, head: Head) -> None:
         pass
 
     def _on_log(self, message: Stored) -> None:
@@ -139,12 +147,14 @@ class Tally:
             return
         lags = [entry.lag for entry in record.plan.merged]
         for entry in record.plan.merged:
-            mine = self.updates.setdefault(entry.agent, Updates())
-            mine.merged, mine.lags, mine.max_lag = mine.merged + 1, mine.lags + entry.lag, max(mine.max_lag, entry.lag)
+            mine = self.updates.setdefault(entry.agent, UpdateCounts())
+            mine.merged += 1
+            mine.lags += entry.lag
+            mine.max_lag = max(mine.max_lag, entry.lag)
         for agent in record.plan.late:
-            self.updates.setdefault(agent, Updates()).late += 1
+            self.updates.setdefault(agent, UpdateCounts()).late += 1
         for drop in record.dropped:
-            self.updates.setdefault(drop.agent, Updates()).dropped += 1
+            self.updates.setdefault(drop.agent, UpdateCounts()).dropped += 1
         self.commits.append(Commit(self.clock(), version, len(lags), sum(lags) / max(1, len(lags))))
 
     def _on_metrics(self, result: CenterEval) -> None:
@@ -153,4 +163,4 @@ class Tally:
             if commit.version <= result.version:
                 when_s = commit.time_s
                 break
-        self.points.append(Point(when_s, result.version, dict(result.metrics)))
+        self.points.append(MetricPoint(when_s, result.version, dict(result.metrics)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from syncline.shm import SharedMemory
 from syncline_agent.training_child import PROGRESS_BYTES, Period
-from syncline_sim.inline import Disk, StubEvaluator, StubTrainer
-from syncline_sim.scene import small_spec
+from syncline_sim.inline_children import Disk, StubEvaluator, StubTrainer
+from syncline_sim.scenario import small_spec
 
 
 def test_a_stub_goes_on_with_what_it_kept_of_the_same_submission_alone() -> None:

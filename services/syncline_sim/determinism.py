@@ -1,6 +1,6 @@
-"""Inside a simulation, real time, real randomness and threads are errors of the code that asks for them, not surprises.
+"""Guards of a simulation's determinism: real time, real randomness and threads raise `NotSimulated`.
 
-Only callers in Syncline's own modules are refused the time and chance: libraries may measure and hash as they like.
+Time and randomness are refused only to callers in Syncline's own modules; libraries may measure and hash.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from syncline import chance
-from syncline_sim.gathering import gather
-from syncline_sim.loop import NotSimulated
+from syncline_sim.loop import NotSimulated, gather
 
 _GUARDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (time, ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep")),
@@ -33,7 +32,7 @@ _GUARDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
 
 
 class _NoChance(random.Random):
-    """Stands in for the process-wide source: whoever draws from it has not been given one of its own."""
+    """The process-wide random source of a simulation. A service that draws from it was given no source of its own."""
 
     def random(self) -> float:
         raise NotSimulated("chance.source was not set for this service")
@@ -50,9 +49,16 @@ SIMULATED = ("syncline.", "syncline_agent", "syncline_coordinator", "syncline_si
 
 
 @contextmanager
-def guarded(prefix: str | tuple[str, ...] = SIMULATED, *, threads: bool = False) -> Iterator[None]:
-    """Callers in modules whose names begin with `prefix` get no real time and no real randomness; nobody gets a thread,
-    unless `threads` lets a user's task do as it likes."""
+def deterministic(prefix: str | tuple[str, ...] = SIMULATED, *, threads: bool = False) -> Iterator[None]:
+    """Refuse real time, real randomness and threads inside the context.
+
+    Args:
+        prefix: beginnings of the names of modules that are refused time and randomness.
+        threads: allow threads, for tasks of users.
+
+    Raises:
+        NotSimulated: in the code that uses one of them.
+    """
     before: list[tuple[Any, str, Any]] = []
 
     def put(owner: Any, name: str, stand_in: Any) -> None:
@@ -90,8 +96,8 @@ def _no_thread(thread: threading.Thread) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """What services log in a simulation is nobody's news."""
+def logging_disabled() -> Iterator[None]:
+    """Disable the services' logging inside the context."""
     logger = logging.getLogger("syncline")
     others = [logging.getLogger(name) for name in ("syncline_agent", "syncline_coordinator", "asyncio")]
     before = [(each, each.disabled, each.level) for each in (logger, *others)]

@@ -1,4 +1,4 @@
-"""Children without processes: the real trainer and evaluator, or stubs of a few numbers, answering inline in virtual time."""
+"""Children without processes: an adapter that answers inside the simulation's process, and stubs of trainer and evaluator."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from syncline.wire.messages import decode, encode
 from syncline_agent.local_update import updates_of
 from syncline_agent.training_child import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
 
-TASK = "syncline_sim.inline:Stub"  # the name stubs go by; nothing is loaded
-SLICES = 4  # signs of progress in a period
-Seconds = Callable[[dict[str, Any]], float]  # how long a question takes
+TASK = "syncline_sim.inline:Stub"  # the task's name in specs of stubs; the stubs load no task
+SLICES = 4  # reports of progress in a period
+Seconds = Callable[[dict[str, Any]], float]  # question → its virtual duration
 Vector = NDArray[np.float64]
 
 
 class InlineChild:
-    """Asked like a process. What it says travels as msgpack, and takes the virtual time that `seconds` says.
+    """A child with the interface of a process. Questions and answers pass through msgpack, as between processes.
 
-    A chore is done as soon as it is due and no question waits, and takes no time.
+    Args:
+        handlers: the functions that answer questions, by name.
+        memory: the memory shared with the service.
+        seconds: gives the virtual duration of a question.
+        chore: work between questions. It is done as soon as it is due and no question waits, and takes no virtual time.
     """
 
     def __init__(
@@ -42,16 +46,16 @@ class InlineChild:
         self._lock = asyncio.Lock()
         self._died = asyncio.Event()
         self.doing = ""
-        self._held_s = 0.0  # that the next step takes longer
+        self._held_s = 0.0  # additional duration of the next step
 
     async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
         asked: dict[str, Any] = msgpack.unpackb(msgpack.packb({"ask": question, **fields}), strict_map_key=False)
         async with self._lock:
-            self._stop_waiting()
-            if not await self._spend(asked):
+            self._cancel_chore()
+            if not await self._pass_time(asked):
                 return {"stopped": True}
             said: dict[str, Any] = msgpack.unpackb(packed_answer(self._handlers, asked), strict_map_key=False)
-            self._wait_for_chore()
+            self._schedule_chore()
         if "error" in said:
             raise ChildFailed(said["error"], setting=said.get("setting", ""), hint=said.get("hint", ""))
         return said
@@ -60,24 +64,24 @@ class InlineChild:
         self._end()
 
     def die(self) -> None:
-        """As if the kernel had killed it."""
+        """Die as a process killed by the kernel."""
         self._end()
 
     def hold(self, seconds: float) -> None:
-        """Let the step that is under way, or else the next one, take so much longer."""
+        """Prolong the current step, or else the next one, by so many seconds."""
         self._held_s += seconds
 
-    def show(self) -> None:
-        """Progress is asked for: it lies in the shared memory."""
+    def update_progress(self) -> None:
+        """Bring the progress in the shared memory up to date, before the service reads it."""
 
     def stop(self) -> None:
-        """The wish to end the period lies in the shared memory."""
+        """Take note of the service's request to end the period, which is in the shared memory."""
 
     def _end(self) -> None:
         self._died.set()
-        self._stop_waiting()
+        self._cancel_chore()
 
-    def _wait_for_chore(self) -> None:
+    def _schedule_chore(self) -> None:
         due_in_s = None if self._chore is None or self._died.is_set() else self._chore.due_in_s()
         if due_in_s is not None:
             self._chore_timer = asyncio.get_running_loop().call_later(max(0.0, due_in_s), self._do_chore)
@@ -85,15 +89,19 @@ class InlineChild:
     def _do_chore(self) -> None:
         assert self._chore is not None
         self._chore.do()
-        self._wait_for_chore()
+        self._schedule_chore()
 
-    def _stop_waiting(self) -> None:
+    def _cancel_chore(self) -> None:
         if self._chore_timer is not None:
             self._chore_timer.cancel()
             self._chore_timer = None
 
-    async def _spend(self, asked: dict[str, Any]) -> bool:
-        """Lets the time pass; a period shows progress, and ends early (False) where the service asks for it."""
+    async def _pass_time(self, asked: dict[str, Any]) -> bool:
+        """Let the duration of a question pass, and report progress during a period.
+
+        Returns:
+            False if the service ended the period early.
+        """
         seconds = self._seconds(asked)
         if asked["ask"] != "period":
             await self._pause(seconds)
@@ -117,15 +125,15 @@ class InlineChild:
                 await self._died.wait()
         except TimeoutError:
             return
-        self._insist_on_life()
+        self._check_alive()
 
-    def _insist_on_life(self) -> None:
+    def _check_alive(self) -> None:
         if self._died.is_set():
             raise ChildDied("process was killed by SIGKILL", from_outside=True)
 
 
 class InlineTraining(ChildTraining):
-    """A ChildTraining whose memory goes with it, because no process ends here."""
+    """A ChildTraining with explicit `discard` of its memory: no process ends here that would free it."""
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
@@ -141,7 +149,7 @@ class InlineTraining(ChildTraining):
 
     def progress(self) -> Progress:
         if isinstance(self._child, InlineChild):
-            self._child.show()
+            self._child.update_progress()
         return super().progress()
 
     def stop_early(self) -> None:
@@ -156,7 +164,7 @@ class InlineTraining(ChildTraining):
 
 
 class StubEvaluator:
-    """Makes a vector for a center; its one metric is the center's mean."""
+    """An evaluator whose model is a vector and whose only metric is the mean of the center."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory, self._elements = memory, 0
@@ -191,20 +199,20 @@ class StubEvaluator:
 
 @dataclass(frozen=True, slots=True)
 class StubState:
-    """What a stub trainer keeps."""
+    """The state that a stub trainer keeps on disk."""
 
     submission: str
     clock: int
     own: bytes  # W_i
-    pending: dict[int, bytes]  # elastic differences that are not known to be judged
-    trained: bytes  # where W_i would be, had it given up nothing: where it began, and what training has added
+    pending: dict[int, bytes]  # clock → elastic difference without a known verdict
+    trained: bytes  # the first W_i plus all training steps, without elastic differences
 
 
-Disk = dict[str, StubState]  # by path
+Disk = dict[str, StubState]  # path → state
 
 
 class StubTrainer:
-    """Drifts towards a place of its own, by its number and its clock: an update tells whose and which one it is."""
+    """A trainer whose model moves towards a value that depends on its number and clock, so that no two updates are equal."""
 
     def __init__(self, memory: SharedMemory, disk: Disk) -> None:
         self._memory, self._disk = memory, disk
@@ -221,7 +229,7 @@ class StubTrainer:
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
-        self._diverges = bool(settings.task_options.get("diverges"))  # every seventh update is unusable
+        self._diverges = bool(settings.task_options.get("diverges"))  # every seventh update holds a NaN
         kept, self._submission = self._disk.get(state_path), submission
         self._first = kept is None or kept.submission != submission
         if kept is None or self._first:
@@ -242,8 +250,8 @@ class StubTrainer:
             self._first = False
             self._trained.copy_(own)
         drift = (number * 7919 + period.clock * 104729) % 1009 / 1009
-        place = number + number**2 / 7  # no two pairs equally far apart, so that no rule has to choose between equals
-        step = 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + place - own) + drift
+        target = number + number**2 / 7  # all distances between agents differ, so that no rule has to break a tie
+        step = 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + target - own) + drift
         own += step
         self._trained += step
         if not self._updates.needs_center:
@@ -278,7 +286,7 @@ class StubTrainer:
 
 
 def _tensors(elements: int) -> list[Entry]:
-    """A parameter, and a buffer of one element behind it."""
+    """Return the model's tensors: a parameter, then a buffer of one element."""
     split = max(1, elements - 1)
     whole = [
         Entry(name="w", shape=[split], offset=0, elements=split),

@@ -27,36 +27,36 @@ from syncline.tasks.seeding import seed_all
 from syncline_agent.trainer import Trainer
 from syncline_agent.training_child import PROGRESS_BYTES
 from syncline_coordinator.evaluator import Evaluator
-from syncline_sim.children import QUICK_S, TaskChildren
-from syncline_sim.dice import Dice
-from syncline_sim.inline import InlineChild
-from syncline_sim.scene import Scene
+from syncline_sim.child_factories import QUICK_S, TaskChildFactory
+from syncline_sim.inline_children import InlineChild
+from syncline_sim.rng import Rng
+from syncline_sim.scenario import Scenario
 from syncline_sim.settings import SimSettings
 
 Clock = Callable[[], float]
 
 
 @dataclass(slots=True)
-class Speed:
+class AgentSpeed:
     """How fast an agent is, and what it has done."""
 
     step_s: float
     jitter: float  # σ of a period's own factor
-    dice: Dice
+    rng: Rng
     periods: int = 0
     steps: int = 0
     busy_s: float = 0.0
 
     @classmethod
-    def of(cls, number: int, settings: SimSettings, seed: int) -> Speed:
+    def of(cls, number: int, settings: SimSettings, seed: int) -> AgentSpeed:
         """Agent `number`'s, counted from 0."""
-        dice = Dice(f"{seed} speed {number}")
-        own = math.exp(settings.spread * dice.normal()) if settings.spread else 1.0
-        return cls(settings.step_s[number % len(settings.step_s)] * own, settings.jitter, dice)
+        rng = Rng(f"{seed} speed {number}")
+        own = math.exp(settings.spread * rng.normal()) if settings.spread else 1.0
+        return cls(settings.step_s[number % len(settings.step_s)] * own, settings.jitter, rng)
 
     def next_step_s(self) -> float:
         """Seconds a step in the period that begins."""
-        return self.step_s * (math.exp(self.jitter * self.dice.normal()) if self.jitter else 1.0)
+        return self.step_s * (math.exp(self.jitter * self.rng.normal()) if self.jitter else 1.0)
 
     def did(self, steps: int, seconds: float) -> None:
         self.periods, self.steps, self.busy_s = self.periods + 1, self.steps + steps, self.busy_s + seconds
@@ -185,7 +185,7 @@ class TimedTrainer(Trainer):
 class TimedChild(InlineChild):
     """A period passes first and is computed then, with as many steps as there was time for."""
 
-    def __init__(self, trainer: TimedTrainer, memory: SharedMemory, speed: Speed, clock: Clock) -> None:
+    def __init__(self, trainer: TimedTrainer, memory: SharedMemory, speed: AgentSpeed, clock: Clock) -> None:
         super().__init__(trainer.questions(), memory, lambda _: QUICK_S, trainer.chore())
         self._trainer, self._speed, self._clock = trainer, speed, clock
         self._woken = asyncio.Event()
@@ -193,15 +193,15 @@ class TimedChild(InlineChild):
         self._holds: list[tuple[float, float]] = []  # in this period: since when, and seconds in which no step is made
         self._stopping = False
 
-    async def _spend(self, asked: dict[str, Any]) -> bool:
+    async def _pass_time(self, asked: dict[str, Any]) -> bool:
         if asked["ask"] != "period":
-            return await super()._spend(asked)
+            return await super()._pass_time(asked)
         trainer = self._trainer
         began_s, step_s = self._begun = self._clock(), self._speed.next_step_s()
         steps = trainer.planned_steps(asked["number"], asked["parts"], step_s)
         self._stopping = False
         self._woken.clear()
-        self.show()
+        self.update_progress()
         made = steps
         try:
             await self._until_made(steps)
@@ -215,7 +215,7 @@ class TimedChild(InlineChild):
         trainer.began_s, trainer.step_s, trainer.limit = began_s, step_s, made if made < steps else None
         return True
 
-    def show(self) -> None:
+    def update_progress(self) -> None:
         if self._begun is not None:
             self._trainer.show(int(self._worked_s() / self._begun[1]))
 
@@ -253,7 +253,7 @@ class TimedChild(InlineChild):
         while not self._stopping and (left_s := self._end_s(steps) - self._clock()) > 0:
             await self._wait(left_s)
             self._woken.clear()
-            self._insist_on_life()
+            self._check_alive()
 
     async def _wait(self, seconds: float) -> None:
         """Until the time has passed, or somebody wants it to end."""
@@ -262,18 +262,18 @@ class TimedChild(InlineChild):
                 await self._woken.wait()
         except TimeoutError:
             return
-        self._insist_on_life()
+        self._check_alive()
 
 
-class FleetChildren(TaskChildren):
+class TimedChildFactory(TaskChildFactory):
     """Of a whole fleet in one process. `keeps`: something can go wrong after which an agent needs its disk."""
 
-    def __init__(self, scene: Scene, disk: Path, clock: Clock, settings: SimSettings) -> None:
-        super().__init__(scene, disk, clock)
-        seed = scene.spec.seed if settings.seed is None else settings.seed
-        self.speeds = {agent: Speed.of(i, settings, seed) for i, agent in enumerate(scene.agents)}
+    def __init__(self, scenario: Scenario, disk: Path, clock: Clock, settings: SimSettings) -> None:
+        super().__init__(scenario, disk, clock)
+        seed = scenario.spec.seed if settings.seed is None else settings.seed
+        self.speeds = {agent: AgentSpeed.of(i, settings, seed) for i, agent in enumerate(scenario.agents)}
         self._keeps = bool(settings.faults)
-        self._tasks = Tasks(["*"], scene.task_dir)
+        self._tasks = Tasks(["*"], scenario.task_dir)
 
     def evaluator(self, memory: SharedMemory) -> InlineChild:
         evaluator = Evaluator(memory, [], Path(), self.clock)

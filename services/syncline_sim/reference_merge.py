@@ -1,4 +1,7 @@
-"""The arithmetic of a merge a second time, in numpy and float64, as the formulas are printed: what the services are held to."""
+"""A second implementation of the merge arithmetic, in numpy and float64, written as the formulas are printed.
+
+Tests and the simulation compare the services' results with it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from syncline.spec.run_spec import RunSpec
 Vector = NDArray[np.float64]
 
 
-def next_center(
+def expected_center(
     spec: RunSpec,
     center: Vector,
     updates: Sequence[Vector],
@@ -24,32 +27,42 @@ def next_center(
     version: int,
     buffers: Sequence[slice] = (),
 ) -> tuple[Vector, list[Vector]]:
-    """W of the next version, and what is kept beside it. `version`: of `center`; `kept`: empty stands for zeros."""
+    """Return the next center and its state vectors.
+
+    Args:
+        spec: settings of the merge rule, the outer optimiser and mixing.
+        center: W of `version`.
+        updates: the updates in the order of the plan.
+        weights: the planned weights.
+        kept: state vectors of the rule, then of the outer optimiser; [] stands for zeros.
+        version: the version of `center`.
+        buffers: places of buffers in the flat vector.
+    """
     kept = kept or [np.zeros_like(center) for _ in range(spec.state_vectors)]
     parameter = np.ones(len(center))
     for buffer in buffers:
         parameter[buffer] = 0
     differences = [x * parameter for x in updates]
-    d, last = merged(spec.merge, differences, weights, kept[: spec.merge.state_vectors])
-    w, state = stepped(spec.outer, center, d, kept[spec.merge.state_vectors :], version)
-    mean = _mean_of_buffers(spec, center, updates, weights, _let_in(spec.merge, differences, weights, d))
+    d, last = merge_updates(spec.merge, differences, weights, kept[: spec.merge.state_vectors])
+    w, state = outer_step(spec.outer, center, d, kept[spec.merge.state_vectors :], version)
+    mean = _mean_of_buffers(spec, center, updates, weights, _selected(spec.merge, differences, weights, d))
     return np.where(parameter > 0, w, mean), [*last, *state]
 
 
 def _mean_of_buffers(
-    spec: RunSpec, center: Vector, values: Sequence[Vector], weights: Sequence[float], let_in: list[int]
+    spec: RunSpec, center: Vector, values: Sequence[Vector], weights: Sequence[float], selected: list[int]
 ) -> Vector:
-    """(1 − Σ w) W + Σ w v over the updates that the rule lets in."""
+    """Return (1 − Σ w) W + Σ w v over the updates that the rule selects."""
     n = len(values)
     w = np.array([min(spec.mix.alpha, 1 / n)] * n if spec.mix.kind == "elastic" else weights)
     total = w.sum()
-    shares = w[let_in] * total / w[let_in].sum()
-    mean: Vector = (1 - total) * center + shares @ np.stack(values)[let_in]
+    shares = w[selected] * total / w[selected].sum()
+    mean: Vector = (1 - total) * center + shares @ np.stack(values)[selected]
     return mean
 
 
-def _let_in(rule: Rule, differences: Sequence[Vector], weights: Sequence[float], d: Vector) -> list[int]:
-    """The numbers of the updates that count something."""
+def _selected(rule: Rule, differences: Sequence[Vector], weights: Sequence[float], d: Vector) -> list[int]:
+    """Return the numbers of the updates whose weight in the rule's result is not 0."""
     r: Any = rule
     everything = list(range(len(weights)))
     match r.rule:
@@ -62,13 +75,13 @@ def _let_in(rule: Rule, differences: Sequence[Vector], weights: Sequence[float],
 
 
 def _scaled(updates: Sequence[Vector], weights: Sequence[float]) -> Vector:
-    """What rules that take updates as equals see of each: N w_i x_i."""
+    """Return N w_i x_i, the updates as a rule without weights receives them."""
     seen: Vector = len(weights) * np.array(weights)[:, None] * np.stack(updates)
     return seen
 
 
 def _best(r: Any, u: Vector) -> list[int]:
-    """The numbers of those that Krum chooses."""
+    """Return the numbers of the updates that Krum selects."""
     n = len(u)
     f = min(r.f, max(0, (n - 3) // 2))
     squared = ((u[:, None] - u) ** 2).sum(-1)
@@ -77,10 +90,10 @@ def _best(r: Any, u: Vector) -> list[int]:
     return [int(i) for i in np.argsort(scores, kind="stable")[:m]]
 
 
-def merged(
+def merge_updates(
     rule: Rule, updates: Sequence[Vector], weights: Sequence[float], kept: Sequence[Vector]
 ) -> tuple[Vector, list[Vector]]:
-    """D, and what the rule keeps for the next merge."""
+    """Return D and the rule's state vectors for the next merge."""
     r: Any = rule
     p, x = np.array(weights), np.stack(updates)
     n = len(p)
@@ -112,7 +125,7 @@ def _norms(x: Vector) -> Vector:
 
 
 def _geometric_median(x: Vector, shares: Vector) -> Vector:
-    """Weiszfeld's steps in the space itself, smoothed (arXiv:1912.13445)."""
+    """Return the geometric median by smoothed Weiszfeld steps in the space of the updates (arXiv:1912.13445)."""
     z: Vector = shares @ x
     for _ in range(5000):
         w = shares / np.maximum(1e-10, np.linalg.norm(x - z, axis=1))
@@ -120,8 +133,8 @@ def _geometric_median(x: Vector, shares: Vector) -> Vector:
     return z
 
 
-def stepped(outer: Outer, w: Vector, d: Vector, state: list[Vector], version: int) -> tuple[Vector, list[Vector]]:
-    """One step of the outer optimiser."""
+def outer_step(outer: Outer, w: Vector, d: Vector, state: list[Vector], version: int) -> tuple[Vector, list[Vector]]:
+    """Return W and the state vectors after one step of the outer optimiser."""
     o: Any = outer
     match o.kind:
         case "sgd":

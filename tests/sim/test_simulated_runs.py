@@ -17,21 +17,21 @@ from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline_agent.session import CRASHES_IN_A_ROW
 from syncline_sim.faults import Faults
-from syncline_sim.inline import InlineChild
-from syncline_sim.scene import Outcome, Scene, small_spec
-from syncline_sim.seeds import faults_of, scene_of
+from syncline_sim.inline_children import InlineChild
+from syncline_sim.scenario import Outcome, Scenario, small_spec
+from syncline_sim.seeds import faults_of, scenario_of
 from syncline_sim.simulate import simulate
 
 FAULTY = Faults().crash("coordinator", at_op=100).cut("a2", after_s=0.7, for_s=3).kill_trainer("a1", after_s=0.9)
-SCENES = {
-    "undisturbed": (Scene(small_spec()), Faults()),
-    "faulty": (Scene(small_spec()), FAULTY),
-    "shuffled": (replace(Scene(small_spec()), shuffled=True), FAULTY),
+SCENARIOS = {
+    "undisturbed": (Scenario(small_spec()), Faults()),
+    "faulty": (Scenario(small_spec()), FAULTY),
+    "shuffled": (replace(Scenario(small_spec()), shuffled=True), FAULTY),
 }
 PRINT = """
-from syncline_sim.seeds import play
+from syncline_sim.seeds import run_seed
 for seed in (3, 5, 8):
-    outcome = play(seed)
+    outcome = run_seed(seed)
     print(outcome.trace)
     print(*outcome.timeline, sep="\\n")
 """
@@ -48,7 +48,7 @@ def fine(outcome: Outcome) -> Outcome:
 
 
 def test_an_undisturbed_run_merges_everybody_in_every_version() -> None:
-    outcome = fine(simulate(Scene(small_spec())))
+    outcome = fine(simulate(Scenario(small_spec())))
     assert outcome.merged == (("a1", "a2", "a3", "a4"),) * 6
     assert outcome.head is not None and outcome.head.term == 1 and outcome.seconds < 5
 
@@ -56,29 +56,29 @@ def test_an_undisturbed_run_merges_everybody_in_every_version() -> None:
 def test_a_run_over_a_broker_of_the_least_payload_cuts_its_records_to_fit() -> None:
     names = tuple(f"a{i:03}-{'x' * 55}" for i in range(150))
     spec = small_spec(agents={"min": 150, "lost_after_s": 60.0}, stop={"versions": 2}, task_options={"elements": 2500})
-    outcome = fine(simulate(Scene(spec, names, max_payload=LEAST_PAYLOAD_BYTES)))
+    outcome = fine(simulate(Scenario(spec, names, max_payload=LEAST_PAYLOAD_BYTES)))
     assert outcome.merged == (names,) * 2
     assert outcome.head is not None and outcome.head.roster is not None
     assert outcome.head.roster.size > LEAST_PAYLOAD_BYTES / 2 and outcome.head.roster.chunks > 1
 
 
 def test_a_broker_whose_messages_are_too_small_is_named_at_submit() -> None:
-    outcome = simulate(Scene(small_spec(), max_payload=LEAST_PAYLOAD_BYTES - 1))
+    outcome = simulate(Scenario(small_spec(), max_payload=LEAST_PAYLOAD_BYTES - 1))
     assert "max_payload" in outcome.problems[0] and f"a run needs {LEAST_PAYLOAD_BYTES}" in outcome.problems[0]
 
 
 def test_an_agent_that_is_one_too_many_asks_every_few_seconds_and_not_after_every_version() -> None:
     spec = small_spec(agents={"min": 4, "max": 4}, stop={"versions": 100})
-    outcome = fine(simulate(Scene(spec, agents=("a1", "a2", "a3", "a4", "a5"))))
+    outcome = fine(simulate(Scenario(spec, agents=("a1", "a2", "a3", "a4", "a5"))))
     spare = min(count for service, count in outcome.operations.items() if service != "coordinator")
     assert 3 <= spare <= 5 + outcome.seconds, "a subscription, and a question each three seconds"
 
 
-@pytest.mark.parametrize("scene", SCENES)
-def test_the_same_arguments_give_the_same_timeline_byte_for_byte(scene: str) -> None:
-    first, second = (simulate(*SCENES[scene], seed=7) for _ in range(2))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_same_arguments_give_the_same_timeline_byte_for_byte(scenario: str) -> None:
+    first, second = (simulate(*SCENARIOS[scenario], seed=7) for _ in range(2))
     assert first == second
-    other = simulate(*SCENES[scene], seed=8)
+    other = simulate(*SCENARIOS[scenario], seed=8)
     assert other.trace != first.trace
 
 
@@ -93,39 +93,39 @@ def test_another_process_with_other_hashes_gives_the_same_timelines() -> None:
 
 
 def test_a_seed_is_a_scene_and_its_faults() -> None:
-    assert scene_of(5) == scene_of(5) and faults_of(5, scene_of(5)) == faults_of(5, scene_of(5))
-    assert len({str(scene_of(seed)) for seed in range(50)}) == 50
+    assert scenario_of(5) == scenario_of(5) and faults_of(5, scenario_of(5)) == faults_of(5, scenario_of(5))
+    assert len({str(scenario_of(seed)) for seed in range(50)}) == 50
 
 
 def test_the_order_of_ready_callbacks_and_the_delays_change_no_bit_of_a_synchronous_run() -> None:
-    scene = Scene(small_spec(), longest_delay_s=0.02, shuffled=True)
-    digests = {fine(simulate(scene, seed=seed)).head.digest for seed in range(10)}  # type: ignore[union-attr]
+    scenario = Scenario(small_spec(), longest_delay_s=0.02, shuffled=True)
+    digests = {fine(simulate(scenario, seed=seed)).head.digest for seed in range(10)}  # type: ignore[union-attr]
     assert len(digests) == 1
 
 
 def test_the_real_trainer_gives_one_digest_however_the_run_is_disturbed() -> None:
-    scene = Scene(regression(evaluate={"center": True}), children="real")
-    calm = fine(simulate(scene)).head
+    scenario = Scenario(regression(evaluate={"center": True}), children="real")
+    calm = fine(simulate(scenario)).head
     for seed in range(3):
-        disturbed = fine(simulate(scene, Faults().crash("coordinator", at_op=90 + 10 * seed), seed=seed)).head
+        disturbed = fine(simulate(scenario, Faults().crash("coordinator", at_op=90 + 10 * seed), seed=seed)).head
         assert calm is not None and disturbed is not None and disturbed.digest == calm.digest and disturbed.term == 2
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_max_ahead_zero_gives_the_digest_of_synchronous_rounds_however_the_run_is_disturbed(seed: int) -> None:
-    rounds = fine(simulate(Scene(regression(), children="real"))).head
-    bounded = Scene(regression(sync={"kind": "async", "max_ahead": 0}), children="real")
+    rounds = fine(simulate(Scenario(regression(), children="real"))).head
+    bounded = Scenario(regression(sync={"kind": "async", "max_ahead": 0}), children="real")
     found = fine(simulate(bounded, Faults().crash("coordinator", at_op=80 + 20 * seed), seed=seed)).head
     assert rounds is not None and found is not None and found.digest == rounds.digest and found.term == 2
 
 
 def test_a_float32_model_and_alpha_below_one_run_too() -> None:
     spec = regression(task_options={"dtype": "float32"}, mix={"alpha": 0.5}, merge={"weights": "samples"})
-    assert fine(simulate(Scene(spec, children="real"))).merged == (("a1", "a2", "a3", "a4"),) * 6
+    assert fine(simulate(Scenario(spec, children="real"))).merged == (("a1", "a2", "a3", "a4"),) * 6
 
 
 def test_a_child_that_crashes_in_every_period_is_given_up_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, died = InlineChild._spend, []
+    real, died = InlineChild._pass_time, []
 
     async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
         if asked["ask"] == "period" and asked["number"] == 3:
@@ -133,15 +133,15 @@ def test_a_child_that_crashes_in_every_period_is_given_up_and_the_others_go_on(m
             raise ChildDied("process was killed by SIGSEGV")
         return await real(self, asked)
 
-    monkeypatch.setattr(InlineChild, "_spend", spend)
-    outcome = fine(simulate(Scene(small_spec(agents={"min": 3, "lost_after_s": 2.0}))))
+    monkeypatch.setattr(InlineChild, "_pass_time", spend)
+    outcome = fine(simulate(Scenario(small_spec(agents={"min": 3, "lost_after_s": 2.0}))))
     sizes = [len(agents) for agents in outcome.merged]
     assert sizes[0] in (2, 3) and set(sizes[1:]) == {3}, "the round begins with three agents, of which this may be one"
     assert len(died) == CRASHES_IN_A_ROW
 
 
 def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = InlineChild._spend
+    real = InlineChild._pass_time
     killed: list[Any] = []
 
     async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
@@ -150,8 +150,8 @@ def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(mon
             raise ChildDied("process was killed by SIGKILL", from_outside=True)
         return await real(self, asked)
 
-    monkeypatch.setattr(InlineChild, "_spend", spend)
-    outcome = fine(simulate(Scene(small_spec(agents={"min": 3, "lost_after_s": 2.0}, stop={"versions": 300}))))
+    monkeypatch.setattr(InlineChild, "_pass_time", spend)
+    outcome = fine(simulate(Scenario(small_spec(agents={"min": 3, "lost_after_s": 2.0}, stop={"versions": 300}))))
     pauses = [b - a for a, b in itertools.pairwise(killed)]
     assert len(killed) == 6 and pauses[0] < 0.5 and pauses[-1] > 5.0 > 2 * pauses[1], "they grow"
     sizes = [len(agents) for agents in outcome.merged]
@@ -159,5 +159,5 @@ def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(mon
 
 
 def test_a_run_that_cannot_start_is_told_as_such() -> None:
-    outcome = simulate(Scene(small_spec(agents={"min": 3}), agents=("a1", "a2")), longest_s=60.0)
+    outcome = simulate(Scenario(small_spec(agents={"min": 3}), agents=("a1", "a2")), longest_s=60.0)
     assert "did not end" in outcome.problems[0] and "WRONG" in outcome.timeline[-1]
