@@ -76,7 +76,7 @@ def test_the_document_tells_of_every_setting() -> None:
     [
         ({"stp_s": 1}, "sim.stp_s: there is no such setting. Did you mean `step_s`?"),
         ({"step_s": 0}, "sim.step_s.0: 0 is not accepted. Input should be greater than 0"),
-        ({"step_s": []}, "sim.step_s: an empty list says nothing; leave it out"),
+        ({"step_s": []}, "sim.step_s: the list is empty; leave the setting out"),
         ({"step_s": "fast"}, "sim.step_s.0: 'fast' is not accepted."),
         ({"jitter": -1}, "sim.jitter: -1 is not accepted. Input should be greater than or equal to 0"),
         ({"link": {"up_mbt": 1}}, "sim.link.0.up_mbt: there is no such setting. Did you mean `up_mbit`?"),
