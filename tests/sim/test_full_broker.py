@@ -23,7 +23,7 @@ def test_a_full_disk_is_told_once_and_its_end_too(
 ) -> None:
     told: list[Event] = []
     refused: list[float] = []
-    put, told_before = MemoryBus.put, Invariants.told
+    put, on_published = MemoryBus.put, Invariants.on_published
 
     async def full(self: MemoryBus, at: str, data: bytes, *, bulk: bool = False) -> int:
         now_s = asyncio.get_running_loop().time()
@@ -33,12 +33,12 @@ def test_a_full_disk_is_told_once_and_its_end_too(
         return await put(self, at, data, bulk=bulk)
 
     def hear(self: Invariants, at: str, data: bytes) -> None:
-        told_before(self, at, data)
+        on_published(self, at, data)
         if at.startswith("syncline.v1.fleet.events."):
             told.append(Event.model_validate_json(data))
 
     monkeypatch.setattr(MemoryBus, "put", full)
-    monkeypatch.setattr(Invariants, "told", hear)
+    monkeypatch.setattr(Invariants, "on_published", hear)
     outcome = simulate(Scenario(small_spec()))
     assert not outcome.problems, "\n".join([*outcome.problems, *outcome.timeline])
     assert len(refused) > 3, "it tries again and again"
