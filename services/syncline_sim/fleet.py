@@ -1,4 +1,4 @@
-"""A fleet of a real task in one process: the real services, real tensors, made-up time. The engine of `syncline sim`.
+"""A fleet that trains a real task in one process: real services and tensors, virtual time. `syncline sim` runs it.
 
     result = run_fleet(RunSpec(task="syncline.tasks.digits:Digits", agents={"min": 100}), SimSettings(step_s=0.01))
 
@@ -33,38 +33,38 @@ Follow = Callable[[str, bytes], None]
 MAX_TURNS = 10_000_000  # at one instant: a link without a rate transfers all chunks of a large model at once
 
 
-def _nobody(subject: str, data: bytes) -> None:
+def _ignore(subject: str, data: bytes) -> None:
     pass
 
 
 @dataclass(frozen=True, slots=True)
 class AgentResult:
-    """What an agent did, and what became of it."""
+    """The work of an agent and the verdicts of its updates."""
 
     agent: str
     step_s: float
-    periods: int  # that it began
+    periods: int  # that the agent began
     steps: int
     busy_s: float  # training
     merged: int
-    late: int  # merges that did not wait for it
+    late: int  # merges that did not wait for the agent
     dropped: int
     mean_lag: float
     max_lag: int
-    bytes_up: int  # that went over its link
+    bytes_up: int  # sent over the agent's link
     bytes_down: int
 
 
 @dataclass(frozen=True, slots=True)
 class FleetResult:
-    """What a run came to. All seconds are virtual, from the start of the fleet; `opened_s`: when the first round was."""
+    """The result of a run. All times are virtual seconds from the start of the fleet."""
 
     run: str
     phase: str
     reason: str
     versions: int
     digest: str
-    opened_s: float
+    opened_s: float  # when the first round was opened
     ended_s: float
     metrics: dict[str, float | None]  # of the last version
     timeline: tuple[MetricPoint, ...]
@@ -74,16 +74,16 @@ class FleetResult:
 
     @property
     def seconds(self) -> float:
-        """From the opening of the first round to the end."""
+        """The time from the opening of the first round to the end."""
         return self.ended_s - self.opened_s
 
     @property
     def updates(self) -> int:
-        """That were merged."""
+        """The number of merged updates."""
         return sum(commit.updates for commit in self.commits)
 
     def first(self, metric: str, at_least: float) -> float | None:
-        """Seconds from the opening of the first round until the metric was so good; None where it never was."""
+        """Return the seconds from the opening of the first round until a metric reached a value; None if it never did."""
         times = (p.time_s for p in self.timeline if (p.metrics.get(metric) or float("-inf")) >= at_least)
         found = next(times, None)
         return None if found is None else found - self.opened_s
@@ -94,11 +94,19 @@ def run_fleet(
     settings: SimSettings | None = None,
     *,
     task_dir: Path = Path(),
-    follow: Follow = _nobody,
+    follow: Follow = _ignore,
 ) -> FleetResult:
-    """One run from submit to end. Raises ConfigError for what the coordinator refuses, RunFailed for a run that does not end.
+    """Run a spec from submit to end.
 
-    `task_dir`: where task files are looked for. `follow(subject, data)` is told every metric and event as it happens.
+    Args:
+        spec: the run.
+        settings: the fleet; None: the default settings.
+        task_dir: the directory of task files.
+        follow: called with the subject and content of every metric and event during the run.
+
+    Raises:
+        ConfigError: the coordinator refuses the spec.
+        RunFailed: the run did not end within `sim.longest_s`.
     """
     fleet = Fleet(spec, settings or SimSettings(), task_dir, follow)
     fleet.run()
@@ -106,9 +114,9 @@ def run_fleet(
 
 
 class Fleet:
-    """`play` once; `result` at any time, also after an interruption."""
+    """One run of a fleet. Call `run` once, and `result` at any time, also after an interruption."""
 
-    def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path = Path(), follow: Follow = _nobody) -> None:
+    def __init__(self, spec: RunSpec, settings: SimSettings, task_dir: Path = Path(), follow: Follow = _ignore) -> None:
         settings.check(spec)
         self.spec, self.settings = spec, settings
         agents = settings.names(spec)
@@ -122,21 +130,21 @@ class Fleet:
         self._links = LinkNetwork(Rng(f"{self._seed} network"), 0.0, links=links)
         self.statistics = FleetStatistics(spec, self._loop.time, follow)
         self._children: TimedChildFactory | None = None
-        self.on_doubt: Callable[[str], None] = lambda text: None  # told of settings that are allowed and rarely meant
+        self.on_warning: Callable[[str], None] = lambda text: None  # called with warnings about the spec
 
     def run(self) -> None:
-        """Raises ConfigError and RunFailed."""
+        """Run from submit to end. Raises ConfigError and RunFailed, as `run_fleet` does."""
         with (
             tempfile.TemporaryDirectory(prefix="syncline-sim-") as disk,
-            chdir("."),  # back to it afterwards: the task is in its own directory meanwhile
+            chdir("."),  # restores the working directory: the task changes it to its own
             deterministic(threads=True),
             logging_disabled(),
             generators_restored(),
             _threads(self.settings.threads),
         ):
             self._children = TimedChildFactory(self._scenario, Path(disk), self._loop.time, self.settings)
-            stage = Environment(self._children, self._links, self.statistics)
-            cluster = Cluster(self._scenario, self.settings.schedule(), self._seed, self._loop, stage)
+            environment = Environment(self._children, self._links, self.statistics)
+            cluster = Cluster(self._scenario, self.settings.schedule(), self._seed, self._loop, environment)
             cluster.on_accepted = self._accepted
             try:
                 outcome = cluster.run()
@@ -149,10 +157,10 @@ class Fleet:
         if outcome.problems and (self.statistics.head is None or self.statistics.head.phase not in ENDED):
             raise RunFailed(self._unfinished() if self.now_s > self.settings.longest_s else outcome.problems[0])
 
-    def _accepted(self, doubts: list[str]) -> None:
-        for text in doubts:
+    def _accepted(self, warnings: list[str]) -> None:
+        for text in warnings:
             self.statistics.warnings.append((self.now_s, text))
-            self.on_doubt(text)
+            self.on_warning(text)
 
     def _unfinished(self) -> str:
         head, longest_s = self.statistics.head, self.settings.longest_s
@@ -163,11 +171,11 @@ class Fleet:
 
     @property
     def now_s(self) -> float:
-        """Virtual, from the start of the fleet."""
+        """Virtual seconds since the start of the fleet."""
         return self._loop.time()
 
     def result(self) -> FleetResult:
-        """What there is of it."""
+        """Return the result so far; the run must have been accepted."""
         statistics, head = self.statistics, self.statistics.head
         assert head is not None
         last = statistics.points[-1] if statistics.points else None
@@ -207,6 +215,7 @@ class Fleet:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
+    """Set the number of torch's threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

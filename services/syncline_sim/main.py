@@ -1,4 +1,4 @@
-"""`syncline-sim`: whole runs of the real services in one process, in virtual time, each with faults of its own seed."""
+"""`syncline-sim`: simulate runs of the real services in virtual time, each with the faults of a seed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from itertools import chain
 
 from syncline_sim.seeds import explain, failing
 
-AT_ONCE = 10  # seeds that a process takes at a time
-SHOWN = 20
+BATCH = 10  # seeds that a process takes at a time
+SHOWN = 20  # failures that are printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="syncline-sim", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to run (default: 1000)")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="the first of them (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1000, help="number of seeds (default: 1000)")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed (default: 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--seed", type=int, help="one seed alone: its story, with as few faults as it needs")
+    parser.add_argument(
+        "--seed", type=int, help="run one seed and print its timeline, with as few faults as the failure needs"
+    )
     options = parser.parse_args(arguments)
     if options.seed is not None:
         return _one(options.seed)
@@ -37,9 +39,9 @@ def _one(seed: int) -> int:
 
 def _many(first: int, count: int, jobs: int) -> int:
     began = time.monotonic()
-    batches = [range(i, min(i + AT_ONCE, first + count)) for i in range(first, first + count, AT_ONCE)]
+    batches = [range(i, min(i + BATCH, first + count)) for i in range(first, first + count, BATCH)]
     failures = []
-    os.environ["PYTHONSAFEPATH"] = "1"  # else the working directory would be on the path of the pool's processes
+    os.environ["PYTHONSAFEPATH"] = "1"  # keeps the working directory off the path of the pool's processes
     with multiprocessing.get_context("spawn").Pool(jobs, _rarely_collect) as pool:
         for seed, problem in chain.from_iterable(pool.imap(failing, batches)):
             failures.append((seed, problem))
@@ -55,7 +57,7 @@ def _many(first: int, count: int, jobs: int) -> int:
 
 
 def _rarely_collect() -> None:
-    """What was imported stays, and is much: without it to look at, a run takes a tenth less time."""
+    """Exclude the imported modules from garbage collection: a run takes a tenth less time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 

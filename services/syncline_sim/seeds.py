@@ -1,4 +1,4 @@
-"""A seed is a whole run: its settings, its fleet, its network and what goes wrong. And what to do with one that fails."""
+"""Random runs: a seed determines the settings, the fleet, the network and the faults of a run. A failing one is reduced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUTER_OPTIMIZERS = (
     Yogi(lr=0.5),
     Adagrad(lr=0.5),
 )
-MERGE_RULES = (  # the formula of the geometric median ends in a few digits less
+MERGE_RULES = (  # without the geometric median, whose reference formula converges to fewer digits than are compared
     NormClip(max_norm=2.0),
     CentredClip(tau=1.0),
     Median(),
@@ -39,7 +39,7 @@ MERGE_RULES = (  # the formula of the geometric median ends in a few digits less
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What failed, with as few faults as it needs."""
+    """A failing run, reduced to the faults that it needs."""
 
     seed: int
     scenario: Scenario
@@ -61,7 +61,7 @@ class Failure:
 
 
 def scenario_of(seed: int) -> Scenario:
-    """The settings and the fleet of a seed."""
+    """Return the run, the fleet and the network of a seed."""
     rng = Rng(f"{seed} scene")
     count = rng.choice((1, 2, 3, 4, 4, 5))
     agents = tuple(f"a{i}" for i in range(1, count + 1))
@@ -89,7 +89,7 @@ def scenario_of(seed: int) -> Scenario:
     rules = [rule for rule in MERGE_RULES if rule.min_updates() <= min(least, sync.get("quorum", least))]
     if more.random() < 0.3:
         spec = spec.model_copy(update={"merge": more.choice(rules)})
-    spec = _other_kind(seed, spec)
+    spec = _asynchronous_or_elastic(seed, spec)
     if Rng(f"{seed} pieces").random() < 0.1:  # a model of several chunks
         wire = spec.wire.model_copy(update={"chunk_bytes": 4096})
         spec = spec.model_copy(update={"wire": wire, "task_options": {"elements": 2500}})
@@ -103,8 +103,8 @@ def scenario_of(seed: int) -> Scenario:
     return scenario
 
 
-def _other_kind(seed: int, spec: RunSpec) -> RunSpec:
-    """Half of the seeds are asynchronous, or elastic, or both; the others stay as they are."""
+def _asynchronous_or_elastic(seed: int, spec: RunSpec) -> RunSpec:
+    """Make the spec asynchronous, elastic or both, for half of the seeds; return that of the others unchanged."""
     rng = Rng(f"{seed} kind")
     if rng.random() < 0.5:
         return spec
@@ -145,56 +145,58 @@ def _async(rng: Rng, agents: int) -> dict[str, Any]:
 
 
 def faults_of(seed: int, scenario: Scenario) -> Faults:
+    """Return the schedule of faults of a seed."""
     faults = Faults.random(Rng(f"{seed} faults"), (COORDINATOR, *scenario.agents))
     step = Rng(f"{seed} step")
     if step.random() < 0.2:
-        at_s, for_s = round(step.uniform(0.6, 3.0), 3), _while_s(step, 20.0)
+        at_s, for_s = round(step.uniform(0.6, 3.0), 3), _duration_s(step, 20.0)
         faults = faults.long_step(step.choice(scenario.agents), after_s=at_s, for_s=for_s)
     power = Rng(f"{seed} power")
     if power.random() < 0.15:
         at_s = round(power.uniform(0.4, 4.0), 3)
-        lost_s, for_s = _while_s(power, 3.0), _while_s(power)
+        lost_s, for_s = _duration_s(power, 3.0), _duration_s(power)
         faults = faults.roll_back(after_s=at_s, lost_s=lost_s, for_s=for_s, torn=power.random() < 0.3)
         rng = Rng(f"{seed} meanwhile")
         if rng.random() < 0.33:
-            faults = _beside(rng, scenario, faults, at_s)
+            faults = _with_service_failures(rng, scenario, faults, at_s)
             if rng.random() < 0.5:
                 again_s = round(at_s + for_s + rng.uniform(0.05, 2.0), 3)
                 torn = rng.random() < 0.2
-                faults = faults.roll_back(after_s=again_s, lost_s=_while_s(rng), for_s=_while_s(rng), torn=torn)
+                faults = faults.roll_back(after_s=again_s, lost_s=_duration_s(rng), for_s=_duration_s(rng), torn=torn)
     return faults
 
 
-def _beside(rng: Rng, scenario: Scenario, faults: Faults, at_s: float) -> Faults:
-    """A power failure that does not come alone: services fail at about its time."""
+def _with_service_failures(rng: Rng, scenario: Scenario, faults: Faults, at_s: float) -> Faults:
+    """Return the schedule with failures of services at about the time of a power failure."""
 
     def near_s() -> float:
         return round(max(0.3, at_s + rng.uniform(-0.3, 0.3)), 3)
 
     if rng.random() < 0.5:
-        faults = faults.down(COORDINATOR, after_s=near_s(), for_s=_while_s(rng))
+        faults = faults.down(COORDINATOR, after_s=near_s(), for_s=_duration_s(rng))
     if rng.random() < 0.4:
-        faults = faults.cut(rng.choice((COORDINATOR, *scenario.agents)), after_s=near_s(), for_s=_while_s(rng))
+        faults = faults.cut(rng.choice((COORDINATOR, *scenario.agents)), after_s=near_s(), for_s=_duration_s(rng))
     if rng.random() < 0.3:
-        faults = faults.zombie(after_s=near_s(), for_s=_while_s(rng), awake_s=rng.choice((0.2, 1.0, 5.0)))
+        faults = faults.zombie(after_s=near_s(), for_s=_duration_s(rng), awake_s=rng.choice((0.2, 1.0, 5.0)))
     if rng.random() < 0.3:
         agent, disk = rng.choice(scenario.agents), rng.random() < 0.7
-        faults = faults.down(agent, after_s=near_s(), for_s=_while_s(rng), disk=disk)
+        faults = faults.down(agent, after_s=near_s(), for_s=_duration_s(rng), disk=disk)
     return faults
 
 
-def _while_s(rng: Rng, most_s: float = 2.0) -> float:
-    """20 ms to `most_s`, every order of magnitude as often."""
+def _duration_s(rng: Rng, most_s: float = 2.0) -> float:
+    """Return a log-uniform duration between 20 ms and `most_s`."""
     return round(0.02 * math.pow(most_s / 0.02, rng.random()), 3)
 
 
 def run_seed(seed: int) -> Outcome:
+    """Simulate the run of a seed."""
     scenario = scenario_of(seed)
     return simulate(scenario, faults_of(seed, scenario), seed)
 
 
 def explain(seed: int) -> Failure | None:
-    """The failure of a seed, made smaller; None where it does not fail."""
+    """Return the failure of a seed, with as few faults as it needs; None if the run does not fail."""
     scenario = scenario_of(seed)
     faults = faults_of(seed, scenario)
     first = _kind(simulate(scenario, faults, seed))
@@ -207,11 +209,11 @@ def explain(seed: int) -> Failure | None:
 
 
 def _kind(outcome: Outcome) -> str:
-    """What went wrong, whoever and whenever: with fewer faults it has to be the same."""
+    """Return the first problem without names and numbers: a reduced schedule must fail with the same one."""
     return re.sub(r"[0-9].*|^[a-z0-9]+'s ", "", outcome.problems[0]) if outcome.failed else ""
 
 
 def failing(seeds: Iterable[int]) -> list[tuple[int, str]]:
-    """The seeds that fail, with what went wrong first."""
-    played = ((seed, run_seed(seed)) for seed in seeds)
-    return [(seed, outcome.problems[0]) for seed, outcome in played if outcome.failed]
+    """Return the failing seeds, each with its first problem."""
+    outcomes = ((seed, run_seed(seed)) for seed in seeds)
+    return [(seed, outcome.problems[0]) for seed, outcome in outcomes if outcome.failed]

@@ -1,7 +1,7 @@
-"""The task's own training at an agent's own speed: tensors are real, and a step takes the virtual time that the settings say.
+"""Real training at simulated speeds: the tensors are real, and a step takes the virtual time that the settings give.
 
-One process holds the whole fleet: a task, a model and an optimiser for each agent, and equal data sets once. What an agent is
-asked costs real time where it trains, and next to none where it waits.
+One process holds the whole fleet: a task, a model and an optimiser for each agent; equal data sets share their memory. Only
+training costs real time, waiting costs almost none.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Clock = Callable[[], float]
 
 @dataclass(slots=True)
 class AgentSpeed:
-    """How fast an agent is, and what it has done."""
+    """The speed of an agent, and counters of its work."""
 
     step_s: float
-    jitter: float  # σ of a period's own factor
+    jitter: float  # σ of the factor drawn for each period
     rng: Rng
     periods: int = 0
     steps: int = 0
@@ -49,23 +49,26 @@ class AgentSpeed:
 
     @classmethod
     def of(cls, number: int, settings: SimSettings, seed: int) -> AgentSpeed:
-        """Agent `number`'s, counted from 0."""
+        """Return the speed of agent `number`, counted from 0."""
         rng = Rng(f"{seed} speed {number}")
         own = math.exp(settings.spread * rng.normal()) if settings.spread else 1.0
         return cls(settings.step_s[number % len(settings.step_s)] * own, settings.jitter, rng)
 
     def next_step_s(self) -> float:
-        """Seconds a step in the period that begins."""
+        """Return the duration of a step in the next period."""
         return self.step_s * (math.exp(self.jitter * self.rng.normal()) if self.jitter else 1.0)
 
-    def did(self, steps: int, seconds: float) -> None:
-        self.periods, self.steps, self.busy_s = self.periods + 1, self.steps + steps, self.busy_s + seconds
+    def count_period(self, steps: int, seconds: float) -> None:
+        """Add a finished period to the counters."""
+        self.periods += 1
+        self.steps += steps
+        self.busy_s += seconds
 
 
 class Tasks:
-    """The tasks of a fleet: one for each child, as in processes of their own. The class is loaded once.
+    """The tasks of a fleet. The class is loaded once; each child gets an instance of its own, as in separate processes.
 
-    The data sets that `dataset` returned share their memory where they are equal.
+    Equal data sets share their memory.
     """
 
     def __init__(self, allowed: list[str], task_dir: Path) -> None:
@@ -75,7 +78,11 @@ class Tasks:
         self._tensors: weakref.WeakValueDictionary[tuple[object, ...], torch.Tensor] = weakref.WeakValueDictionary()
 
     def load(self, settings: RunSpec) -> Task:
-        """Return a new task. Raises ConfigError."""
+        """Return a new task.
+
+        Raises:
+            ConfigError: the task cannot be loaded or made.
+        """
         if self._class is not None:
             seed_all(settings.seed)
             return self._class(**settings.task_options)
@@ -86,9 +93,9 @@ class Tasks:
         return task
 
     def shared(self, make: Callable[..., Any], *args: Any) -> Any:
-        """Return the data set of a task that `make` returns.
+        """Return the data set that `make` returns, with shared memory for equal tensors of a TensorDataset.
 
-        Equal tensors of a TensorDataset are one in memory, unless the task keeps them: then it may write to them.
+        Tensors that the task keeps a reference to are not shared, because the task may write to them.
         """
         dataset = make(*args)
         if type(dataset) is not TensorDataset or not all(map(_owns_memory, dataset.tensors)):
@@ -102,7 +109,7 @@ class Tasks:
         return TensorDataset(*[ours if theirs is None else theirs for ours, theirs in zip(shared, own, strict=True)])
 
     def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy that no task has, one for all equal tensors."""
+        """Return the one copy of all equal tensors; no task has a reference to it."""
         content = xxhash.xxh3_128_digest(tensor.reshape(-1).view(torch.uint8).numpy().data)
         key = (tensor.dtype, tensor.shape, content)
         found = self._tensors.get(key)
@@ -111,20 +118,24 @@ class Tasks:
         return found
 
     def vector(self, like_P: torch.Tensor) -> torch.Tensor:
+        """Return the one scratch vector of all trainers. Children compute one after another, so they never use it at once."""
         if self._vector is None:
             self._vector = torch.empty_like(like_P)
         return self._vector
 
 
 def _owns_memory(tensor: torch.Tensor) -> bool:
-    """Whether no other object could write to it: it is no view, and not made of an array."""
+    """Return whether no other object can write to the tensor: it is no view and shares no memory with an array."""
     storage = tensor.untyped_storage()
     whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.resizable()
     return whole and not tensor.requires_grad and not tensor.is_complex()
 
 
 class TimedTrainer(Trainer):
-    """A trainer whose steps take `step_s`. `began_s`, `limit`: when the period asked for began, and its steps at most."""
+    """A trainer whose steps take `step_s` virtual seconds.
+
+    `TimedChild` sets `began_s`, the start of the current period, and `limit`, its largest number of steps.
+    """
 
     def __init__(self, memory: SharedMemory, tasks: Tasks, clock: Clock, *, keeps: bool) -> None:
         super().__init__(memory, "cpu", [], Path(), self._now_s, lambda seconds: int(seconds / self.step_s))
@@ -140,7 +151,7 @@ class TimedTrainer(Trainer):
         return self._tasks.shared(make, *args)
 
     def planned_steps(self, number: int, parts: int, step_s: float) -> int:
-        """Of the next period; 0 where the task says nothing about it, and will fail."""
+        """Return the number of steps of the next period; 0 if the task raises, because the period will fail as well."""
         self.step_s = step_s
         try:
             self._take_part(number, parts)
@@ -152,7 +163,9 @@ class TimedTrainer(Trainer):
         try:
             return super().period(**fields)
         finally:
-            self._flat.model.zero_grad(set_to_none=True)  # a fleet holds many models, and few train at a time
+            self._flat.model.zero_grad(
+                set_to_none=True
+            )  # frees the gradients: a fleet holds many models, and few train at a time
             self.began_s = None
             if hasattr(self, "_layout"):
                 self._memory.discard(
@@ -160,12 +173,12 @@ class TimedTrainer(Trainer):
                 )  # the center, which was read
 
     def vector(self) -> torch.Tensor:
-        """One for all who need it only while they train: nobody else does then."""
+        """Return a vector of the model's size; shared by all trainers, unless its content must last between periods."""
         lasting = self._settings.mix.kind == "elastic"
         return super().vector() if lasting else self._tasks.vector(self._flat.flat_P)
 
     def show(self, steps: int) -> None:
-        """Progress while the period passes: nothing is computed before its end."""
+        """Write the progress of the period to the shared memory; the steps themselves are computed at its end."""
         struct.pack_into("<QQ", self._memory.view(), 0, self._steps_ever + steps, steps)
 
     def _now_s(self) -> float:
@@ -183,21 +196,22 @@ class TimedTrainer(Trainer):
 
 
 class TimedChild(InlineChild):
-    """A period passes first and is computed then, with as many steps as there was time for."""
+    """A child whose period first passes in virtual time and is then computed, with the steps for which the time sufficed."""
 
     def __init__(self, trainer: TimedTrainer, memory: SharedMemory, speed: AgentSpeed, clock: Clock) -> None:
         super().__init__(trainer.questions(), memory, lambda _: QUICK_S, trainer.chore())
         self._trainer, self._speed, self._clock = trainer, speed, clock
         self._woken = asyncio.Event()
-        self._begun: tuple[float, float] | None = None  # when, and seconds a step
-        self._holds: list[tuple[float, float]] = []  # in this period: since when, and seconds in which no step is made
+        self._begun: tuple[float, float] | None = None  # (start of the current period, duration of its steps)
+        self._holds: list[tuple[float, float]] = []  # interruptions of the current period: (start, duration)
         self._stopping = False
 
     async def _pass_time(self, asked: dict[str, Any]) -> bool:
         if asked["ask"] != "period":
             return await super()._pass_time(asked)
         trainer = self._trainer
-        began_s, step_s = self._begun = self._clock(), self._speed.next_step_s()
+        began_s, step_s = self._clock(), self._speed.next_step_s()
+        self._begun = (began_s, step_s)
         steps = trainer.planned_steps(asked["number"], asked["parts"], step_s)
         self._stopping = False
         self._woken.clear()
@@ -205,13 +219,13 @@ class TimedChild(InlineChild):
         made = steps
         try:
             await self._until_made(steps)
-            if self._stopping:  # the step it is in is finished
+            if self._stopping:  # the current step is finished first
                 made = min(steps, int(self._worked_s() / step_s) + 1)
                 await self._pause(max(0.0, self._end_s(made) - self._clock()))
         finally:
             self._begun = None
             self._holds.clear()
-            self._speed.did(made, made * step_s)
+            self._speed.count_period(made, made * step_s)
         trainer.began_s, trainer.step_s, trainer.limit = began_s, step_s, made if made < steps else None
         return True
 
@@ -237,26 +251,26 @@ class TimedChild(InlineChild):
         self._woken.set()
 
     def _worked_s(self) -> float:
-        """Return the seconds since the period began in which steps were made."""
+        """Return the time since the start of the period, without interruptions."""
         assert self._begun is not None
         now_s = self._clock()
         return now_s - self._begun[0] - sum(min(now_s - since_s, held_s) for since_s, held_s in self._holds)
 
     def _end_s(self, steps: int) -> float:
-        """Return when so many steps of the period are made, as far as is known now."""
+        """Return the time at which so many steps of the period are made, without interruptions that come later."""
         assert self._begun is not None
         began_s, step_s = self._begun
         return began_s + steps * step_s + sum(held_s for _, held_s in self._holds)
 
     async def _until_made(self, steps: int) -> None:
-        """Wait for the steps, or for the wish to stop."""
+        """Wait until the steps are made or the service ends the period."""
         while not self._stopping and (left_s := self._end_s(steps) - self._clock()) > 0:
             await self._wait(left_s)
             self._woken.clear()
             self._check_alive()
 
     async def _wait(self, seconds: float) -> None:
-        """Until the time has passed, or somebody wants it to end."""
+        """Wait for so long, or until `hold`, `stop`, `die` or `close` is called."""
         try:
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
@@ -266,7 +280,10 @@ class TimedChild(InlineChild):
 
 
 class TimedChildFactory(TaskChildFactory):
-    """Of a whole fleet in one process. `keeps`: something can go wrong after which an agent needs its disk."""
+    """Makes the children of a fleet at their own speeds.
+
+    Trainers save their state only if the settings hold faults: without faults no agent ever reads its disk.
+    """
 
     def __init__(self, scenario: Scenario, disk: Path, clock: Clock, settings: SimSettings) -> None:
         super().__init__(scenario, disk, clock)

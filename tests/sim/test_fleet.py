@@ -481,7 +481,7 @@ class Normed(LinearRegression):
     spec = spec_of(task="task.py:Normed", mix={"alpha": 1.1})
     told: list[str] = []
     fleet = Fleet(spec, parse(SimSettings, {"step_s": 0.01}, "sim"), tmp_path)
-    fleet.on_doubt = told.append
+    fleet.on_warning = told.append
     fleet.run()
     assert [text.partition(":")[0] for text in told] == ["mix.alpha", "task"]
     assert [text for _, text in fleet.result().warnings[:2]] == told

@@ -35,7 +35,7 @@ class SimRun:
         self.observed = FleetState.of(spec)
         self.state = self.observed.followed
         self.screen = Screen(self.console, Message("making the model"))
-        self.fleet.on_doubt = lambda text: self.screen.say("warning", text)
+        self.fleet.on_warning = lambda text: self.screen.say("warning", text)
         self._view = RunView(f"simulated run {spec.name}", self.state)
         self._drawn_s = 0.0
         self._began_s = time.monotonic()
