@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from syncline_sim.scene import small_spec
-
 from sim.crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator, submit
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
 from syncline.wire import subjects
 from syncline.wire.messages import Story, StoryTold, decode, encode
 from syncline_sim.loop import VirtualLoop
+from syncline_sim.scenario import small_spec
 
 
 async def ask(bus: MemoryBus, run: str, agent: str) -> StoryTold:

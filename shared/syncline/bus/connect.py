@@ -2,7 +2,7 @@
 
 `syncline.bus.memory` is not reachable by an address. Its broker is an object in one process, with hooks for a simulation; an
 address would need a table of brokers for the whole process, and that would be hidden state. A simulation makes its own broker
-(`syncline_sim.world`), and passes the clients that it makes to the services.
+(`syncline_sim.cluster`), and passes the clients that it makes to the services.
 """
 
 from __future__ import annotations
