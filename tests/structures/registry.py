@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from syncline.data.partition import Part
-from syncline.spec.run_spec import Iid
+from syncline.spec.sections import Iid
 from syncline.tasks.base import Task, batches, load_task, make_model
 from syncline.tasks.optimizers import Parameters
 from syncline.tasks.seeding import seed_all, seed_of
