@@ -1,7 +1,7 @@
-"""Settings beside each other: combinations that have no meaning are refused, those rarely meant are doubted in plain words.
+"""Checks of settings beside each other: combinations without meaning are refused, rarely intended ones give a warning.
 
-Each names the setting, its value and the hint. Sources: the stability bounds of elastic averaging follow from EASGD
-(arXiv:1412.6651) on ½ h x² as the learning rate goes to 0; the others are of the papers that `spec` names.
+Every error and warning names the setting, its value and a hint. The stability bounds of elastic averaging follow from EASGD
+(arXiv:1412.6651) on ½ h x² for a learning rate that goes to 0; the other bounds are from the papers named in `sections`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from syncline.errors import ConfigError
 from syncline.spec.sections import RunSettings
 from syncline.transform.codecs import Need
 
-FEW_LABELS = 0.3  # the α of a Dirichlet split below which most agents have a few labels only
-BATCH_NORM = ("running_mean", "running_var")  # how the names of its statistics end
-LONG_LAG = 4.0  # versions
+FEW_LABELS = 0.3  # α of a Dirichlet split below which most agents have few labels
+BATCH_NORM = ("running_mean", "running_var")  # endings of the names of BatchNorm's statistics
+LONG_LAG = 4.0  # mean lag from which on the learning rate may have to be lowered, versions
 
 
 def check_combinations(spec: RunSettings) -> None:
-    """Raises ConfigError."""
+    """Check the settings of a run beside each other.
+
+    Raises:
+        ConfigError: a combination has no meaning.
+    """
     _check_counts(spec)
     _check_target(spec)
     _check_rule(spec)
@@ -82,7 +86,7 @@ def _check_target(spec: RunSettings) -> None:
 
 
 def _check_rule(spec: RunSettings) -> None:
-    """A merge rule has the updates it needs in every merge, as far as that can be known before the run."""
+    """Check that every merge has the updates that the rule needs, as far as this can be known before the run."""
     rule, sync, least = spec.merge, spec.sync, spec.merge.min_updates()
     if rule.weights != "uniform" and not rule.weighted:
         raise ConfigError(
@@ -155,7 +159,7 @@ def _merges_of_a_round(spec: RunSettings) -> int:
 def max_stable_agents(alpha: float) -> int:
     """Return the largest N for which elastic averaging is stable: α < 2 / (N + 1).
 
-    That is the bound for agents that all meet the same center. In an asynchronous run they do so where they are equally fast.
+    The bound holds if all agents mix with the same center: in rounds, and in asynchronous runs of equally fast agents.
     """
     n = int(2 / alpha) + 1
     while n > 0 and alpha >= 2 / (n + 1):
@@ -164,7 +168,7 @@ def max_stable_agents(alpha: float) -> int:
 
 
 def too_many_agents(spec: RunSettings, agents: int) -> str:
-    """Return why a run cannot have so many agents at once, or ''."""
+    """Return the reason against so many agents at once, or '' if the run can have them."""
     if spec.mix.kind != "elastic" or agents <= (most := max_stable_agents(spec.mix.alpha)):
         return ""
     return (
@@ -226,7 +230,7 @@ def _check_scaffold(spec: RunSettings) -> None:
 
 
 def warnings_of(spec: RunSettings) -> list[str]:
-    """Settings that are allowed and rarely meant."""
+    """Return warnings about settings that are valid but rarely intended."""
     n, mix, sync = spec.agents.min, spec.mix, spec.sync
     found = []
     if mix.alpha > 1:
@@ -259,7 +263,12 @@ def warnings_of(spec: RunSettings) -> list[str]:
 
 
 def model_warnings(averaged: Iterable[str], local: Iterable[str] = ()) -> list[str]:
-    """Return what is doubtful about a model, by the names of the tensors that travel and of those that do not."""
+    """Return warnings about a model.
+
+    Args:
+        averaged: names of the tensors that are sent and averaged.
+        local: names of the tensors that stay with the agents.
+    """
     if kept := [name for name in local if name.endswith(BATCH_NORM)]:
         return [
             f"task: BatchNorm's statistics stay with the agents ({kept[0]} and {len(kept) - 1} more), so the center is "
@@ -277,7 +286,7 @@ def model_warnings(averaged: Iterable[str], local: Iterable[str] = ()) -> list[s
 
 
 def _fednova_warnings(spec: RunSettings) -> list[str]:
-    """Return a doubt about factors that are exact for plain SGD alone (arXiv:2007.07481)."""
+    """Return a warning if FedNova's factors are not exact, as they are for plain SGD (arXiv:2007.07481)."""
     local = spec.local
     if spec.merge.normalize is None:
         return []

@@ -58,12 +58,20 @@ class RunSpec(RunSettings):
 
     @property
     def warnings(self) -> list[str]:
-        """Settings that are allowed and rarely meant, in plain words with the hint."""
+        """Warnings about settings that are valid but rarely intended, each with a hint."""
         return warnings_of(self)
 
 
 def load_spec(path: Path, **overrides: Any) -> RunSpec:
-    """The spec in a YAML file, without what it says of a simulation; `overrides` replace top-level settings."""
+    """Return the spec in a YAML file, without its section `sim`.
+
+    Args:
+        path: the file.
+        overrides: top-level settings that replace those of the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is wrong.
+    """
     data = read_yaml(path)
     if isinstance(data, dict):
         data = {**{name: value for name, value in data.items() if name != SIM_SECTION}, **overrides}
@@ -71,5 +79,5 @@ def load_spec(path: Path, **overrides: Any) -> RunSpec:
 
 
 def stem_of(path: Path) -> str:
-    """The name of a file as the name of a run."""
+    """Return a valid name of a run made from the name of a file."""
     return re.sub(r"[^a-z0-9-]+", "-", path.stem.lower()).strip("-")[:50] or "run"

@@ -1,8 +1,8 @@
-"""A run spec as it is submitted and stored, so that services of different minor versions can read it.
+"""The record of a run spec that is submitted and stored. Services of different minor versions can read it.
 
-The record holds every setting with its value, and the names of those that the user did not write. So a default that changes
-between two versions changes no run that was submitted before. A reader ignores a setting that it does not know and that the
-user did not write, because its default means «as before»; it refuses one that the user wrote.
+The record holds the values of all settings, and the names of those that the user did not write. A default that changes between
+two versions therefore changes no run that was submitted before. A reader ignores an unknown setting that the user did not
+write, because the default of a new setting keeps the previous behaviour; it refuses an unknown setting that the user wrote.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def submission(spec: RunSpec, read_from: Submit | None = None) -> Submit:
 
     Args:
         spec: the run's settings.
-        read_from: the record that `spec` was read from, where it is stored again: what was not written there still is not, and
-            what this version ignored is kept for readers that know it.
+        read_from: the record from which `spec` was read, if it is stored again: settings that are defaults there stay so, and
+            settings that this version ignored are kept for readers that know them.
 
     Raises:
         ConfigError: the record is larger than a reader accepts.
@@ -41,7 +41,11 @@ def submission(spec: RunSpec, read_from: Submit | None = None) -> Submit:
 
 
 def submitted_spec(record: Submit, model: type[RunSpec] = RunSpec) -> RunSpec:
-    """Return the spec in a record. Raises ConfigError, also for a written setting that this version does not know."""
+    """Return the spec in a record.
+
+    Raises:
+        ConfigError: a setting is wrong, or the user wrote a setting that this version does not know.
+    """
     return parse(model, record.spec, ignored=frozenset(record.defaults))
 
 
@@ -56,7 +60,7 @@ def _keep(path: list[str], settings: Any, written: Any) -> None:
 
 
 def _absent(settings: dict[str, Any], written: Any, prefix: str = "") -> Iterator[str]:
-    """Names of settings that are not among the written ones, with their sections: `local.steps`."""
+    """Yield the settings that the user did not write, with their sections, as `local.steps`."""
     for name, value in settings.items():
         if name not in written:
             yield f"{prefix}{name}"

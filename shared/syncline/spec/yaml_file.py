@@ -1,8 +1,8 @@
-"""Read settings from a YAML file: the one loader of every command.
+"""The loader of YAML files for all commands.
 
-It follows the core schema of YAML 1.2 where YAML 1.1, PyYAML's default, surprises: `1e-4` is a number, `12:30` and
-`2026-01-31` are texts. Names of settings are always texts. Unlike PyYAML it never keeps the last of two equal names,
-and a file cannot exhaust memory, the stack or the converter of integers.
+The loader follows the core schema of YAML 1.2 instead of YAML 1.1, PyYAML's default: `1e-4` is a number, `12:30` and
+`2026-01-31` are texts. Names of settings are always texts. Two equal names in a section are an error; PyYAML would keep the
+last one. Limits protect memory, the stack and the conversion of integers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import yaml
 from syncline.errors import ConfigError
 
 MAX_BYTES = 1 << 20  # of a file
-MAX_DEPTH = 100  # of sections and lists within each other
-MAX_VALUES = 100_000  # with every alias written out
-INTEGERS = range(-(1 << 63), 1 << 64)  # records carry no others
+MAX_DEPTH = 100  # nesting of sections and lists
+MAX_VALUES = 100_000  # with all aliases expanded
+INTEGERS = range(-(1 << 63), 1 << 64)  # the range of integers in records (msgpack)
 
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> Any:
     """Return the settings in a YAML file: mappings with texts as names, lists, texts, numbers, booleans, None.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds something that is no setting.
+        ConfigError: the file cannot be read, is not YAML, or exceeds a limit.
     """
     try:
         with path.open("rb") as file:
@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only; each limit is checked before the value is built."""
+    """A loader of plain values that checks each limit before the value is built."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # PyYAML's own annotation
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _count(self, node: yaml.Node) -> int:
-        """Return the number of values under a node, aliases written out. Raises ConfigError for too many, or a cycle."""
+        """Return the number of values under a node with aliases expanded. Raises ConfigError for too many, or for a cycle."""
         known = self._sizes.get(id(node))
         if known == 0:
             raise _at(node, "an alias is used inside the value that it names", "Write the value out")
@@ -90,7 +90,9 @@ class _Loader(yaml.SafeLoader):
         return size
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        if not isinstance(node, yaml.MappingNode):  # another one that bears the tag of a mapping: PyYAML refuses it
+        if not isinstance(
+            node, yaml.MappingNode
+        ):  # another kind of node with the tag of a mapping, which PyYAML refuses
             return dict(super().construct_mapping(node, deep))  # type: ignore[unreachable]
         self._check_names(node)
         self.flatten_mapping(node)
@@ -123,12 +125,12 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _at(place: Any, problem: str, hint: str) -> ConfigError:
-    """An error about a place in the file: a node, or an event of the parser."""
+    """Return an error about a place in the file, given as a node or as an event of the parser."""
     return ConfigError("spec", f"line {place.start_mark.line + 1}: {problem}", hint)
 
 
 def _scalar(tag: str, meaning: str, convert: Callable[[str], Any]) -> None:
-    """Read values of this tag with `convert`, which raises ValueError with a hint for a text that is not `meaning`."""
+    """Register `convert` for values of a tag. It raises ValueError with a hint for a text that is not `meaning`."""
 
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = str(loader.construct_scalar(node))
@@ -169,7 +171,7 @@ def _real(text: str) -> float:
 
 
 def _resolvers() -> None:
-    """Tell which plain texts are no texts: the core schema, and PyYAML's yes, no, on, off and underscores in numbers."""
+    """Register the plain scalars that are no texts: the core schema's, and PyYAML's yes, no, on, off and underscores."""
     tag = "tag:yaml.org,2002:"
     for name in ("bool", "null", "merge"):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items():
