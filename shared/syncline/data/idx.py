@@ -1,4 +1,4 @@
-"""Reads idx files, the format in which MNIST and its successors are handed out. Knows no task and no torch.
+"""Reader of idx files, the format of MNIST and its successors.
 
 An idx file is two zero bytes, the element type (8: unsigned byte), the number of dimensions, each dimension as a big-endian
 32-bit number, and the elements (http://yann.lecun.com/exdb/mnist/).
@@ -20,9 +20,16 @@ _UNSIGNED_BYTE = 8
 
 
 def read_idx(file: Path, dimensions: int, most_bytes: int) -> NDArray[np.uint8]:
-    """The array of a file of unsigned bytes, gzipped or not, with so many dimensions.
+    """Return the array in a file of unsigned bytes, gzipped or not.
 
-    Nothing larger than `most_bytes` is read or unpacked. Raises OSError, and ValueError for what is no such file.
+    Args:
+        file: the file; it is gzipped if its name ends in .gz.
+        dimensions: number of dimensions that the file must have.
+        most_bytes: bound of the array's size; larger files are not unpacked.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is no idx file of bytes with these dimensions, is incomplete or too large.
     """
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as source:

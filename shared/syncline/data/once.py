@@ -1,4 +1,4 @@
-"""Reads data once for all tasks of a process: a simulated fleet has a task for each agent, and one copy of the data."""
+"""A cache of data sets for all tasks of a process: a simulated fleet has many tasks and one copy of the data."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from syncline.shm import SharedMemory
 
 Array = NDArray[Any]
-MOST_KEPT = 8  # results of one function, for different arguments
+MAX_KEPT = 8  # cached results of one function, for different arguments
 
 
 def read_once(read: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """Decorate a function that reads arrays from files: a process calls it once for the same arguments.
+    """Decorate a function that reads arrays from files, so that a process calls it once for the same arguments.
 
-    Every caller gets arrays of its own. They share their memory with those of other callers until one is written to: then
-    the written pages, and no others, become the writer's own. Arguments are given by position and must be hashable.
+    Every caller gets arrays of its own, which share memory copy-on-write: only the pages that a caller writes to become its
+    own. Arguments are given by position and must be hashable.
     """
 
-    @functools.lru_cache(maxsize=MOST_KEPT)
+    @functools.lru_cache(maxsize=MAX_KEPT)
     def kept(*args: Any) -> tuple[_Kept, ...]:
         return tuple(_Kept(array) for array in read(*args))
 
@@ -38,7 +38,7 @@ def read_once(read: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Arr
 
 
 class _Kept:
-    """An array in memory behind a file descriptor."""
+    """An array in an anonymous memory file."""
 
     def __init__(self, array: Array) -> None:
         self._dtype, self._shape, self._nbytes = array.dtype, array.shape, array.nbytes
@@ -50,7 +50,7 @@ class _Kept:
         weakref.finalize(self, os.close, self._fd)
 
     def own(self) -> Array:
-        """Return a private map of it. Torch's holds no descriptor, unlike Python's: there may be thousands of callers."""
+        """Return a private mapping. It is made with torch, whose mappings hold no descriptor: callers may be thousands."""
         if not self._nbytes:
             return np.empty(self._shape, self._dtype)
         private = torch.from_file(f"/dev/fd/{self._fd}", shared=False, size=self._nbytes, dtype=torch.uint8)

@@ -1,8 +1,8 @@
-"""Who trains on which rows: D = ∪ D_i, the parts disjoint. Knows no task, no torch and no file.
+"""Partition of a data set into disjoint parts, D = ∪ D_i.
 
-Every agent computes the whole split by itself and takes its own part, so a split is a pure function of its arguments:
-seeded, bit-equal for equal arguments, and no row is given twice or left out. It is written out with numpy alone, because
-agents with other versions of a library must still agree on every row.
+Every agent computes the whole split and takes its own part. A split is a pure function of its arguments: seeded, bit-equal for
+equal arguments, with every row in exactly one part. It uses only numpy, because agents with different versions of other
+libraries must agree on every row.
 """
 
 from __future__ import annotations
@@ -23,32 +23,36 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Part:
-    """Which share of the data `Task.dataset` must return: one agent's, or the common held-out set.
+    """The share of the data that `Task.dataset` must return: one agent's part, or the common held-out set.
 
-    The task holds all rows and asks `part.rows(len(labels), label=labels)` for the indices of its own.
+    A task calls `part.rows(len(labels), label=labels)` to get the indices of its rows among all rows.
     """
 
-    index: int  # of this part, from 0
-    parts: int  # the split has so many
-    how: Partition
-    seed: int  # the run's; `how.seed` wins over it
-    held_out: bool = False  # the common test set is wanted, not an agent's share
-    needed: int | None = (
-        None  # so many parts the run needs; None: all. Those that are too many for the data get nothing
-    )
+    index: int  # number of this part, from 0
+    parts: int  # number of parts of the split
+    how: Partition  # the section `partition` of the spec
+    seed: int  # the run's seed; `how.seed` has precedence
+    held_out: bool = False  # the common test set instead of an agent's part
+    needed: int | None = None  # parts that the run needs; None: all. Parts beyond these may stay without rows
 
     def __post_init__(self) -> None:
         assert 0 <= self.index < self.parts, f"there is no part {self.index} of {self.parts}"
 
     @classmethod
     def test(cls, seed: int = 0) -> Part:
-        """Return the part that asks for the common held-out set. `seed`: the run's."""
+        """Return the part that stands for the common held-out set. `seed`: the run's seed."""
         return cls(index=0, parts=1, how=Iid(), seed=seed, held_out=True)
 
     def rows(self, count: int, **columns: ArrayLike) -> Rows:
-        """This agent's rows of `count`: sorted indices. Columns (one value a row; arrays, tensors, lists) may decide the split.
+        """Return the indices of this part's rows, sorted.
 
-        Raises ConfigError when the split cannot be made; where more agents joined than the data has parts for, theirs alone.
+        Args:
+            count: number of all rows.
+            columns: columns by which the split may be made, each with one value per row: arrays, tensors or lists.
+
+        Raises:
+            ConfigError: the split cannot be made. If more agents joined than the data has parts for, the error is raised
+                only for the parts of the additional agents.
         """
         assert not self.held_out, (
             "part.rows() was called for the held-out set, which is not split. "
@@ -64,7 +68,7 @@ class Part:
 
 
 class TooManyParts(ConfigError):
-    """The data can be split in no more than `most` parts."""
+    """The data can be split into `most` parts at most."""
 
     def __init__(self, most: int, setting: str, problem: str, hint: str) -> None:
         super().__init__(setting, problem, hint)
@@ -72,9 +76,17 @@ class TooManyParts(ConfigError):
 
 
 def split(rows: int, parts: int, how: Partition, seed: int, columns: Mapping[str, NDArray[Any]]) -> list[Rows]:
-    """Sorted row indices of each part: disjoint, none empty, together 0 … rows − 1. `how.seed` wins over `seed`.
+    """Return the sorted row indices of each part. The parts are disjoint, not empty, and together 0 … rows − 1.
 
-    Raises ConfigError where `how` and the data don't fit together.
+    Args:
+        rows: number of all rows.
+        parts: number of parts.
+        how: the section `partition` of the spec; its seed has precedence over `seed`.
+        seed: the run's seed.
+        columns: arrays of shape (rows,) by name.
+
+    Raises:
+        ConfigError: `how` and the data do not fit together.
     """
     if parts > rows:
         raise TooManyParts(
@@ -106,7 +118,7 @@ def _iid(rows: int, parts: int, rng: np.random.Generator) -> Rows:
 
 
 def _dirichlet(labels: Rows, parts: int, alpha: float, rng: np.random.Generator) -> Rows:
-    """Every label is dealt out by its own proportions from Dir(alpha) over the parts (arXiv:1905.12022)."""
+    """Divide the rows of each label in proportions drawn from Dir(alpha) over the parts (arXiv:1905.12022)."""
     owner = np.empty(len(labels), np.int64)
     for rows_of_label in _groups(labels, int(labels.max()) + 1):
         shares = rng.dirichlet(np.full(parts, alpha))
@@ -116,7 +128,7 @@ def _dirichlet(labels: Rows, parts: int, alpha: float, rng: np.random.Generator)
 
 
 def _shards(labels: Rows, parts: int, per_agent: int, rng: np.random.Generator) -> Rows:
-    """Rows sorted by label are cut in parts × per_agent shards of nearly equal size and dealt out (arXiv:1602.05629)."""
+    """Cut rows sorted by label into parts × per_agent shards of nearly equal size and deal them out (arXiv:1602.05629)."""
     rows, shards = len(labels), parts * per_agent
     if shards > rows:
         raise TooManyParts(
@@ -134,7 +146,7 @@ def _shards(labels: Rows, parts: int, per_agent: int, rng: np.random.Generator) 
 
 
 def _natural(labels: Rows, parts: int, column: str) -> Rows:
-    """Groups stay together: the largest first, each onto the part that is smallest so far. Needs no seed."""
+    """Assign whole groups, the largest first, each to the part that is smallest so far. No randomness is involved."""
     sizes = np.bincount(labels)
     if len(sizes) < parts:
         raise TooManyParts(
@@ -154,7 +166,7 @@ def _natural(labels: Rows, parts: int, column: str) -> Rows:
 
 
 def _largest_remainder(shares: NDArray[np.float64], total: int) -> Rows:
-    """Whole numbers nearest to shares × total that add up to the total (Hamilton's method); ties go to the first."""
+    """Return integers near shares × total with the sum `total` (Hamilton's method); the first share wins a tie."""
     exact = shares / shares.sum() * total
     counts: Rows = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
@@ -162,7 +174,7 @@ def _largest_remainder(shares: NDArray[np.float64], total: int) -> Rows:
 
 
 def _none_empty(owner: Rows, parts: int) -> Rows:
-    """Give every empty part one row, each from the part that is then the largest."""
+    """Move one row to every empty part, each from the part that is the largest at that time."""
     sizes = np.bincount(owner, minlength=parts)
     largest = [(-int(size), part) for part, size in enumerate(sizes)]
     heapq.heapify(largest)
@@ -177,13 +189,13 @@ def _none_empty(owner: Rows, parts: int) -> Rows:
 
 
 def _groups(keys: Rows, count: int) -> list[Rows]:
-    """The sorted positions of each key 0 … count − 1."""
+    """Return the sorted positions of each key 0 … count − 1."""
     ends = np.cumsum(np.bincount(keys, minlength=count))
     return np.split(np.argsort(keys, kind="stable"), ends[:-1])
 
 
 def _labels(name: str, rows: int, columns: Mapping[str, NDArray[Any]]) -> Rows:
-    """The column's values as codes 0 … L − 1, in the order of the values."""
+    """Return the values of a column as codes 0 … L − 1, in the order of the values."""
     if name not in columns:
         known = f"Known columns: {', '.join(columns)}" if columns else "The task passes none to part.rows()"
         raise ConfigError("partition.column", f"the task's data has no column {name!r}", known)
@@ -206,5 +218,5 @@ def _labels(name: str, rows: int, columns: Mapping[str, NDArray[Any]]) -> Rows:
 
 
 def _as_array(values: Any) -> NDArray[Any]:
-    """Also of a torch tensor on any device, without importing torch."""
+    """Return values as an array, also those of a torch tensor on any device, without importing torch."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)

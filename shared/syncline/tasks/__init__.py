@@ -1,3 +1,3 @@
-"""Ready-made tasks, and what a task is (`base`). Importing this package imports no torch."""
+"""Ready-made tasks and the base class of tasks. Importing the package imports no torch."""
 
-DEFAULT_ALLOWED = ("syncline.tasks.*",)  # patterns of the tasks that an agent runs without being told
+DEFAULT_ALLOWED = ("syncline.tasks.*",)  # patterns of the tasks that an agent runs by default

@@ -1,7 +1,7 @@
-"""What a task is: the user's model, data and loss. Knows no bus, no run and no agent; loads code from this disk only.
+"""The base class of tasks: a user's model, data and loss; `syncline.tasks.digits` is an example.
 
-A task is one small class, `syncline.tasks.digits` is one. Beside it: finding the class that a run names (`load_task`), the
-order in which an agent sees its rows (`batches`), held-out metrics (`evaluate`), and the gradient over all rows.
+The module also loads the class that a run names (`load_task`, from the local disk only), makes batches of an agent's rows
+(`batches`), and computes held-out metrics (`evaluate`) and the gradient over all rows (`whole_gradient`). It imports no bus.
 """
 
 from __future__ import annotations
@@ -37,81 +37,105 @@ from syncline.wire.allow_list import is_allowed, is_file
 
 _READY_MADE = "syncline.tasks"
 _NO_HELD_OUT = "Return rows where `part.held_out`, or evaluate nothing: `evaluate: {center: false, agents: false}`"
-_NOT_TASKS = ("base", "classification", "optimizers", "seeding", "sources")  # modules there that hold none
+_NOT_TASKS = ("base", "classification", "optimizers", "seeding", "sources")  # modules of the package without a task
 
 
 class Task(abc.ABC):
-    """Subclass it and write `model`, `dataset` and `loss`; the rest has defaults.
+    """A model, its data and its loss. A subclass defines `model`, `dataset` and `loss`; all other methods have defaults.
 
-    A batch is what `collate` makes of rows of the data set, on the agent's device.
+    A batch is the result of `collate` for some rows of the data set, moved to the agent's device.
     """
 
-    local: Sequence[str] = ()  # name patterns of tensors that stay with the agent, as "*.running_mean"
-    shared: Sequence[str] = ()  # of frozen tensors that the task updates itself and that are averaged, as "teacher.*"
+    # Name patterns of tensors that stay with the agent and are not averaged, as "*.running_mean".
+    local: Sequence[str] = ()
+    # Name patterns of frozen tensors that the task itself updates and that are averaged, as "teacher.*".
+    shared: Sequence[str] = ()
 
     @abc.abstractmethod
     def model(self) -> nn.Module:
-        """A new model. The caller has seeded torch, `random` and `numpy.random`, so that every machine makes the same one."""
+        """Return a new model.
+
+        Torch, `random` and `numpy.random` are seeded before the call, so every machine makes the same initial model.
+        """
 
     @abc.abstractmethod
     def dataset(self, part: Part) -> Dataset[Any]:
-        """The common test set if `part.held_out`, else this agent's rows: `part.rows(len(labels), label=labels)` of all.
+        """Return the common test set if `part.held_out`, else the agent's own rows.
 
-        Asked again with another part when the roster grows: read files once, in a `functools.cached_property`. Torch, `random`
-        and `numpy.random` are seeded with the run's seed alone before each call, so a random split is the same in all of them.
+        Use `part.rows(len(labels), label=labels)` to get the indices of the agent's rows. The method is called again with
+        another part when the roster grows, so read files once, in a `functools.cached_property`. Torch, `random` and
+        `numpy.random` are seeded with the run's seed before each call, so a random split is the same in all calls.
         """
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The scalar to minimise, a mean over the rows of the batch."""
+        """Return the scalar to minimise, a mean over the rows of the batch."""
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
-        """Means over the rows of the batch. Called without gradients, the model in evaluation mode."""
+        """Return metrics by name, each a mean over the rows of the batch.
+
+        The method is called without gradients and with the model in evaluation mode.
+        """
         return {"loss": float(self.loss(model, batch))}
 
     def evaluate(self, model: nn.Module, dataset: Any) -> dict[str, float] | None:
-        """Metrics over the whole held-out set, in the place of `metrics`: those that are no means over batches, as AUC.
+        """Return metrics over the whole held-out set, for metrics that are no means over batches, such as AUC.
 
-        `dataset`: what `dataset` returned for the held-out part. Called as `metrics` is. None: the means of `metrics`.
+        The method is called as `metrics` is.
+
+        Args:
+            model: the model.
+            dataset: the data set that `dataset` returned for the held-out part.
+
+        Returns:
+            Metrics by name; None: use the means of `metrics` over the batches.
         """
         return None
 
     def collate(self, rows: list[Any]) -> Any:
-        """Make one batch of rows. Override it for rows that torch's `default_collate` cannot stack: sequences, graphs, objects.
+        """Return a batch of the rows. Override it for rows that torch's `default_collate` cannot stack, such as sequences.
 
-        `rows`: what the data set gives for the rows, `dataset[i]` each, or what its `__getitems__` returns for all of them.
+        Args:
+            rows: `dataset[i]` for each row, or the result of the data set's `__getitems__` for all of them.
         """
         return default_collate(rows)
 
     def optimizer(self, params: Any) -> torch.optim.Optimizer | None:
-        """The agent's optimiser. None: the one of the run's settings.
+        """Return the agent's optimiser, or None to use the one of the run's settings.
 
-        `params`: a list of the trainable parameters; `params.named()` are the same with their names.
+        Args:
+            params: a list of the trainable parameters; `params.named()` returns them with their names.
         """
         return None
 
     def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-        """Several optimisers by name, where one is not enough. `train` is given this dict then."""
+        """Return several optimisers by name, if the task needs more than one; `train` then receives this dict."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the task changes as it trains, beside the model and its optimisers: kept on the agent's disk.
+        """Return the task's own state, beside the model and the optimisers. The agent saves it to disk.
 
-        Numbers, strings, tensors and arrays, in lists, tuples and dicts.
+        Allowed are numbers, strings, tensors and arrays, in lists, tuples and dicts.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, after a restart; `optimizer` or `optimizers` was called before."""
+        """Restore the result of `state_dict` after a restart. `optimizer` or `optimizers` was called before."""
         raise NotImplementedError
 
     def train(
         self, model: nn.Module, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]
     ) -> float | None:
-        """One local period: a step for each batch. Override it for full control.
+        """Train for one local period, with one step for each batch. Override it for full control.
 
-        `optimizer` is the optimiser, or the dict of them where `optimizers` made it. Call `on_step(rows)` after every batch,
-        and stop when it returns False. Returns the mean loss, or None.
+        Args:
+            model: the agent's model.
+            optimizer: the optimiser, or the dict that `optimizers` returned.
+            batches: batches on the agent's device, without end.
+            on_step: to be called with the rows of the batch after every step; stop when it returns False.
+
+        Returns:
+            The mean loss, or None.
         """
         model.train()
         total, steps = torch.zeros(()), 0
@@ -129,7 +153,7 @@ class Task(abc.ABC):
         return float(total) / steps if steps else None
 
 
-# -- finding the class ------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_task(
@@ -142,19 +166,23 @@ def load_task(
     seed: int = 0,
     enter: Callable[[Path], object] = lambda directory: None,
 ) -> Task:
-    """Load the task at `package.module:Class`, or at `file.py:Class` relative to `base_dir`, and make it with `options`.
+    """Load a class and make a task of it.
 
-    Nothing is imported before the allow-list (patterns of the whole path or of its module or file) has let it pass. The
-    task's directory becomes the last entry of `sys.path`: that of its file; for a module that is not installed, `base_dir`.
+    No code is imported before the allow-list accepts the path. The task's directory becomes the last entry of `sys.path`: the
+    directory of a task file, or `base_dir` for a module that is not installed.
 
     Args:
-        asker: the service that has the allow-list.
-        seed: the run's; for what the code draws while it is loaded, and in `__init__`.
-        enter: called with the task's directory (`base_dir` for every module) before any of the task's code runs. A process
-            of the task's own makes it the working directory, so that relative paths mean the same on every machine.
+        path: `package.module:Class`, or `file.py:Class` relative to `base_dir`.
+        options: keyword arguments of the class.
+        allowed: patterns of whole paths, or of their modules or files.
+        base_dir: the directory of task files.
+        asker: the service that owns the allow-list, for the hint of an error.
+        seed: the run's seed; random generators are seeded with it before the code is loaded and before `__init__`.
+        enter: called with the task's directory (`base_dir` for a module) before any of the task's code runs. A process
+            that runs only this task makes it the working directory, so that relative paths mean the same everywhere.
 
     Raises:
-        ConfigError: the task is not allowed, not there, no task, or its own code fails.
+        ConfigError: the task is not allowed, does not exist, is no task, or its own code fails.
     """
     module_path, _, name = path.rpartition(":")
     if not module_path or not name.isidentifier():
@@ -175,7 +203,7 @@ def load_task(
         enter(directory)
         module = _load_module(path, module_path, directory)
     task_class = _find_class(path, module, name)
-    seed_all(seed)  # again: a module that is imported already has drawn nothing now
+    seed_all(seed)  # again, because loading draws random numbers only at the first import
     return _make(path, task_class, options)
 
 
@@ -187,7 +215,7 @@ def _load_module(path: str, module_path: str, directory: Path) -> ModuleType:
         return importlib.import_module(module_path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
-            raise _broken(path, error, directory) from error  # the module is there; one that it imports is not
+            raise _broken(path, error, directory) from error  # the module exists, but a module that it imports does not
     except Exception as error:  # whatever the user's code raises
         raise _broken(path, error, directory) from error
     ready_made = {name: f"{_READY_MADE}.{name}" for name in _ready_made()}
@@ -197,7 +225,7 @@ def _load_module(path: str, module_path: str, directory: Path) -> ModuleType:
 
 
 def _checked_file(path: str, file: Path) -> Path:
-    """Return the file without symbolic links. Raises ConfigError where there is none."""
+    """Return the file with symbolic links resolved. Raises ConfigError if it does not exist or is no Python file."""
     file = file.resolve()
     if not file.is_file():
         raise ConfigError("task", f"{path!r}: there is no file {file}", "Put it there, or correct the path")
@@ -220,10 +248,11 @@ def _make_importable(directory: Path) -> None:
     """Put the directory last on `sys.path`: a file there shadows neither the standard library nor an installed package."""
     if str(directory) not in sys.path:
         sys.path.append(str(directory))
-    importlib.invalidate_caches()  # its files may be new
+    importlib.invalidate_caches()  # files may have been added since the directory was read
 
 
 def _broken(path: str, error: Exception, directory: Path) -> ConfigError:
+    """Return the error for a task whose code raised `error` while it was loaded."""
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == _syncline_task.__name__:
         hint = "Write `import helper` for the file helper.py beside it"
         return ConfigError("task", f"{path!r} has a relative import, and a task file belongs to no package", hint)
@@ -235,7 +264,7 @@ def _broken(path: str, error: Exception, directory: Path) -> ConfigError:
 
 
 def _find_class(path: str, module: ModuleType, name: str) -> type[Task]:
-    """The class, checked to be a task. One that is not derived from Task gets its defaults."""
+    """Return the class, checked to be a task. A class that is not derived from Task gets the defaults of Task."""
     classes = [n for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__]
     found = getattr(module, name, None)
     if not isinstance(found, type):
@@ -256,7 +285,7 @@ def _find_class(path: str, module: ModuleType, name: str) -> type[Task]:
 
 @functools.cache
 def _with_defaults(plain: Any) -> type[Task]:
-    """Derive a class from the user's and from Task. Pickles name the user's class, the only one that a module has."""
+    """Derive a class from the user's class and from Task. Pickles refer to the user's class, which a module contains."""
 
     def reduce(task: Any) -> tuple[Any, ...]:
         return _new_with_defaults, (plain,), task.__getstate__()
@@ -279,7 +308,9 @@ def _make(path: str, task_class: type[Task], options: Mapping[str, Any]) -> Task
     try:
         return task_class(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError("task_options", f"{path!r} does not accept {dict(options)}: {error}", "Mend them") from error
+        raise ConfigError(
+            "task_options", f"{path!r} does not accept {dict(options)}: {error}", "Correct them"
+        ) from error
 
 
 def _ready_made() -> list[str]:
@@ -292,19 +323,20 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f"Did you mean `{near[0]}`?" if near else ""
 
 
-# -- a model, and data, by the run's seed -----------------------------------------------------------------------------
+# -- model and data ---------------------------------------------------------------------------------------------------
 
 
 def make_model(task: Task, seed: int) -> nn.Module:
-    """Return a new model, with random values of this seed alone."""
+    """Return a new model whose random values depend on the seed alone."""
     seed_all(seed)
     return task.model()
 
 
 def make_dataset(task: Task, part: Part) -> Dataset[Any]:
-    """Return the data of a part. What `dataset` draws is the same in every call of a run, whatever the part.
+    """Return the data of a part.
 
-    So a split that a task makes at random is the same one for its agents and for the held-out set.
+    The generators are seeded in the same way for every part, so a random split in `dataset` is the same for all agents and for
+    the held-out set.
     """
     seed_all(part.seed)
     try:
@@ -316,7 +348,7 @@ def make_dataset(task: Task, part: Part) -> Dataset[Any]:
 
 
 def make_held_out(task: Task, seed: int) -> Dataset[Any]:
-    """Return the common held-out set. Raises ConfigError where there is none, or no row in it."""
+    """Return the common held-out set. Raises ConfigError if the task has none or it is empty."""
     dataset = make_dataset(task, Part.test(seed))
     if dataset is None or _rows(dataset) == 0:
         what = "None" if dataset is None else f"{type(dataset).__name__} without a row"
@@ -335,12 +367,22 @@ def batches(
     first_step: int,
     task: Task | None = None,
 ) -> Iterator[Any]:
-    """Batches of global steps `first_step`, `first_step` + 1, … without end; each a pure function of (seed, part, step).
+    """Yield the batches of the global steps `first_step`, `first_step` + 1, … without end.
 
-    `task`: the one that collates them; None: torch's `default_collate` does.
+    Each batch is a pure function of (seed, part, step), so an agent that restarts or joins late sees the same batches as it
+    would have seen otherwise. Every epoch is a new permutation of the rows; its last batch may be short, or have one row more
+    (`steps_in_pass`).
 
-    So an agent that starts again, or joins late, sees what it would have seen. Every epoch is a new permutation of the rows;
-    its last batch may be short, or have one row more (`steps_in_pass`). `all`: the whole data set in its own order, each step.
+    Args:
+        dataset: the rows of the part.
+        batch_size: rows of a batch; `all`: the whole data set in its own order, in each step.
+        seed: the run's seed.
+        part_index: the number of the part.
+        first_step: the step of the first batch, counted from the start of the run.
+        task: its `collate` makes the batches; None: torch's `default_collate` does.
+
+    Raises:
+        ConfigError: the data set is empty, or gives no rows by number.
     """
     rows = rows_of_part(dataset, part_index)
     size = rows if batch_size == "all" else batch_size
@@ -357,13 +399,16 @@ def batches(
 
 
 def _batch(k: int, rows: int, size: int) -> slice:
-    """Where batch k of a pass lies."""
+    """Return the positions of batch k of a pass."""
     return slice(k * size, rows if k + 1 == steps_in_pass(rows, size) else (k + 1) * size)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """The batch with its tensors on the device: tuples, lists and dicts are followed, an object that has `to(device)` is
-    asked, as those of graph and text libraries have, and anything else stays as it is."""
+    """Return the batch with its tensors on the device.
+
+    Tuples, lists and mappings are searched for tensors. An object with a method `to(device)`, as graph and text libraries have,
+    is moved by it; any other object is returned unchanged.
+    """
     if callable(move := getattr(batch, "to", None)):
         return move(device)
     if isinstance(batch, Mapping):
@@ -376,7 +421,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def batch_rows(batch: Any) -> int:
-    """Rows of a batch: the length of its first tensor that has one."""
+    """Return the rows of a batch: the length of its first tensor with a dimension; 0 without such a tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 0
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
@@ -392,11 +437,19 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     skipped: Counter[str] | None = None,
 ) -> dict[str, float]:
-    """Return the task's metrics over all rows, from its `evaluate` if it has one. Leaves the model as it was.
+    """Return the task's metrics over all rows, from its own `evaluate` if it has one.
 
     Args:
-        on_batch: called after each batch, or each call of the model by the task's own `evaluate`: a sign of progress.
-        skipped: counts the batches that were left out of a metric's mean, by the metric's name.
+        task: the task.
+        model: its modules' training modes are restored afterwards.
+        dataset: the held-out rows.
+        batch_size: rows of a batch.
+        device: the model's device.
+        on_batch: called after each batch, or after each call of the model by the task's own `evaluate`, to show progress.
+        skipped: counts by name the batches that were left out of a metric's mean because it was NaN.
+
+    Raises:
+        ConfigError: the task returned no numbers, or the data set has no rows.
     """
     with _in_evaluation(model):
         if _is_own(task, "evaluate"):
@@ -420,9 +473,9 @@ def _means(
     on_batch: Callable[[], None],
     skipped: Counter[str],
 ) -> dict[str, float]:
-    """Return the means of the batches' metrics, weighted by their rows, over the batches in which a metric is no NaN.
+    """Return the means of the batches' metrics, weighted by rows, without the batches in which a metric is NaN.
 
-    A metric that is NaN in all of them, or infinite in one, stays so.
+    A metric that is NaN in all batches is NaN; a metric that is infinite in one batch is infinite.
     """
     rows, sums, counted = _rows(dataset), dict[str, float](), Counter[str]()
     if not rows:
@@ -444,7 +497,7 @@ def _means(
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without gradients, and every module back into its own mode."""
+    """Put the model into evaluation mode without gradients; restore every module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -457,7 +510,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gradients_explained(hook: str) -> Iterator[None]:
-    """Turn torch's complaint that there is no gradient into one that says why. Raises ConfigError."""
+    """Turn torch's error about a missing gradient into a ConfigError that names the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -469,7 +522,16 @@ def _gradients_explained(hook: str) -> Iterator[None]:
 
 
 def as_number(value: Any, what: str, hint: str) -> float:
-    """One number that the task gave: also a tensor of one element. Raises ConfigError for anything else."""
+    """Return a number, also from a tensor of one element.
+
+    Args:
+        value: a value that the task returned.
+        what: beginning of the error's text, as "`loss` returned".
+        hint: of the error.
+
+    Raises:
+        ConfigError: the value is no number.
+    """
     try:
         if not isinstance(value, str | bytes):
             return float(value.detach() if isinstance(value, Tensor) else value)
@@ -480,7 +542,7 @@ def as_number(value: Any, what: str, hint: str) -> float:
 
 
 def checked_loss(loss: Any) -> Tensor:
-    """What `loss` returned. Raises ConfigError."""
+    """Return the result of `loss`. Raises ConfigError unless it is a tensor of one element."""
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss
     what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -490,7 +552,7 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def _checked(metrics: Any, hook: str) -> dict[str, float]:
-    """Return what `metrics` or `evaluate` has returned, as numbers by name. Raises ConfigError."""
+    """Return the result of `metrics` or `evaluate` as numbers by name. Raises ConfigError for anything else."""
     hint = "Return numbers by name, as {'loss': loss.item()}"
     if not isinstance(metrics, Mapping):
         raise ConfigError("task", f"`{hook}` returned a {type(metrics).__name__}", hint)
@@ -508,7 +570,18 @@ def whole_gradient(
     device: torch.device | str,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Leaves the gradient of the loss over all rows in `.grad`, the model in training mode, and its tensors as they were."""
+    """Write the gradient of the mean loss over all rows to `.grad` of the parameters.
+
+    The model's buffers are restored; its modules are left in training mode.
+
+    Args:
+        task: the task.
+        model: receives the gradient.
+        dataset: the rows.
+        batch_size: rows of a batch, of which gradients are accumulated.
+        device: the model's device.
+        on_batch: called after each batch, to show progress.
+    """
     rows = _rows(dataset)
     before = [buffer.clone() for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)
@@ -524,7 +597,7 @@ def whole_gradient(
 
 
 def rows_of_part(dataset: Dataset[Any], number: int) -> int:
-    """Rows to train on. Raises ConfigError where there is none, or nobody can tell."""
+    """Return the number of rows of a part. Raises ConfigError if the data set is empty, or gives no rows by number."""
     rows = _rows(dataset)
     if rows == 0:
         raise ConfigError("task", f"dataset() returned no rows for part {number}", "Give every part a row at least")
@@ -532,7 +605,7 @@ def rows_of_part(dataset: Dataset[Any], number: int) -> int:
 
 
 def _rows(dataset: Dataset[Any]) -> int:
-    """Return the number of rows. Raises ConfigError for anything that does not give rows by number."""
+    """Return the number of rows. Raises ConfigError for an object that does not give rows by number."""
     kind, hint = type(dataset).__name__, "Return a map-style data set: one with len() and [row], which a list has too"
     if isinstance(dataset, IterableDataset):
         problem = f"dataset() returned {kind}, an IterableDataset, which gives no row by its number"
@@ -549,18 +622,18 @@ def _rows(dataset: Dataset[Any]) -> int:
 
 
 def _is_own(task: Task, hook: str) -> bool:
-    """Tell whether the task has this hook, or its default only."""
+    """Return whether the task overrides the default of a method."""
     return getattr(getattr(task, hook), "__func__", None) is not getattr(Task, hook)
 
 
 def _collate(dataset: Dataset[Any], numbers: NDArray[np.int64], task: Task | None) -> Any:
     """Return the rows of these numbers as one batch. Raises ConfigError for rows that need the task's own `collate`.
 
-    A TensorDataset, or a Subset of one, is indexed at once: far faster than row by row.
+    A TensorDataset, or a Subset of one, is indexed with all numbers at once, which is far faster than row by row.
     """
     own = task is not None and _is_own(task, "collate")
     source = dataset
-    while type(source) is Subset:  # a class derived from it may do more than choose rows
+    while type(source) is Subset:  # a derived class may do more than select rows
         chosen = source
         source, numbers = chosen.dataset, np.array([chosen.indices[row] for row in numbers])
     if type(source) is TensorDataset and not own:
@@ -573,7 +646,7 @@ def _collate(dataset: Dataset[Any], numbers: NDArray[np.int64], task: Task | Non
     if task is not None and own:
         return task.collate(rows)
     if not isinstance(rows, list):
-        return rows  # of a data set whose `__getitems__` makes the batch
+        return rows  # the data set's `__getitems__` returned a batch
     try:
         return default_collate(rows)
     except Exception as error:  # whatever torch raises for rows that it cannot stack

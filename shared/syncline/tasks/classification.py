@@ -1,4 +1,4 @@
-"""What tasks share whose model tells classes apart: the loss, the metrics, and grey images with a small network for them."""
+"""Base classes of classification tasks: loss and metrics, and a small network for grey images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SIDE = 28  # pixels
 
 
 class Classification(Task):
-    """Cross-entropy and accuracy. Batch: inputs, labels (B,) of whole numbers; the model makes scores (B, classes).
+    """Cross-entropy and accuracy. Batch: inputs, integer labels (B,); the model returns scores (B, classes).
 
-    Sequences are classified at each place: labels (B, T), scores (B, T, classes).
+    Sequences are classified at each position: labels (B, T), scores (B, T, classes).
     """
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -49,9 +49,10 @@ class Labelled:
 
 
 class Pixels(nn.Module):
-    """Grey values (B, H, W) uint8 → (B, 1, H, W) float32 of about zero mean and unit deviation.
+    """Scale grey values (B, H, W) uint8 to (B, 1, H, W) float32 with about zero mean and unit deviation.
 
-    So rows stay bytes until they are in a batch on the device. Channels last: convolutions on a CPU take half the time.
+    Rows stay bytes until their batch is on the device. The result is in channels-last format, which halves the time of
+    convolutions on a CPU.
     """
 
     def __init__(self, mean: float, deviation: float) -> None:
@@ -80,7 +81,7 @@ class GreyImages(Classification):
     @property
     @abc.abstractmethod
     def train_rows(self) -> Labelled:
-        """The rows that are split. Kept after the first time, so that a part costs no reading when the roster grows."""
+        """The rows to split. Implementations keep them, so that a new part needs no reading when the roster grows."""
 
     @property
     @abc.abstractmethod
@@ -88,9 +89,10 @@ class GreyImages(Classification):
         """The held-out rows."""
 
     def model(self) -> nn.Module:
-        """Two 3 × 3 convolutions, the second of `channels` channels, and a linear layer: 20,490 parameters by default.
+        """Return two 3 × 3 convolutions, the second of `channels` channels, and a linear layer.
 
-        A training step is 6 MFLOP an image. Pooling comes before the rectifier, which then has a quarter to do.
+        The default has 20,490 parameters; a training step takes 6 MFLOP per image. Pooling comes before the rectifier, which
+        then processes a quarter of the values.
         """
         half = self.channels // 2
         return nn.Sequential(

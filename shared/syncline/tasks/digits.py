@@ -1,4 +1,4 @@
-"""Handwritten digits: real data that scikit-learn brings along, so that a first run needs no network.
+"""Handwritten digits: real data included in scikit-learn, so that a first run needs no network.
 
 1,797 images of 8 × 8 pixels in ten classes (E. Alpaydin, C. Kaynak, UCI, 1998); a fixed fifth of each class is held out.
 """
@@ -25,7 +25,7 @@ _MEAN, _DEVIATION = 0.3, 0.4  # of a pixel in 0 … 1
 
 
 class Centred(nn.Module):
-    """Pixels (B, 64) in 0 … 1 → images (B, 1, 8, 8) of about zero mean and unit deviation, which trains faster."""
+    """Scale pixels (B, 64) in 0 … 1 to images (B, 1, 8, 8) with about zero mean and unit deviation, which train faster."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return ((pixels - _MEAN) / _DEVIATION).view(-1, 1, 8, 8)
@@ -40,7 +40,7 @@ class Digits(Classification):
         self.hidden = hidden
 
     def model(self) -> nn.Module:
-        """Two convolutions, the second of `hidden` channels, and a linear layer: 9,930 parameters by default."""
+        """Return two convolutions, the second of `hidden` channels, and a linear layer: 9,930 parameters by default."""
         return nn.Sequential(
             Centred(),
             nn.Conv2d(1, self.hidden // 2, kernel_size=3, padding=1),
@@ -66,9 +66,11 @@ class Digits(Classification):
 
 @read_once
 def _read() -> tuple[NDArray[Any], ...]:
-    """Images and labels: train, test, train, test."""
+    """Return images and labels: (train images, test images, train labels, test labels)."""
     try:
-        from sklearn.datasets import load_digits  # a second to import, and only agents and evaluation need it
+        from sklearn.datasets import (
+            load_digits,
+        )  # imported here because it takes a second, and only agents and evaluators need it
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError:
         raise missing_extra("task syncline.tasks.digits:Digits", "sklearn", "local") from None

@@ -1,7 +1,7 @@
 """Fashion-MNIST: 70,000 real pictures of clothes and shoes in ten classes (H. Xiao, K. Rasul, R. Vollgraf, arXiv:1708.07747).
 
-60,000 are split, 10,000 held out, as the authors did. Read from the four idx files of a directory, where Debian's package
-puts them by default; each process reads only what it asks for, so a coordinator the held-out files and an agent the others.
+60,000 pictures are split among the agents and 10,000 are held out, as by the authors. They are read from four idx files in a
+directory, by default that of Debian's package. A coordinator reads only the held-out files, an agent only the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _HINT = (
 class FashionMnist(GreyImages):
     """Batch: images (B, 28, 28) uint8, labels (B,) int64. The rows take 48 MB in an agent, 8 MB in the coordinator.
 
-    `directory`: where train-images-idx3-ubyte and the others lie, with or without .gz; the default is Debian's.
+    Args:
+        directory: holds train-images-idx3-ubyte and the others, with or without .gz; default: that of Debian's package.
+        channels: output channels of the second convolution.
     """
 
     MEAN, DEVIATION = 0.286, 0.353
@@ -47,7 +49,7 @@ class FashionMnist(GreyImages):
         return self._read("t10k")
 
     def _read(self, which: str) -> Labelled:
-        """Images and labels that fit together. Raises ConfigError."""
+        """Return the images and labels of a file pair. Raises ConfigError."""
         images_file, labels_file = self._find(f"{which}-images-idx3-ubyte"), self._find(f"{which}-labels-idx1-ubyte")
         images, labels = _read_pair(images_file, labels_file)
         return Labelled(images, labels)
@@ -61,7 +63,7 @@ class FashionMnist(GreyImages):
 
 @read_once
 def _read_pair(images_file: Path, labels_file: Path) -> tuple[NDArray[Any], ...]:
-    """Images and labels that fit together. Raises ConfigError."""
+    """Return images and labels of the same length. Raises ConfigError for files that cannot be used."""
     images = _checked(images_file, 3, MOST_ROWS * SIDE**2)
     labels = _checked(labels_file, 1, MOST_ROWS)
     if images.shape[1:] != (SIDE, SIDE):

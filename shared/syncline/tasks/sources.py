@@ -1,4 +1,4 @@
-"""The files of a task's code, and their digests: they show whether two machines have the same code."""
+"""Digests of the files of a task's code, to compare the code of two machines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ INSTALLED = ("site-packages", "dist-packages")  # directories of packages
 def digests_of_code(task: Task) -> dict[str, str]:
     """Return the xxh3-64 of each file of the task's code, by its name.
 
-    These are the files of the task's class and of those it is derived from, and what has been imported from the directory of
-    a task file. Names are the same on every machine; line endings make no difference.
+    The files are those of the task's class and its base classes, and the modules imported from the directory of a task file.
+    Names are the same on every machine; line endings make no difference.
     """
     found: dict[str, str] = {}
     for name, file in sorted(_files(task)):
@@ -31,7 +31,7 @@ def digests_of_code(task: Task) -> dict[str, str]:
 
 
 def differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
-    """Return the names of the files that both machines have, and that differ."""
+    """Return the names of the files that both machines have with different content."""
     return [name for name in here if there.get(name, here[name]) != here[name]]
 
 
@@ -49,11 +49,13 @@ def _files(task: Task) -> set[tuple[str, Path]]:
 
 
 def _beside(directory: Path) -> Iterator[Path]:
-    """Yield the files of imported modules in the directory and below it; packages that are installed there are no task's."""
+    """Yield the files of imported modules in the directory and below it, without installed packages."""
     prefix = f"{directory}{os.sep}"
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if not file or not file.startswith(prefix):  # thousands of modules, asked for each agent of a simulation
+        if not file or not file.startswith(
+            prefix
+        ):  # a cheap test first: a simulation checks thousands of modules for each agent
             continue
         parts = Path(file).relative_to(directory).parts
         if not any(part.startswith(".") or part in INSTALLED for part in parts):
@@ -65,7 +67,7 @@ def _name(file: Path, directory: Path) -> str:
 
 
 def _digest(file: Path) -> str:
-    """Return '' for a file that is no source, or cannot be read."""
+    """Return the digest of a file; '' for a file that is no Python source or cannot be read."""
     try:
         if file.suffix == ".py" and file.stat().st_size <= MAX_FILE_BYTES:
             return str(xxhash.xxh3_64_hexdigest(file.read_bytes().replace(b"\r\n", b"\n")))
