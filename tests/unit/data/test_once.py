@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from syncline.data.once import MOST_KEPT, Array, read_once
+from syncline.data.once import MAX_KEPT, Array, read_once
 
 
 def test_a_file_is_read_once_and_every_caller_has_arrays_of_its_own() -> None:
@@ -36,9 +36,9 @@ def test_arrays_of_any_shape_come_back(array: Array) -> None:
 def test_many_callers_hold_no_descriptors() -> None:
     read = read_once(lambda k: (np.full(3, k),))
     before = len(list(Path("/dev/fd").iterdir()))
-    held = [read(k % (2 * MOST_KEPT)) for k in range(10 * MOST_KEPT)]
-    assert len(list(Path("/dev/fd").iterdir())) - before <= MOST_KEPT
-    assert all(array.tolist() == [k % (2 * MOST_KEPT)] * 3 for k, [array] in enumerate(held))
+    held = [read(k % (2 * MAX_KEPT)) for k in range(10 * MAX_KEPT)]
+    assert len(list(Path("/dev/fd").iterdir())) - before <= MAX_KEPT
+    assert all(array.tolist() == [k % (2 * MAX_KEPT)] * 3 for k, [array] in enumerate(held))
 
 
 def test_what_cannot_be_read_is_tried_again() -> None:

@@ -78,7 +78,7 @@ def test_case_does_not_matter(kind: str) -> None:
          "`momentum`?"),
         ({"kind": "sgd", "params": 3}, "local.optimizer.params: torch's SGD has no such argument. Known here: lr, momentum, "),
         ({"kind": "sgd", "weight_decay": 0.1, "momentum": -1}, "local.optimizer.momentum: -1 is not accepted by torch's SGD: "
-         "Invalid momentum value: -1. Mend it, or leave it out"),
+         "Invalid momentum value: -1. Correct it, or leave it out"),
         ({"kind": "adam", "betas": 3}, "local.optimizer.betas: 3 is not accepted by torch's Adam: "),
         ({"kind": "adam", "betas": "much"}, "local.optimizer.betas: 'much' is not accepted by torch's Adam: "),
         ({"kind": "LBFGS"}, "local.optimizer.kind: 'LBFGS' computes its gradients anew in each step. Return it from "),

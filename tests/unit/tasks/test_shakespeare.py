@@ -10,7 +10,7 @@ import pytest
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.spec.sections import Natural
-from syncline.tasks.shakespeare import MOST_BYTES, Shakespeare, encode, read_plays, speeches
+from syncline.tasks.shakespeare import MAX_BYTES, Shakespeare, encode, read_plays, speeches
 
 PLAY = """\
 THE TITLE
@@ -130,7 +130,7 @@ def test_what_cannot_be_used_is_refused_with_the_mend(tmp_path: Path) -> None:
     write(tmp_path, a=PLAY)
     with pytest.raises(ConfigError, match=r"task_options.length: no role in .* says enough for two windows of 80 char"):
         Shakespeare(str(tmp_path)).dataset(Part.test())
-    write(tmp_path, b="x" * (MOST_BYTES + 1))
+    write(tmp_path, b="x" * (MAX_BYTES + 1))
     with pytest.raises(ConfigError, match="has more than 4,194,304 bytes, which is no play"):
         read_plays(tmp_path)
     with pytest.raises(ValueError, match="hidden is 0, and must be positive"):
