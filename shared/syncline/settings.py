@@ -148,7 +148,7 @@ def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) 
             kind = entry.load()
         except Exception as error:  # whatever its module raises
             problem = f"{where} cannot be loaded: {type(error).__name__}: {error}"
-            raise ConfigError(group, problem, "Mend its package, or uninstall it") from error
+            raise ConfigError(group, problem, "Correct its package, or uninstall it") from error
         if not (isinstance(kind, type) and issubclass(kind, base)):
             raise ConfigError(group, f"{where} is no class of {base.__name__}", "Derive it, or uninstall its package")
         if kind.model_fields[tag].default != entry.name or entry.name in {*known, *found}:

@@ -125,7 +125,7 @@ async def test_a_period_of_seconds_takes_so_long_and_counts_by_its_steps(fleet: 
             {"optimizer": {"kind": "sgd", "momentum": -1}},
             "local.optimizer.momentum",
             "-1 is not accepted by torch's SGD",
-            "Mend it, or leave it out",
+            "Correct it, or leave it out",
         ),
         ({"schedule": {"kind": "cosine"}}, "local.schedule.T_max", "is missing", "Add it"),
     ],
