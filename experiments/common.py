@@ -1,4 +1,4 @@
-"""What the experiments share: runs in a simulated fleet, kept once they are done; tables for docs/results.md; plots."""
+"""Shared code of the experiments: runs in a simulated fleet, a cache of their results, tables for docs/results.md, plots."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ FLUSH = {"file": sys.stderr, "flush": True}
 
 
 def fleet(spec: dict[str, Any], sim: dict[str, Any]) -> FleetResult:
-    """One run in virtual time."""
+    """Return the result of one run in virtual time.
+
+    Args:
+        spec: the settings of the run.
+        sim: the section `sim` of the simulated fleet.
+    """
     return run_fleet(parse(RunSpec, spec), parse(SimSettings, sim, "sim"), task_dir=HERE)
 
 
 class Kept:
-    """Results by what they are of: a run that an earlier call has made is not made again."""
+    """A cache of results in a file, by their settings, so that an interrupted experiment continues with the missing runs."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
@@ -35,6 +40,7 @@ class Kept:
         self._known = [json.loads(line) for line in lines]
 
     def of(self, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the result for the settings `what`, from the cache or from `make`."""
         what = json.loads(json.dumps(what))
         for known in self._known:
             if known["what"] == what:
@@ -50,12 +56,22 @@ class Kept:
 
 
 def arguments(description: str | None, *, seeds: int = 3, **lists: Sequence[float]) -> tuple[argparse.Namespace, Kept]:
-    """Read the command line. `lists`: options that take several numbers, with their defaults."""
+    """Parse the command line.
+
+    Args:
+        description: the help text.
+        seeds: default number of seeds.
+        lists: options that take several numbers, with their defaults.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"seeds 1 to N; default: {seeds}")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="results are kept there, and not made again")
-    parser.add_argument("--directory", default="", metavar="DIR", help="of the data, where they are in another place")
-    parser.add_argument("--real", action="store_true", help="real processes, where the experiment has that")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="file of finished results, which are not computed again"
+    )
+    parser.add_argument(
+        "--directory", default="", metavar="DIR", help="directory of the data, unless it is the default"
+    )
+    parser.add_argument("--real", action="store_true", help="use real processes, if the experiment supports them")
     parser.add_argument("--no-plot", action="store_true", help="print the table alone")
     for name, default in lists.items():
         shown = ",".join(f"{x:g}" for x in default)
@@ -77,15 +93,15 @@ CHOOSING_SEED = 101
 def tuned(
     kept: Kept, what: dict[str, Any], rates: Sequence[float], seeds: int, measure: Measure, score: str
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Choose the learning rate on the validation rows, and measure with it on the test rows, once for each seed.
+    """Choose the learning rate on the validation rows, then measure with it on the test rows, once for each seed.
 
     Args:
-        kept: results of earlier calls.
-        what: what the results are of, without learning rate, split and seed.
+        kept: the cache of results.
+        what: the settings of the results, without learning rate, split and seed.
         rates: the grid of learning rates.
-        seeds: so many runs on the test rows.
+        seeds: number of runs on the test rows.
         measure: makes one run.
-        score: the key of its result by which rates are compared, the smaller the better; None is the worst.
+        score: the key of a result by which rates are compared; smaller is better, None is the worst.
 
     Returns:
         The learning rate, and a result for each seed.
@@ -118,13 +134,13 @@ def say(text: str) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Markdown on standard output."""
+    """Print a table in Markdown."""
     for cells in (head, ["---"] * len(head), *rows):
         print(f"| {' | '.join(cells)} |")
 
 
 def picture(name: str, *draw: Callable[[Any], None], width: float = 8.0, height: float = 4.5) -> None:
-    """`draw(axes)` into docs/pictures/<name>.png; several of them side by side, on one scale."""
+    """Write the plots of the functions `draw(axes)`, side by side on one scale, to docs/pictures/<name>.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +160,7 @@ def picture(name: str, *draw: Callable[[Any], None], width: float = 8.0, height:
 
 
 def bars(axes: Any, groups: Sequence[str], values: dict[str, Sequence[float]], most: Sequence[float]) -> None:
-    """Beside each other, by group, on a logarithmic scale, with their figures; a pale one stands for more than `most`."""
+    """Draw grouped bars with their values on a logarithmic scale; a pale bar stands for a value above `most`."""
     wide = 0.8 / len(values)
     for i, (label, heights) in enumerate(values.items()):
         places = [g + (i - (len(values) - 1) / 2) * wide for g in range(len(groups))]

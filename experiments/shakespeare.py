@@ -1,7 +1,8 @@
-"""Shakespeare by role (McMahan et al., arXiv:1602.05629, table 2): speakers as agents, against the same text dealt out evenly.
+"""Shakespeare by role (McMahan et al., arXiv:1602.05629, table 2): one agent per role against an even split.
 
-The 100 roles that say most, ten of them a round, a GRU of 128 units (66,281 parameters) that predicts the next of 80
-characters. FedSGD (one step on the whole part) against E = 5 local epochs with batches of ten. `--directory`: of the plays.
+The 100 roles with the longest texts, ten of them drawn for each round, a GRU of 128 units (66,281 parameters) that predicts the
+next character in windows of 80. FedSGD (one step on the whole part) is compared with E = 5 local epochs and batches of ten.
+`--directory`: the directory of the plays.
 """
 
 from __future__ import annotations

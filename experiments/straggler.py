@@ -1,19 +1,19 @@
-"""One agent is five times slower than the others: what each way of averaging makes of it.
+"""One agent is five times slower than the others: a comparison of averaging schemes.
 
-Fashion-MNIST, IID, four and eight agents, a two-layer network (199,210 parameters), ten local steps a period; 20 ms a step,
-100 ms for the slow one, in virtual time. Each way trains until the center has 85 % of the held-out images right.
+Fashion-MNIST, IID, four and eight agents, a two-layer network (199,210 parameters), ten local steps per period; a step takes
+20 ms of virtual time, 100 ms on the slow agent. Each scheme trains until the center's held-out accuracy is 85 %.
 
-    rounds       synchronous: every round waits for the slow one
-    max_ahead    bounded clocks, three periods ahead at most
+    rounds       synchronous: every round waits for the slow agent
+    max_ahead    bounded clocks, at most three periods ahead
     fedbuff      a buffer of half the agents, weights 1/√(1 + τ)
-    fedasync     every update at once, weights 1/√(1 + τ), server learning rate 0.6
+    fedasync     every update is merged at once, weights 1/√(1 + τ), server learning rate 0.6
     elastic      asynchronous elastic averaging, α = 0.9 / N
 
-Each way has the local learning rate (`--rates`) with which it is first at the target on 10,000 training images that are set
-apart; the table is of the test images, with the seeds 1 to `--seeds`. A way's versions are its server's steps.
+Each scheme has the local learning rate (`--rates`) that reaches the target first on 10,000 validation images; the table is
+measured on the test images, with the seeds 1 to `--seeds`. The versions of a scheme are its server's steps.
 
-With `--real`: four agents as real processes, of which a step takes 60 ms (300 ms) of real time. The rate of updates alone, from
-what half a minute more of training brings.
+With `--real`, four agents run as real processes, with steps of 60 ms (slow agent: 300 ms) of real time. Only the rate of
+updates is measured, by the updates of half a minute of additional training.
 
 The rate of updates of an asynchronous run is (r (N − 1) + 1) / N times that of rounds, for one agent r times slower.
 """
@@ -79,7 +79,7 @@ def outcome(n: int, way: dict[str, Any], seed: int, lr: float, **options: Any) -
 
 
 def real_rate(name: str, way: dict[str, Any]) -> float:
-    """Merged updates a second of four real agents, the last of them slow: of a long run without those of a short one."""
+    """Return the merged updates per second of four real agents, one of them slow: the difference of a long and a short run."""
     size = way["sync"].get("buffer", 4)
     rounds_a_s = expected(4, name) * 4 / (10 * REAL_STEP_S * SLOW) / size
     short, long = (round(rounds_a_s * seconds) for seconds in (6, 6 + REAL_S))

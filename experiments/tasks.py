@@ -1,13 +1,13 @@
-"""What training together is worth, on the real data of examples/: `make results-tasks`, or one of them by name.
+"""Joint training compared with centralised and separate training, on the real data of examples/.
 
-Each run is a `syncline run SPEC --local N` with real processes. Four are held against each other, seed by seed, with the same
-model, size of a batch and optimiser:
+Run it with `make results-tasks`, or with the name of an example. Each run is a `syncline run SPEC --local N` of real processes.
+Four variants are compared for each seed, with the same model, batch size and optimiser:
 
-    together          the spec as it stands: N agents, each with its part
-    centralised       one agent that has all the data, for as many samples as the N agents together see
-    ... 0.4 × lr      the same with a smaller learning rate: it makes N times as many steps one after the other, and no mean of
-                      N models takes their noise away
-    alone             each of the N agents on its own part, for as many steps as it makes in the run together
+    together          the unchanged spec: N agents, each with its part
+    centralised       one agent with all the data, for as many samples as the N agents see together
+    ... 0.4 × lr      the same with a smaller learning rate, because one agent makes N times as many steps in sequence, and no
+                      mean of N models reduces their noise
+    alone             each of the N agents on its own part, for as many steps as in the joint run
 
 Prints a line for each run on standard error, and at the end a table in Markdown for docs/results.md.
 """
@@ -32,7 +32,7 @@ MOST_S = 1800.0  # of one run
 
 
 def settings(name: str, seed: int) -> dict[str, dict[str, Any]]:
-    """The specs of the four ways."""
+    """Return the specs of the four variants."""
     together: dict[str, Any] = {**yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()), "seed": seed}
     agents, steps, versions = together["agents"]["min"], together["local"]["steps"], together["stop"]["versions"]
     centralised = {
@@ -55,7 +55,7 @@ def settings(name: str, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The JSON object that `syncline run --json` ends with."""
+    """Return the JSON object that `syncline run --json` prints at its end."""
     file = directory / "spec.yaml"
     file.write_text(yaml.safe_dump(spec))
     local = max(2, spec["agents"]["min"])  # one more than a single agent, so that in all ways a process has one thread
@@ -76,13 +76,13 @@ def accuracies(way: str, result: dict[str, Any], agents: int) -> list[float]:
 
 
 def shown(values: list[float]) -> str:
-    """Median and range, in percent."""
+    """Format the median and the range in percent."""
     low, middle, high = (f"{100 * f(values):.1f}" for f in (min, statistics.median, max))
     return f"{middle} %" if low == high else f"{middle} % ({low} – {high})"
 
 
 class Runs:
-    """What came of each run: also of those that an earlier call has made and kept in the file."""
+    """Results of runs, with a file that keeps them between calls."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -90,7 +90,7 @@ class Runs:
         self.kept: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def outcome(self, way: str, spec: dict[str, Any]) -> tuple[list[float], float]:
-        """Accuracies and seconds."""
+        """Return the accuracies and the duration of a run in seconds."""
         found = next((kept for kept in self.kept if kept["way"] == way and kept["spec"] == spec), None)
         if found is None:
             with tempfile.TemporaryDirectory() as directory:
@@ -105,7 +105,7 @@ class Runs:
 
 
 def row(name: str, seeds: list[int], runs: Runs) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     together = []
     for seed in seeds:
