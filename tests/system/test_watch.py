@@ -167,7 +167,7 @@ async def test_wrong_input_is_refused(fleet: Fleet, tmp_path: Path, started: lis
         assert await asyncio.to_thread(command.ended, 30.0) == 2
         assert "Traceback" not in command.err
     assert nowhere.err.startswith("error: --connect: no broker answers at nats://127.0.0.1:1")
-    assert no_name.err.startswith("error: RUN: 'No Name' is no run's name")
+    assert no_name.err.startswith("error: RUN: 'No Name' is not a run's name")
     assert "no local fleet is up on this machine" in nothing.err and "syncline demo" in nothing.err
 
 
