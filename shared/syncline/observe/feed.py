@@ -10,16 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from syncline.observe.telemetry import (
-    AgentEval,
-    CenterEval,
-    Event,
-    FleetStatus,
-    Published,
-    Round,
-    RunStatus,
-    Train,
-)
+from syncline.observe.telemetry import METRICS, Event, FleetStatus, Published
 from syncline.wire.subjects import COORDINATOR, FLEET, NAME, PREFIX
 
 EVENT = "event"  # the kind of every event message; metrics have kinds of their own
@@ -28,9 +19,9 @@ MAX_TEXT_CHARS = 1000  # of an event: the text goes to the terminal
 
 # The kinds that each sender may publish. An agent that publishes a coordinator's kind is not believed: the broker binds
 # the sender's name to its key, but not the kind.
-_OF_AGENT: dict[str, type[Published]] = {model.kind: model for model in (Train, AgentEval)}
-_OF_COORDINATOR: dict[str, type[Published]] = {model.kind: model for model in (Round, CenterEval, RunStatus)}
 _OF_FLEET: dict[str, type[Published]] = {FleetStatus.kind: FleetStatus}
+_OF_AGENT = {model.kind: model for sender, model in METRICS if sender != COORDINATOR}
+_OF_COORDINATOR = {model.kind: model for sender, model in METRICS if sender == COORDINATOR and model is not FleetStatus}
 
 
 @dataclass(frozen=True, slots=True)
