@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from syncline.errors import ConfigError
+from syncline.extras import require_modules
 from syncline.settings import parse
 from syncline.spec.run_spec import RunSpec
 from syncline_sim.fleet import FleetResult, run_fleet
@@ -79,6 +81,11 @@ def arguments(description: str | None, *, seeds: int = 3, **lists: Sequence[floa
     given = parser.parse_args()
     if given.seeds < 1:
         parser.error("--seeds must be 1 or more")
+    if not given.no_plot:
+        try:
+            require_modules("plots", "experiments", "matplotlib")
+        except ConfigError as error:
+            parser.error(f"{error}, or leave the plots out: --no-plot")
     return given, Kept(given.keep)
 
 
