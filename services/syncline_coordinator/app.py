@@ -1,4 +1,8 @@
-"""The coordinator as a process: from settings to a running service."""
+"""The coordinator's process: connects to the broker, starts the nursery and serves until a signal.
+
+Reductions run in threads of this process. The model and the evaluation live in a child process, which the nursery forks from
+a process that has imported torch.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +34,26 @@ log = logging.getLogger(__name__)
 
 EVALUATOR = "syncline_coordinator.evaluator:main"
 REDUCERS = 2  # threads
-ANSWER_S = 1.0  # for another coordinator
-LEAVING_S = 3.0
-EVALUATION_S = 3600.0
+ANSWER_S = 1.0  # a coordinator that is up answers within this time
+LEAVING_S = 3.0  # given to a coordinator that was asked to stop
+RETRY_S = 0.2
+EVALUATION_S = 3600.0  # an evaluation that takes longer is given up
 
 
 def run(options: CoordinatorOptions) -> int:
-    """Serves until a signal. Returns the exit code."""
+    """Serve until a signal asks the process to stop.
+
+    Returns:
+        The exit code: DONE after a signal, FAILED if another coordinator took over.
+
+    Raises:
+        ConfigError: an option is wrong, the broker cannot be used, or another coordinator is up.
+    """
     set_up_logging(options.log_file)
     name_process(COORDINATOR)
     seed = read_seed(Path(options.key)) if options.key else ""
-    options = replace(
-        options, task_dir=str(Path(options.task_dir).absolute())
-    )  # the child works in its task's directory
+    # Absolute, since the child changes to its task's directory.
+    options = replace(options, task_dir=str(Path(options.task_dir).absolute()))
     nursery = Nursery.start(("torch",))
 
     async def work() -> int:
@@ -56,12 +67,17 @@ def run(options: CoordinatorOptions) -> int:
 
 
 async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> int:
+    """Connect and serve. Return the exit code.
+
+    Args:
+        seed: of the coordinator's key; '' connects without a key.
+    """
     try:
         tls = Tls(options.tls_ca, options.tls_cert, options.tls_key)
         bus = await connect(options.connect, COORDINATOR, seed, tls=tls, patience_s=options.patience_s)
     except BusError as error:
         raise connection_problem(error, options.connect) from None
-    await _be_the_only_one(bus, options.connect)
+    await _require_only_coordinator(bus, options.connect)
     arguments = (options.threads, list(options.allow_task), options.task_dir)
 
     async def start_child(memory: SharedMemory) -> Child:
@@ -87,22 +103,32 @@ async def _serve(options: CoordinatorOptions, seed: str, nursery: Nursery) -> in
     return DONE
 
 
-async def _be_the_only_one(bus: Bus, url: str) -> None:
-    """Two would answer every agent, and take the run from each other. One that was asked to stop is given time to; one that
-    hangs answers nothing, and is replaced. Raises ConfigError."""
+async def _require_only_coordinator(bus: Bus, url: str) -> None:
+    """Check that no other coordinator answers requests.
+
+    Two coordinators would both answer every agent and take the run from each other. A coordinator that was asked to stop gets
+    `LEAVING_S` to end. One that hangs does not answer, and is replaced.
+
+    Raises:
+        ConfigError: another coordinator is up.
+    """
     deadline = time.monotonic() + LEAVING_S
     while True:
         try:
-            await bus.request(subjects.submit(), b"", ANSWER_S)  # no run at all: refused, and that is an answer
+            await bus.request(subjects.submit(), b"", ANSWER_S)  # an empty submission is refused: that is an answer
         except BusError:
             return
         if time.monotonic() > deadline:
-            hint = "Leave it at that: one serves all runs. To replace it, stop it first"
+            hint = "One coordinator serves all runs. To replace it, stop it first"
             await bus.close()
             raise ConfigError("--connect", f"a coordinator is up on {masked(url)} already", hint)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(RETRY_S)
 
 
 def run_forked(options: dict[str, Any]) -> int:
-    """The same, as a nursery calls it."""
+    """Serve as `run` does, in a process that a nursery has forked.
+
+    Args:
+        options: the fields of `CoordinatorOptions`, as JSON types.
+    """
     return run(CoordinatorOptions(**{**options, "allow_task": tuple(options.get("allow_task", ()))}))

@@ -1,4 +1,4 @@
-"""Which policy a spec asks for, and where a head says that it stands."""
+"""From a run's settings to its policy and its adviser, and from a head to the point where the policy resumes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from syncline.wire.messages import Head, Presence, Roster
 
 
 def policy_of(spec: RunSpec, max_agents: int) -> Policy:
-    """Make the policy of a spec, with the ledger of a run of at most so many agents."""
+    """Make the policy that the section `sync` of a spec chooses.
+
+    Args:
+        max_agents: the most agents that the run's ledger admits.
+    """
     ledger = Ledger(Numbering(fixed_parts=spec.partition.parts, max_agents=max_agents))
-    sync, merge, elastic = spec.sync, spec.merge, spec.mix.kind == "elastic"
+    sync = spec.sync
+    merge = spec.merge
+    elastic = spec.mix.kind == "elastic"
     if not isinstance(sync, Async):
         return Rounds(
             ledger=ledger,
@@ -53,6 +59,7 @@ def policy_of(spec: RunSpec, max_agents: int) -> Policy:
 
 
 def adviser_of(spec: RunSpec) -> Adviser:
+    """Make the adviser of a run. It looks at lags, rows and norms for settings that do not fit the fleet."""
     sync = spec.sync
     bounded = isinstance(sync, Async) and sync.max_ahead is not None
     return Adviser(
@@ -65,6 +72,11 @@ def adviser_of(spec: RunSpec) -> Adviser:
 
 
 def resume_point_of(head: Head, roster: Roster) -> ResumePoint:
+    """Return the point of a run at which a restarted coordinator's policy resumes.
+
+    Args:
+        roster: the roster that `head` names.
+    """
     agents = list(enumerate(roster.agents))
     return ResumePoint(
         version=head.version,

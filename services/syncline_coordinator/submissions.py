@@ -1,8 +1,8 @@
-"""Runs that were submitted, until they are accepted or refused.
+"""Submitted runs, from the request to the verdict: accepted or refused.
 
-A check loads the task, makes its model and its held-out data, which may take minutes the first time. So it goes on beside
-everything else, and its submitter has an answer every few seconds: what the coordinator is doing, and at last the verdict.
-The submitter asks again with the same record; a check that is asked for no more is given up.
+A check loads the task and makes its model and its held-out data, which may take minutes the first time. The submitter repeats
+its request with the same record, and each request is answered within `ANSWER_S`: with the coordinator's present activity, or
+with the verdict. A check without requests for `ABANDONED_S` is cancelled.
 """
 
 from __future__ import annotations
@@ -23,122 +23,133 @@ from syncline.wire.messages import Submit, Submitted, decode
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 5.0  # between a question and its answer, at most
-FORGOTTEN_S = 60.0  # without a question, after which a check is given up, and a verdict forgotten
-MOST_CHECKS = 16
-MOST_QUESTIONS = 4  # of one check that wait for an answer; of more, the newest
+ANSWER_S = 5.0  # the longest time from a request to its answer
+ABANDONED_S = 60.0  # without a request; then a check is cancelled, and a verdict discarded
+MAX_CHECKS = 16
+MAX_WAITING_REQUESTS = 4  # for one check; the newest ones are kept
 
-Accept = Callable[[RunSpec, Submit], Awaitable[list[str]]]  # returns warnings; raises what is wrong
+Accept = Callable[
+    [RunSpec, Submit], Awaitable[list[str]]
+]  # returns warnings; raises ConfigError and others for a refusal
 
 
 @dataclass(slots=True)
-class Check:
-    """One submitted run, and the questions about it that have no answer yet."""
+class _Check:
+    """One submitted run and the requests for it that have no answer yet."""
 
     run: str
-    questions: deque[Delivery] = field(default_factory=lambda: deque(maxlen=MOST_QUESTIONS))
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: deque[Delivery] = field(default_factory=lambda: deque(maxlen=MAX_WAITING_REQUESTS))
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
-    def ask(self, question: Delivery) -> None:
-        self.questions.append(question)
-        self.asked.set()
+    def add(self, request: Delivery) -> None:
+        """Queue a request for an answer."""
+        self.requests.append(request)
+        self.requested.set()
 
 
 class Submissions:
     """Checks submitted runs, one at a time.
 
     Args:
-        accept: checks a run, and queues it.
-        doing: what the check of the named run is at, as the object of «the coordinator …».
-        answer: sends the answer to a question.
+        accept: checks a run and queues it.
+        doing: returns the activity of the check of a run, as a phrase with a verb: «makes the model». '' if not known.
+        answer: sends the answer to a request.
     """
 
     def __init__(
         self, accept: Accept, doing: Callable[[str], str], answer: Callable[[Delivery, Submitted], Awaitable[None]]
     ) -> None:
-        self._accept, self._doing, self._answer = accept, doing, answer
-        self._checks: dict[bytes, Check] = {}  # by the record as it was submitted
-        self._turn = asyncio.Lock()
-        self._first = ""  # the run whose turn it is
+        self._accept = accept
+        self._doing = doing
+        self._answer = answer
+        self._checks: dict[bytes, _Check] = {}  # by the record as it was submitted
+        self._one_at_a_time = asyncio.Lock()
+        self._checked_run = ""  # the run that holds the lock, or held it last
 
-    async def on_submit(self, question: Delivery) -> None:
-        """Begin a check, or take up the question about one that goes on. Returns at once."""
-        check = self._checks.get(question.data)
+    async def on_submit(self, request: Delivery) -> None:
+        """Begin a check, or add the request to the check of the same record. Return at once."""
+        check = self._checks.get(request.data)
         if check is None:
             try:
-                record = decode(Submit, question.data)
+                record = decode(Submit, request.data)
                 spec = _spec_in(record)
-                if len(self._checks) >= MOST_CHECKS:
-                    raise ConfigError("spec", f"{MOST_CHECKS} submitted runs are being checked", "Try again later")
+                if len(self._checks) >= MAX_CHECKS:
+                    raise ConfigError("spec", f"{MAX_CHECKS} submitted runs are being checked", "Try again later")
             except (ConfigError, PeerError) as error:
-                await self._answer(question, refusal(error))
+                await self._answer(request, refusal(error))
                 return
-            check = self._checks[question.data] = Check(spec.name)
-            check.task = asyncio.create_task(self._see_through(question.data, check, spec, record))
-        check.ask(question)
+            check = self._checks[request.data] = _Check(spec.name)
+            check.task = asyncio.create_task(self._run_check(request.data, check, spec, record))
+        check.add(request)
 
     async def close(self) -> None:
-        """Give up all checks."""
+        """Cancel all checks."""
         tasks = [check.task for check in self._checks.values() if check.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _see_through(self, key: bytes, check: Check, spec: RunSpec, record: Submit) -> None:
-        """Answer all questions about a check, until the verdict is told or the submitter asks no more."""
+    async def _run_check(self, key: bytes, check: _Check, spec: RunSpec, record: Submit) -> None:
+        """Check a run and answer the requests for it, until the verdict is sent or the submitter has gone."""
         verdict = asyncio.create_task(self._verdict(spec, record))
         silent_s = 0.0
         try:
-            while not verdict.done() and silent_s < FORGOTTEN_S:
+            while not verdict.done() and silent_s < ABANDONED_S:
                 await asyncio.wait({verdict}, timeout=ANSWER_S)
                 if not verdict.done():
-                    silent_s = 0.0 if check.questions else silent_s + ANSWER_S
-                    await self._tell(check, Submitted(doing=self._what(check.run)))
+                    silent_s = 0.0 if check.requests else silent_s + ANSWER_S
+                    await self._answer_all(check, Submitted(doing=self._activity(check.run)))
             if verdict.done():
-                async with asyncio.timeout(FORGOTTEN_S):
-                    while not check.questions:
-                        check.asked.clear()  # by a question that has its answer: `wait` would never give way
-                        await check.asked.wait()
-                await self._tell(check, verdict.result())
+                async with asyncio.timeout(ABANDONED_S):
+                    while not check.requests:
+                        # An answered request has left the event set, and `wait` on a set event does not yield.
+                        check.requested.clear()
+                        await check.requested.wait()
+                await self._answer_all(check, verdict.result())
         except TimeoutError:
-            log.warning("the submitter of run %s has not asked for the verdict within %g s", check.run, FORGOTTEN_S)
+            log.warning("run %s: no request for the verdict of its check within %g s", check.run, ABANDONED_S)
         finally:
             del self._checks[key]
             verdict.cancel()
             await asyncio.gather(verdict, return_exceptions=True)
 
-    async def _tell(self, check: Check, said: Submitted) -> None:
-        check.asked.clear()
-        while check.questions:
-            await self._answer(check.questions.popleft(), said)
+    async def _answer_all(self, check: _Check, answer: Submitted) -> None:
+        check.requested.clear()
+        while check.requests:
+            await self._answer(check.requests.popleft(), answer)
 
-    def _what(self, run: str) -> str:
-        return (self._doing(run) or "checks the run") if self._first == run else f"checks run {self._first} first"
+    def _activity(self, run: str) -> str:
+        """Return the coordinator's present activity, for the submitter of a run."""
+        if self._checked_run != run:
+            return f"checks run {self._checked_run} first"
+        return self._doing(run) or "checks the run"
 
     async def _verdict(self, spec: RunSpec, record: Submit) -> Submitted:
-        async with self._turn:
-            self._first = spec.name
+        """Check a run after those that came earlier. Return the acceptance with its warnings, or the refusal."""
+        async with self._one_at_a_time:
+            self._checked_run = spec.name
             try:
                 return Submitted(run=spec.name, warnings=await self._accept(spec, submission(spec, record)))
             except (ConfigError, PeerError, BusError, ChildDied) as error:
                 return refusal(error)
-            except Exception as error:  # a bug of ours: the submitter must not wait for ever
-                log.exception("checking run %s failed", spec.name)
-                return refusal(PeerError(f"the coordinator failed to check it: {type(error).__name__}: {error}"))
+            except Exception as error:  # a bug in Syncline: without an answer the submitter would wait for ever
+                log.exception("run %s: the check failed", spec.name)
+                return refusal(PeerError(f"the coordinator failed to check the run: {type(error).__name__}: {error}"))
 
 
 def _spec_in(record: Submit) -> RunSpec:
-    """Return the settings of a submitted run. Raises ConfigError, as for settings that only a newer Syncline knows."""
+    """Return the settings in a record. Raises ConfigError for settings that are wrong, or that this version does not know."""
     try:
         return submitted_spec(record)
     except ConfigError as error:
-        ours = f"The coordinator is Syncline {__version__}: upgrade it, where a newer Syncline accepts this"
-        raise ConfigError(error.setting, error.problem, f"{error.hint}. {ours}" if error.hint else ours) from None
+        upgrade = f"The coordinator is Syncline {__version__}: upgrade it if a newer version accepts this setting"
+        hint = f"{error.hint}. {upgrade}" if error.hint else upgrade
+        raise ConfigError(error.setting, error.problem, hint) from None
 
 
 def refusal(error: Exception) -> Submitted:
-    """Return the answer that says what is wrong with a submitted run."""
+    """Return the answer that refuses a run because of an error."""
     if isinstance(error, ConfigError):
         return Submitted(setting=error.setting[:2000], problem=error.problem[:2000], hint=error.hint[:2000])
     return Submitted(setting="spec", problem=str(error)[:2000])

@@ -166,7 +166,10 @@ async def test_a_second_coordinator_says_so_and_leaves_the_run_alone(fleet: Flee
     second = Command(tmp_path, ("coordinator", "--connect", broker.url, "--key", key))
     try:
         assert await asyncio.to_thread(second.ended) == 2
-        assert f"error: --connect: a coordinator is up on {broker.url} already. Leave it at that" in second.err
+        assert (
+            f"error: --connect: a coordinator is up on {broker.url} already. One coordinator serves all runs"
+            in second.err
+        )
     finally:
         second.stop()
     head = await fleet.ended(run)

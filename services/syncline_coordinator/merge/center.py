@@ -1,4 +1,7 @@
-"""W and what is kept beside it. It is a copy: what counts lies on the bus."""
+"""The coordinator's copy of the center W and of the vectors that are committed with it.
+
+The version on the bus is authoritative: a coordinator that starts again fills its copy from there.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,28 @@ from syncline.transform.torch_dtypes import TORCH_DTYPES
 
 
 class Center:
-    """Flat vectors, each there once: a merge works in place, and one that is given up reads them again from the bus.
+    """The flat vectors of one version, P elements each: W, the sum of control variates, and the outer state.
 
-    W lies in shared memory, which the evaluator reads too. Where the manifest has a second section, the sum of all agents'
-    control variates does not, nor do the `states` vectors of merge rule and outer optimiser; all of those are zeros at first.
+    The memory holds each vector once. A merge changes them in place, and a merge that fails reads them again from the bus.
+
+    Attributes:
+        w_P: W, in shared memory, which the evaluator reads too.
+        control_P: the sum of all agents' control variates, for a manifest with a second section; else 0 elements.
     """
 
     def __init__(self, manifest: Manifest, memory: SharedMemory, states: int = 0) -> None:
+        """
+        Args:
+            memory: grown to the size of W.
+            states: vectors of outer state, of the merge rule and the outer optimiser together; zeros at first.
+        """
         memory.grow(manifest.nbytes)
-        dtype, elements = TORCH_DTYPES[manifest.dtype], manifest.elements
+        dtype = TORCH_DTYPES[manifest.dtype]
+        elements = manifest.elements
         self.w_P = torch.frombuffer(memory.view(), dtype=dtype, count=elements)
         self.control_P = torch.zeros(elements if manifest.sections > 1 else 0, dtype=dtype)
         self._states = [torch.zeros(elements, dtype=dtype) for _ in range(states)]
 
     def states(self, part: slice) -> list[Tensor]:
-        """A slice of each state vector."""
+        """Return the same slice of each state vector; changes of the slices change the center."""
         return [state_P[part] for state_P in self._states]

@@ -17,7 +17,7 @@ from syncline.errors import BusError, ConfigError, NoResponders, Unavailable, Un
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.spec.submission import submission
 from syncline.wire.messages import Submit, Submitted, decode, encode
-from syncline_coordinator.submissions import FORGOTTEN_S, MOST_CHECKS, Submissions
+from syncline_coordinator.submissions import ABANDONED_S, MAX_CHECKS, Submissions
 
 Simulated = Callable[[Any], tuple[Any, float]]
 
@@ -128,7 +128,7 @@ def test_a_second_run_is_checked_after_the_first_and_its_submitter_knows_why(sim
     [
         (ConfigError("task", "is no task", "Derive it"), "task: is no task. Derive it"),
         (Unavailable("the store is full"), "spec: the store is full"),
-        (KeyError("a bug"), "spec: the coordinator failed to check it: KeyError: 'a bug'"),
+        (KeyError("a bug"), "spec: the coordinator failed to check the run: KeyError: 'a bug'"),
     ],
 )
 def test_a_refusal_comes_however_long_the_check_took(error: Exception, said: str, simulated: Simulated) -> None:
@@ -147,7 +147,7 @@ def test_a_check_is_given_up_when_its_submitter_asks_no_more(simulated: Simulate
         await asyncio.sleep(100.0)
         assert coordinator.given_up == []
         gone.cancel()
-        await asyncio.sleep(FORGOTTEN_S + ANSWER_S)
+        await asyncio.sleep(ABANDONED_S + ANSWER_S)
         assert coordinator.given_up == ["hangs"]
         assert (await submit(coordinator, spec_of("next"))).run == "next"
 
@@ -165,7 +165,7 @@ def test_a_verdict_between_two_questions_waits_for_the_next_one(simulated: Simul
         await asyncio.sleep(1.0)
         await coordinator.request("submit", data, ANSWER_S)
         assert coordinator.begun == ["r", "r"], "the verdict was told, and is kept no longer"
-        await asyncio.sleep(FORGOTTEN_S)
+        await asyncio.sleep(ABANDONED_S)
 
     simulated(work())
 
@@ -174,9 +174,9 @@ def test_what_is_no_submission_and_one_too_many_are_answered_at_once(simulated: 
     async def work() -> None:
         coordinator = Coordinator({"r0": 1e6})
         assert "submit" in decode(Submitted, await coordinator.request("submit", b"", 1.0)).problem
-        waiting = [asyncio.create_task(submit(coordinator, spec_of(f"r{i}"))) for i in range(MOST_CHECKS)]
+        waiting = [asyncio.create_task(submit(coordinator, spec_of(f"r{i}"))) for i in range(MAX_CHECKS)]
         await asyncio.sleep(1.0)
-        with pytest.raises(ConfigError, match=f"{MOST_CHECKS} submitted runs are being checked"):
+        with pytest.raises(ConfigError, match=f"{MAX_CHECKS} submitted runs are being checked"):
             await submit(coordinator, spec_of("more"))
         for task in waiting:
             task.cancel()
@@ -231,7 +231,7 @@ def test_a_question_that_arrives_during_an_answer_does_not_hold_up_the_event_loo
 
         submissions = Submissions(accept, lambda run: "loads the task", answer)
         await submissions.on_submit(Delivery("", data, "1"))
-        await asyncio.sleep(FORGOTTEN_S / 2)  # the verdict is known before the next question
+        await asyncio.sleep(ABANDONED_S / 2)  # the verdict is known before the next question
         await submissions.on_submit(Delivery("", data, "3"))
         await asyncio.sleep(1.0)
         await submissions.close()
