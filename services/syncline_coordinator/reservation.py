@@ -1,4 +1,8 @@
-"""Space on the bus is reserved, not hoped for: a run's streams are bounded, and sized so that what it needs fits."""
+"""Space on the bus: the sizes of a run's streams, and how they are created, checked and deleted.
+
+Every stream has a limit, which the broker reserves when the stream is created. So a run that does not fit is refused with
+figures before it starts, and a run that has started does not run out of space.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +22,26 @@ from syncline.wire.messages import Submit
 
 log = logging.getLogger(__name__)
 
-UPDATES_PER_AGENT = 2  # one that is judged, one on its way
+UPDATES_PER_AGENT = 2  # one that waits for its verdict, one that is being sent
 MESSAGE_OVERHEAD_BYTES = 512  # subject, headers, frame and the store's own record
 UPDATES_SLACK_BYTES = 32 << 20  # judged updates that wait to be purged
 RECORDS_BYTES = 16 << 20  # rosters and plans beside the models, and models that wait to be purged
-RECORDS_AGENT_BYTES = 1024  # for each agent: its lines in a plan and a roster, both there twice while head moves
+RECORDS_AGENT_BYTES = 1024  # for each agent: its lines in a plan and a roster, each stored twice while head moves
 OFFERS_BYTES = 8 << 20
-OFFERS_AGENT_BYTES = 2048  # a few offers
-LOG_BYTES = 4 << 20  # records of commits that were interrupted, or put twice
+OFFERS_AGENT_BYTES = 2048  # for each agent: a few offers
+LOG_BYTES = 4 << 20  # records of commits that were interrupted or put twice
 LOG_VERSION_BYTES = 1024  # a commit record without its updates, and its line
-LOG_UPDATE_BYTES = 320  # in a commit record, for an update that was merged, or was late and then dropped
-LOG_REASON_BYTES = 120  # of the reason why one was dropped
-PROBE = (
-    "SYNCLINE_PROBE"  # one for all runs, as they are checked one at a time: what a killed check leaves is found again
-)
+LOG_UPDATE_BYTES = 320  # in a commit record, for an update that was merged or dropped
+LOG_REASON_BYTES = 120  # for the reason why an update was dropped
+# One name for all runs, since they are checked one at a time: the next check deletes the stream that a killed one has left.
+PROBE = "SYNCLINE_PROBE"
 RUNS = BucketConfig(subjects.RUNS_BUCKET, 64 << 20, Submit.max_bytes)  # specs and heads of all runs
 LEAST_BYTES = RUNS.max_bytes + UPDATES_SLACK_BYTES + RECORDS_BYTES + OFFERS_BYTES + LOG_BYTES  # one run of a tiny model
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Bytes that the run's streams may hold."""
+    """Limits of a run's streams, in bytes."""
 
     updates: int
     models: int
@@ -47,6 +50,7 @@ class Reservation:
 
     @classmethod
     def of(cls, spec: RunSpec, manifest: Manifest, agents: int) -> Reservation:
+        """Compute the limits of a run for at most so many agents."""
         vector = manifest.nbytes + manifest.chunks * MESSAGE_OVERHEAD_BYTES
         updates = UPDATES_PER_AGENT * agents * manifest.sections * vector + UPDATES_SLACK_BYTES
         models = (spec.keep_models + 1) * (manifest.sections + spec.state_vectors) * vector
@@ -59,9 +63,11 @@ class Reservation:
 
     @property
     def total(self) -> int:
+        """The bytes that all streams of the run reserve."""
         return self.updates + self.models + self.offers + self.log
 
     def streams(self, run: str) -> list[StreamConfig]:
+        """Return the configurations of the run's streams."""
         prefix = f"{subjects.PREFIX}.{run}"
         return [
             StreamConfig(subjects.updates_stream(run), (subjects.every_update(run),), self.updates, write_once=True),
@@ -74,44 +80,50 @@ class Reservation:
 
 
 def most_agents(spec: RunSpec) -> int:
-    """The largest fleet that the run has room for: `agents.max`, or twice what it starts with and eight at least."""
+    """Return the largest number of agents that the run has space for.
+
+    That is `agents.max`, or by default twice `agents.min` and at least eight more; never more than the merge rule can take.
+    """
     most = spec.agents.max or max(2 * spec.agents.min, spec.agents.min + 8)
     return most if spec.merge.max_updates is None else min(most, spec.merge.max_updates)
 
 
 def most_updates(spec: RunSpec, agents: int) -> int:
-    """Return how many updates a version is made of at most."""
+    """Return the largest number of updates in one version of a run with so many agents."""
     sync = spec.sync
     if isinstance(sync, Async):
         return sync.buffer_size(spec.agents.min) or agents
     if sync.sample is None:
         return agents
     quorum = 1 if sync.quorum == "all" else sync.quorum
-    if (
-        max(spec.merge.min_updates(), quorum) > 1
-    ):  # where some of those drawn are lost or slow, all others are asked too
+    if max(spec.merge.min_updates(), quorum) > 1:  # if drawn agents are lost or slow, all others are asked
         return agents
     return min(agents, max(1, round(sync.sample * agents)))
 
 
 def log_updates(spec: RunSpec, agents: int) -> int:
-    """Return how many updates a version adds to the log. In a round each is merged or dropped, in an asynchronous run as
-    many may be dropped beside those that are merged."""
+    """Return the largest number of updates that a version adds to the log.
+
+    In a round each update is merged or dropped. In an asynchronous run as many may be dropped as are merged.
+    """
     return most_updates(spec, agents) * (2 if isinstance(spec.sync, Async) else 1)
 
 
 async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
-    """Makes the run's streams. Raises ConfigError where they do not fit, with the figures, or where something else is there
-    under such a name or subject; then none that was made is left, and what was there before stays."""
+    """Create the run's streams. After an error the streams created here are deleted, and existing ones stay.
+
+    Raises:
+        ConfigError: the streams do not fit, or another stream has one of their names or subjects.
+    """
     agents = most_agents(spec)
     space = Reservation.of(spec, manifest, agents)
-    made: list[str] = []
+    created: list[str] = []
     try:
         for stream in space.streams(spec.name):
             await bus.ensure_stream(stream)
-            made.append(stream.name)
+            created.append(stream.name)
     except (StreamFull, Unavailable) as error:
-        await _tidy(bus.delete_stream(name) for name in made)
+        await _best_effort(bus.delete_stream(name) for name in created)
         if isinstance(error, Unavailable):
             hint = (
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
@@ -121,7 +133,7 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
 
 
 def _too_large(spec: RunSpec, manifest: Manifest, agents: int, space: Reservation, error: BusError) -> ConfigError:
-    """Name the setting that the run's space depends on most, with the figures."""
+    """Return the refusal of a run that does not fit: the setting that needs most of the space, and the figures."""
     why = f"merge.rule is {spec.merge.rule} and outer.kind is {spec.outer.kind}"
     kept = f" of {manifest.sections + spec.state_vectors} vectors, because {why}" if spec.state_vectors else ""
     parts = {"agents.max": space.updates, "keep_models": space.models, "stop.versions": space.log}
@@ -137,15 +149,19 @@ def _too_large(spec: RunSpec, manifest: Manifest, agents: int, space: Reservatio
 
 
 async def check_space(bus: Bus, spec: RunSpec, manifest: Manifest, held_bytes: int) -> None:
-    """Raise ConfigError where the run would not fit even if the run before it gave back all the `held_bytes` that it holds.
+    """Check that a queued run will fit once the run before it has ended. A run reserves its space when it is opened.
 
-    Keeps nothing: a run reserves its space when it is opened.
+    Args:
+        held_bytes: reserved for the run before it, and free after that run.
+
+    Raises:
+        ConfigError: the run does not fit.
     """
     agents = most_agents(spec)
     space = Reservation.of(spec, manifest, agents)
     probe = StreamConfig(PROBE, (subjects.probe(spec.name),), max(1, space.total - held_bytes))
     remove = partial(bus.delete_stream, PROBE)
-    await with_retries(remove)  # that of a check which was killed
+    await with_retries(remove)  # the stream of a check that was killed
     try:
         await bus.ensure_stream(probe)
     except StreamFull as error:
@@ -155,22 +171,32 @@ async def check_space(bus: Bus, spec: RunSpec, manifest: Manifest, held_bytes: i
 
 
 async def is_log_full(bus: Bus, run: str, reserved: int) -> bool:
-    """Whether the log of commits holds about as much as was reserved for it. Else the broker's disk is full."""
+    """Return whether the run's log has reached its limit. If it has not, a refused write means that the broker's disk is full.
+
+    Args:
+        reserved: bytes of the log's limit.
+    """
     return (await with_retries(lambda: bus.state(subjects.log_stream(run)))).bytes > reserved - LOG_BYTES // 2
 
 
-async def restore(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
-    """Makes those of the run's streams again that the broker has lost, so that what was in them is missed; what is there stays
-    as it is."""
+async def ensure_streams(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
+    """Create again the streams of an open run that the broker has lost. Streams that exist stay as they are.
+
+    The run finds out later which messages are missing from a new stream.
+    """
     for stream in Reservation.of(spec, manifest, most_agents(spec)).streams(spec.name):
         try:
             await bus.ensure_stream(stream)
-        except Unavailable as error:  # it was made by another version, and is of another size
+        except Unavailable as error:  # another version of Syncline has created the stream with another limit
             log.debug("%s: %s", stream.name, error)
 
 
 async def require_model_stream(bus: Bus, run: str) -> None:
-    """Raises BlobGone where the broker has lost the whole stream of the run's models: it answers no question about one then."""
+    """Check that the stream of the run's models exists: a broker without the stream does not answer requests for a model.
+
+    Raises:
+        BlobGone: the broker has lost the stream.
+    """
     try:
         await bus.state(subjects.model_stream(run))
     except Unavailable as error:
@@ -178,18 +204,22 @@ async def require_model_stream(bus: Bus, run: str) -> None:
 
 
 async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
-    """Deletes the run's streams with all they hold. Of a run that has ended, models and log stay, as large as they are."""
+    """Free the space of a run.
+
+    Args:
+        ended: keep models and log, with limits lowered to their present sizes. Else delete all streams of the run.
+    """
     kept = (subjects.model_stream, subjects.log_stream)
     names = (subjects.updates_stream, subjects.offers_stream, *kept)
-    await _tidy(bus.fit_stream(n(run)) if ended and n in kept else bus.delete_stream(n(run)) for n in names)
+    await _best_effort(bus.fit_stream(n(run)) if ended and n in kept else bus.delete_stream(n(run)) for n in names)
 
 
-async def _tidy(work: Iterator[Awaitable[None]]) -> None:
-    """One after the other, best effort: what stays is named by the run and bounded."""
-    for one in work:
+async def _best_effort(operations: Iterator[Awaitable[None]]) -> None:
+    """Await one operation after the other, and ignore errors: a stream that stays has a limit and carries the run's name."""
+    for operation in operations:
         try:
-            await one
-        except Unreachable:  # a broker may come back with an older store, in which the run goes on
+            await operation
+        except Unreachable:  # the broker may come back with an older store, in which the run goes on
             return
         except BusError:
             pass

@@ -68,7 +68,7 @@ from syncline_coordinator.merge.updates import UpdateGone, UpdateUnusable
 from syncline_coordinator.offers import OfferReader, StreamPosition
 from syncline_coordinator.policies import policy_of, resume_point_of
 from syncline_coordinator.recovery import LossDetector
-from syncline_coordinator.reporting import MergeDone, Room, RunReport
+from syncline_coordinator.reporting import MergeDone, RunReport, StorageAlarm
 from syncline_coordinator.reservation import Reservation, is_log_full
 from syncline_coordinator.retention import Janitor, Purger, Retention, kept_models, leftovers, uncommitted
 
@@ -91,7 +91,7 @@ class Parts:
     offers: OfferReader
     evaluation: Evaluation | None
     max_agents: int
-    room: Room
+    storage_alarm: StorageAlarm
 
 
 class Run:
@@ -320,7 +320,7 @@ class Run:
         else:
             moved |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
         if (isinstance(command, StartRound) and before.phase != "training") or not before.round:
-            self._report.opened(_now())
+            self._report.round_opened(_now())
         await self._move(before.changed(**moved), roster)
 
     async def _move(self, head: Head, roster: Roster) -> None:
@@ -333,7 +333,7 @@ class Run:
         """Write the plan into head, then execute it."""
         head, entries = self.keeper.head, self.ledger.plan_entries(merge.updates)
         plan = Plan(version=head.version + 1, reason=closed_words(merge.reason), merged=entries, late=list(merge.late))
-        self._report.decided(_now())
+        self._report.plan_made(_now())
         packed = encode(plan)
         held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
         await self.loss_detector.write_head(head.changed(plan=held, phase="merging"), tell=False)
@@ -379,14 +379,14 @@ class Run:
         await self._move(head.changed(**moved), roster)
         if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
             parts.evaluation.offer(plan.version)
-        await self._report.committed(done, _now(), last=start is None)
-        await parts.room.committed()
+        await self._report.version_committed(done, _now(), last=start is None)
+        await parts.storage_alarm.clear()
         for command in commands:
             if command is not start and not isinstance(command, Drop):
                 await self._execute(command)
 
     async def _drop(self, drop: Drop) -> None:
-        await self._report.dropped(drop)
+        await self._report.update_dropped(drop)
 
     async def _finish(self, reason: str, phase: Phase) -> None:
         head = self.keeper.head
@@ -417,7 +417,7 @@ class Run:
                     )
                 elif isinstance(offer, Offer):
                     if self.ledger.offer(agent, offer, stored.seq):
-                        self._report.offered(agent, offer)
+                        self._report.update_offered(agent, offer)
                     await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
     def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
@@ -449,7 +449,7 @@ class Run:
 
     async def _put_commit_record(self, done: MergeDone) -> None:
         parts = self.parts
-        record = self._report.record(self.keeper.head, done)
+        record = self._report.commit_record(self.keeper.head, done)
         try:
             await put_commit(parts.bus, record)
         except StreamFull as error:
@@ -470,7 +470,7 @@ class Run:
         target = self.parts.spec.stop.target
         value = metrics.get(target.metric) if target is not None else None
         if target is not None and target.metric not in metrics:
-            self._begin(self._report.no_such_metric(metrics))
+            self._begin(self._report.target_metric_missing(metrics))
         if target is not None and value is not None and target.reached(value) and not self._inbox.full():
             why = f"target reached: {target.metric} = {value:.4g} at version {version}"
             self._inbox.put_nowait(TargetReached(why))

@@ -30,8 +30,15 @@ from syncline_coordinator.merge.reducer import Reducer
 from syncline_coordinator.model_loader import ModelLoader
 from syncline_coordinator.offers import OfferReader
 from syncline_coordinator.recovery import MAX_UNCONFIRMED_REPORTS, LossReports, head_under_new_term
-from syncline_coordinator.reporting import Room
-from syncline_coordinator.reservation import Reservation, most_agents, release, require_model_stream, reserve, restore
+from syncline_coordinator.reporting import StorageAlarm
+from syncline_coordinator.reservation import (
+    Reservation,
+    ensure_streams,
+    most_agents,
+    release,
+    require_model_stream,
+    reserve,
+)
 from syncline_coordinator.run import Parts, Run
 from syncline_coordinator.run_queue import commit_initial, give_up, gone, stop_reason
 
@@ -45,7 +52,7 @@ class Shared:
     bus: Bus
     loader: ModelLoader
     loss_reports: LossReports
-    room: Room
+    storage_alarm: StorageAlarm
     executor: Executor | None  # reduces; None: inline
     evaluation_s: float | None  # that an evaluation may take
     public_key: Callable[[str], str]  # of an agent, '' where it is not known
@@ -162,7 +169,7 @@ class RunHost:
         known = b"" if layout is None else await record_of(bus, self.name, layout)
         child, manifest = await shared.loader.load(spec, self._memory, known, check=False)
         try:
-            await (reserve if anew else restore)(bus, spec, manifest)
+            await (reserve if anew else ensure_streams)(bus, spec, manifest)
             shared.hold(Reservation.of(spec, manifest, most_agents(spec)).total)
             center = Center(manifest, self._memory, spec.state_vectors)
             reducer = Reducer(bus, spec, manifest, center, shared.executor)
@@ -177,7 +184,16 @@ class RunHost:
             shared.loss_reports.recovered(self.name)
             offers = OfferReader(bus, self.name, manifest, spec.wire.codec, shared.public_key)
             parts = Parts(
-                bus, spec, manifest, center, reducer, self._telemetry, offers, None, most_agents(spec), shared.room
+                bus,
+                spec,
+                manifest,
+                center,
+                reducer,
+                self._telemetry,
+                offers,
+                None,
+                most_agents(spec),
+                shared.storage_alarm,
             )
             is_trusted = partial(shared.loss_reports.is_trusted, self.name)
             run = Run(parts, keeper, is_trusted=is_trusted, rolled_back=lost_term is not None)

@@ -26,7 +26,7 @@ from syncline_coordinator.desk import Desk, answer
 from syncline_coordinator.head import Deposed, HeadKeeper
 from syncline_coordinator.model_loader import ModelLoader
 from syncline_coordinator.recovery import LossReports
-from syncline_coordinator.reporting import Room, tell_refusals
+from syncline_coordinator.reporting import StorageAlarm, report_refusals
 from syncline_coordinator.reservation import RUNS, Reservation, check_space, most_agents, reserve
 from syncline_coordinator.run_host import RunHost, Shared
 from syncline_coordinator.run_queue import RunQueue, end_undriven, exists, payload_too_small, stop_reason
@@ -55,7 +55,7 @@ class Coordinator:
         self._settings = settings
         self._events = Telemetry(bus, subjects.FLEET, subjects.COORDINATOR)
         self._loss_reports = LossReports()
-        self._room = Room(self._events)
+        self._storage_alarm = StorageAlarm(self._events)
         self._loader = ModelLoader(bus, start_child)
         self._desk = Desk(bus, self._events)
         self._queue = RunQueue(bus)
@@ -65,7 +65,7 @@ class Coordinator:
             bus=bus,
             loader=self._loader,
             loss_reports=self._loss_reports,
-            room=self._room,
+            storage_alarm=self._storage_alarm,
             executor=settings.executor,
             evaluation_s=settings.evaluation_s,
             public_key=self._desk.public_key,
@@ -85,7 +85,7 @@ class Coordinator:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._desk.watch_silence())
-                tasks.create_task(tell_refusals(self._settings.broker_log, self._settings.key_names, self._events))
+                tasks.create_task(report_refusals(self._settings.broker_log, self._settings.key_names, self._events))
                 tasks.create_task(self._take_runs())
                 tasks.create_task(tell_often(self._events, self._status))
         except* Deposed as group:
@@ -160,7 +160,7 @@ class Coordinator:
                     await self._drive(names[0])
                     continue
             except (StreamFull, StoreDown) as error:
-                await self._room.refused(self._queue.first, error)
+                await self._storage_alarm.raise_alarm(self._queue.first, error)
             except ChildDied as error:
                 log.warning("run %s cannot be opened now, and is tried again: %s", self._queue.first, error)
             except BusError as error:

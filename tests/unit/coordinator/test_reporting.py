@@ -16,8 +16,8 @@ async def test_a_target_that_no_metric_can_reach_is_told_once_with_those_that_th
     target = {"metric": "acuracy", "at_least": 0.9}
     spec = parse(RunSpec, {"name": "r", "task": "t:T", "stop": {"versions": 3, "target": target}})
     account = RunReport(spec, Telemetry(cast(Bus, bus), "r", "coordinator"), 9)
-    await account.no_such_metric(["loss", "accuracy"])
-    await account.no_such_metric(["loss", "accuracy"])
+    await account.target_metric_missing(["loss", "accuracy"])
+    await account.target_metric_missing(["loss", "accuracy"])
     ((subject, data),) = bus.published
     event = json.loads(data)
     assert subject == "syncline.v1.r.events.coordinator" and (event["event"], event["level"]) == ("advice", "warning")
