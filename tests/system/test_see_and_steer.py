@@ -84,6 +84,13 @@ async def test_a_running_run_is_listed_explained_stopped_and_listed_again(fleet:
     assert set(said["phases_s"]) == {"collect", "merge"} and all(s > 0 for s in said["phases_s"].values())
     assert "  closed by: 4 of 4\n" in (await shell.done("why", run)).out
 
+    story = await shell.told("why", run, "--agent", "a2")
+    assert any("a2 joined" in line for line in story["story"])
+    assert any("merge" in line and "a2 clock" in line for line in story["story"])
+    assert "a2 offered clock" in (await shell.done("why", run, "--agent", "a2")).out
+    assert "made no recent decision about 'a9'" in await shell.refused("why", run, "--agent", "a9")
+    assert "Leave VERSION out" in await shell.refused("why", run, "2", "--agent", "a2")
+
     stopped = await shell.told("stop", run, "--by", "ann")
     head = await fleet.head(run)
     assert head is not None
@@ -91,6 +98,7 @@ async def test_a_running_run_is_listed_explained_stopped_and_listed_again(fleet:
     assert stopped["outcome"] == "stopping"
     assert len(await fleet.log(run)) >= head.version > 2
     assert "stopped by ann" in (await shell.done("ls")).out
+    assert "has ended" in await shell.refused("why", run, "--agent", "a2")
     again = await shell.done("stop", run)
     assert f"had ended before, at version {head.version}: stopped by ann" in again.out
 

@@ -31,6 +31,9 @@ MAX_ROWS = 20  # updates that are shown without --all
 def why(
     run: RunName,
     version: Annotated[int | None, typer.Argument(metavar="VERSION", help="Default: the newest.")] = None,
+    agent: Annotated[
+        str, typer.Option(metavar="NAME", help="Show the coordinator's recent decisions about this agent instead.")
+    ] = "",
     connect: FindConnect = "",
     key: Key = "",
     tls_ca: TlsCa = "",
@@ -39,25 +42,45 @@ def why(
     every: Annotated[bool, typer.Option("--all", help=f"Show all updates, not only {MAX_ROWS}.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Explain a version: why its round closed, the merged updates with weights and lags, late agents, dropped updates."""
+    """Explain a version: why its round closed, the merged updates with weights and lags, late agents, dropped updates.
+
+    With --agent, list the recent facts about an agent and the coordinator's decisions that followed, while the run goes on.
+    """
     from rich.console import Console
     from rich.text import Text
 
     from syncline.bus.tls import Tls
     from syncline.client.history import commit_of
     from syncline.client.runs import head_of
+    from syncline.client.story import story
+    from syncline.errors import ConfigError
     from syncline_cli.connect import ask, choose_broker
+    from syncline_cli.ui.display import clean
     from syncline_cli.ui.results import print_json
 
     async def read(bus: Any) -> tuple[Head, Committed]:
         head = await head_of(bus, run)
         return head, await commit_of(bus, head, head.version if version is None else version)
 
-    head, commit = ask(choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key)), read)
+    async def read_story(bus: Any) -> list[str]:
+        return await story(bus, run, agent)
+
+    broker = choose_broker(connect, key, tls=Tls(tls_ca, tls_cert, tls_key))
+    console = Console(highlight=False)
+    if agent:
+        if version is not None:
+            raise ConfigError("--agent", "the story of an agent is not about one version", "Leave VERSION out")
+        lines = ask(broker, read_story)
+        if as_json:
+            print_json({"run": run, "agent": agent, "story": lines})
+            return
+        for line in lines:
+            console.print(Text(clean(line)), soft_wrap=True)
+        return
+    head, commit = ask(broker, read)
     if as_json:
         print_json(as_object(commit))
         return
-    console = Console(highlight=False)
     for line, style in as_lines(commit, head, None if every else MAX_ROWS):
         console.print(Text(line, style), soft_wrap=True)
 

@@ -26,6 +26,7 @@ from syncline.client.follow import HeadFollower, Progress, RunFollower
 from syncline.client.keys import watch_key
 from syncline.client.runs import RunSummary
 from syncline.client.stop import StopResult, stop
+from syncline.client.story import story
 from syncline.client.submit import Say, say_nothing, submit
 from syncline.errors import RunFailed
 from syncline.extras import missing_extra
@@ -109,6 +110,15 @@ class Client:
             ConfigError: no such run, or the log does not hold a version.
         """
         return history.commits(self._bus, run, first, last)
+
+    async def story(self, run: str, agent: str) -> list[str]:
+        """Return the coordinator's recent decisions about an agent, one on each line, while the run goes on.
+
+        Raises:
+            ConfigError: no such run, or no recent decision about this agent.
+            NoResponders: no coordinator is up.
+        """
+        return await story(self._bus, run, agent)
 
     async def stop(self, run: str, by: str = "") -> StopResult:
         """Stop a run and wait for its end; its models and its log are kept.
