@@ -51,6 +51,7 @@ def train(example: Path, model: Path) -> None:
 
 
 def main() -> None:
+    """Train the named examples, or all, and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="examples without .yaml; default: all")
     names = parser.parse_args().names or sorted(path.stem for path in EXAMPLES.glob("*.yaml"))

@@ -155,6 +155,7 @@ def excerpt(docstring: Docstring) -> str:
 
 
 def main() -> None:
+    """Parse the arguments and print the figures of each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", default=DEFAULT_PATHS, help="default: shared services tools"

@@ -199,6 +199,7 @@ def protocol() -> str:
 
 
 def _subjects() -> Iterable[str]:
+    """Yield the tables of subjects and of the streams that keep them."""
     yield "## Subjects\n"
     yield _table(("subject", "written by", "read by", "carries"), [(f"`{s}`", *rest) for s, *rest in SUBJECTS])
     yield (
@@ -211,6 +212,7 @@ def _subjects() -> Iterable[str]:
 
 
 def _records() -> Iterable[str]:
+    """Yield a table of fields for each record and each part of a record."""
     yield "## Records\n"
     yield (
         "A record travels as a msgpack map: `t`, `v`, and the fields below. *Count* is an integer from 0 to 2⁶³ − 1. "
@@ -234,12 +236,14 @@ def _records() -> Iterable[str]:
 
 
 def _chunks() -> Iterable[str]:
+    """Yield the fields of a chunk, and the rules for its size and digest."""
     yield "## Chunks\n"
     yield _table(("field", "type", "meaning"), [(f"`{name}`", *rest) for name, *rest in CHUNK])
     yield FRAMES
 
 
 def _metrics() -> Iterable[str]:
+    """Yield each metric and the event, with an example."""
     yield "## Metrics and events\n"
     yield (
         "One JSON object a message, sent as core messages: a lost one is a gap in a plot. Numbers that JSON cannot hold (NaN, "
@@ -252,6 +256,7 @@ def _metrics() -> Iterable[str]:
 
 
 def _published(subject: str, metric: type[Published]) -> Iterable[str]:
+    """Yield the section of one metric or event."""
     yield f"### `{subject}`\n"
     yield f"{_doc(metric)}\n"
     yield _fields(metric)
@@ -259,6 +264,7 @@ def _published(subject: str, metric: type[Published]) -> Iterable[str]:
 
 
 def _accounts() -> Iterable[str]:
+    """Yield the permissions of each kind of account, read from the broker's configuration that Syncline writes."""
     people = [
         Identity("coordinator", "CORE", "C", ""),
         Identity(AGENT, "FLEET", "A", ""),
@@ -276,7 +282,7 @@ def _accounts() -> Iterable[str]:
 
 
 def _permission(body: str, what: str) -> str:
-    """The subjects that a user of an account may publish or subscribe."""
+    """Return the subjects that a user of an account may publish or subscribe."""
     found = re.search(what + r": \{(allow|deny): (.*?)\}", body)
     if found is None:
         return "everything in its account"
@@ -286,6 +292,7 @@ def _permission(body: str, what: str) -> str:
 
 # -- words for schemas -------------------------------------------------------------------------------------------------
 def _fields(model: type[BaseModel]) -> str:
+    """Return the table of a model's fields, from its JSON schema."""
     schema = model.model_json_schema()
     required = (
         schema.get("required", ()) if issubclass(model, Record) else schema["properties"]
@@ -299,7 +306,7 @@ def _fields(model: type[BaseModel]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """A JSON schema in words."""
+    """Return the words for a JSON schema."""
     if "$ref" in schema:
         return _words(schema["$ref"].rpartition("/")[2])
     if "anyOf" in schema:
@@ -334,6 +341,7 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _integer(schema: dict[str, Any]) -> str:
+    """Return the words for an integer with its bounds."""
     least, most = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum", 1 << 63) - 1)
     if least is None:
         return "integer"
@@ -351,7 +359,7 @@ _PATTERNS = {
 
 
 def _words(name: str) -> str:
-    """`BlobRef` → `blob reference`."""
+    """Return a class name in words: `blob reference` for `BlobRef`."""
     return {
         "BlobRef": "blob reference",
         "PlanEntry": "plan entry",
@@ -361,10 +369,12 @@ def _words(name: str) -> str:
 
 
 def _doc(model: type) -> str:
+    """Return the docstring of a model on one line."""
     return " ".join((model.__doc__ or "").split())
 
 
 def _size(size: int) -> str:
+    """Return a number of bytes in the largest unit that divides it."""
     for unit, bits in (("MiB", 20), ("KiB", 10)):
         if size >= 1 << bits and size % (1 << bits) == 0:
             return f"{size >> bits} {unit}"
@@ -372,10 +382,12 @@ def _size(size: int) -> str:
 
 
 def _lines(items: Iterable[str]) -> str:
+    """Join the items of a table cell with line breaks."""
     return "<br>".join(items)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
