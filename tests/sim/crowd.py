@@ -1,4 +1,4 @@
-"""The real coordinator alone on the bus in memory, and agents that are no more than the messages they send."""
+"""The real coordinator on the memory bus, with agents that consist of messages only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AT_ONCE = 500  # messages, so that no subscription of the coordinator's overflow
 
 
 def in_virtual_time(work: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
-    """What the coroutine returns; all tasks that it leaves are ended."""
+    """Return the result of the coroutine; cancel all tasks that it leaves behind."""
     loop = VirtualLoop(max_turns=10_000_000)
     try:
         return loop.run_until_complete(work(loop))
@@ -68,7 +68,7 @@ async def head_when(bus: MemoryBus, version: int, phase: str, run: str = RUN) ->
 
 
 class Crowd:
-    """So many agents: what they would say, over one connection."""
+    """The messages of many agents, sent over one connection."""
 
     def __init__(self, bus: MemoryBus, count: int) -> None:
         self.bus, self.names = bus, [f"agent-{i:05}" for i in range(count)]

@@ -1,4 +1,4 @@
-"""BatchNorm in whole runs: the center keeps a usable variance with every outer optimiser and every way of waiting."""
+"""BatchNorm in whole runs: the center keeps a usable variance with every outer optimiser and kind of synchronisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator service alone: its queue, the space that it reserves, and what it does after it stood still."""
+"""The coordinator service alone: its queue, the space that it reserves, and its behaviour after a pause of its process."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_run_that_finds_no_space_when_it_is_opened_fails_with_the_figures() ->
 def test_the_optimisers_settings_are_tried_at_submit_and_not_in_the_child_that_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What that loads would stay in its memory as long as the run goes on."""
+    """Modules loaded for the trial would stay in the child's memory as long as the run goes on."""
     tried, describe = [], StubEvaluator.describe
 
     def noted(self: StubEvaluator, spec: Any, chunk_bytes: int, manifest: bytes = b"", check: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""A run whose center is of no use at its end has failed, whatever its updates were."""
+"""A run whose center is unusable at its end has failed, even if its updates were usable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs of tasks whose held-out data or metrics are unusual: how they end, and how often the fault is told."""
+"""Whole runs of tasks with unusual held-out data or metrics: their end, and the number of events about the fault."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ CENTER, AGENTS, BOTH = {"center": True}, {"center": False, "agents": True}, {"ce
 
 
 class Ran:
-    """A run of five versions by two agents, with what it told."""
+    """A run of five versions by two agents, with its events."""
 
     def __init__(self, place: Path, task: str, evaluate: dict[str, bool]) -> None:
         (place / "own.py").write_text(TASKS)

@@ -1,4 +1,4 @@
-"""What DESIGN promises when somebody dies or is cut off, at every instant one by one."""
+"""Crashes, cuts and power failures at every instant, one by one: the run ends with the same bits, or fails with a reason."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ RECORDS = 3  # manifest, roster, and the roster before it
 def test_whoever_takes_over_clears_up_what_the_dead_one_has_put_in_part(
     keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the stream, which has room for the models that are kept and one more, would discard what head names."""
+    """Without the purge the stream, which has room for the kept models and one more, would discard blobs that head names."""
     settings = {"outer": {"kind": "momentum"}, "keep_models": keep, "wire": {"chunk_bytes": 4096}}
     scenario = Scenario(small_spec(stop={"versions": 5}, task_options={"elements": 2500}, **settings))
     books: list[Invariants] = []
@@ -103,7 +103,7 @@ def test_a_commit_interrupted_between_a_large_record_and_its_line_leaves_nothing
 
 
 def test_a_run_whose_log_is_full_fails_and_drops_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was reserved is made too small here."""
+    """The test makes the reserved space too small."""
     monkeypatch.setattr("syncline_coordinator.reservation.LOG_BYTES", 4000)
     monkeypatch.setattr("syncline_coordinator.reservation.LOG_VERSION_BYTES", 0)
     monkeypatch.setattr("syncline_coordinator.reservation.LOG_UPDATE_BYTES", 0)
@@ -147,7 +147,7 @@ def test_a_broker_that_restarts_loses_no_run(for_s: float) -> None:
 
 
 def test_a_broker_that_lost_acknowledged_writes_is_noticed_and_what_was_lost_is_made_again() -> None:
-    """With 10 ms to 0.3 s lost, at every moment from the first round on; also where the coordinator died of the same."""
+    """10 ms to 0.3 s are lost, at every moment from the first round on, with and without a crash of the coordinator."""
     for after_ms in range(600, 1000, 25):
         for lost_s in (0.01, 0.03, 0.1, 0.3):
             faults = Faults().roll_back(after_s=after_ms / 1000, lost_s=lost_s, for_s=0.1)
@@ -160,8 +160,11 @@ def test_a_broker_that_lost_acknowledged_writes_is_noticed_and_what_was_lost_is_
 
 
 def test_updates_that_the_broker_lost_before_or_after_they_were_offered_are_made_again() -> None:
-    """Under the second term already, and the coordinator dies of the same or does not. One that knows of nothing may have made
-    the lost version again before an agent tells of it: then a lost update is not made again, but the one after it."""
+    """The failure comes under the second term, with and without a crash of the coordinator.
+
+    A restarted coordinator may make the lost version again before an agent reports the loss. Then the update after the lost one
+    is made again instead of the lost one.
+    """
     killed = Faults().down("coordinator", after_s=0.65, for_s=0.05)
     same: list[bool] = []
     for after_ms in range(900, 1500, 50):
@@ -189,7 +192,7 @@ def test_a_model_that_is_lost_in_part_while_it_is_put_is_merged_again() -> None:
 
 
 def test_an_outer_state_that_is_lost_is_not_named_by_head() -> None:
-    """The next coordinator could not go on without it."""
+    """The next coordinator could not continue without the outer state."""
     spec = small_spec(
         agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 3}, outer={"kind": "momentum"}, **LARGE
     )
@@ -221,7 +224,7 @@ def test_a_run_that_the_broker_lost_as_a_whole_can_be_submitted_again() -> None:
 
 
 def test_where_head_names_what_is_lost_the_run_fails_and_says_why() -> None:
-    """Streams are flushed each at a time of its own: head may be there, and its model not."""
+    """Each stream is flushed at a time of its own, so head may survive and its model may be lost."""
     ends: dict[str, int] = {}
     for after_ms in range(700, 1000, 10):
         outcome = simulate(SHORT, Faults().roll_back(after_s=after_ms / 1000, lost_s=0.1, for_s=0.1, torn=True))

@@ -1,4 +1,4 @@
-"""Fleets of a real task in one process: what they compute, how long it takes, and what it takes to hold them."""
+"""Fleets of a real task in one process: results, virtual time, and memory."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_a_full_disk_is_told_once_and_stops_nobody(monkeypatch: pytest.MonkeyPat
 def test_who_must_keep_what_it_gives_up_is_out_while_its_disk_is_full(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], fault: dict[str, Any]
 ) -> None:
-    """And offers then what it has made, or makes it again where the child died meanwhile: nothing is lost."""
+    """Afterwards the agent offers its update, or makes it again if the child died meanwhile; no update is lost."""
     calm = Disk(monkeypatch, 0).run(1, **fields)
     disk = Disk(monkeypatch, 3)
     late = disk.run(1, fault, **fields)
@@ -304,7 +304,7 @@ def module_of(file: Path) -> Any:
 
 
 def test_every_agent_has_a_task_of_its_own(tmp_path: Path) -> None:
-    """What a task keeps on itself is its own, as in a process of its own: the part that it was given, and lists."""
+    """Attributes of a task belong to one agent, as in a process of its own: the part that it was given, and lists."""
     (tmp_path / "own.py").write_text(OWN_PART)
     assert fleet_of(spec_of(6, task="own.py:OwnPart"), tmp_path).phase == "done"
     made = module_of(tmp_path / "own.py").made
@@ -369,7 +369,7 @@ def test_equal_held_out_sets_are_one_in_memory_unless_the_task_keeps_its_own(
 
 
 def test_a_hundred_agents_of_a_real_task_hold_its_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is large is read once, and every agent's copy of it is written to by nobody."""
+    """Large data are read once, and no agent writes to its copy."""
     reads: list[Path] = []
     read = mnist5k._read
 
@@ -395,7 +395,7 @@ def private_bytes() -> int:
 
 
 def test_a_fleet_holds_no_more_the_longer_it_runs() -> None:
-    """Every update has a million bytes, and none of them is kept."""
+    """Every update has a million bytes, and no update stays in memory."""
     held: dict[int, int] = {}
 
     def look(subject: str, data: bytes) -> None:
@@ -467,7 +467,7 @@ def test_agents_that_start_later_take_part_later() -> None:
 
 
 def test_what_is_doubted_of_the_settings_and_the_model_is_told_as_the_run_begins(tmp_path: Path) -> None:
-    """What the coordinator answers to a submission: of the settings, and of a model with BatchNorm."""
+    """The warnings in the answer to a submission: about the settings, and about a model with BatchNorm."""
     (tmp_path / "task.py").write_text(
         """
 from torch import nn

@@ -1,4 +1,4 @@
-"""An agent whose frozen tensors differ is named, and the others train without it."""
+"""An agent with different frozen tensors is named, and the others train without that agent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A broker whose disk is full holds a run up: it is told once, the run goes on when there is room, and that is told as well."""
+"""A full disk of the broker pauses a run: one event reports the pause, another one its end."""
 
 from __future__ import annotations
 

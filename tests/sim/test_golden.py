@@ -1,7 +1,7 @@
-"""Timelines that are kept: the same seed gives the same one, byte for byte, on every Python that Syncline runs on.
+"""Golden timelines: a seed gives the same timeline, byte for byte, on every supported Python version.
 
-A change of the services that asks another question of the bus changes them, and so may a new fault or a new setting in
-`seeds.py`: write them anew then, with `pytest tests/sim/test_golden.py --update-golden`, and try them on another Python.
+A change of the services' bus operations changes the timelines, and so may a new fault or setting in `seeds.py`. In that case
+write them again with `pytest tests/sim/test_golden.py --update-golden`, and compare them on another Python version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SEEDS = range(40)
 
 
 def digest_of(seed: int) -> str:
-    """Of every bus operation with its time, and of the timeline that a person reads."""
+    """Return the digest of all bus operations with their times, and of the timeline's text."""
     outcome = run_seed(seed)
     return hashlib.sha256("\n".join([outcome.trace, *outcome.timeline]).encode()).hexdigest()[:32]
 

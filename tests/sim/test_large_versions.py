@@ -1,4 +1,4 @@
-"""A version of ten thousand updates: the real coordinator on the bus in memory, and agents that are no more than messages."""
+"""A version of ten thousand updates: the real coordinator on the memory bus, with agents that consist of messages only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from syncline_sim.scenario import small_spec
 
 
 async def two_versions(bus: MemoryBus, agents: int, merged: int) -> list[Head]:
-    """The second version is made by as many agents as the first; what the others offer for the first comes too late."""
+    """Make the second version with as many agents as the first; the offers of the others for the first come too late."""
     spec = small_spec(
         agents={"min": agents, "max": agents, "lost_after_s": 3600.0},
         sync={"quorum": merged, "grace_s": 0.0},

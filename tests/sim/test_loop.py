@@ -1,4 +1,4 @@
-"""The loop with made-up time, and the guard around it."""
+"""The loop with virtual time, and the guards of determinism."""
 
 from __future__ import annotations
 

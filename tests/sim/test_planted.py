@@ -1,4 +1,4 @@
-"""Does the simulation find anything? Each bug here is planted in the real services, and some seed must show it."""
+"""Planted bugs in the real services: the simulation must find each of them within some seeds."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -
 
 
 def found_in(first: int, seeds: int) -> None:
-    """Some seed shows what is planted; a plant that does not fit into the code any more shows nothing."""
+    """Return whether a seed finds the planted bug. A plant that no longer fits the code is found by no seed."""
     failed = (outcome.problems[0] for seed in range(first, first + seeds) if (outcome := run_seed(seed)).failed)
     found = next(failed, None)
     assert found is not None, f"not in {seeds} seeds"

@@ -1,4 +1,4 @@
-"""What is wrong with asynchronous and elastic runs, planted: the simulation finds each of these bugs within some seeds."""
+"""Planted bugs of asynchronous and elastic runs: the simulation must find each of them within some seeds."""
 
 from __future__ import annotations
 

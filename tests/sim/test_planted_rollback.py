@@ -1,4 +1,4 @@
-"""Bugs in what is done about a broker that lost acknowledged writes: some seed must show each of them, too."""
+"""Planted bugs in the recovery from lost acknowledged writes: the simulation must find each of them within some seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent whose step takes long is slow: the run goes on without it, or waits where every agent is slow, and loses none."""
+"""Slow agents: the run goes on without an agent whose step takes long, waits if all agents are slow, and loses no agent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_S = 5.0  # lost_after_s is 2 s
 
 
 class Listener(Invariants):
-    """Keeps the events about agents' presence, and what rosters say of it."""
+    """Keeps the events about agents' presence, and the presence in rosters."""
 
     def on_published(self, subject: str, data: bytes) -> None:
         super().on_published(subject, data)

@@ -1,4 +1,4 @@
-"""Whole runs, each with settings, a fleet and faults of its own: `syncline-sim --seeds 2000` runs that many of them."""
+"""Random runs, each with its own settings, fleet and faults; `syncline-sim --seeds 2000` runs more of them."""
 
 from __future__ import annotations
 

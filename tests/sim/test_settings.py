@@ -1,4 +1,4 @@
-"""The section `sim:` of a spec: what it takes, what it refuses and how, and that a real run leaves it alone."""
+"""The section `sim:` of a spec: accepted and refused settings, and that a real run ignores the section."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs of the real services on the bus in memory: what they compute, and that they can be repeated."""
+"""Whole runs of the real services on the memory bus: their results, and that a run can be repeated exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every training structure learns in a simulation what a plain PyTorch loop learns, also when its process is killed once."""
+"""Every training structure learns in a simulation the same as a plain PyTorch loop, also after a kill of its process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFUSED = [name for name, structure in STRUCTURES.items() if structure.refused]
 
 
 def simulate(structure: Structure, *, killed: bool = False) -> tuple[FleetResult, list[str]]:
-    """Return what came of a run of one agent, and its events."""
+    """Return the result of a run of one agent, and its events."""
     faults = [{"kind": "trainer", "service": "a1", "after_s": KILLED_S}]
     settings = parse(SimSettings, {"step_s": 1.0, "faults": faults if killed else []}, "sim")
     spec = parse(RunSpec, {**structure.spec, "stop": {"versions": PERIODS}})

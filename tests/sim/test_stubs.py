@@ -1,4 +1,4 @@
-"""The stubs of a simulation keep to what real children do."""
+"""The stubs of a simulation behave as real children do."""
 
 from __future__ import annotations
 

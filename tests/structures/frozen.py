@@ -30,7 +30,7 @@ class Points(Task):
 
 
 class StudentAndTeacher(nn.Module):
-    """The student learns; the teacher is a moving mean of it, and answers (arXiv:1703.01780)."""
+    """The student learns; the teacher, a moving mean of the student, makes the predictions (arXiv:1703.01780)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ class Gan(Task):
 
 
 class GanOnSelf(Gan):
-    """The second optimiser is kept on the task, where a restart would lose what it has gathered."""
+    """The second optimiser is an attribute of the task; a restart would lose its state."""
 
     def optimizers(self, model: Any) -> dict[str, torch.optim.Optimizer]:
         return {}
@@ -184,7 +184,7 @@ class WrappedSam(torch.optim.Optimizer):
 
 
 class SamAround(Classifier):
-    """What the inner optimiser gathers is neither in the outer one's state nor returned."""
+    """The inner optimiser's state is neither part of the outer one's state nor returned."""
 
     def optimizer(self, params: Any) -> Any:
         return WrappedSam(params, torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -37,8 +37,8 @@ class Structure:
     Attributes:
         task: `file.py:Class`, of a file in this directory.
         settings: of `local`, beside the steps and the batch size.
-        refused: a part of the message, where the product says by name that it cannot do this.
-        advised: a part of the advice, where the tensors are those of the plain loop and the metrics are not.
+        refused: a part of the message, if the product refuses the structure.
+        advised: a part of the advice, if the tensors equal those of the plain loop and the metrics do not.
     """
 
     task: str

@@ -78,7 +78,7 @@ class AssignedMean(Classifier):
 
 
 class Quantizer(nn.Module):
-    """A codebook that follows the means of what is assigned to its codes (arXiv:1711.00937, appendix A.1)."""
+    """A codebook that follows the means of the vectors assigned to its codes (arXiv:1711.00937, appendix A.1)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class ReplacedInTraining(Classifier):
 
 
 class LoadedByAssigning(Classifier):
-    """Each period begins with a copy of what is there, as when a checkpoint is read."""
+    """Each period begins with a copy of all tensors, as after loading a checkpoint."""
 
     def train(self, model: Any, optimizer: Any, batches: Iterator[Any], on_step: Callable[[int], bool]) -> float | None:
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
@@ -160,7 +160,7 @@ class Untied(Tied):
 
 
 class Echo(nn.Module):
-    """Says for each step what came two steps before."""
+    """Returns for each step the input of two steps before."""
 
     def __init__(self) -> None:
         super().__init__()

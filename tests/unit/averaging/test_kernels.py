@@ -1,4 +1,4 @@
-"""Sums that do not depend on how a vector is cut, and sorting networks."""
+"""Sums that are independent of the slices of a vector, and sorting networks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_distances_of_updates_that_are_the_same_are_zero_and_no_distance_is_nega
 # -- sorting networks --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n", range(1, 13))
 def test_a_network_sorts_every_row_that_is_wanted(n: int) -> None:
-    """By the zero-one principle: it does if it sorts all sequences of zeros and ones."""
+    """By the zero-one principle: a network sorts if it sorts all sequences of zeros and ones."""
     for first, last in ((0, n), ((n - 1) // 2, n // 2 + 1), (min(1, n - 1), n)):
         rows = torch.tensor(list(itertools.product([0, 1], repeat=n))).T.clone()
         expected = rows.sort(0).values

@@ -1,4 +1,4 @@
-"""Many updates → one: the contract of every rule, and the identities of each."""
+"""Merge rules: the contract of all rules, and the identities of each."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reduced(
     kept: Sequence[Tensor] = (),
     order: Sequence[int] | None = None,
 ) -> Tensor:
-    """As a coordinator does it: one or two passes over the slices, these in any order."""
+    """Merge as a coordinator does: one or two passes over the slices, in any order."""
     weights = list(weights or [1 / len(updates)] * len(updates))
     kept = list(kept) or [torch.zeros_like(updates[0]) for _ in range(rule.state_vectors)]
     parts = [slice(start, start + chunk) for start in range(0, len(updates[0]), chunk)]
@@ -153,7 +153,7 @@ def test_it_is_the_formula_to_twelve_digits(rule: Rule, n: int) -> None:
 
 
 def test_weights_that_do_not_sum_to_one_scale_the_updates(rule: Rule) -> None:
-    """As those of stale updates do: (1/N) s_i. Half of everything is half of the result, but for what is clipped."""
+    """Weights of stale updates are (1/N) s_i. Half of every weight gives half of the result, except for clipped updates."""
     given, kept = vectors(), vectors(rule.state_vectors, seed=1)
     half = reduced(rule, given, [0.5 / N] * N, kept=kept)
     expected, _ = merge_updates(rule, [x.numpy() for x in given], [0.5 / N] * N, [v.numpy() for v in kept])
@@ -167,7 +167,7 @@ ROBUST = [Median(), TrimmedMean(), NormClip(max_norm=3.0), CentredClip(tau=3.0),
 
 
 def attacked(factor: float, n: int = N) -> tuple[list[Tensor], Tensor]:
-    """Six who went nearly the same way and one who sends `factor` times its update; and where the honest ones are."""
+    """Return six similar updates and one scaled by `factor`, and the mean of the honest ones."""
     (way,) = vectors(1, elements=2 * BLOCK, seed=9)
     way = way / way.norm()
     honest = [way + 0.3 * noise / noise.norm() for noise in vectors(n, elements=2 * BLOCK)]
@@ -377,7 +377,7 @@ def test_a_rule_needs_as_many_updates_as_its_paper_says() -> None:
 
 
 def test_fewer_than_it_needs_are_reduced_all_the_same(rule: Rule) -> None:
-    """Those that could not be read are gone; what is left is merged. Whether it should be is not for the rule to say."""
+    """Unreadable updates were dropped before, and a rule merges the others; the policy decides whether a merge is made."""
     for n in range(1, rule.min_updates()):
         assert reduced(rule, vectors(n)).isfinite().all()
     assert math.isfinite(float(reduced(rule, vectors(3), [0.0, 0.0, 0.0]).sum()))

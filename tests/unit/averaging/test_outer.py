@@ -1,4 +1,4 @@
-"""The outer optimisers: the contract of every one, and that each is its paper's."""
+"""Outer optimisers: the contract of all, and the formula of each one's paper."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_step_writes_its_results_and_leaves_all_else_alone(outer: Outer) -> No
 
 
 def test_a_step_in_place_is_the_same_step(outer: Outer) -> None:
-    """As a coordinator makes it: the results lie where the center and the state were."""
+    """The coordinator steps in place: results are written over the center and the state."""
     center, merged, *old = vectors(2 + outer.state_vectors, torch.float32)
     old = [x.abs() for x in old]
     out, new = step(outer, center, merged, old, 2)
@@ -173,7 +173,7 @@ def test_the_first_step_of_fedopt_is_as_the_paper_has_it_without_bias_correction
 
 
 def test_yogi_forgets_slowly_where_adam_forgets_at_once() -> None:
-    """Where D² is far below v, Adam's v shrinks by (1 − β₂) v and Yogi's by (1 − β₂) D²."""
+    """If D² is far below v, Adam's v shrinks by (1 − β₂) v and Yogi's by (1 − β₂) D²."""
     center, large = vectors(2)
     small = torch.full_like(center, 1e-6)
     (_, adam), (_, yogi) = (walked(outer, center, [100 * large, small])[1] for outer in (Adam(), Yogi()))

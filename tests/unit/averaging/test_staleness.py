@@ -1,4 +1,4 @@
-"""The contract of every staleness weight, and that each is its paper's."""
+"""Staleness weights: the contract of all, and the formula of each one's paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each update of a merge counts."""
+"""Weights of the updates in a merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading idx files, and refusing what is none."""
+"""Reading idx files, and refusing other files."""
 
 from __future__ import annotations
 

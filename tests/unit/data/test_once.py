@@ -1,4 +1,4 @@
-"""Data are read once in a process, and what one caller writes to its arrays is seen by no other one."""
+"""Data are read once in a process, and no caller sees the writes of another one."""
 
 from __future__ import annotations
 

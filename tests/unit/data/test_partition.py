@@ -1,4 +1,4 @@
-"""D = ∪ D_i, the parts disjoint: what every split promises, and what each kind does."""
+"""Partitions D = ∪ D_i into disjoint parts: the contract of all kinds, and the properties of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings beside each other: what is refused names the setting, the value and the hint; what is doubted says so in a line."""
+"""Settings beside each other: errors name the setting, the value and a hint; warnings are one line each."""
 
 from __future__ import annotations
 

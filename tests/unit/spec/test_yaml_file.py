@@ -1,4 +1,4 @@
-"""The loader of settings: what is a number, and which files are refused without a traceback."""
+"""The loader of settings: numbers and texts, and files that are refused without a traceback."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Sequences(Dataset[tuple[Tensor, int]]):
 
 
 class Graph:
-    """A row that is an object with tensors in it."""
+    """A row that is an object with tensors."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -181,7 +181,7 @@ def test_an_error_of_the_data_set_or_of_the_tasks_collate_stays_what_it_is() -> 
 
 # -- several rows at once --------------------------------------------------------------------------------------------------
 class AtOnce(Sequences):
-    """Gives several rows at once; `given` is what."""
+    """Returns several rows at once; `given` records their numbers."""
 
     def __init__(self, given: Any) -> None:
         self.given = given
@@ -206,7 +206,7 @@ def test_rows_given_at_once_go_through_the_tasks_collate() -> None:
 
 # -- kinds of data sets that are refused -----------------------------------------------------------------------------------
 class Stream(IterableDataset[Any]):
-    """With a length, and so with what looks like rows by number."""
+    """An iterable data set with a length, which resembles a map-style one."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(range(7))

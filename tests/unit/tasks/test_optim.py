@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name: each of torch's works, and what torch would refuse is told by its setting."""
+"""Optimisers and schedules by name: all of torch's work, and arguments that torch refuses are reported by their setting."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_schedule_goes_by_several_names(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(SCHEDULES))
 def test_a_warm_up_goes_before_every_schedule(kind: str) -> None:
-    """As torch's SequentialLR has it, of LinearLR and of the schedule."""
+    """The rates equal those of torch's SequentialLR of LinearLR and the schedule."""
     arguments, lr = NEEDED.get(kind, {}), {"kind": "sgd", "lr": 0.1, "momentum": 0.9}
     plain, rate = made(optimizer=lr, schedule={"kind": kind, **arguments})
     warmed, warm_rate = made(optimizer=lr, schedule={"kind": kind, "warmup": 4, **arguments})

@@ -1,4 +1,4 @@
-"""One contract for every ready-made task: model, loss and metrics, parts and held-out rows; then what each says of its own."""
+"""One contract for all ready-made tasks: model, loss and metrics, parts and held-out rows; then the properties of each."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two plays with three roles each, who say numbers."""
+    """Two plays with three roles each, whose speeches are numbers."""
     directory, rng = tmp_path_factory.mktemp("plays"), np.random.default_rng(3)
     for play in ("first", "second"):
         words = [
@@ -122,7 +122,7 @@ def seeded_model(task: Task, seed: int = 5) -> nn.Module:
 
 
 def rows_of(dataset: Dataset[Any]) -> Counter[bytes]:
-    """The rows, each as often as it is there: the bytes of its tensors."""
+    """Return the rows with their multiplicity, as the bytes of their tensors."""
     assert isinstance(dataset, TensorDataset)
     arrays = [tensor.numpy() for tensor in dataset.tensors]
     return Counter(b"".join(a[row].tobytes() for a in arrays) for row in range(len(dataset)))
@@ -187,7 +187,7 @@ def test_two_instances_agree_on_the_model_the_data_and_the_loss(task: Task, opti
 
 @every
 def test_making_data_draws_no_random_number_of_torch(task: Task) -> None:
-    """The model's initial values come from there: they must not depend on who asked for data before."""
+    """The model's initial values are drawn from torch and must not depend on earlier calls of `dataset`."""
     before = torch.random.get_rng_state()
     task.dataset(Part(0, 2, Iid(), 0))
     task.dataset(Part.test())

@@ -1,4 +1,4 @@
-"""What a task's own code gives back is checked where it comes in: anything that is one number will do, nothing else."""
+"""Values returned by a task's code are checked: any single number is accepted, and no other value."""
 
 from __future__ import annotations
 

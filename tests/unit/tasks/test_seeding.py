@@ -1,4 +1,4 @@
-"""What a task draws at random is the run's: the same after a restart, on every machine and in every call of `dataset`."""
+"""Random numbers of a task follow from the run's seed: equal after a restart, on every machine and in every call."""
 
 from __future__ import annotations
 

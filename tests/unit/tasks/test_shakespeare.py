@@ -1,4 +1,4 @@
-"""Plays become roles, roles become windows; what is no play is refused."""
+"""Plays are split into roles and roles into windows; other files are refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Tasks of several files: what is beside a task file can be imported, in processes that the task starts too, and shadows
-nothing; the working directory is never on the path."""
+"""Tasks of several files. Files beside a task file can be imported, also by processes that the task starts; none shadows a module.
+
+The working directory is never on the path.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def nothing_stays_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """`tasks/mine.py` with a helper beside it, and with a file of the name of a module of Python's."""
+    """Make `tasks/mine.py` with a helper beside the file, and a file with the name of a module of Python."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.py").write_text(TASK)
     (tmp_path / "tasks" / "helper_of_task.py").write_text("WIDTH = 7\n")

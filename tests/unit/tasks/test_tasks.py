@@ -1,4 +1,4 @@
-"""Finding tasks, and refusing them; the order of batches; evaluation. What ready-made tasks promise: test_ready_made.py."""
+"""Loading and refusing tasks, the order of batches, evaluation. test_ready_made.py tests the ready-made tasks."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ class Items(Dataset[dict[str, Any]]):
 
 
 class Doubled(Subset[Any]):
-    """Does more than choose rows, so it must be asked for each."""
+    """A derived Subset that changes rows, so each row must be read through the class."""
 
     def __getitem__(self, row: Any) -> Any:
         return tuple(2 * value for value in self.dataset[self.indices[row]])
