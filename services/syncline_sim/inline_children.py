@@ -22,7 +22,7 @@ from syncline.wire.messages import decode, encode
 from syncline_agent.local_update import updates_of
 from syncline_agent.training_child import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
 
-TASK = "syncline_sim.inline:Stub"  # the task's name in specs of stubs; the stubs load no task
+TASK = "syncline_sim.stubs:Stub"  # the task's name in specs of stubs; the stubs load no task
 SLICES = 4  # reports of progress in a period
 Seconds = Callable[[dict[str, Any]], float]  # question → its virtual duration
 Vector = NDArray[np.float64]

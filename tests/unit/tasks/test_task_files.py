@@ -1,6 +1,6 @@
-"""Tasks of several files. Files beside a task file can be imported, also by processes that the task starts; none shadows a module.
+"""Tasks of several files: files beside a task file can be imported, also by processes that the task starts.
 
-The working directory is never on the path.
+They shadow no module, and the working directory is never on the path.
 """
 
 from __future__ import annotations
