@@ -13,6 +13,7 @@ from syncline.chance import jitter
 from syncline.errors import BusError, PeerError, SynclineError
 from syncline.observe.telemetry import STATUS_S, AgentEval, Once, Pace, Telemetry, Train, numbers
 from syncline.policy.advice import MetricsAdviser
+from syncline.runtime.child_messages import PeriodReport
 from syncline.wire import subjects
 from syncline.wire.messages import Heartbeat, Welcome, decode, encode
 from syncline_agent.run_view import News
@@ -44,7 +45,7 @@ class Stand:
     part: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
-    last: dict[str, Any] = field(default_factory=dict)  # what the last period came to
+    last_report: PeriodReport | None = None  # of the last period that made an update
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -135,14 +136,15 @@ class SignsOfLife:
 
     async def show_once(self) -> None:
         progress, stand = self._training.progress(), self._stand
+        last = stand.last_report
         metric = Train(
             state=stand.state,
             version=stand.version,
             clock=stand.clock,
             step=progress.step,
             steps=progress.steps,
-            loss=stand.last.get("loss"),
-            samples_per_s=stand.last.get("samples_per_s"),
+            loss=last.loss if last is not None else None,
+            samples_per_s=last.samples_per_s if last is not None else None,
             part=stand.part,
             rows=progress.rows,
             bytes_up=stand.bytes_up,
@@ -150,15 +152,15 @@ class SignsOfLife:
         )
         await self._telemetry.metric(metric)
 
-    async def tell(self, clock: int, version: int, report: dict[str, Any]) -> None:
-        """A period is over."""
-        if "metrics" in report:
-            metric = AgentEval(version=version, clock=clock, metrics=numbers(report["metrics"]))
+    async def tell(self, clock: int, version: int, report: PeriodReport) -> None:
+        """Publish the results of a period that is over."""
+        if (evaluation := report.evaluation) is not None:
+            metric = AgentEval(version=version, clock=clock, metrics=numbers(evaluation.metrics))
             await self._telemetry.metric(metric)
-            advice = self._adviser.evaluated(report["metrics"], report.get("skipped", {}))
+            advice = self._adviser.evaluated(evaluation.metrics, evaluation.skipped)
             for text in advice if self.advises else ():
                 await self._telemetry.event("advice", f"{self._agent}: {text}", level="warning", agent=self._agent)
-        if (why := report.get("not_evaluated")) and self._failures.is_new(why):
+        if (why := report.evaluation_problem) and self._failures.is_new(why):
             text = f"{self._agent}: its model is not evaluated, version {version}: {why} (told once)"
             await self._telemetry.event("evaluation-failed", text, level="warning", agent=self._agent)
         if self._metrics.due(asyncio.get_running_loop().time()):

@@ -151,5 +151,5 @@ class News:
 
 def _order(head: Head) -> tuple[int, int, int, int]:
     """Which of two heads is newer: by term, then version, then how far the round is."""
-    phases = {"waiting": 0, "training": 1, "merging": 2, "done": 3, "failed": 3, "refused": 3}
+    phases = {"waiting": 0, "training": 1, "merging": 2, "done": 3, "failed": 3}
     return (head.term, head.version, head.round, phases[head.phase])

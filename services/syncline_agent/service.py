@@ -52,7 +52,7 @@ class Agent:
     async def serve(self) -> None:
         subscription = await self._bus.subscribe(subjects.notify("*"), self._on_notify)
         self._bus.when_reconnected(self._on_reconnect)
-        self._device = str((await self._training.describe())["device"])
+        self._device = (await self._training.describe()).name
         log.info("agent %s on %s", self._me.agent, self._device)
         left = ""  # the run that it has just come from: who sends it back there at once knows less than head
         try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone, get_blob
@@ -20,6 +20,7 @@ from syncline.errors import BusError, ConfigError, Denied, PeerError, SynclineEr
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
 from syncline.runtime.child import ChildDied, ChildFailed
+from syncline.runtime.child_messages import MakeElasticUpdate, PrepareRun, RetrySave, SaveReport, TrainPeriod
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.sections import Async
 from syncline.spec.submission import submitted_spec
@@ -29,10 +30,12 @@ from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Submit, decode
 from syncline_agent.heartbeat import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
 from syncline_agent.run_view import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
 from syncline_agent.state_dir import Shelf
-from syncline_agent.training_child import SAVE_AGAIN_S, Period, Training, outboxes
-from syncline_agent.update_sender import How, Me, Sender, Update
+from syncline_agent.training_child import SAVE_AGAIN_S, Training, outboxes
+from syncline_agent.update_sender import FinishedUpdate, How, Me, Sender
 
 log = logging.getLogger(__name__)
+
+A = TypeVar("A")
 
 CRASHES_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
 REVIVE_S = 1.0  # the pause after the second death in a row; it doubles with each further one
@@ -81,11 +84,11 @@ class Session:
         self._held_term = 0  # under which it was the newest
         self._fresh = False  # no period that counts has begun with it
         self._given_up = range(0)  # clocks whose verdicts the broker lost
-        self._said_not_kept = False
+        self._said_not_saved = False
         self._advised: set[str] = set()  # told already
         self._made = 0  # updates, by this process: they go to the outboxes in turns
         self._deaths = self._crashes = 0  # of the training child, since it last made an update
-        self._to_send: asyncio.Queue[Update] = asyncio.Queue(1)
+        self._to_send: asyncio.Queue[FinishedUpdate] = asyncio.Queue(1)
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def follow(self) -> None:
@@ -194,17 +197,20 @@ class Session:
 
     async def _revive(self) -> None:
         """A child with the model, and with what this agent kept of the run. Raises CannotTrain."""
-        path = self._shelf.path(self._run)
+        question = PrepareRun(
+            spec=self._spec,
+            manifest=self._manifest_bytes,
+            state_path=str(self._shelf.path(self._run)),
+            submission=self._submission,
+        )
         while True:
             try:
-                answer = await self._training.prepare(
-                    self._spec.model_dump(mode="json"), self._manifest_bytes, str(path), self._submission
-                )
+                prepared = await self._training.prepare(question)
             except ChildDied as error:
                 await self._child_died(error)
                 continue
-            await self._advise(answer)
-            self._stand.clock, self._held = max(self._stand.clock, answer["clock"]), None
+            await self._advise(prepared.advice)
+            self._stand.clock, self._held = max(self._stand.clock, prepared.clock), None
             if self._stand.state == "leaving":
                 self._stand.is_ready()
             return
@@ -241,43 +247,45 @@ class Session:
         self._stand.version = head.version
         await self._telemetry.event("run-set-back", text, level="warning", agent=self._me.agent)
 
-    async def _say_not_kept(self, report: dict[str, Any]) -> None:
-        """Its disk is full, or cannot be written: said once, for the agent goes on, or will."""
-        why, held_back = report.get("not_kept", ""), report.get("held_back", False)
-        if why and not self._said_not_kept:
-            self._said_not_kept = True
+    async def _say_not_saved(self, save: SaveReport) -> None:
+        """Report, once, that the disk is full or cannot be written."""
+        if save.problem and not self._said_not_saved:
+            self._said_not_saved = True
             then = (
                 "takes no part until it is, for what it gives up must be there first"
-                if held_back
+                if save.blocks_offer
                 else "goes on without"
             )
-            text = f"{self._me.agent}: what it trains is not kept on its disk, and {then}: {why}"
+            text = f"{self._me.agent}: what it trains is not kept on its disk, and {then}: {save.problem}"
             await self._telemetry.event("not-kept", text[:2000], level="warning", agent=self._me.agent)
 
-    async def _advise(self, report: dict[str, Any]) -> None:
-        """Tells what the task or its settings rarely mean, each once, also where the child was started again."""
-        for text in report.get("advice", ()):
+    async def _advise(self, advice: Sequence[str]) -> None:
+        """Publish each text once in this run, also if the child was started again meanwhile."""
+        for text in advice:
             if text not in self._advised and len(self._advised) < MOST_ADVICE:
                 self._advised.add(text)
                 text = f"{self._me.agent}: {text}"
                 await self._telemetry.event("advice", text[:2000], level="warning", agent=self._me.agent)
 
-    async def _kept(self, clock: int, report: dict[str, Any]) -> bool:
-        """Whether the update may be offered. Where it must be on the disk first, and that takes nothing, this agent is out of
-        the run until it does; False where the child died meanwhile, and the update with it."""
-        await self._say_not_kept(report)
-        if not report.get("held_back"):
+    async def _may_offer(self, clock: int, save: SaveReport) -> bool:
+        """Return whether the update may be offered, after waiting for the disk if the state must be saved first.
+
+        The agent is out of the run meanwhile. False: the child died while it waited, and the update with it.
+        """
+        await self._say_not_saved(save)
+        if not save.blocks_offer:
             return True
-        self._stand.is_out(report["not_kept"])
-        while report["held_back"]:
+        self._stand.is_out(save.problem)
+        saved = False
+        while not saved:
             await asyncio.sleep(jitter(SAVE_AGAIN_S))
-            answer = await self._ask(self._training.keep(clock))
-            if answer is None:
+            retried = await self._ask(self._training.retry_save(RetrySave(clock=clock)))
+            if retried is None:
                 break
-            report |= answer
-        self._said_not_kept = False
+            saved = not retried.blocks_offer
+        self._said_not_saved = False
         self._stand.is_ready()
-        return not report["held_back"]
+        return saved
 
     async def _one_period(self, head: Head, place: Place) -> None:
         stand = self._stand
@@ -286,33 +294,40 @@ class Session:
         if not (elastic and self._is_async and self._held is not None):
             await self._fetch(head)
         stand.state, stand.part, clock = "training", place.number, stand.clock + 1
-        box = self._made % outboxes(self._spec)  # its last update but one was judged; clocks may leave one out
-        verdicts = {**{c: False for c in self._given_up if c > place.judged}, **place.verdicts}
-        fresh = self._fresh or not self._is_async  # every round begins with its center, a second time too
-        period = Period(stand.version, clock, place.number, place.parts, fresh, box, [*verdicts.items()])
+        period = TrainPeriod(
+            version=stand.version,
+            clock=clock,
+            part=place.number,
+            parts=place.parts,
+            fresh_center=self._fresh or not self._is_async,  # every round begins with its center, a second time too
+            outbox=self._made % outboxes(self._spec),  # its last update but one was judged; clocks may leave one out
+            verdicts={**{c: False for c in self._given_up if c > place.judged}, **place.verdicts},
+        )
         report = await self._ask(self._training.period(period))
         known = self._news.head
-        await self._advise(report or {})
-        if report is None or report["stopped"] or (known is not None and known.epoch != stand.epoch):
+        if report is not None:
+            await self._advise(report.advice)
+        if report is None or report.stopped or (known is not None and known.epoch != stand.epoch):
             stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
             return
         self._fresh, self._given_up = False, range(0)
-        if elastic:
+        made = report.update
+        if made is None:
             if self._is_async:
                 await self._fetch((await self._news.newest()).head)
-            met = await self._ask(self._training.meet(period._replace(fresh=self._fresh)))
+            question = MakeElasticUpdate(period=period, fresh_center=self._fresh)
+            made = await self._ask(self._training.make_elastic_update(question))
             self._fresh = False
-            if met is None:
+            if made is None:
                 stand.state = "waiting"
                 return
-            report |= met
-        if not await self._kept(clock, report):
+        if not await self._may_offer(clock, made.save):
             return
-        stand.last, stand.clock = report, clock
+        stand.last_report, stand.clock = report, clock
         self._made, self._deaths, self._crashes = self._made + 1, 0, 0
-        if report.get("broken"):
+        if made.broken:
             self._held = None  # the next one begins with the center, be it the same
-        update = Update(clock, stand.version, self._held_term, stand.epoch, period.box, report)
+        update = FinishedUpdate(period, report, stand.version, self._held_term, stand.epoch)
         if self._is_async:
             self._handed = clock
             await self._to_send.put(update)
@@ -346,8 +361,8 @@ class Session:
             self._stand.bytes_down += layout.blob_bytes
         self._stand.version, self._held_term = head.version, head.term
 
-    async def _ask(self, question: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
-        """The child's answer, or None where it died."""
+    async def _ask(self, question: Awaitable[A]) -> A | None:
+        """Return the child's answer; None: the child died, and another one is ready."""
         try:
             return await question
         except ChildDied as error:
@@ -393,14 +408,16 @@ class Session:
             if update.epoch == self._stand.epoch:
                 await self._send(update)
 
-    async def _send(self, update: Update) -> None:
+    async def _send(self, update: FinishedUpdate) -> None:
         """Hands the update over, however long that takes."""
         codec, layout = self._spec.wire.codec, self._manifest
-        content = self._training.outbox(layout.blob_bytes, update.box)[: layout.coded_bytes(codec.payload_bytes)]
+        content = self._training.outbox(layout.blob_bytes, update.period.outbox)[
+            : layout.coded_bytes(codec.payload_bytes)
+        ]
         how = How(layout, codec, self._spec.wire.window, keep=self._is_async)
         if not await self._sender.send(update, content, how):
             return
         if update.epoch == self._stand.epoch:
-            self._handed = max(self._handed, update.clock)
-            self._stand.handed = max(self._stand.handed, update.clock)
+            self._handed = max(self._handed, update.period.clock)
+            self._stand.handed = max(self._stand.handed, update.period.clock)
         self._stand.bytes_up += len(content)

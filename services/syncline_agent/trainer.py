@@ -35,9 +35,22 @@ from syncline.local.duration import Duration
 from syncline.model.flat import FlatModel
 from syncline.model.manifest import Manifest
 from syncline.model.tensors import slots_of
-from syncline.runtime.child import Chore, Handler, described, serve
+from syncline.runtime.child import Chore, Handlers, described, serve
+from syncline.runtime.child_messages import (
+    DescribeDevice,
+    DeviceDescription,
+    EvaluationReport,
+    MakeElasticUpdate,
+    PeriodReport,
+    PrepareRun,
+    RetrySave,
+    RunPrepared,
+    SaveReport,
+    TrainPeriod,
+    UpdateReport,
+)
 from syncline.shm import SharedMemory
-from syncline.spec.run_spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec
 from syncline.tasks.base import (
     Task,
     as_number,
@@ -63,7 +76,7 @@ from syncline_agent.local_state import Kept, load_state, save_state
 from syncline_agent.local_update import Progress, updates_of
 from syncline_agent.task_checks import Checks
 from syncline_agent.ticking import Ticking, ticking
-from syncline_agent.training_child import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, Period, outboxes
+from syncline_agent.training_child import PROGRESS_BYTES, SAVE_AGAIN_S, STEPS_EXPECTED, STOP_EARLY, outboxes
 from syncline_agent.values import is_finite, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -104,26 +117,26 @@ class Trainer:
         """The device, claimed with the first question: what is wrong with it is an answer then."""
         return claim_device(self._wanted)
 
-    def describe(self) -> dict[str, Any]:
-        return {"device": self._claim.describe(), "shared": self._claim.shared}
+    def describe(self, question: DescribeDevice) -> DeviceDescription:
+        return DeviceDescription(name=self._claim.describe(), shared=self._claim.shared)
 
-    def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
-        """Loads the task, makes the model, and finds what this agent kept of the run. Answers with its clock."""
+    def prepare(self, question: PrepareRun) -> RunPrepared:
+        """Load the task, make the model, and restore the state that this agent has of the run on its disk."""
         self._unsaved_clock, self._not_kept = None, ""
-        settings = self._settings = parse(RunSpec, spec)
-        self._layout = decode(Manifest, manifest)
+        settings = self._settings = question.spec
+        self._layout = decode(Manifest, question.manifest)
         self._memory.grow(PROGRESS_BYTES + (1 + outboxes(settings)) * self._layout.blob_bytes)
         self._view = self._memory.view()
         layout, codec = self._layout, settings.wire.codec
         self._chunks = [layout.chunk(k) for k in range(layout.chunks)]
         zeros_P = torch.zeros(layout.elements if codec.vectors else 0, dtype=TORCH_DTYPES[layout.dtype])
         self._codec_states = [[zeros_P.clone() for _ in range(codec.vectors)] for _ in range(layout.sections)]
-        self._state_path, self._submission, self._save_after_s = Path(state_path), submission, 0.0
+        self._state_path, self._submission, self._save_after_s = Path(question.state_path), question.submission, 0.0
         self._make()
-        kept = load_state(self._state_path, self._layout, submission)
+        kept = load_state(self._state_path, self._layout, self._submission)
         self._has_own = kept is not None and self._restored(kept)
         clock = kept.clock if kept is not None and self._has_own else 0
-        return {"clock": clock, "advice": self._checks.take_advice()}
+        return RunPrepared(clock=clock, advice=self._checks.take_advice())
 
     def _make(self) -> None:
         """The task, the model, the optimisers, and all else that a period changes, as they are before the first one."""
@@ -169,62 +182,61 @@ class Trainer:
             return False
         return True
 
-    def period(self, **asked: Any) -> dict[str, Any]:
-        """Takes over the center in the inbox where it is fresh, trains one local period, and leaves the update in an outbox.
-
-        `asked`: a Period.
-        """
-        period = Period(**asked)
-        number, clock = period.number, period.clock
+    def period(self, period: TrainPeriod) -> PeriodReport:
+        """Take over the center in the inbox if it is fresh, train one local period, and leave the update in an outbox."""
         self._unsaved_clock = None  # from here on the state is of no clock
-        self._take_part(number, period.parts)
+        self._take_part(period.part, period.parts)
         with self._reporting():
             self._begin(period)
         settings, rows = self._settings, len(self._dataset)
-        seed_all(seed_of(settings.seed, number, clock), self._claim.device)
+        seed_all(seed_of(settings.seed, period.part, period.clock), self._claim.device)
         struct.pack_into("<QQ", self._view, 0, self._steps_ever, 0)  # a simulation's clock counts the steps from there
         began = self._clock()
-        loss, steps, seen = self._train(self._allotted(rows), clock, number)
+        loss, steps, seen = self._train(self._allotted(rows), period.clock, period.part)
         seconds = self._clock() - began
-        answer: dict[str, Any] = {
-            "steps": steps,
-            "rows": rows,
-            "loss": loss,
-            "seconds": max(0.0, seconds),
-            "samples_per_s": seen / seconds if seconds > 0 else 0.0,
-            "advice": [*self._checks.take_advice(), *self._advice(period.parts)],
-        }
-        if self._stopped():
-            return {**answer, "stopped": True}
-        if settings.evaluate.agents:
-            answer |= self._evaluated(period.version)
-        if not self._updates.needs_center:
+        advice = [*self._checks.take_advice(), *self._advice(period.parts)]
+        stopped = self._stopped()
+        evaluation, evaluation_problem = None, ""
+        if settings.evaluate.agents and not stopped:
+            evaluation, evaluation_problem = self._evaluated(period.version)
+        update = None
+        if not self._updates.needs_center and not stopped:
             with self._reporting():
-                answer |= self._leave_update(period, at_once=self._variates is not None)
-        return {**answer, "stopped": False}
+                update = self._leave_update(period, at_once=self._variates is not None)
+        return PeriodReport(
+            stopped=stopped,
+            steps=steps,
+            rows=rows,
+            loss=loss,
+            seconds=max(0.0, seconds),
+            samples_per_s=seen / seconds if seconds > 0 else 0.0,
+            advice=advice,
+            evaluation=evaluation,
+            evaluation_problem=evaluation_problem,
+            update=update,
+        )
 
-    def meet(self, **asked: Any) -> dict[str, Any]:
-        """After a period, where the update is made from the newest center: that one lies in the inbox, if it is fresh.
+    def make_elastic_update(self, question: MakeElasticUpdate) -> UpdateReport:
+        """Make the update of a period from the newest center, which is in the inbox if it is fresh.
 
-        What is given up for it is on the disk before anybody can merge it.
+        The part of W_i that the update gives up is on the disk before the update can be merged.
         """
-        period = Period(**asked)
         with self._reporting():
-            if period.fresh:
+            if question.fresh_center:
                 self._center_P.copy_(self._inbox())
-            return self._leave_update(period, at_once=True)
+            return self._leave_update(question.period, at_once=True)
 
-    def keep(self, clock: int) -> dict[str, Any]:
-        """Tries again to get onto the disk what was held back for want of it."""
-        return self._kept(clock, at_once=True)
+    def retry_save(self, question: RetrySave) -> SaveReport:
+        """Write the state to the disk that the disk did not take before."""
+        return self._saved(question.clock, at_once=True)
 
-    def questions(self) -> dict[str, Handler]:
+    def questions(self) -> Handlers:
         return {
-            "describe": self.describe,
-            "prepare": self.prepare,
-            "period": self.period,
-            "meet": self.meet,
-            "keep": self.keep,
+            DescribeDevice: self.describe,
+            PrepareRun: self.prepare,
+            TrainPeriod: self.period,
+            MakeElasticUpdate: self.make_elastic_update,
+            RetrySave: self.retry_save,
         }
 
     def chore(self) -> Chore:
@@ -274,28 +286,31 @@ class Trainer:
             self._dataset: Any = dataset
             self._place = (number, parts)
 
-    def _begin(self, period: Period) -> None:
+    def _begin(self, period: TrainPeriod) -> None:
         """W_i as the period begins; an agent without one begins with W."""
         self._flat.store()
-        self._updates.resolve(dict(period.verdicts), self._flat.flat_P)
-        center_P = self._inbox() if period.fresh else None
+        self._updates.resolve(period.verdicts, self._flat.flat_P)
+        center_P = self._inbox() if period.fresh_center else None
         if center_P is not None and self._anchor_P is not self._center_P:
             self._anchor_P.copy_(center_P)
         self._updates.begin(self._flat.flat_P, self._center_P, center_P, first=not self._has_own)
         self._flat.load()
         self._has_own, control = True, None
         if self._variates is not None:
-            self._variates.resolve(dict(period.verdicts))
-            control = self._variates.begin(self._inbox(CONTROL) if period.fresh else None, period.parts)
+            self._variates.resolve(period.verdicts)
+            control = self._variates.begin(self._inbox(CONTROL) if period.fresh_center else None, period.parts)
         self._inner.period_begins(control)
 
-    def _leave_update(self, period: Period, *, at_once: bool) -> dict[str, Any]:
-        """Puts it into an outbox, and keeps what belongs to it; answers with why that could not be kept, whether it is not to
-        be offered before it is, and whether it is broken: it is not finite, and once offered it will be judged so too."""
+    def _leave_update(self, period: TrainPeriod, *, at_once: bool) -> UpdateReport:
+        """Put the update into its outbox and save the state that belongs to it.
+
+        Args:
+            at_once: save now, and block the offer until the disk has taken the state.
+        """
         self._flat.store()
         update_P = self._updates.take(self._flat.flat_P, self._center_P, period.clock)
         self._flat.load()
-        outbox = self._box(1 + period.box, sections=self._layout.sections)
+        outbox = self._box(1 + period.outbox, sections=self._layout.sections)
         written = self._encode(update_P, 0, outbox)
         sound = finite(update_P)
         if self._variates is not None:
@@ -303,9 +318,9 @@ class Trainer:
             self._encode(change_P, CONTROL, outbox[written:])
             sound = sound and finite(change_P)
         if sound:
-            return {"broken": False, **self._kept(period.clock, at_once=at_once)}
+            return UpdateReport(save=self._saved(period.clock, at_once=at_once))
         self._forget(period.clock)
-        return {"broken": True, "not_kept": "", "held_back": False}
+        return UpdateReport(broken=True)  # offered all the same: the coordinator judges it, and drops it
 
     def _encode(self, update_P: torch.Tensor, section: int, out: memoryview) -> int:
         """Code one section of an update into an outbox. Returns the bytes of its payloads."""
@@ -314,9 +329,9 @@ class Trainer:
         self._codec_states[section] = list(kept)
         return write_payloads(payloads, out)
 
-    def _kept(self, clock: int, *, at_once: bool) -> dict[str, Any]:
+    def _saved(self, clock: int, *, at_once: bool) -> SaveReport:
         problem = self._save(clock, at_once=at_once)
-        return {"not_kept": problem, "held_back": at_once and bool(problem)}
+        return SaveReport(problem=problem, blocks_offer=at_once and bool(problem))
 
     @torch.no_grad()
     def _forget(self, clock: int) -> None:
@@ -463,8 +478,8 @@ class Trainer:
         self._unsaved_clock, self._not_kept = (clock if problem else None), problem
         return problem
 
-    def _evaluated(self, version: int) -> dict[str, Any]:
-        """Return the metrics of W_i on the held-out data, or why there are none: that costs no update.
+    def _evaluated(self, version: int) -> tuple[EvaluationReport | None, str]:
+        """Return the metrics of W_i on the held-out data, or None and the problem, which costs no update.
 
         Draws the random numbers that the evaluation of this version's center draws.
         """
@@ -473,9 +488,9 @@ class Trainer:
             test_set = self._held_out()
             seed_all(seed_of(self._settings.seed, version), device)
             metrics = evaluate(self._task, self._flat.model, test_set, EVALUATION_ROWS, device, self._on_batch, skipped)
-        except Exception as error:  # whatever the user's code raises
-            return {"not_evaluated": described(error)}
-        return {"metrics": metrics, "skipped": dict(skipped)}
+            return EvaluationReport(metrics=metrics, skipped=dict(skipped)), ""
+        except Exception as error:  # of any class: the task's code raises it
+            return None, described(error)
 
     def _gradient_at_center(self, out_P: torch.Tensor) -> None:
         """Of the loss over this agent's whole part, where the model stands."""

@@ -1,72 +1,75 @@
-"""The service's side of the training child: starts it, asks it, and starts it again when it died. Knows no bus."""
+"""The service's side of the training child: starts the child, asks it, and starts another one after its death. Knows no bus.
+
+Service and child share a memory of `PROGRESS_BYTES` for the progress, then the inbox with the coded center, then the outboxes
+with coded updates. Each box has `blob_bytes` of the run's manifest.
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from syncline.policy.asynchronous import OVERLAPPING
 from syncline.runtime.child import Asked, ChildDied, ChildFailed, Start
+from syncline.runtime.child_messages import (
+    A,
+    DescribeDevice,
+    DeviceDescription,
+    MakeElasticUpdate,
+    PeriodReport,
+    PrepareRun,
+    Question,
+    RetrySave,
+    RunPrepared,
+    SaveReport,
+    TrainPeriod,
+    UpdateReport,
+)
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.sections import Async
 
-PROGRESS = struct.Struct("<QQB7xQQ")  # the head of the shared memory: Progress, and the wish to stop early
+PROGRESS = struct.Struct("<QQB7xQQ")  # the fields of ChildProgress, with STOP_EARLY between the second and the third
 PROGRESS_BYTES = 64
-STOP_EARLY = 16  # where that wish stands
-STEPS_EXPECTED = 24  # where Progress.steps stands
-SAVE_AGAIN_S = 30.0  # after the disk took nothing
+STOP_EARLY = 16  # offset of the byte by which the service asks the child to end the period
+STEPS_EXPECTED = 24  # offset of ChildProgress.steps
+SAVE_AGAIN_S = 30.0  # until a save is tried again that the disk did not take
 
 
-class Progress(NamedTuple):
-    """How far the child is."""
+class ChildProgress(NamedTuple):
+    """Progress of the training child."""
 
     steps_ever: int  # since its process began; batches of an evaluation count too
     step: int  # made in this period
-    steps: int  # that this period has; as far as one can tell, where it is given in seconds; 0: nobody can tell yet
+    steps: int  # of this period; an estimate if the period is given in seconds; 0: not known yet
     rows: int  # of this agent's part
 
 
-class Period(NamedTuple):
-    """One local period, as it is asked for."""
-
-    version: int  # of the center in the inbox
-    clock: int  # periods finished with this one
-    number: int  # of the agent's part
-    parts: int
-    fresh: bool = True  # the center in the inbox is newer than the one the child saw last
-    box: int = 0  # the outbox that takes the update
-    verdicts: Sequence[tuple[int, bool]] = ()  # of the last judged clocks: merged or not
-
-
 def outboxes(spec: RunSpec) -> int:
-    """Updates of an agent that may be on their way at once: one is sent while the next one is made."""
+    """Return how many updates of an agent may be on their way at once: one is sent while the next one is made."""
     return OVERLAPPING if isinstance(spec.sync, Async) and spec.sync.overlap else 1
 
 
 class Training(Protocol):
-    """What a session needs of a trainer."""
+    """The training child as a session sees it. Its questions raise ConfigError, ChildFailed or ChildDied."""
 
-    async def describe(self) -> dict[str, Any]: ...
-    async def prepare(
-        self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str
-    ) -> dict[str, Any]: ...
-    async def period(self, period: Period) -> dict[str, Any]:
-        """A wish to stop early that comes from here on, however early, is about this period."""
+    async def describe(self) -> DeviceDescription: ...
+    async def prepare(self, question: PrepareRun) -> RunPrepared: ...
+    async def period(self, question: TrainPeriod) -> PeriodReport:
+        """Train a period. A wish to stop early counts for this period from the call on, also before the child begins."""
         ...
 
-    async def meet(self, period: Period) -> dict[str, Any]: ...
-    async def keep(self, clock: int) -> dict[str, Any]: ...
+    async def make_elastic_update(self, question: MakeElasticUpdate) -> UpdateReport: ...
+    async def retry_save(self, question: RetrySave) -> SaveReport: ...
     def inbox(self, nbytes: int) -> memoryview: ...
-    def outbox(self, nbytes: int, box: int) -> memoryview: ...
-    def progress(self) -> Progress: ...
+    def outbox(self, nbytes: int, number: int) -> memoryview: ...
+    def progress(self) -> ChildProgress: ...
     def stop_early(self) -> None: ...
     async def close(self) -> None: ...
 
 
 class ChildTraining:
-    """A child with the tensors in shared memory. Raises ConfigError, ChildFailed or ChildDied."""
+    """A training child in a process of its own, with the tensors in shared memory."""
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -74,38 +77,37 @@ class ChildTraining:
         self._memory.grow(PROGRESS_BYTES)
         self._child: Asked | None = None
 
-    async def describe(self) -> dict[str, Any]:
-        return await self._ask("describe")
+    async def describe(self) -> DeviceDescription:
+        return await self._ask(DescribeDevice())
 
-    async def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
-        """`submission`: which of the runs that ever had this name, by the id of head's manifest."""
-        return await self._ask("prepare", spec=spec, manifest=manifest, state_path=state_path, submission=submission)
+    async def prepare(self, question: PrepareRun) -> RunPrepared:
+        return await self._ask(question)
 
-    async def period(self, period: Period) -> dict[str, Any]:
-        self._memory.view()[STOP_EARLY] = 0  # here and not there: from now on the wish is about this period
-        return await self._ask("period", **period._asdict())
+    async def period(self, question: TrainPeriod) -> PeriodReport:
+        self._memory.view()[STOP_EARLY] = (
+            0  # reset here and not in the child, which begins later than this period's wish
+        )
+        return await self._ask(question)
 
-    async def meet(self, period: Period) -> dict[str, Any]:
-        """Elastic averaging: makes the update from the center in the inbox, after the period."""
-        return await self._ask("meet", **period._asdict())
+    async def make_elastic_update(self, question: MakeElasticUpdate) -> UpdateReport:
+        return await self._ask(question)
 
-    async def keep(self, clock: int) -> dict[str, Any]:
-        """Tries again what the disk did not take; answers with `held_back`, and why it did not, in `not_kept`."""
-        return await self._ask("keep", clock=clock)
+    async def retry_save(self, question: RetrySave) -> SaveReport:
+        return await self._ask(question)
 
     def inbox(self, nbytes: int) -> memoryview:
         return self._memory.view()[PROGRESS_BYTES : PROGRESS_BYTES + nbytes]
 
-    def outbox(self, nbytes: int, box: int) -> memoryview:
-        begin = PROGRESS_BYTES + (1 + box) * nbytes
+    def outbox(self, nbytes: int, number: int) -> memoryview:
+        begin = PROGRESS_BYTES + (1 + number) * nbytes
         return self._memory.view()[begin : begin + nbytes]
 
-    def progress(self) -> Progress:
+    def progress(self) -> ChildProgress:
         steps_ever, step, _, steps, rows = PROGRESS.unpack_from(self._memory.view(), 0)
-        return Progress(steps_ever, step, steps, rows)
+        return ChildProgress(steps_ever, step, steps, rows)
 
     def stop_early(self) -> None:
-        """Asks the child to end the period after the step it is in."""
+        """Ask the child to end the period after the step that is under way."""
         self._memory.view()[STOP_EARLY] = 1
 
     async def close(self) -> None:
@@ -113,11 +115,11 @@ class ChildTraining:
             child, self._child = self._child, None
             await child.close()
 
-    async def _ask(self, question: str, **fields: Any) -> dict[str, Any]:
+    async def _ask(self, question: Question[A]) -> A:
         if self._child is None:
             self._child = await self._start(self._memory)
         try:
-            return await self._child.ask(question, **fields)
+            return await self._child.ask(question)
         except ChildFailed as error:
             if error.config is not None:
                 raise error.config from None

@@ -10,7 +10,6 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Growth, put_blob, with_retries
@@ -18,6 +17,7 @@ from syncline.chance import jitter, new_id
 from syncline.errors import BusError, Denied, StreamFull
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
+from syncline.runtime.child_messages import PeriodReport, TrainPeriod
 from syncline.transform.codecs import Codec
 from syncline.wire import subjects
 from syncline.wire.dtypes import DTYPES
@@ -39,15 +39,14 @@ class Me:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """What a period made, in an outbox."""
+class FinishedUpdate:
+    """An update in an outbox, with the period that made it."""
 
-    clock: int
-    base: int
-    term: int
-    epoch: int
-    box: int
-    report: dict[str, Any]
+    period: TrainPeriod
+    report: PeriodReport
+    base: int  # version of the center that the update deviates from; elastic updates are made from a newer one than the period
+    term: int  # under which that center was the newest
+    epoch: int  # of the head that named the center
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Sender:
     def __init__(self, bus: Bus, run: str, me: Me, news: News, telemetry: Telemetry) -> None:
         self._bus, self._run, self._me, self._news, self._telemetry = bus, run, me, news, telemetry
 
-    async def send(self, update: Update, content: memoryview, how: How) -> bool:
+    async def send(self, update: FinishedUpdate, content: memoryview, how: How) -> bool:
         """True once it is offered; False where the run went on without it. Raises Denied."""
         blob, growth = new_id(), Growth()
         while True:
@@ -80,7 +79,7 @@ class Sender:
             except Denied:
                 raise
             except BusError as error:
-                log.warning("the update of clock %d is not handed over yet: %s", update.clock, error)
+                log.warning("the update of clock %d is not handed over yet: %s", update.period.clock, error)
                 await asyncio.sleep(jitter(READ_AGAIN_S))
                 await self._look()
             if self._is_over(update, how):
@@ -102,18 +101,18 @@ class Sender:
             growth=growth,
         )
 
-    def _offer(self, update: Update, ref: BlobRef, digest: bytes) -> Offer:
+    def _offer(self, update: FinishedUpdate, ref: BlobRef, digest: bytes) -> Offer:
         """Signed, where this agent has a key."""
         me = self._me
         offer = Offer(
             session=me.session,
-            clock=update.clock,
+            clock=update.period.clock,
             base=update.base,
             term=update.term,
             epoch=update.epoch,
-            samples=update.report["rows"],
-            steps=update.report["steps"],
-            seconds=update.report["seconds"],
+            samples=update.report.rows,
+            steps=update.report.steps,
+            seconds=update.report.seconds,
             blob=ref,
             digest=digest,
         )
@@ -135,6 +134,6 @@ class Sender:
         except BusError:
             pass  # still out of reach
 
-    def _is_over(self, update: Update, how: How) -> bool:
+    def _is_over(self, update: FinishedUpdate, how: How) -> bool:
         head = self._news.head
         return head is not None and (head.epoch != update.epoch or (not how.keep and head.version > update.base))

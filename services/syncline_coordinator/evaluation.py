@@ -9,6 +9,7 @@ from syncline.errors import SynclineError
 from syncline.observe.telemetry import CenterEval, Once, Telemetry, numbers
 from syncline.policy.advice import MetricsAdviser
 from syncline.runtime.child import Asked, ChildDied
+from syncline.runtime.child_messages import CopyCenter, EvaluateCenter
 
 Restart = Callable[[], Awaitable[Asked]]
 Report = Callable[[int, dict[str, float]], None]
@@ -59,10 +60,10 @@ class Evaluation:
         """Evaluate the center. A failure is told and ends no run; one of the task's own code is told once, not every time."""
         try:
             async with asyncio.timeout(self._longest_s):
-                await self._child.ask("copy")
+                await self._child.ask(CopyCenter())
                 self._copied.set()
-                answer = await self._child.ask("evaluate", version=version)
-            metric = CenterEval(version=version, metrics=numbers(answer["metrics"]), seconds=answer["seconds"])
+                result = await self._child.ask(EvaluateCenter(version=version))
+            metric = CenterEval(version=version, metrics=numbers(result.metrics), seconds=result.seconds)
         except Exception as error:
             self._copied.set()
             self._too_slow = isinstance(error, TimeoutError)
@@ -75,8 +76,8 @@ class Evaluation:
             self._copied.set()
         self.evaluated = version
         await self._telemetry.metric(metric)
-        self._report(version, answer["metrics"])
-        await self._advise(self._adviser.evaluated(answer["metrics"], answer.get("skipped", {})))
+        self._report(version, result.metrics)
+        await self._advise(self._adviser.evaluated(result.metrics, result.skipped))
 
     async def _advise(self, advice: list[str]) -> None:
         for text in advice:

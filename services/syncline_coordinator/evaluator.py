@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,9 +20,18 @@ from syncline.errors import ConfigError
 from syncline.model.flat import FlatModel, manifest_of
 from syncline.model.frozen import insist_on_frozen
 from syncline.model.manifest import Manifest
-from syncline.runtime.child import Handler, serve, tell
+from syncline.runtime.child import Handlers, serve, tell
+from syncline.runtime.child_messages import (
+    CopyCenter,
+    Done,
+    EvaluateCenter,
+    EvaluationReport,
+    MakeModel,
+    ModelLayout,
+    WriteInitialModel,
+)
 from syncline.shm import SharedMemory
-from syncline.spec.run_spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec
 from syncline.tasks.base import Task, evaluate, load_task, make_held_out, make_model
 from syncline.tasks.optimizers import check_inner
 from syncline.tasks.seeding import seed_all, seed_of
@@ -53,59 +61,59 @@ class Evaluator:
         self._task: Task | None = None
         self._flat: FlatModel | None = None
 
-    def describe(
-        self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"", check: bool = True
-    ) -> dict[str, Any]:
-        """Loads the task and makes the model, seeded. Answers with the run's manifest, or holds the model against one.
-
-        `check`: try the settings of the agents' optimiser as well.
-        """
-        settings = parse(RunSpec, spec)
+    def make_model(self, question: MakeModel) -> ModelLayout:
+        """Load the task and make the model, seeded. Answers with the layout, after checking it against the run's, if given."""
+        settings = question.spec
         self._tell(f"loads the task {settings.task}")
         task = self.load_task(settings)
         self._tell(f"makes the model: model() of {settings.task}")
         model = make_model(task, settings.seed)
-        if manifest:
-            layout = decode(Manifest, manifest)
+        if question.manifest:
+            layout = decode(Manifest, question.manifest)
             insist_on_frozen(model, layout, task.local, task.shared)
         else:
             sections, code = settings.local.sections, digests_of_code(task)
-            layout = manifest_of(model, chunk_bytes, task.local, sections, task.shared, code)
-            if check:
+            layout = manifest_of(model, question.chunk_bytes, task.local, sections, task.shared, code)
+            if question.check_optimizer:
                 check_inner(task, model, settings.local)
         self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
-        if not manifest:
+        if not question.manifest:
             _insist_on_numbers(self._flat, layout)
         self._settings = settings
         if settings.evaluate.center:
             self._tell(f"loads the held-out data: dataset() of {settings.task}")
             self._dataset = make_held_out(task, settings.seed)
-        return {"manifest": encode(layout)}
+        return ModelLayout(manifest=encode(layout))
 
-    def initial(self) -> dict[str, Any]:
-        """Writes version 0 of the center."""
+    def write_initial(self, question: WriteInitialModel) -> Done:
+        """Write version 0 into the center's memory."""
         assert self._flat is not None
         self._center().copy_(self._flat.flat_P)
-        return {}
+        return Done()
 
-    def copy(self) -> dict[str, Any]:
-        """Takes over the center as it is now."""
+    def copy_center(self, question: CopyCenter) -> Done:
+        """Load the center as it is now into this process's model."""
         assert self._flat is not None
         self._flat.flat_P.copy_(self._center())
         self._flat.load()
-        return {}
+        return Done()
 
-    def evaluate(self, version: int) -> dict[str, Any]:
-        """Held-out metrics of the center copied last, which is that of `version`."""
+    def evaluate(self, question: EvaluateCenter) -> EvaluationReport:
+        """Return the held-out metrics of the center that was copied last."""
         assert self._flat is not None and self._task is not None
         began, cpu = self._clock(), torch.device("cpu")
-        seed_all(seed_of(self._settings.seed, version), cpu)
+        seed_all(seed_of(self._settings.seed, question.version), cpu)
         skipped = Counter[str]()
         metrics = evaluate(self._task, self._flat.model, self._dataset, BATCH_ROWS, cpu, skipped=skipped)
-        return {"metrics": metrics, "skipped": dict(skipped), "seconds": self._clock() - began}
+        return EvaluationReport(metrics=metrics, skipped=dict(skipped), seconds=max(0.0, self._clock() - began))
 
-    def questions(self) -> dict[str, Handler]:
-        return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
+    def questions(self) -> Handlers:
+        return {
+            MakeModel: self.make_model,
+            WriteInitialModel: self.write_initial,
+            CopyCenter: self.copy_center,
+            EvaluateCenter: self.evaluate,
+        }
 
     def load_task(self, settings: RunSpec) -> Task:
         return load_task(

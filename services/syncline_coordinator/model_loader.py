@@ -6,6 +6,7 @@ from syncline.bus.base import Bus
 from syncline.errors import ConfigError
 from syncline.model.manifest import Manifest
 from syncline.runtime.child import Asked, ChildFailed, Start
+from syncline.runtime.child_messages import MakeModel
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.messages import decode
@@ -46,10 +47,9 @@ class ModelLoader:
         chunk = chunk_bytes_for(spec, most_agents(spec), self._bus.max_payload)
         self._loading[spec.name] = child
         try:
-            answer = await child.ask(
-                "describe", spec=spec.model_dump(mode="json"), chunk_bytes=chunk, manifest=manifest, check=check
-            )
-            return child, decode(Manifest, answer["manifest"], limit=MAX_MANIFEST_BYTES)
+            question = MakeModel(spec=spec, chunk_bytes=chunk, manifest=manifest, check_optimizer=check)
+            layout = await child.ask(question)
+            return child, decode(Manifest, layout.manifest, limit=MAX_MANIFEST_BYTES)
         except ChildFailed as error:
             await child.close()
             raise error.config or ConfigError("task", error.problem, "Correct the task's code") from None

@@ -18,6 +18,7 @@ from syncline.bus.records import record_of
 from syncline.errors import ConfigError, PeerError, StoreDown, Unavailable
 from syncline.observe.telemetry import Telemetry
 from syncline.runtime.child import Asked, ChildDied
+from syncline.runtime.child_messages import WriteInitialModel
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.submission import submitted_spec
@@ -174,7 +175,7 @@ class RunHost:
             center = Center(manifest, self._memory, spec.state_vectors)
             reducer = Reducer(bus, spec, manifest, center, shared.executor)
             if anew or keeper.head.model is None:
-                await child.ask("initial")
+                await child.ask(WriteInitialModel())
                 await commit_initial(bus, keeper, reducer, manifest, lost_term)
             else:
                 await reducer.get_center(keeper.head.model, keeper.head.version)

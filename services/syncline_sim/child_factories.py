@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from syncline.runtime.child_messages import Question, TrainPeriod
 from syncline.shm import SharedMemory
 from syncline_sim.inline_children import Disk, InlineChild, Seconds, StubEvaluator, StubState, StubTrainer
 from syncline_sim.scenario import Scenario
@@ -98,7 +99,7 @@ def period_of(scenario: Scenario, agent: str) -> Seconds:
     """Return the function that gives the virtual seconds of each question to an agent's trainer."""
     period_s = scenario.period_s[scenario.agents.index(agent) % len(scenario.period_s)]
 
-    def seconds(question: dict[str, Any]) -> float:
-        return period_s if question["ask"] == "period" else QUICK_S
+    def seconds(question: Question[Any]) -> float:
+        return period_s if isinstance(question, TrainPeriod) else QUICK_S
 
     return seconds

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from syncline.model.manifest import ALIGN_ELEMENTS, Entry, Manifest
-from syncline.runtime.child import ChildDied, ChildFailed, Chore, Handler, Start, packed_answer
+from syncline.runtime.child import ChildDied, Chore, Handlers, Start, answer_in, answered
+from syncline.runtime.child_messages import (
+    A,
+    CopyCenter,
+    DescribeDevice,
+    DeviceDescription,
+    Doing,
+    Done,
+    EvaluateCenter,
+    EvaluationReport,
+    MakeElasticUpdate,
+    MakeModel,
+    ModelLayout,
+    PeriodReport,
+    PrepareRun,
+    Question,
+    RunPrepared,
+    TrainPeriod,
+    UpdateReport,
+    WriteInitialModel,
+    encode,
+)
 from syncline.shm import SharedMemory
-from syncline.spec.run_spec import RunSpec, parse
+from syncline.spec.run_spec import RunSpec
+from syncline.wire import messages
 from syncline.wire.dtypes import DTYPES
-from syncline.wire.messages import decode, encode
 from syncline_agent.local_update import updates_of
-from syncline_agent.training_child import PROGRESS_BYTES, ChildTraining, Period, Progress, outboxes
+from syncline_agent.training_child import PROGRESS_BYTES, ChildProgress, ChildTraining, outboxes
 
 TASK = "syncline_sim.stubs:Stub"  # the task's name in specs of stubs; the stubs load no task
 SLICES = 4  # reports of progress in a period
-Seconds = Callable[[dict[str, Any]], float]  # question → its virtual duration
+Seconds = Callable[[Question[Any]], float]  # question → its virtual duration
 Vector = NDArray[np.float64]
 
 
@@ -38,9 +58,7 @@ class InlineChild:
         chore: work between questions. It is done as soon as it is due and no question waits, and takes no virtual time.
     """
 
-    def __init__(
-        self, handlers: Mapping[str, Handler], memory: SharedMemory, seconds: Seconds, chore: Chore | None = None
-    ) -> None:
+    def __init__(self, handlers: Handlers, memory: SharedMemory, seconds: Seconds, chore: Chore | None = None) -> None:
         self._handlers, self._memory, self._seconds, self._chore = handlers, memory, seconds, chore
         self._chore_timer: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
@@ -48,17 +66,18 @@ class InlineChild:
         self.doing = ""
         self._held_s = 0.0  # additional duration of the next step
 
-    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
-        asked: dict[str, Any] = msgpack.unpackb(msgpack.packb({"ask": question, **fields}), strict_map_key=False)
+    async def ask(self, question: Question[A]) -> A:
+        data = encode(question)
         async with self._lock:
             self._cancel_chore()
-            if not await self._pass_time(asked):
-                return {"stopped": True}
-            said: dict[str, Any] = msgpack.unpackb(packed_answer(self._handlers, asked), strict_map_key=False)
-            self._schedule_chore()
-        if "error" in said:
-            raise ChildFailed(said["error"], setting=said.get("setting", ""), hint=said.get("hint", ""))
-        return said
+            if await self._pass_time(question):
+                data = answered(self._handlers, data)
+                self._schedule_chore()
+            else:
+                data = encode(PeriodReport(stopped=True))
+        answer = answer_in(data, question)
+        assert not isinstance(answer, Doing)
+        return answer
 
     async def close(self) -> None:
         self._end()
@@ -96,14 +115,14 @@ class InlineChild:
             self._chore_timer.cancel()
             self._chore_timer = None
 
-    async def _pass_time(self, asked: dict[str, Any]) -> bool:
+    async def _pass_time(self, question: Question[Any]) -> bool:
         """Let the duration of a question pass, and report progress during a period.
 
         Returns:
             False if the service ended the period early.
         """
-        seconds = self._seconds(asked)
-        if asked["ask"] != "period":
+        seconds = self._seconds(question)
+        if not isinstance(question, TrainPeriod):
             await self._pause(seconds)
             return True
         view = self._memory.view()
@@ -147,7 +166,7 @@ class InlineTraining(ChildTraining):
         if isinstance(self._child, InlineChild):
             self._child.hold(seconds)
 
-    def progress(self) -> Progress:
+    def progress(self) -> ChildProgress:
         if isinstance(self._child, InlineChild):
             self._child.update_progress()
         return super().progress()
@@ -170,28 +189,31 @@ class StubEvaluator:
         self._memory, self._elements = memory, 0
         self._copy: Vector = np.zeros(0)
 
-    def describe(
-        self, spec: dict[str, Any], chunk_bytes: int, manifest: bytes = b"", check: bool = True
-    ) -> dict[str, Any]:
-        self._elements, self._seed = elements_of(spec), int(spec["seed"])
-        chunk = max(ALIGN_ELEMENTS, chunk_bytes // 8 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
+    def make_model(self, question: MakeModel) -> ModelLayout:
+        self._elements, self._seed = elements_of(question.spec), question.spec.seed
+        chunk = max(ALIGN_ELEMENTS, question.chunk_bytes // 8 // ALIGN_ELEMENTS * ALIGN_ELEMENTS)
         tensors = _tensors(self._elements)
         layout = Manifest(dtype="fp64", elements=self._elements, chunk_elements=chunk, tensors=tensors, local=[])
-        return {"manifest": manifest or encode(layout)}
+        return ModelLayout(manifest=question.manifest or messages.encode(layout))
 
-    def initial(self) -> dict[str, Any]:
+    def write_initial(self, question: WriteInitialModel) -> Done:
         self._center()[:] = np.linspace(-1.0, 1.0, self._elements) * (1 + self._seed % 97)
-        return {}
+        return Done()
 
-    def copy(self) -> dict[str, Any]:
+    def copy_center(self, question: CopyCenter) -> Done:
         self._copy = self._center().copy()
-        return {}
+        return Done()
 
-    def evaluate(self, version: int) -> dict[str, Any]:
-        return {"metrics": {"mean": float(self._copy.mean())}, "seconds": 0.0}
+    def evaluate(self, question: EvaluateCenter) -> EvaluationReport:
+        return EvaluationReport(metrics={"mean": float(self._copy.mean())})
 
-    def questions(self) -> dict[str, Handler]:
-        return {"describe": self.describe, "initial": self.initial, "copy": self.copy, "evaluate": self.evaluate}
+    def questions(self) -> Handlers:
+        return {
+            MakeModel: self.make_model,
+            WriteInitialModel: self.write_initial,
+            CopyCenter: self.copy_center,
+            EvaluateCenter: self.evaluate,
+        }
 
     def _center(self) -> Vector:
         return np.frombuffer(self._memory.view(), DTYPES["fp64"].little_endian, self._elements)
@@ -219,13 +241,13 @@ class StubTrainer:
         self._steps_ever = 0
         self._own = torch.zeros(0, dtype=torch.float64)
 
-    def describe(self) -> dict[str, Any]:
-        return {"device": "stub", "shared": False}
+    def describe(self, question: DescribeDevice) -> DeviceDescription:
+        return DeviceDescription(name="stub", shared=False)
 
-    def prepare(self, spec: dict[str, Any], manifest: bytes, state_path: str, submission: str) -> dict[str, Any]:
-        settings = parse(RunSpec, spec)
-        self._elements = elements_of(spec)
-        self._updates = updates_of(settings, decode(Manifest, manifest).buffers)
+    def prepare(self, question: PrepareRun) -> RunPrepared:
+        settings, state_path, submission = question.spec, question.state_path, question.submission
+        self._elements = elements_of(settings)
+        self._updates = updates_of(settings, messages.decode(Manifest, question.manifest).buffers)
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path
@@ -238,13 +260,12 @@ class StubTrainer:
         self._own, self._trained = _vector(bytearray(kept.own)), _vector(bytearray(kept.trained))
         self._from = torch.zeros_like(self._own)
         self._updates.pending = {c: _vector(bytearray(difference)) for c, difference in kept.pending.items()}
-        return {"clock": kept.clock}
+        return RunPrepared(clock=kept.clock)
 
-    def period(self, **asked: Any) -> dict[str, Any]:
-        period = Period(**asked)
-        number, own = period.number, self._own
-        self._updates.resolve(dict(period.verdicts), own)
-        center = self._box(0).clone() if period.fresh else None
+    def period(self, period: TrainPeriod) -> PeriodReport:
+        number, own = period.part, self._own
+        self._updates.resolve(period.verdicts, own)
+        center = self._box(0).clone() if period.fresh_center else None
         self._updates.begin(own, self._from, center, first=self._first)
         if self._first:
             self._first = False
@@ -254,31 +275,33 @@ class StubTrainer:
         step = 0.25 * (torch.arange(self._elements, dtype=torch.float64) * 0.01 + target - own) + drift
         own += step
         self._trained += step
-        if not self._updates.needs_center:
-            self._leave(period)
+        update = None if self._updates.needs_center else self._leave(period)
         self._steps_ever += max(SLICES, self._steps)
         struct.pack_into("<QQ", self._view, 0, self._steps_ever, self._steps)
-        rows = 64 // period.parts
-        return {"steps": self._steps, "rows": rows, "loss": 0.0, "seconds": 0.0, "samples_per_s": 0.0, "stopped": False}
+        return PeriodReport(steps=self._steps, rows=64 // period.parts, loss=0.0, update=update)
 
-    def meet(self, **asked: Any) -> dict[str, Any]:
-        period = Period(**asked)
-        if period.fresh:
+    def make_elastic_update(self, question: MakeElasticUpdate) -> UpdateReport:
+        if question.fresh_center:
             self._from.copy_(self._box(0))
-        self._leave(period)
-        return {}
+        return self._leave(question.period)
 
-    def questions(self) -> dict[str, Handler]:
-        return {"describe": self.describe, "prepare": self.prepare, "period": self.period, "meet": self.meet}
+    def questions(self) -> Handlers:
+        return {
+            DescribeDevice: self.describe,
+            PrepareRun: self.prepare,
+            TrainPeriod: self.period,
+            MakeElasticUpdate: self.make_elastic_update,
+        }
 
-    def _leave(self, period: Period) -> None:
-        box = self._box(1 + period.box)
+    def _leave(self, period: TrainPeriod) -> UpdateReport:
+        box = self._box(1 + period.outbox)
         box[:] = self._updates.take(self._own, self._from, period.clock)
-        if self._diverges and (5 * period.number + 3 * period.clock) % 7 == 0:
+        if self._diverges and (5 * period.part + 3 * period.clock) % 7 == 0:
             box[-1] = torch.nan
         pending = {c: _bytes(difference) for c, difference in self._updates.pending.items()}
         own, trained = _bytes(self._own), _bytes(self._trained)
         self._disk[self._path] = StubState(self._submission, period.clock, own, pending, trained)
+        return UpdateReport()
 
     def _box(self, which: int) -> torch.Tensor:
         begin = PROGRESS_BYTES + 8 * which * self._elements
@@ -303,5 +326,5 @@ def _bytes(x: torch.Tensor) -> bytes:
     return bytes(x.numpy().tobytes())
 
 
-def elements_of(spec: dict[str, Any]) -> int:
-    return int(spec["task_options"].get("elements", 4))
+def elements_of(spec: RunSpec) -> int:
+    return int(spec.task_options.get("elements", 4))

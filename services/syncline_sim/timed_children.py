@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch.utils.data import TensorDataset
 
+from syncline.runtime.child_messages import PeriodReport, Question, TrainPeriod
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec
 from syncline.tasks.base import Task, load_task
@@ -159,9 +160,9 @@ class TimedTrainer(Trainer):
         except Exception:
             return 0
 
-    def period(self, **fields: Any) -> dict[str, Any]:
+    def period(self, period: TrainPeriod) -> PeriodReport:
         try:
-            return super().period(**fields)
+            return super().period(period)
         finally:
             self._flat.model.zero_grad(
                 set_to_none=True
@@ -206,13 +207,13 @@ class TimedChild(InlineChild):
         self._holds: list[tuple[float, float]] = []  # interruptions of the current period: (start, duration)
         self._stopping = False
 
-    async def _pass_time(self, asked: dict[str, Any]) -> bool:
-        if asked["ask"] != "period":
-            return await super()._pass_time(asked)
+    async def _pass_time(self, question: Question[Any]) -> bool:
+        if not isinstance(question, TrainPeriod):
+            return await super()._pass_time(question)
         trainer = self._trainer
         began_s, step_s = self._clock(), self._speed.next_step_s()
         self._begun = (began_s, step_s)
-        steps = trainer.planned_steps(asked["number"], asked["parts"], step_s)
+        steps = trainer.planned_steps(question.part, question.parts, step_s)
         self._stopping = False
         self._woken.clear()
         self.update_progress()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from sim.crowd import RUN, Crowd, head_when, in_virtual_time, start_coordinator,
 from syncline.bus.base import Delivery
 from syncline.bus.memory.bus import MemoryBroker
 from syncline.observe.telemetry import Event
+from syncline.runtime.child_messages import MakeModel, ModelLayout
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import Stop, encode
@@ -79,13 +79,13 @@ def test_the_optimisers_settings_are_tried_at_submit_and_not_in_the_child_that_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Modules loaded for the trial would stay in the child's memory as long as the run goes on."""
-    tried, describe = [], StubEvaluator.describe
+    tried, make_model = [], StubEvaluator.make_model
 
-    def noted(self: StubEvaluator, spec: Any, chunk_bytes: int, manifest: bytes = b"", check: bool = True) -> Any:
-        tried.append(check)
-        return describe(self, spec, chunk_bytes, manifest, check)
+    def noted(self: StubEvaluator, question: MakeModel) -> ModelLayout:
+        tried.append(question.check_optimizer)
+        return make_model(self, question)
 
-    monkeypatch.setattr(StubEvaluator, "describe", noted)
+    monkeypatch.setattr(StubEvaluator, "make_model", noted)
 
     async def play(_: VirtualLoop) -> None:
         broker = MemoryBroker()

@@ -14,11 +14,11 @@ from syncline.policy.asynchronous import Asynchronous
 from syncline.policy.events import LetRun, OfferReady, StartRound
 from syncline.policy.ledger import Judged, Ledger
 from syncline.policy.reasons import Closed, Unusable
+from syncline.runtime.child_messages import MakeElasticUpdate, TrainPeriod
 from syncline.wire.messages import Verdict
 from syncline_agent.local_update import Elastic, Verdicts
 from syncline_agent.run_view import Place
 from syncline_agent.session import Session
-from syncline_agent.training_child import Period
 from syncline_coordinator.run import Run
 from syncline_sim.inline_children import InlineTraining
 
@@ -199,7 +199,7 @@ def what_is_pending_is_not_kept(patch: pytest.MonkeyPatch) -> None:
     def prepare(real: Any) -> Any:
         async def forgetting(self: InlineTraining, *args: Any) -> Any:
             answer = await real(self, *args)
-            handler = self._child._handlers["period"].__self__  # type: ignore[union-attr]
+            handler = self._child._handlers[TrainPeriod].__self__  # type: ignore[union-attr]
             handler._updates.pending.clear()
             return answer
 
@@ -209,15 +209,22 @@ def what_is_pending_is_not_kept(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_outbox_for_both_updates(patch: pytest.MonkeyPatch) -> None:
-    def first(real: Any) -> Any:
-        async def asked(self: InlineTraining, period: Period) -> Any:
-            return await real(self, period._replace(box=0))
+    def into_first(period: TrainPeriod) -> TrainPeriod:
+        return TrainPeriod(**{**dict(period), "outbox": 0})
 
-        return asked
+    def trained(real: Any) -> Any:
+        return lambda self, period: real(self, into_first(period))
 
-    instead(patch, InlineTraining, "period", first)
-    instead(patch, InlineTraining, "meet", first)
-    instead(patch, InlineTraining, "outbox", lambda real: lambda self, nbytes, box: real(self, nbytes, 0))
+    def met(real: Any) -> Any:
+        def made(self: InlineTraining, question: MakeElasticUpdate) -> Any:
+            fresh = question.fresh_center
+            return real(self, MakeElasticUpdate(period=into_first(question.period), fresh_center=fresh))
+
+        return made
+
+    instead(patch, InlineTraining, "period", trained)
+    instead(patch, InlineTraining, "make_elastic_update", met)
+    instead(patch, InlineTraining, "outbox", lambda real: lambda self, nbytes, number: real(self, nbytes, 0))
 
 
 PLANTED: tuple[Plant, ...] = (

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from syncline.runtime.child import ChildDied
+from syncline.runtime.child_messages import Question, TrainPeriod
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline_agent.session import CRASHES_IN_A_ROW
@@ -127,11 +128,11 @@ def test_a_float32_model_and_alpha_below_one_run_too() -> None:
 def test_a_child_that_crashes_in_every_period_is_given_up_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     real, died = InlineChild._pass_time, []
 
-    async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
-        if asked["ask"] == "period" and asked["number"] == 3:
-            died.append(asked["clock"])
+    async def spend(self: InlineChild, question: Question[Any]) -> bool:
+        if isinstance(question, TrainPeriod) and question.part == 3:
+            died.append(question.clock)
             raise ChildDied("process was killed by SIGSEGV")
-        return await real(self, asked)
+        return await real(self, question)
 
     monkeypatch.setattr(InlineChild, "_pass_time", spend)
     outcome = fine(simulate(Scenario(small_spec(agents={"min": 3, "lost_after_s": 2.0}))))
@@ -144,11 +145,11 @@ def test_a_child_that_is_killed_from_outside_again_and_again_is_not_given_up(mon
     real = InlineChild._pass_time
     killed: list[Any] = []
 
-    async def spend(self: InlineChild, asked: dict[str, Any]) -> bool:
-        if asked["ask"] == "period" and asked["number"] == 3 and len(killed) < 6:
+    async def spend(self: InlineChild, question: Question[Any]) -> bool:
+        if isinstance(question, TrainPeriod) and question.part == 3 and len(killed) < 6:
             killed.append(asyncio.get_running_loop().time())
             raise ChildDied("process was killed by SIGKILL", from_outside=True)
-        return await real(self, asked)
+        return await real(self, question)
 
     monkeypatch.setattr(InlineChild, "_pass_time", spend)
     outcome = fine(simulate(Scenario(small_spec(agents={"min": 3, "lost_after_s": 2.0}, stop={"versions": 300}))))

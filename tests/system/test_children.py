@@ -13,16 +13,29 @@ from system.command import until
 SERVICE = """
 import asyncio, multiprocessing, os, signal, time
 from syncline.runtime.child import Child, ChildDied, serve
+from syncline.runtime.child_messages import Answer, Done, Question
 from syncline.runtime.nursery import Nursery
 from syncline.shm import SharedMemory
 
-def helper():
+class HelperPid(Answer):
+    kind = "helper-pid"
+    pid: int
+
+class StartHelper(Question[HelperPid]):
+    kind = "start-helper"
+    answer = HelperPid
+
+class Die(Question[Done]):
+    kind = "die"
+    answer = Done
+
+def helper(question):
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     process.start()
-    return {"pid": process.pid}
+    return HelperPid(pid=process.pid)
 
 def child(end_fd, memory_fd):
-    return serve(end_fd, {"helper": helper, "die": lambda: os.kill(os.getpid(), signal.SIGKILL)})
+    return serve(end_fd, {StartHelper: helper, Die: lambda question: os.kill(os.getpid(), signal.SIGKILL)})
 
 async def main(nursery):
     nursery.open()
@@ -30,10 +43,10 @@ async def main(nursery):
     memory.grow(64)
     for dies in (True, False):
         it = await Child.start(nursery, "__main__:child", memory)
-        print((await it.ask("helper"))["pid"])
+        print((await it.ask(StartHelper())).pid)
         if dies:
             try:
-                await it.ask("die")
+                await it.ask(Die())
             except ChildDied as error:
                 print(error.from_outside, error)
         await it.close()

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from syncline.model.flat import FlatModel, manifest_of
+from syncline.runtime.child_messages import (
+    EvaluationReport,
+    MakeElasticUpdate,
+    PeriodReport,
+    PrepareRun,
+    TrainPeriod,
+    UpdateReport,
+)
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import Task, load_task
@@ -17,7 +25,7 @@ from syncline.tasks.sources import digests_of_code
 from syncline.transform.torch_dtypes import TORCH_DTYPES
 from syncline.wire.messages import encode
 from syncline_agent.trainer import Trainer
-from syncline_agent.training_child import PROGRESS, PROGRESS_BYTES, Period, Progress
+from syncline_agent.training_child import PROGRESS, PROGRESS_BYTES, ChildProgress
 
 REGRESSION = "syncline.tasks.quadratic:LinearRegression"
 
@@ -31,6 +39,29 @@ class Ticking:
     def __call__(self) -> float:
         self.now_s += self.tick_s
         return self.now_s
+
+
+class Trained(NamedTuple):
+    """Result of a period: the report, and the sections of the outbox."""
+
+    report: PeriodReport
+    update_P: Tensor
+    control: Tensor | None  # Δc_i, if control variates are used
+
+    @property
+    def update(self) -> UpdateReport:
+        assert self.report.update is not None
+        return self.report.update
+
+    @property
+    def evaluation(self) -> EvaluationReport:
+        assert self.report.evaluation is not None
+        return self.report.evaluation
+
+    @property
+    def control_P(self) -> Tensor:
+        assert self.control is not None
+        return self.control
 
 
 class Child:
@@ -59,9 +90,8 @@ class Child:
         self.memory.grow(PROGRESS_BYTES)
         self._clock = clock or Ticking()
         self.trainer = Trainer(self.memory, "cpu", ["*"], Path("/"), self._clock, fitting)
-        self.clock = self.trainer.prepare(settings.model_dump(mode="json"), encode(self.layout), str(path), submission)[
-            "clock"
-        ]
+        question = PrepareRun(spec=settings, manifest=encode(self.layout), state_path=str(path), submission=submission)
+        self.clock = self.trainer.prepare(question).clock
 
     def period(
         self,
@@ -71,8 +101,8 @@ class Child:
         *,
         fresh: bool = True,
         pause_s: float = 60.0,
-    ) -> dict[str, Any]:
-        """One local period from this center; the answer, with the update as `update`, and `control` beside `sum_P`.
+    ) -> Trained:
+        """Train one local period from this center.
 
         `fresh`: the center is newer than that of the period before. `pause_s`: since that period; by default it is time to
         save again.
@@ -82,23 +112,29 @@ class Child:
             self._box(0, 1).copy_(sum_P)
         self.clock += 1
         self._clock.now_s += pause_s
-        judged = [*(verdicts or {}).items()]
-        asked = Period(self.version, self.clock, self.number, self.parts, fresh, verdicts=judged)
-        answer = self.trainer.period(**asked._asdict())
+        report = self.trainer.period(self._question(fresh, verdicts or {}))
         self.version += 1
-        answer["update"] = self._box(1).clone()
-        if sum_P is not None:
-            answer["control"] = self._box(1, 1).clone()
-        return answer
+        return Trained(report, self._box(1).clone(), self._box(1, 1).clone() if sum_P is not None else None)
 
-    def meet(self) -> dict[str, Any]:
+    def make_elastic_update(self) -> UpdateReport:
         """After a period of elastic averaging, with the same center."""
-        return self.trainer.meet(**Period(self.version, self.clock, self.number, self.parts)._asdict())
+        question = MakeElasticUpdate(period=self._question(True, {}), fresh_center=True)
+        return self.trainer.make_elastic_update(question)
+
+    def _question(self, fresh: bool, verdicts: dict[int, bool]) -> TrainPeriod:
+        return TrainPeriod(
+            version=self.version,
+            clock=self.clock,
+            part=self.number,
+            parts=self.parts,
+            fresh_center=fresh,
+            verdicts=verdicts,
+        )
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> ChildProgress:
         ever, step, _, steps, rows = PROGRESS.unpack_from(self.memory.view())
-        return Progress(ever, step, steps, rows)
+        return ChildProgress(ever, step, steps, rows)
 
     def _box(self, which: int, section: int = 0) -> Tensor:
         layout = self.layout

@@ -1,7 +1,9 @@
-"""A child process that does the heavy work of a service: asked over a socket, with its tensors in shared memory.
+"""A child process that does the heavy work of a service. The service asks it over a socket; tensors are in shared memory.
 
 The service stays responsive whatever the child does: a step that holds the interpreter, crashes or is killed for memory
-stops neither heartbeats nor Ctrl-C.
+stops neither heartbeats nor Ctrl-C. `syncline.runtime.child_messages` has the questions and answers.
+
+On the socket each message is a length (four bytes, little endian) and a record of that length.
 """
 
 from __future__ import annotations
@@ -17,23 +19,25 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import msgpack
+from typing import Any, Protocol, cast
 
 from syncline.errors import ConfigError, PeerError, SynclineError
+from syncline.runtime.child_messages import A, Answer, Doing, Failed, Message, Question, decode, encode, sendable
 from syncline.runtime.nursery import Nursery, NurseryDied, Worker
 from syncline.shm import SharedMemory
 
-FROM_OUTSIDE = frozenset(
+EXTERNAL_SIGNALS = frozenset(
     {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-)  # no fault of the code raises these
+)  # no fault of the child's code raises these
 OUT_OF_MEMORY = "the kernel does so when memory runs out, see `dmesg`: lower local.batch_size or add memory"
-MAX_MESSAGE_BYTES = 64 << 20  # a manifest of a very large model, with room
+MOST_DOING_CHARS = 200
+MOST_PROBLEM_CHARS = 1000
 _LENGTH = struct.Struct("<I")
-_DOING = "doing"  # the one key of what is no answer yet
 
-Handler = Callable[..., dict[str, Any]]
+Handler = Callable[[Any], Answer]
+Handlers = Mapping[
+    type[Question[Any]], Handler
+]  # each takes the question of its type and returns that question's answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,11 @@ class Chore:
 
 
 class ChildDied(SynclineError):
-    """The process is gone, with the reason; what it held is lost. `from_outside`: another process or the kernel ended it."""
+    """The process has ended, with the reason; its memory is lost.
+
+    Attributes:
+        from_outside: another process or the kernel ended it, so that its code may be right.
+    """
 
     def __init__(self, why: str, *, from_outside: bool = False) -> None:
         self.from_outside = from_outside
@@ -58,10 +66,12 @@ class ChildDied(SynclineError):
 
 
 class ChildFailed(SynclineError):
-    """The child answered with an error. `config`: the user's input is at fault; else its code."""
+    """The child answered with an error. `config` is set where the user's input caused it, and not its code."""
 
     def __init__(self, problem: str, *, setting: str = "", hint: str = "") -> None:
-        self.setting, self.problem, self.hint = setting, problem, hint
+        self.setting = setting
+        self.problem = problem
+        self.hint = hint
         super().__init__(f"{setting}: {problem}. {hint}" if setting else problem)
 
     @property
@@ -70,32 +80,32 @@ class ChildFailed(SynclineError):
 
 
 class Asked(Protocol):
-    """What a service needs of a child: a process, or in a simulation the same code inline."""
+    """A child as a service sees it: a process, or in a simulation the same code inline."""
 
-    doing: str  # as it has said while it answers, for people; '' where it has not
+    doing: str  # as the child has said while it answers, for people; '' before it says anything
 
-    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
-        """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
+    async def ask(self, question: Question[A]) -> A:
+        """Return the answer. Raises ChildFailed for an error in the child, ChildDied when the child has ended."""
         ...
 
     async def close(self) -> None: ...
 
 
-Start = Callable[[SharedMemory], Awaitable[Asked]]  # a child that shares this memory
+Start = Callable[[SharedMemory], Awaitable[Asked]]  # starts a child that shares this memory
 
 
 class Child:
-    """The service's side of a process: one question at a time."""
+    """The service's side of a child process: one question at a time."""
 
     def __init__(self, worker: Worker, end: socket.socket) -> None:
         self.worker = worker
+        self.doing = ""
         self._end = end
         self._lock = asyncio.Lock()
-        self.doing = ""
 
     @classmethod
     async def start(cls, nursery: Nursery, target: str, memory: SharedMemory, *args: Any) -> Child:
-        """Forks `target(*args, socket_fd, memory_fd)`."""
+        """Fork `target(*args, socket_fd, memory_fd)`. Raises NurseryDied."""
         ours, theirs = socket.socketpair()
         try:
             worker = await nursery.fork(target, *args, fds=[theirs.fileno(), memory.fd])
@@ -107,26 +117,22 @@ class Child:
         ours.setblocking(False)
         return cls(worker, ours)
 
-    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
-        """The answer. Raises ChildFailed for an error in the child, ChildDied when it is gone."""
-        data = msgpack.packb({"ask": question, **fields})
+    async def ask(self, question: Question[A]) -> A:
+        """Return the answer. Raises ChildFailed for an error in the child, ChildDied when the child has ended."""
         async with self._lock:
             self.doing = ""
-            exchange = asyncio.ensure_future(self._exchange(_LENGTH.pack(len(data)) + data))
-            try:  # its end says so first: a process that it forked may live on, and hold the socket open
+            exchange = asyncio.ensure_future(self._exchange(question))
+            try:  # wait for the exit too: a process that the child has forked may live on and hold the socket open
                 await asyncio.wait((exchange, self.worker.exited), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 exchange.cancel()
                 await asyncio.gather(exchange, return_exceptions=True)
             if exchange.cancelled() or isinstance(exchange.exception(), OSError | EOFError):
                 raise self._obituary(await self.worker.exited)
-            answer = exchange.result()
-        if "error" in answer:
-            raise ChildFailed(answer["error"], setting=answer.get("setting", ""), hint=answer.get("hint", ""))
-        return answer
+            return exchange.result()
 
     async def close(self) -> None:
-        """Kills the process, and what it has forked, and waits for its end."""
+        """Kill the process and the processes that it has forked, and wait for its end."""
         try:
             self.worker.signal(signal.SIGKILL)
             await self.worker.exited
@@ -134,17 +140,20 @@ class Child:
             pass
         self._end.close()
 
-    async def _exchange(self, question: bytes) -> dict[str, Any]:
-        await asyncio.get_running_loop().sock_sendall(self._end, question)
+    async def _exchange(self, question: Question[A]) -> A:
+        data = encode(question)
+        await asyncio.get_running_loop().sock_sendall(self._end, _LENGTH.pack(len(data)) + data)
         while True:
             (size,) = _LENGTH.unpack(await self._receive(_LENGTH.size))
-            answer: dict[str, Any] = msgpack.unpackb(await self._receive(size), strict_map_key=False)
-            if answer.keys() != {_DOING}:
-                return answer
-            self.doing = answer[_DOING]
+            message = answer_in(await self._receive(size), question)
+            if not isinstance(message, Doing):
+                return message
+            self.doing = message.text
 
     async def _receive(self, size: int) -> bytes:
-        loop, parts, missing = asyncio.get_running_loop(), [], size
+        loop = asyncio.get_running_loop()
+        parts = []
+        missing = size
         while missing:
             part = await loop.sock_recv(self._end, min(missing, 1 << 20))
             if not part:
@@ -159,15 +168,33 @@ class Child:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
         hint = f" ({OUT_OF_MEMORY})" if -code == signal.SIGKILL else ""
         text = f"process {self.worker.pid} was killed by {name}{hint}"
-        return ChildDied(text, from_outside=-code in FROM_OUTSIDE)
+        return ChildDied(text, from_outside=-code in EXTERNAL_SIGNALS)
 
 
-def serve(end_fd: int, handlers: Mapping[str, Handler], chore: Chore | None = None) -> int:
-    """The child's side: answers until the service hangs up. Returns the exit code."""
+def answer_in(data: bytes, question: Question[A]) -> A | Doing:
+    """Return what the child has sent for this question. Raises ChildFailed for an error, and for what is no answer to it."""
+    try:
+        message = decode(data, question.answer, Failed, Doing)
+    except ValueError as error:
+        raise ChildFailed(f"the answer to {question.kind!r} cannot be read: {error}") from None
+    if isinstance(message, Failed):
+        raise ChildFailed(message.problem, setting=message.setting, hint=message.hint)
+    return cast(A | Doing, message)
+
+
+# -- the child's side ------------------------------------------------------------------------------------------------------
+def serve(end_fd: int, handlers: Handlers, chore: Chore | None = None) -> int:
+    """Answer questions until the service hangs up. Returns the exit code.
+
+    Args:
+        end_fd: the child's end of the socket; closed at the end.
+        handlers: by type of question.
+        chore: work for the time in which no question waits.
+    """
     with socket.socket(fileno=end_fd) as end:
         end.setblocking(True)
         while (question := _next_question(end, chore)) is not None:
-            data = packed_answer(handlers, question)
+            data = answered(handlers, question)
             try:
                 end.sendall(_LENGTH.pack(len(data)) + data)
             except OSError:
@@ -177,44 +204,45 @@ def serve(end_fd: int, handlers: Mapping[str, Handler], chore: Chore | None = No
 
 def tell(end_fd: int, doing: str) -> None:
     """Tell the service what the child is doing, before it answers. `end_fd`: the same as for `serve`."""
-    data = msgpack.packb({_DOING: _clean(doing[:200])})
+    data = encode(Doing(text=doing[:MOST_DOING_CHARS]))
     try:
         os.write(end_fd, _LENGTH.pack(len(data)) + data)  # whole: the socket blocks
     except OSError:
         pass  # the service has hung up
 
 
-def packed_answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> bytes:
-    """What travels to the service: in any case an answer, whatever the user's code returned or raised."""
-    asked, said = str(question.get("ask")), answer(handlers, question)
+def answered(handlers: Handlers, question: bytes) -> bytes:
+    """Return the answer as it travels: `Failed` for anything that the user's code raises or that cannot be sent."""
+    message = _answer(handlers, question)
     try:
-        return bytes(msgpack.packb(said))
-    except Exception as error:  # it is no answer that can be sent
-        return bytes(msgpack.packb({"error": f"what {asked!r} came to cannot be sent: {_told(error)}"}))
+        return encode(message)
+    except Exception as error:  # an integer beyond 64 bits, for example
+        return encode(Failed(problem=f"the answer {message.kind!r} cannot be sent: {_text_of(error)}"))
 
 
-def answer(handlers: Mapping[str, Handler], question: dict[str, Any]) -> dict[str, Any]:
+def _answer(handlers: Handlers, data: bytes) -> Message:
     try:
-        return handlers[question.pop("ask")](**question)
+        question = decode(data, *handlers)
+        return handlers[type(question)](question)  # type: ignore[index]
     except ConfigError as error:
-        return {"error": _clean(error.problem), "setting": _clean(error.setting), "hint": _clean(error.hint)}
+        return Failed(problem=error.problem, setting=error.setting, hint=error.hint)
     except PeerError as error:
-        return {"error": _told(error)}
+        return Failed(problem=_text_of(error))
     except Exception as error:
         traceback.print_exc()
-        return {"error": described(error)}
+        return Failed(problem=described(error))
 
 
 def described(error: Exception) -> str:
-    """Return what the user's code raised as people read it: the error, the line that raised it, and notes with a hint."""
+    """Return an error of the user's code for people: the error, the line that raised it, and its notes with a hint."""
     if isinstance(error, ConfigError):
-        return _clean(str(error))
+        return sendable(str(error))
     notes = "".join(f". {note}" for note in dict.fromkeys(getattr(error, "__notes__", ())))
-    return _clean(f"{type(error).__name__}: {_told(error)} ({_where(error)}){notes}")
+    return sendable(f"{type(error).__name__}: {_text_of(error)} ({_place_of(error)}){notes}")
 
 
-def _where(error: Exception) -> str:
-    """The last line of the user's code on the way to it; of anybody's, where there is none."""
+def _place_of(error: Exception) -> str:
+    """Return the last line of the user's code in the traceback; the last line of any code if the user's has no part in it."""
     lines = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__)]
     theirs = [line for line in lines if _is_users(line[0].f_globals.get("__name__", ""))]
     frame, number = (theirs or lines)[-1]
@@ -222,26 +250,21 @@ def _where(error: Exception) -> str:
 
 
 def _is_users(module: str) -> bool:
+    """Return whether the code of a module is the user's. The ready-made tasks count, as examples that users start from."""
     root = module.partition(".")[0]
     ours = root.startswith("syncline") and (not module.startswith("syncline.tasks.") or module.endswith(".base"))
     return not (ours or root in sys.stdlib_module_names or root in ("torch", "numpy"))
 
 
-def _told(error: Exception) -> str:
-    """What it says; a class of the user's may not even do that."""
+def _text_of(error: Exception) -> str:
     try:
-        return _clean(str(error)[:1000])
-    except Exception as worse:
+        return sendable(str(error)[:MOST_PROBLEM_CHARS])
+    except Exception as worse:  # the error's class is the user's
         return f"which cannot say more, as its __str__ raises {type(worse).__name__}"
 
 
-def _clean(text: str) -> str:
-    """As UTF-8 can hold it: names of files may bring anything."""
-    return text.encode(errors="replace").decode()
-
-
-def _next_question(end: socket.socket, chore: Chore | None) -> dict[str, Any] | None:
-    """Wait for a question, and do the chore while there is none; None where the service has hung up."""
+def _next_question(end: socket.socket, chore: Chore | None) -> bytes | None:
+    """Wait for a question and do the chore meanwhile; None when the service has hung up."""
     while chore is not None and (due_in_s := chore.due_in_s()) is not None:
         readable, _, _ = select.select([end], [], [], max(0.0, due_in_s))
         if readable:  # a question, or the end
@@ -250,16 +273,13 @@ def _next_question(end: socket.socket, chore: Chore | None) -> dict[str, Any] | 
     return _read(end)
 
 
-def _read(end: socket.socket) -> dict[str, Any] | None:
+def _read(end: socket.socket) -> bytes | None:
+    """Return the next message, or None when the service has hung up."""
     header = _read_exactly(end, _LENGTH.size)
     if header is None:
         return None
     (size,) = _LENGTH.unpack(header)
-    data = _read_exactly(end, size)
-    if data is None:
-        return None
-    question: dict[str, Any] = msgpack.unpackb(data, max_bin_len=MAX_MESSAGE_BYTES, strict_map_key=False)
-    return question
+    return _read_exactly(end, size)
 
 
 def _read_exactly(end: socket.socket, size: int) -> bytes | None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from syncline.runtime.child_messages import UpdateReport
 from unit.trainers import Child
 
 TASK = """
@@ -72,7 +73,7 @@ def broken_period(it: Child, *sums: Any) -> None:
     it.trainer._task.broken = True  # type: ignore[attr-defined]
     answer = it.period(it.initial_P, *sums)
     it.trainer._task.broken = False  # type: ignore[attr-defined]
-    assert answer["broken"] and not answer["update"].isfinite().all()
+    assert answer.update.broken and not answer.update_P.isfinite().all()
 
 
 @pytest.mark.parametrize("task", ["Breaks", "Personal", "Half"])
@@ -83,7 +84,7 @@ def test_the_next_period_is_that_of_a_new_agent(tmp_path: Path, spec: dict[str, 
     new.clock = 1
     for _ in range(3):
         found, expected = agent.period(agent.initial_P), new.period(new.initial_P)
-        assert not found["broken"] and torch.equal(found["update"], expected["update"])
+        assert not found.update.broken and torch.equal(found.update_P, expected.update_P)
 
 
 def test_the_disk_keeps_what_was_before(tmp_path: Path) -> None:
@@ -93,14 +94,14 @@ def test_the_disk_keeps_what_was_before(tmp_path: Path) -> None:
     broken_period(agent)
     assert (tmp_path / "agent.safetensors").read_bytes() == kept
     again = child(tmp_path, "agent", {"mix": {"alpha": 0.5}})
-    assert again.clock == 1 and again.period(again.initial_P)["update"].isfinite().all()
+    assert again.clock == 1 and again.period(again.initial_P).update_P.isfinite().all()
 
 
 def test_a_buffer_that_training_has_made_is_made_again(tmp_path: Path) -> None:
     it = child(tmp_path, "a", {}, "Grows")
     broken_period(it)
     answer = it.period(it.initial_P)
-    assert not answer["broken"] and bool(torch.isfinite(it.trainer._flat.model.seen).all())  # type: ignore[arg-type]
+    assert not answer.update.broken and bool(torch.isfinite(it.trainer._flat.model.seen).all())  # type: ignore[arg-type]
 
 
 def test_a_schedule_goes_on(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_control_variate_stays_what_it_was(tmp_path: Path, overlap: bool) -> N
     agent.period(agent.initial_P, sums)
     broken_period(agent, sums)
     answer = agent.period(agent.initial_P, sums, {1: True})
-    assert answer["control"].isfinite().all() and answer["update"].isfinite().all()
+    assert answer.control_P.isfinite().all() and answer.update_P.isfinite().all()
 
 
 def test_an_elastic_difference_that_broke_is_not_given_back(tmp_path: Path) -> None:
@@ -127,5 +128,5 @@ def test_an_elastic_difference_that_broke_is_not_given_back(tmp_path: Path) -> N
     for clock in range(1, 5):
         agent.trainer._task.broken = clock == 2  # type: ignore[attr-defined]
         agent.period(agent.initial_P, verdicts={c: c != 2 for c in range(1, clock)})
-        assert agent.meet() == {"broken": clock == 2, "not_kept": "", "held_back": False}
+        assert agent.make_elastic_update() == UpdateReport(broken=clock == 2)
     assert agent._box(1).isfinite().all()

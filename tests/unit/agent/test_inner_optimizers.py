@@ -226,7 +226,7 @@ def run(child: Child, periods: int, center_P: Tensor | None = None) -> Tensor:
     """So many periods of one agent alone: each begins where the one before ended."""
     center_P = child.initial_P if center_P is None else center_P
     for _ in range(periods):
-        center_P = center_P + child.period(center_P)["update"]
+        center_P = center_P + child.period(center_P).update_P
     return center_P
 
 
@@ -375,15 +375,15 @@ def test_curvature_is_forgotten_at_every_period_where_that_is_set(child: Make) -
 
 def test_curvature_that_is_kept_between_several_agents_is_advised_against_once(child: Make) -> None:
     agent = child("Quasi", parts=2)
-    advice = [agent.period(agent.initial_P)["advice"] for _ in range(2)]
+    advice = [agent.period(agent.initial_P).report.advice for _ in range(2)]
     assert len(advice[0]) == 1 and advice[0][0].startswith("local.optimizer_state: LBFGS keeps") and not advice[1]
-    assert not child("Quasi", "b").period(agent.initial_P)["advice"]
+    assert not child("Quasi", "b").period(agent.initial_P).report.advice
 
 
 # -- steps that are skipped, or not told -------------------------------------------------------------------------------
 def test_periods_in_which_a_scaler_skips_every_step_are_no_mistake(child: Make) -> None:
     agent = child("Scaled", schedule={"kind": "step", "step_size": 50}, optimizer={"kind": "sgd", "lr": 1e-6})
-    assert not agent.period(agent.initial_P)["update"].any()
+    assert not agent.period(agent.initial_P).update_P.any()
     assert run(agent, 30).sub(agent.initial_P).any()
 
 
@@ -395,8 +395,8 @@ def test_a_loop_that_draws_no_batch_and_tells_of_no_step_is_refused(child: Make)
 def test_a_loop_that_tells_of_fewer_steps_than_it_draws_batches_is_advised_once(child: Make) -> None:
     agent = child("Accumulating", steps=8)
     answers = [agent.period(agent.initial_P) for _ in range(2)]
-    assert [len(answer["advice"]) for answer in answers] == [1, 0] and answers[0]["steps"] == 2
-    assert "drew 8 batches and called `on_step` 2 times" in answers[0]["advice"][0]
+    assert [len(answer.report.advice) for answer in answers] == [1, 0] and answers[0].report.steps == 2
+    assert "drew 8 batches and called `on_step` 2 times" in answers[0].report.advice[0]
 
 
 def test_gradients_do_not_go_over_into_the_next_period_or_restart(child: Make) -> None:
@@ -417,7 +417,7 @@ def test_a_state_that_cannot_be_kept_is_refused_by_name(child: Make) -> None:
 
 def test_a_task_s_state_that_is_not_finite_becomes_that_of_a_new_task(child: Make) -> None:
     agent = child("Broken")
-    broken = [agent.period(agent.initial_P)["broken"] for _ in range(2)]
+    broken = [agent.period(agent.initial_P).update.broken for _ in range(2)]
     assert broken == [False, True] and agent.trainer._task.state_dict() == {"mean": 0.5, "count": 0}
 
 

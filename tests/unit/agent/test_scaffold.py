@@ -54,9 +54,9 @@ class Run:
     def round(self) -> None:
         answers = [c.period(self.w, self.sum, v) for c, v in zip(self.children, self.verdicts, strict=True)]
         merged = [i for i in range(N) if not self.late(self.version, i)]
-        self.w = self.w + torch.stack([answers[i]["update"] for i in merged]).mean(0)
+        self.w = self.w + torch.stack([answers[i].update_P for i in merged]).mean(0)
         for i in merged:
-            self.sum = self.sum + answers[i]["control"]
+            self.sum = self.sum + answers[i].control_P
         self.verdicts = [{c.clock: i in merged} for i, c in enumerate(self.children)]
         self.version += 1
 
@@ -152,9 +152,9 @@ def test_of_agents_that_are_alike_it_is_fedavg_to_the_last_bit(tmp_path: Path) -
     run.children = run.children[:1]  # one of one: c is c_1 to the last bit
     run.children[0].parts = 1
     for _ in range(5):
-        plain.w = plain.w + plain.children[0].period(plain.w)["update"]
+        plain.w = plain.w + plain.children[0].period(plain.w).update_P
         answer = run.children[0].period(run.w, run.sum, run.verdicts[0])
-        run.w, run.sum = run.w + answer["update"], run.sum + answer["control"]
+        run.w, run.sum = run.w + answer.update_P, run.sum + answer.control_P
         run.verdicts[0] = {run.children[0].clock: True}
         assert torch.equal(run.w, plain.w)
 

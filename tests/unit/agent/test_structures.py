@@ -39,10 +39,10 @@ def train(structure: Structure, path: Path, *, killed_after: int = 0) -> tuple[d
             assert child.clock == clock, "it found what it kept"
             child.version = period
         answer = child.period(center_P)
-        advice += answer["advice"]
-        center_P = center_P + answer["update"]
+        advice += answer.report.advice
+        center_P = center_P + answer.update_P
         for buffer in child.layout.buffers:  # an update holds their values
-            center_P[buffer] = answer["update"][buffer]
+            center_P[buffer] = answer.update_P[buffer]
     center = {e.name: center_P[e.offset : e.offset + e.elements].view(e.shape) for e in child.layout.tensors}
     return center, advice
 

@@ -112,7 +112,7 @@ def test_fedprox_over_two_periods_from_moving_centers(path: Path) -> None:
         w = w + 0.5 * (center - w) if period else center.clone()
         for batch in drawn(3 * period, 3):
             w = w - LR * (gradient(w, batch) + 0.4 * (w - center))
-        assert torch.allclose(child.period(center)["update"], w - center, **EXACT)
+        assert torch.allclose(child.period(center).update_P, w - center, **EXACT)
 
 
 def test_asynchronous_fedprox_pulls_to_the_center_received_last_also_where_there_is_no_newer_one(path: Path) -> None:
@@ -124,7 +124,7 @@ def test_asynchronous_fedprox_pulls_to_the_center_received_last_also_where_there
         before = w
         for batch in drawn(3 * period, 3):
             w = w - LR * (gradient(w, batch) + mu * (w - center))
-        update = child.period(center, fresh=not period)["update"]
+        update = child.period(center, fresh=not period).update_P
         assert torch.allclose(update, w - before, **EXACT), f"period {period}"
 
 
@@ -133,7 +133,7 @@ def test_fedprox_without_a_pull_is_fedavg_bit_for_bit(path: Path) -> None:
         Child(path.with_name(name), {"local": {"steps": 5, "optimizer": SGD, **local}})
         for name, local in (("a", {}), ("b", {"prox_mu": 0.0}))
     )
-    assert torch.equal(plain.period(plain.initial_P)["update"], prox.period(prox.initial_P)["update"])
+    assert torch.equal(plain.period(plain.initial_P).update_P, prox.period(prox.initial_P).update_P)
 
 
 def test_a_task_s_own_loop_is_clipped_and_pulled_too(path: Path, own: str) -> None:
@@ -142,7 +142,7 @@ def test_a_task_s_own_loop_is_clipped_and_pulled_too(path: Path, own: str) -> No
         Child(path.with_name(name), {"task": task, "local": local})
         for name, task in (("a", own + "OwnLoop"), ("b", "syncline.tasks.quadratic:LinearRegression"))
     )
-    assert torch.equal(ours.period(ours.initial_P)["update"], theirs.period(theirs.initial_P)["update"])
+    assert torch.equal(ours.period(ours.initial_P).update_P, theirs.period(theirs.initial_P).update_P)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,13 @@ def test_a_schedule_counts_steps_or_periods(path: Path, per: str) -> None:
         w = child.initial_P
         for k, batch in enumerate(drawn(2 * period, 2)):
             w = w - LR * 0.5 ** (2 * period + k if per == "step" else period) * gradient(w, batch)
-        assert torch.allclose(child.period(child.initial_P)["update"], w - child.initial_P, **EXACT)
+        assert torch.allclose(child.period(child.initial_P).update_P, w - child.initial_P, **EXACT)
 
 
 def test_a_period_without_a_step_leaves_the_schedule_alone(path: Path) -> None:
     schedule = {"kind": "exponential", "gamma": 0.5}
     child = Child(path, {"local": {"steps": 0, "optimizer": SGD, "schedule": schedule}})
-    assert not child.period(child.initial_P)["update"].any()
+    assert not child.period(child.initial_P).update_P.any()
 
 
 @pytest.mark.parametrize("scaffold", [None, {"kind": "scaffold", "option": 1}])
@@ -201,7 +201,7 @@ def test_batch_norm_trains_where_one_row_is_left_over(path: Path, own: str, scaf
         local = {"epochs": 1, "batch_size": 9, "control_variates": scaffold}
         child = Child(path, {"task": own + "Normed", "task_options": {"rows": rows}, "local": local})
         sums = torch.zeros_like(child.initial_P) if scaffold else None
-        assert child.period(child.initial_P, sums)["steps"] == steps
+        assert child.period(child.initial_P, sums).report.steps == steps
 
 
 # -- seconds ---------------------------------------------------------------------------------------------------------------
@@ -216,20 +216,20 @@ def test_a_period_of_seconds_makes_the_steps_that_fit_and_the_next_one_goes_on_i
         w = child.initial_P
         for batch in drawn(first, steps, batch_size=8):
             w = w - LR * gradient(w, batch)
-        assert (answer["steps"], child.progress.step, child.progress.steps) == (steps, steps, steps)
-        assert torch.allclose(answer["update"], w - child.initial_P, **EXACT)
+        assert (answer.report.steps, child.progress.step, child.progress.steps) == (steps, steps, steps)
+        assert torch.allclose(answer.update_P, w - child.initial_P, **EXACT)
         first += steps
 
 
 def test_a_loop_that_does_not_listen_gets_no_more_batches(path: Path, own: str) -> None:
     local = {"seconds": 3.5, "batch_size": 8, "optimizer": SGD}
     child = Child(path, {"task": own + "OwnLoop", "local": local}, clock=Ticking(0.5))
-    assert child.period(child.initial_P)["steps"] == 7
+    assert child.period(child.initial_P).report.steps == 7
 
 
 def test_the_steps_of_a_period_of_seconds_are_bounded(path: Path) -> None:
     child = Child(path, {"local": {"seconds": 3.5, "max_steps": 4}}, clock=Ticking(0.0))
-    assert child.period(child.initial_P)["steps"] == 4
+    assert child.period(child.initial_P).report.steps == 4
 
 
 def test_a_simulation_says_how_many_steps_fit(path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_simulation_says_how_many_steps_fit(path: Path) -> None:
         return 6
 
     child = Child(path, {"local": {"seconds": 3.5}}, fitting=six)
-    assert (child.period(child.initial_P)["steps"], asked) == (6, [3.5])
+    assert (child.period(child.initial_P).report.steps, asked) == (6, [3.5])
     none = Child(path.with_name("b"), {"local": {"seconds": 3.5}}, fitting=lambda s: 0)
-    assert none.period(none.initial_P)["steps"] == 1
+    assert none.period(none.initial_P).report.steps == 1
 
 
 # -- restarts --------------------------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ def test_an_agent_that_starts_again_goes_on_to_the_last_bit(path: Path, own: str
     assert restarted.clock == 3
     for _ in range(3):
         expected, found = steady.period(steady.initial_P), restarted.period(steady.initial_P)
-        assert torch.equal(found["update"], expected["update"])
-        assert (found["steps"], found["loss"]) == (expected["steps"], expected["loss"])
+        assert torch.equal(found.update_P, expected.update_P)
+        assert (found.report.steps, found.report.loss) == (expected.report.steps, expected.report.loss)
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

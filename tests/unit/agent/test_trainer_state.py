@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from syncline.runtime.child_messages import RetrySave, SaveReport
 from syncline_agent.local_state import DIGEST, _digest
 from syncline_agent.trainer import SAVE_EVERY_S
 from syncline_agent.training_child import SAVE_AGAIN_S, STOP_EARLY
-from unit.trainers import Child, Ticking
+from unit.trainers import Child, Ticking, Trained
 
 OWN_TASKS = '''
 from collections import OrderedDict
@@ -96,7 +97,7 @@ def test_what_never_leaves_the_agent_is_kept_too(path: Path, own: str) -> None:
     expected, found = (c.trainer._flat.model.state_dict() for c in (steady, restarted))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for _ in range(2):
-        assert torch.equal(*(c.period(steady.initial_P)["update"] for c in (steady, restarted)))
+        assert torch.equal(*(c.period(steady.initial_P).update_P for c in (steady, restarted)))
 
 
 def test_buffers_of_any_kind_are_kept(path: Path, own: str) -> None:
@@ -119,7 +120,7 @@ def test_a_run_that_is_submitted_again_under_its_name_begins_anew(path: Path, ca
     spec = {"local": {"steps": 3, "optimizer": {"kind": "sgd", "lr": 0.001}}, "mix": {"alpha": 0.5}}
     again, other = Child(path, spec, submission="second"), Child(path.with_name("b"), spec, submission="second")
     assert again.clock == 0
-    assert torch.equal(*(c.period(c.initial_P)["update"] for c in (again, other)))
+    assert torch.equal(*(c.period(c.initial_P).update_P for c in (again, other)))
     assert "is of an earlier run of this name; beginning with the center" in caplog.text
     assert Child(path, spec, submission="second").clock == 1
 
@@ -138,7 +139,7 @@ def test_control_variates_are_of_one_submission(path: Path) -> None:
 HELD_BACK = {"local": {"steps": 3, "optimizer": {"kind": "adam"}}, "mix": {"alpha": 0.5}}
 
 
-def soon(child: Child) -> dict[str, Any]:
+def soon(child: Child) -> Trained:
     """One period, a tenth of a second after the one before: too soon to be saved."""
     return child.period(child.initial_P, pause_s=0.1)
 
@@ -167,7 +168,7 @@ def test_what_the_limit_holds_back_is_saved_while_no_question_waits(path: Path) 
     assert child.trainer.save_due_in_s() is None
     restarted = Child(path, HELD_BACK)
     assert restarted.clock == 3
-    assert torch.equal(*(c.period(c.initial_P)["update"] for c in (child, restarted)))
+    assert torch.equal(*(c.period(c.initial_P).update_P for c in (child, restarted)))
 
 
 def test_saving_while_no_question_waits_counts_for_the_limit_too(path: Path) -> None:
@@ -186,7 +187,7 @@ def test_the_state_of_a_period_that_was_stopped_is_not_saved(path: Path) -> None
     child.period(child.initial_P)
     soon(child)
     child.memory.view()[STOP_EARLY] = 1
-    assert soon(child)["stopped"] and child.trainer.save_due_in_s() is None
+    assert soon(child).report.stopped and child.trainer.save_due_in_s() is None
 
 
 def test_a_state_that_cannot_be_saved_while_no_question_waits_is_told_after_the_next_period(
@@ -259,11 +260,11 @@ def test_a_file_that_cannot_be_used_is_no_obstacle(
     path: Path, what: str, sealed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     fresh = Child(path, ADAM)
-    first = fresh.period(fresh.initial_P)["update"]
+    first = fresh.period(fresh.initial_P).update_P
     changed(path, (CHANGES | TORN)[what], sealed=sealed)
     child = Child(path, ADAM)
     assert child.clock == 0 and "beginning with the center" in caplog.text
-    assert torch.equal(child.period(child.initial_P)["update"], first)
+    assert torch.equal(child.period(child.initial_P).update_P, first)
     assert Child(path, ADAM).clock == 1
 
 
@@ -275,7 +276,7 @@ def test_a_task_whose_own_tensors_have_changed_begins_with_the_center(path: Path
     changed(path, lambda t, m: t.update({"local.head.bias": torch.zeros(2)}), sealed=True)
     restarted, fresh = Child(path, spec), Child(path.with_name("b"), spec)
     assert restarted.clock == 0
-    assert torch.equal(*(c.period(c.initial_P)["update"] for c in (restarted, fresh)))
+    assert torch.equal(*(c.period(c.initial_P).update_P for c in (restarted, fresh)))
 
 
 # -- disks that take nothing -------------------------------------------------------------------------------------------
@@ -307,12 +308,12 @@ def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Dis
 def test_a_full_disk_does_not_keep_an_agent_from_training(path: Path, disk: Disk) -> None:
     """What it kept before is still there, and it is tried again, not after every period."""
     child = Child(path, {"local": {"steps": 2}})
-    assert child.period(child.initial_P)["not_kept"] == ""
+    assert child.period(child.initial_P).update.save.problem == ""
     disk.full = True
-    assert FULL in child.period(child.initial_P)["not_kept"] and [*path.parent.iterdir()] == [path]
+    assert FULL in child.period(child.initial_P).update.save.problem and [*path.parent.iterdir()] == [path]
     assert Child(path, {"local": {"steps": 2}}).clock == 1
     disk.full = False
-    assert child.period(child.initial_P)["not_kept"] == ""
+    assert child.period(child.initial_P).update.save.problem == ""
     assert Child(path, {"local": {"steps": 2}}).clock == 3
 
 
@@ -336,16 +337,16 @@ def test_a_disk_that_takes_nothing_while_no_question_waits_is_told_with_the_next
     disk.full = True
     wait(child, clock, SAVE_EVERY_S)
     assert child.trainer.save_due_in_s() == pytest.approx(SAVE_AGAIN_S)
-    assert FULL in soon(child)["not_kept"] and disk.tries == 2
+    assert FULL in soon(child).update.save.problem and disk.tries == 2
     disk.full = False
     wait(child, clock, SAVE_AGAIN_S)
-    assert soon(child)["not_kept"] == "" and Child(path, {"local": {"steps": 2}}).clock == 3
+    assert soon(child).update.save.problem == "" and Child(path, {"local": {"steps": 2}}).clock == 3
 
 
 def test_a_state_directory_that_cannot_be_made_is_a_disk_that_takes_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     child = Child(tmp_path / "file" / "run" / "a1.safetensors", {"local": {"steps": 2}})
-    assert "Not a directory" in child.period(child.initial_P)["not_kept"]
+    assert "Not a directory" in child.period(child.initial_P).update.save.problem
 
 
 @pytest.mark.parametrize(
@@ -354,11 +355,10 @@ def test_a_state_directory_that_cannot_be_made_is_a_disk_that_takes_nothing(tmp_
 def test_what_is_given_up_and_cannot_be_kept_is_not_offered(path: Path, disk: Disk, spec: dict[str, Any]) -> None:
     child = Child(path, spec)
     disk.full = True
-    answer = child.period(child.initial_P, torch.zeros_like(child.initial_P) if "local" in spec else None)
-    if "mix" in spec:
-        answer = child.meet()
-    assert answer["held_back"] and FULL in answer["not_kept"] and not [*path.parent.iterdir()]
-    assert child.trainer.keep(1) == {"not_kept": answer["not_kept"], "held_back": True}
+    trained = child.period(child.initial_P, torch.zeros_like(child.initial_P) if "local" in spec else None)
+    save = (child.make_elastic_update() if "mix" in spec else trained.update).save
+    assert save.blocks_offer and FULL in save.problem and not [*path.parent.iterdir()]
+    assert child.trainer.retry_save(RetrySave(clock=1)) == save
     disk.full = False
-    assert child.trainer.keep(1) == {"not_kept": "", "held_back": False}
+    assert child.trainer.retry_save(RetrySave(clock=1)) == SaveReport()
     assert Child(path, spec).clock == 1

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from syncline.runtime.child_messages import PeriodReport, Question, TrainPeriod
 from syncline.shm import SharedMemory
-from syncline_agent.training_child import STOP_EARLY, ChildTraining, Period
+from syncline_agent.training_child import STOP_EARLY, ChildTraining
 from unit.trainers import Child
 
 
@@ -20,9 +21,9 @@ class Answering:
         self.doing = ""
         self.wished: list[int] = []
 
-    async def ask(self, question: str, **fields: Any) -> dict[str, Any]:
+    async def ask(self, question: Question[Any]) -> Any:
         self.wished.append(self._memory.view()[STOP_EARLY])
-        return {}
+        return PeriodReport()
 
     async def close(self) -> None:
         pass
@@ -39,7 +40,7 @@ async def test_the_wish_is_taken_back_by_whoever_had_it_before_the_next_period_i
     training = ChildTraining(start)
     training.stop_early()
     for clock in (1, 2):
-        await training.period(Period(0, clock, 0, 1))
+        await training.period(TrainPeriod(version=0, clock=clock, part=0, parts=1))
     assert children[0].wished == [1, 0]
 
 
@@ -55,6 +56,6 @@ def test_a_wish_that_comes_while_the_data_are_loaded_is_not_lost(
 
     monkeypatch.setattr(child.trainer._task, "dataset", slow)
     answer = child.period(child.initial_P)
-    assert answer["stopped"] and answer["steps"] == 0
+    assert answer.report.stopped and answer.report.steps == 0
     child.memory.view()[STOP_EARLY] = 0
-    assert not child.period(child.initial_P)["stopped"]
+    assert not child.period(child.initial_P).report.stopped

@@ -13,17 +13,19 @@ from syncline.bus.base import Entry
 from syncline.bus.blobs import STALE_S
 from syncline.errors import Denied, NoResponders, StreamFull, Unavailable, Unreachable
 from syncline.observe.telemetry import Telemetry
+from syncline.runtime.child_messages import PeriodReport, TrainPeriod
 from syncline.transform.codecs import RAW
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Offer, decode, encode
 from syncline_agent.run_view import News
-from syncline_agent.update_sender import How, Me, Sender, Update
+from syncline_agent.update_sender import FinishedUpdate, How, Me, Sender
 from unit.stored_run import LAYOUT
 
 RUN, ME = "r", Me("a1", "5" * 32, Path(), None)
 CONTENT = memoryview(bytes(range(LAYOUT.blob_bytes)))
 SYNC, ASYNC = How(LAYOUT, RAW, 2, keep=False), How(LAYOUT, RAW, 2, keep=True)
-UPDATE = Update(3, base=2, term=1, epoch=0, box=0, report={"rows": 8, "steps": 4, "seconds": 0.5})
+PERIOD = TrainPeriod(version=2, clock=3, part=0, parts=1)
+UPDATE = FinishedUpdate(PERIOD, PeriodReport(rows=8, steps=4, seconds=0.5), base=2, term=1, epoch=0)
 Simulated = Callable[[Coroutine[Any, Any, Any]], tuple[Any, float]]
 
 

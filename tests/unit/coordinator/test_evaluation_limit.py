@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from syncline.observe.telemetry import Event, Telemetry
+from syncline.runtime.child_messages import Done, EvaluateCenter, Question
 from syncline_coordinator.evaluation import Evaluation
 
 
@@ -13,15 +14,15 @@ class Child:
     """Its first evaluation never ends."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.asked: list[Question[Any]] = []
         self.closed = False
         self.doing = ""
 
-    async def ask(self, question: str, **_: Any) -> dict[str, Any]:
+    async def ask(self, question: Question[Any]) -> Any:
         self.asked.append(question)
-        if question == "evaluate":
+        if isinstance(question, EvaluateCenter):
             await asyncio.Event().wait()
-        return {}
+        return Done()
 
     async def close(self) -> None:
         self.closed = True

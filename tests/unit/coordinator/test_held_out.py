@@ -17,6 +17,7 @@ from syncline.data.partition import Part
 from syncline.errors import ConfigError
 from syncline.observe.telemetry import MOST_KNOWN, Once
 from syncline.policy.advice import METRICS_WATCHED, MetricsAdviser
+from syncline.runtime.child_messages import EvaluateCenter, MakeModel
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks.base import Task, evaluate, make_held_out
@@ -72,7 +73,7 @@ def own(tmp_path: Path) -> str:
 
 def evaluator_of(task: str, **changes: Any) -> Evaluator:
     evaluator = Evaluator(SharedMemory(), ["*"], Path("/"))
-    evaluator.describe(parse(RunSpec, {"task": task, **changes}).model_dump(mode="json"), 4096)
+    evaluator.make_model(MakeModel(spec=parse(RunSpec, {"task": task, **changes}), chunk_bytes=4096))
     return evaluator
 
 
@@ -144,7 +145,8 @@ def test_the_coordinator_and_the_agents_ask_the_tasks_own_evaluation(tmp_path: P
         tmp_path / "a1.safetensors", {"task": own + "Whole", "evaluate": {"agents": True}, "local": {"steps": 0}}
     )
     answer = child.period(child.initial_P)
-    assert answer["metrics"] == center.evaluate(0)["metrics"] and list(answer["metrics"]) == ["median"]
+    metrics = answer.evaluation.metrics
+    assert metrics == center.evaluate(EvaluateCenter(version=0)).metrics and list(metrics) == ["median"]
 
 
 # -- metrics without a value -----------------------------------------------------------------------------------------------
@@ -299,8 +301,8 @@ def test_an_agent_that_cannot_evaluate_itself_trains_and_says_why(
     )
     for _ in range(2):
         answer = child.period(child.initial_P)
-        assert answer["steps"] == 3 and why in answer["not_evaluated"] and "metrics" not in answer
-        assert answer["update"].abs().sum() > 0
+        assert answer.report.steps == 3 and why in answer.report.evaluation_problem and answer.report.evaluation is None
+        assert answer.update_P.abs().sum() > 0
 
 
 def test_an_agent_that_does_not_evaluate_asks_for_no_held_out_set(tmp_path: Path, own: str) -> None:

@@ -14,6 +14,7 @@ from syncline.errors import ConfigError
 from syncline.model.flat import FlatModel, manifest_of
 from syncline.model.frozen import digest_of, insist_on_frozen
 from syncline.model.manifest import Manifest
+from syncline.runtime.child_messages import PrepareRun, RunPrepared
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire.messages import encode
 from unit.trainers import Child
@@ -100,11 +101,13 @@ def tensor_of(child: Child, name: str) -> Tensor:
     return tensor
 
 
-def prepare_again(own: Path, child: Child, task: str) -> dict[str, Any]:
+def prepare_again(own: Path, child: Child, task: str) -> RunPrepared:
     """As another agent whose files are what they are now."""
     spec = parse(RunSpec, {"task": f"{own}/own.py:{task}", "seed": 3, "local": {"steps": 3}})
     path = str(own / "kept" / "a2.safetensors")
-    return child.trainer.prepare(spec.model_dump(mode="json"), encode(child.layout), path, "first")
+    return child.trainer.prepare(
+        PrepareRun(spec=spec, manifest=encode(child.layout), state_path=path, submission="first")
+    )
 
 
 # -- on another machine --------------------------------------------------------------------------------------------------
@@ -135,11 +138,11 @@ def test_a_shared_base_comes_from_the_center(own: Path) -> None:
 
 def test_code_that_differs_is_advice(own: Path) -> None:
     child = child_of(own, "Based")
-    assert prepare_again(own, child, "Based")["advice"] == []
+    assert prepare_again(own, child, "Based").advice == []
     (own / "own.py").write_text(TASK.replace("\n", "\r\n"))
-    assert prepare_again(own, child, "Based")["advice"] == [], "line endings are no difference"
+    assert prepare_again(own, child, "Based").advice == [], "line endings are no difference"
     (own / "own.py").write_text(TASK + "\n# another version\n")
-    assert prepare_again(own, child, "Based")["advice"] == [
+    assert prepare_again(own, child, "Based").advice == [
         "task: own.py on this machine differs from the coordinator's. Use the same code on every machine"
     ]
 
@@ -189,27 +192,27 @@ def test_a_tensor_that_shows_no_bytes_is_not_compared() -> None:
 # -- in a period ---------------------------------------------------------------------------------------------------------
 def test_steps_that_change_nothing_are_advised_once(own: Path) -> None:
     child = child_of(own, "NoStep")
-    (text,) = child.period(child.initial_P)["advice"]
+    (text,) = child.period(child.initial_P).report.advice
     assert text.startswith("task: 3 steps have changed no parameter that is averaged.")
-    assert child.period(child.initial_P)["advice"] == []
+    assert child.period(child.initial_P).report.advice == []
 
 
 def test_a_period_without_steps_is_not_advised(own: Path) -> None:
     child = child_of(own, "NoStep", steps=0)
-    assert child.period(child.initial_P)["advice"] == []
+    assert child.period(child.initial_P).report.advice == []
 
 
 def test_a_statistic_without_a_value_at_first_is_advised_once(own: Path) -> None:
     child = child_of(own, "Late")
-    (text,) = child.period(child.initial_P)["advice"]
+    (text,) = child.period(child.initial_P).report.advice
     assert text.startswith(
         "task: the buffer largest and 1 more had no finite value in model() and stays with each agent"
     )
-    assert child.period(child.initial_P)["advice"] == []
+    assert child.period(child.initial_P).report.advice == []
 
 
 def test_a_local_pattern_without_a_tensor_is_advised(own: Path) -> None:
-    (advice,) = prepare_again(own, child_of(own, "Typing"), "Typing")["advice"]
+    (advice,) = prepare_again(own, child_of(own, "Typing"), "Typing").advice
     assert "`local` names 'haed.*', which no tensor of the model matches" in advice
 
 
@@ -232,7 +235,7 @@ def test_a_buffer_may_grow_after_it_was_kept(own: Path) -> None:
 
 def test_an_empty_buffer_that_has_grown_is_kept(own: Path) -> None:
     child = child_of(own, "Late")
-    update_P = child.period(child.initial_P)["update"]
+    update_P = child.period(child.initial_P).update_P
     again = child_of(own, "Late")
     assert again.clock == 1 and tensor_of(again, "seen").tolist() == [1.0, 1.0]
     assert torch.equal(update_P, again.trainer._flat.flat_P - child.initial_P)

@@ -138,7 +138,7 @@ def test_the_training_child_collates_as_the_task_says(tmp_path: Path) -> None:
     spec = {"task": f"{tmp_path / 'own.py'}:Padded", "local": {"steps": 3}, "evaluate": {"agents": True}}
     child = Child(tmp_path / "a1.safetensors", spec)
     answer = child.period(child.initial_P)
-    assert answer["steps"] == 3 and answer["metrics"] == {"length": pytest.approx(2.5)}
+    assert answer.report.steps == 3 and answer.evaluation.metrics == {"length": pytest.approx(2.5)}
     spec["task"] = f"{tmp_path / 'own.py'}:Unpadded"
     child = Child(tmp_path / "a2.safetensors", spec)
     with pytest.raises(ConfigError, match=r"rows of dataset\(\) \(list\) do not collate"):

@@ -13,6 +13,7 @@ from torch import nn
 
 from syncline.data.partition import Part
 from syncline.errors import ConfigError
+from syncline.runtime.child_messages import PeriodReport
 from syncline.tasks.base import evaluate
 from syncline.tasks.quadratic import LinearRegression
 from unit.trainers import Child
@@ -50,11 +51,11 @@ def own_random_numbers() -> Iterator[None]:
         yield
 
 
-def trained(folder: Path, **says: Any) -> dict[str, Any]:
+def trained(folder: Path, **says: Any) -> PeriodReport:
     (folder / "own.py").write_text(TASK)
     child = Child(folder / "a1.safetensors", {"task": f"{folder / 'own.py'}:Returns", "local": {"steps": 2}})
     vars(child.trainer._task).update(says)
-    return child.period(child.initial_P)
+    return child.period(child.initial_P).report
 
 
 @pytest.mark.parametrize("value", ONE_NUMBER)
@@ -83,7 +84,7 @@ def test_metrics_that_are_no_numbers_by_name_are_refused_with_the_mend(returned:
 
 @pytest.mark.parametrize("value", ONE_NUMBER)
 def test_a_loss_may_be_anything_that_is_one_number(tmp_path: Path, value: Any) -> None:
-    loss = trained(tmp_path, returned=value)["loss"]
+    loss = trained(tmp_path, returned=value).loss
     assert loss == 0.5 and type(loss) is float
 
 
@@ -107,7 +108,7 @@ def test_a_batch_s_loss_that_is_no_tensor_of_one_element_is_refused(value: Any, 
 
 
 def test_rows_may_be_told_as_a_tensor(tmp_path: Path) -> None:
-    assert type(trained(tmp_path, told=torch.tensor(32))["samples_per_s"]) is float
+    assert type(trained(tmp_path, told=torch.tensor(32)).samples_per_s) is float
 
 
 @pytest.mark.parametrize("value", [None, [32], -1, 0.5, float("nan")])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from syncline.data.partition import Part
+from syncline.runtime.child_messages import EvaluateCenter, MakeModel
 from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.spec.sections import Iid
@@ -84,7 +85,7 @@ def drawn_elsewhere() -> None:
 
 def evaluator_of(spec: RunSpec) -> Evaluator:
     evaluator = Evaluator(SharedMemory(), ["*"], Path("/"))
-    evaluator.describe(spec.model_dump(mode="json"), 4096)
+    evaluator.make_model(MakeModel(spec=spec, chunk_bytes=4096))
     return evaluator
 
 
@@ -115,7 +116,7 @@ def test_a_period_that_draws_from_any_generator_is_the_same_bit_for_bit(tmp_path
         child = Child(tmp_path / name / "a1.safetensors", {"task": own + "Drawing", "local": {"steps": 3}})
         for _ in range(2):
             drawn_elsewhere()
-            updates.append(child.period(child.initial_P)["update"])
+            updates.append(child.period(child.initial_P).update_P)
     assert torch.equal(updates[0], updates[2]) and torch.equal(updates[1], updates[3])
     assert not torch.equal(updates[0], updates[1]), "every period draws numbers of its own"
 
@@ -123,12 +124,12 @@ def test_a_period_that_draws_from_any_generator_is_the_same_bit_for_bit(tmp_path
 def test_a_restart_in_the_middle_changes_no_bit_of_what_is_drawn(tmp_path: Path, own: str) -> None:
     spec = {"task": own + "Drawing", "local": {"steps": 3}}
     whole, first = (Child(tmp_path / name / "a1.safetensors", spec) for name in ("a", "b"))
-    expected = [whole.period(whole.initial_P)["update"] for _ in range(2)][1]
+    expected = [whole.period(whole.initial_P).update_P for _ in range(2)][1]
     first.period(first.initial_P)
     drawn_elsewhere()
     second = Child(tmp_path / "b" / "a1.safetensors", spec)
     assert second.clock == 1
-    assert torch.equal(second.period(second.initial_P)["update"], expected)
+    assert torch.equal(second.period(second.initial_P).update_P, expected)
 
 
 def test_init_and_model_draw_the_same_numbers_at_the_coordinator_and_at_every_agent(tmp_path: Path, own: str) -> None:
@@ -180,7 +181,7 @@ def test_the_held_out_part_has_the_seed_of_the_run(tmp_path: Path) -> None:
 def test_a_metric_that_draws_depends_on_the_version_and_not_on_how_often_it_is_evaluated(own: str) -> None:
     spec = parse(RunSpec, {"task": own + "Drawing", "seed": 5})
     every, second = evaluator_of(spec), evaluator_of(spec)
-    often = [every.evaluate(version)["metrics"] for version in range(4)]
+    often = [every.evaluate(EvaluateCenter(version=version)).metrics for version in range(4)]
     drawn_elsewhere()
-    assert [second.evaluate(version)["metrics"] for version in (0, 2)] == [often[0], often[2]]
+    assert [second.evaluate(EvaluateCenter(version=version)).metrics for version in (0, 2)] == [often[0], often[2]]
     assert len({metrics["t"] for metrics in often}) == 4
