@@ -17,7 +17,7 @@ from syncline.policy.reasons import TooStale
 from syncline.policy.words import drop_words
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan, clipped
-from syncline_coordinator.merge.reducer import Merged
+from syncline_coordinator.merge.reducer import MergedVersion
 from syncline_coordinator.policies import adviser_of
 from syncline_coordinator.reservation import LOG_REASON_BYTES, most_updates
 
@@ -32,7 +32,7 @@ class MergeDone:
     """A plan that was executed: the next version is on the bus, and not committed yet."""
 
     plan: Plan
-    merged: Merged
+    merged: MergedVersion
     seconds: float
 
 

@@ -190,7 +190,7 @@ def agents_are_numbered_anew_after_a_restart(patch: pytest.MonkeyPatch) -> None:
 def a_restarted_coordinator_begins_with_another_center(patch: pytest.MonkeyPatch) -> None:
     async def get_center(self: Reducer, ref: BlobRef, version: int) -> None:
         self._center.w_P.zero_()
-        self._lies_at = ref, version
+        self._stored_as = ref, version
 
     patch.setattr(Reducer, "get_center", get_center)
 

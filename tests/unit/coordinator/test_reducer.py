@@ -354,7 +354,7 @@ async def test_no_rule_takes_content_that_was_not_signed(make: Make, rule: str) 
 async def test_the_window_and_an_executor_change_no_bit_of_any_rule(make: Make, rule: str) -> None:
     digests = set()
     with ThreadPoolExecutor(2) as executor, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("syncline_coordinator.merge.reducer.INLINE_BYTES", 1)
+        patch.setattr("syncline_coordinator.merge.reducer.ON_LOOP_BYTES", 1)
         for window, given in ((1, None), (8, executor), (3, executor)):
             place = ruled(make, rule, torch.float32, executor=given, wire={"window": window})
             digests.add((await place.reducer.merge(await place.plan(vectors(7)))).digest)
@@ -492,7 +492,7 @@ async def test_an_executor_changes_no_bit(make: Make) -> None:
     layout_bytes = make().layout.nbytes
     digests = set()
     with ThreadPoolExecutor(2) as executor, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("syncline_coordinator.merge.reducer.INLINE_BYTES", layout_bytes - 1)
+        patch.setattr("syncline_coordinator.merge.reducer.ON_LOOP_BYTES", layout_bytes - 1)
         for given in (None, executor):
             place = make(executor=given)
             digests.add((await place.reducer.merge(await place.plan(vectors(4)))).digest)
@@ -555,7 +555,7 @@ async def test_a_merge_is_given_up_only_when_nobody_writes_to_the_center_any_mor
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread may be at work on another slice when one turns out to be bad."""
-    monkeypatch.setattr("syncline_coordinator.merge.reducer.INLINE_BYTES", 1)
+    monkeypatch.setattr("syncline_coordinator.merge.reducer.ON_LOOP_BYTES", 1)
     late = threading.Event()
 
     def slow(self: Mean, *args: Any) -> None:
