@@ -96,7 +96,7 @@ class Evaluation:
         if isinstance(error, TimeoutError):
             why = (
                 f"no result within {self._longest_s or 0:g} s, and this run's center is evaluated no more. "
-                "Mend the task's metrics(), or hold out fewer rows"
+                "Correct the task's metrics(), or hold out fewer rows"
             )
         if once and not self._failures.is_new(why):
             return

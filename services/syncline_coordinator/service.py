@@ -130,9 +130,15 @@ class Coordinator:
         except PeerError as error:
             await self._desk.report_bad(delivery, error)
             return
-        run = self._host.run if self._host is not None and self._host.name == story.run else None
-        lines = story_lines(run.policy.story(story.agent)) if run is not None else []
-        await answer(self._bus, delivery, StoryTold(run=story.run, known=run is not None, lines=lines))
+        lines = self.story(story.run, story.agent)
+        await answer(self._bus, delivery, StoryTold(run=story.run, known=lines is not None, lines=lines or []))
+
+    def story(self, run: str, agent: str) -> list[str] | None:
+        """Return the recent decisions about an agent in words, or None unless this coordinator drives the run."""
+        host = self._host
+        if host is None or host.run is None or host.name != run:
+            return None
+        return story_lines(host.run.policy.story(agent))
 
     async def _accept(self, spec: RunSpec, record: Submit) -> list[str]:
         """Check all that can be checked before a run starts, and queue it. Return warnings. Raises ConfigError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from syncline_sim.process import ProcessCrashed, SimProcess, current_process
 from syncline_sim.rng import Rng
 from syncline_sim.scenario import Outcome, Scenario
 
+STORY_LINES = 12  # of one agent, after a violated invariant
 COORDINATOR = subjects.COORDINATOR
 RESTART_S = 1.0  # a supervisor's pause before it restarts a service that exited because another one failed
 RESUBMIT_S = 0.5  # pause between two requests of a submitter
@@ -82,6 +84,7 @@ class Cluster:
         self._trace = hashlib.blake2b(digest_size=16)
         self._faults_at = {(f.service, f.at_op): f for f in faults.items if isinstance(f, AtOperation)}
         self._faults_when_done: dict[int, AtOperation] = {}
+        self._newest_coordinator: Coordinator | None = None
         self._ended = asyncio.Event()
         self._head_seq = self._submissions = 0
         self._beats: dict[str, float] = {}  # connection → when its last answered heartbeat arrived at the earliest
@@ -228,7 +231,8 @@ class Cluster:
             return self.children.evaluator(memory)
 
         bus = self._connect(process.connection, COORDINATOR)
-        await Coordinator(bus, child, CoordinatorSettings()).serve()
+        self._newest_coordinator = Coordinator(bus, child, CoordinatorSettings())
+        await self._newest_coordinator.serve()
 
     async def _agent(self, process: SimProcess) -> None:
         async def child(memory: SharedMemory) -> InlineChild:
@@ -347,8 +351,23 @@ class Cluster:
     def _problem(self, text: str = "") -> None:
         if text:
             self.observer.problems.append(text)
-        self.say(f"WRONG: {self.observer.problems[-1]}")
+        problem = self.observer.problems[-1]
+        self.say(f"WRONG: {problem}")
+        if len(self.observer.problems) == 1:
+            self._say_story(problem)
         self._ended.set()
+
+    def _say_story(self, problem: str) -> None:
+        """Add the coordinator's recent decisions about the agents that a problem names, or about all of them."""
+        named = [agent for agent in self.scenario.agents if re.search(rf"\b{re.escape(agent)}\b", problem)]
+        for agent in named or self.scenario.agents:
+            lines = (
+                self._newest_coordinator.story(self.scenario.spec.name, agent)
+                if self._newest_coordinator is not None
+                else None
+            )
+            for line in (lines or [])[-STORY_LINES:]:
+                self.say(f"story of {agent}: {line}")
 
     def say(self, text: str) -> None:
         self.timeline.append(f"{self.loop.time():10.4f}  {text}")

@@ -135,7 +135,7 @@ class FaultInjector:
         for process in self._target.processes.values():
             if process.service == service and not (process.dead or process.replaced):
                 self._target.say(f"{process.connection} can connect again")
-                self._target.broker.hint(process.connection)
+                self._target.broker.reconnect(process.connection)
 
     def _replace(self, for_s: float, awake_s: float) -> None:
         """Cut the coordinator off and start another one. Reconnect the old one after `for_s`, and end it `awake_s` later."""
@@ -152,7 +152,7 @@ class FaultInjector:
     def _wake(self, process: SimProcess) -> None:
         if not process.dead:
             self._target.say(f"{process.connection} is back")
-            self._target.broker.hint(process.connection)
+            self._target.broker.reconnect(process.connection)
 
     def _end(self, process: SimProcess) -> None:
         if not process.dead:

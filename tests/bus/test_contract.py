@@ -210,7 +210,7 @@ async def test_a_connection_cut_between_the_deed_and_the_answer_leaves_the_calle
     broker.before_op(lambda op: broker.cut("x") if (op.name, op.phase) == ("kv_create", "done") else None)
     assert await outcome(bus.kv_create("b", "k", b"done")) is Unreachable
     assert await other.kv_keys("b") == ["k"]
-    broker.hint("x")
+    broker.reconnect("x")
     assert await bus.kv_keys("b") == ["k"]
     assert await bus.kv_update("b", "k", b"2", 1) == 2 and back == [1]
 
@@ -228,9 +228,9 @@ async def test_a_client_that_is_cut_off_is_not_there_and_the_others_go_on() -> N
     broker.restart()  # which does not hint the cut
     await bus.publish("q", b"to itself")
     await settled(other)
-    broker.hint("x")
+    broker.reconnect("x")
     broker.cut("x")  # again, before it is back
-    broker.hint("x")
+    broker.reconnect("x")
     await settled(bus)
     await other.publish("q", b"heard")
     await settled(other, bus)

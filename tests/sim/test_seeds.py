@@ -10,7 +10,7 @@ from syncline_sim.seeds import explain, run_seed
 pytestmark = pytest.mark.long
 
 
-FOUND = (  # what was found by many seeds, and mended
+FOUND = (  # what was found by many seeds, and fixed
     7036,  # a head was made for a spec which the broker had lost: its name was taken for good
     100250,  # two coordinators that took the run from each other without end
     100467,  # a purge that waited for the connection met an older store

@@ -50,7 +50,7 @@ async def test_an_evaluation_that_never_ends_is_ended_and_told_and_none_follows(
     await center.last(3)
     (event,) = told.events
     assert event.event == "evaluation-failed" and "version 1: no result within 0 s" in event.text
-    assert "Mend the task's metrics()" in event.text
+    assert "Correct the task's metrics()" in event.text
     assert first.closed and not second.asked and results == []
     await center.close()
     assert second.closed

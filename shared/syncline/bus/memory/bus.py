@@ -225,11 +225,11 @@ class MemoryBroker(Router):
         for lane in self._named(name):
             lane.cut()
 
-    def hint(self, name: str) -> None:
+    def reconnect(self, name: str) -> None:
         self._cut.pop(name, None)
         for lane in self._named(name):
             if self._running:
-                lane.hint()
+                lane.reconnect()
 
     def stop(self) -> None:
         """All connections are lost, and what was still on its way into a stream; what the streams hold stays."""
@@ -244,7 +244,7 @@ class MemoryBroker(Router):
         self._running = True
         for lane in list(self._lanes):
             if lane.who.name not in self._cut:
-                lane.hint()
+                lane.reconnect()
 
     def restart(self) -> None:
         self.stop()

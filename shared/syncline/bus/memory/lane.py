@@ -312,7 +312,7 @@ class Lane:
         self._server.forget(self)
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
-    def hint(self) -> None:
+    def reconnect(self) -> None:
         if self.up or self._mending or self.closed:
             return
         self._mending = True
@@ -323,7 +323,7 @@ class Lane:
         self._silent = 0
         if self.up:
             self.cut()
-            self.hint()
+            self.reconnect()
 
     def _connected(self) -> None:
         self.up, self._mending = True, False
