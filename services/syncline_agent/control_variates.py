@@ -20,7 +20,7 @@ from syncline_agent.local_update import Verdicts
 OWN = "own"  # the name of c_i among what is kept; pending ones go by their clock
 
 
-class Variates:
+class ControlVariates:
     """P: elements of the flat vector. Elements that are no parameters have no gradient: theirs stay 0.
 
     `along`: c_i becomes the mean of the gradients that a period has stepped along (option II); else whoever trains writes one

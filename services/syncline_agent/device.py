@@ -18,7 +18,7 @@ from syncline.errors import ConfigError
 KINDS = "auto, cpu, cuda, cuda:N or mps"
 
 
-class Claim:
+class DeviceClaim:
     """The device, and whether other agents use it too."""
 
     def __init__(self, device: torch.device, lock_fd: int = -1, shared: bool = False) -> None:
@@ -37,11 +37,11 @@ class Claim:
             torch.accelerator.synchronize(self.device)
 
 
-def claim_device(wanted: str, gpus: int | None = None, lock_dir: Path | None = None) -> Claim:
+def claim_device(wanted: str, gpus: int | None = None, lock_dir: Path | None = None) -> DeviceClaim:
     """The device for `--device`. Raises ConfigError for one that is not there."""
     count = torch.cuda.device_count() if gpus is None else gpus
     if wanted == "auto":
-        return _own_gpu(count, lock_dir) if count else Claim(torch.device("mps" if _has_mps() else "cpu"))
+        return _own_gpu(count, lock_dir) if count else DeviceClaim(torch.device("mps" if _has_mps() else "cpu"))
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -52,16 +52,16 @@ def claim_device(wanted: str, gpus: int | None = None, lock_dir: Path | None = N
         raise ConfigError("--device", "'mps': this host has no Apple GPU that torch can use", f"Use {KINDS}")
     if device.type not in ("cpu", "cuda", "mps"):
         raise ConfigError("--device", f"{wanted!r} is not supported", f"Use {KINDS}")
-    return Claim(device)
+    return DeviceClaim(device)
 
 
-def _own_gpu(count: int, lock_dir: Path | None) -> Claim:
+def _own_gpu(count: int, lock_dir: Path | None) -> DeviceClaim:
     """The first GPU that no other agent of this host holds; where all are held, one of them, chosen by process id."""
     for index in range(count):
         fd = _lock((lock_dir or Path(tempfile.gettempdir())) / f"syncline-{os.getuid()}-gpu-{index}.lock")
         if fd >= 0:
-            return Claim(torch.device("cuda", index), fd)
-    return Claim(torch.device("cuda", os.getpid() % count), shared=True)
+            return DeviceClaim(torch.device("cuda", index), fd)
+    return DeviceClaim(torch.device("cuda", os.getpid() % count), shared=True)
 
 
 def _lock(path: Path) -> int:

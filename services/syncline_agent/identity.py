@@ -22,13 +22,24 @@ from pathlib import Path
 from syncline.bus.server.accounts import SUFFIX, write_whole
 from syncline.bus.server.operator import in_order
 from syncline.errors import ConfigError
+from syncline.wire.signing import Signer
 from syncline.wire.subjects import AUTO, checked_name
 
 _HOST = ".host"  # <state>/<name>.host: whose name it was last
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class AgentIdentity:
+    """An agent as this process represents it."""
+
+    agent: str
+    session: str  # random id of this process life
+    state_dir: Path
+    signer: Signer | None  # None: the run accepts unsigned offers
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedName:
     """A name, its key file, and the lock that makes it ours (-1: a name that was given needs none)."""
 
     name: str
@@ -36,13 +47,13 @@ class Claimed:
     lock_fd: int = -1
 
 
-def claim(name: str, key: str, state_dir: Path, host: str = "") -> Claimed:
+def claim(name: str, key: str, state_dir: Path, host: str = "") -> ClaimedName:
     """Who the agent is, by `--name` and `--key`. Raises ConfigError for a directory without a free key, and for a state
     directory that it could not write later, when another process of its name has already made way for it."""
     if name != AUTO:
         checked_name("--name", name)
         _writable(state_dir)
-        return Claimed(name, str(Path(key, f"{name}{SUFFIX}")) if key and Path(key).is_dir() else key)
+        return ClaimedName(name, str(Path(key, f"{name}{SUFFIX}")) if key and Path(key).is_dir() else key)
     if not key:
         raise ConfigError("--key", "none is named", "With --name auto it is a directory of agents' keys")
     if not Path(key).is_dir():
@@ -50,7 +61,7 @@ def claim(name: str, key: str, state_dir: Path, host: str = "") -> Claimed:
     return _free_key(Path(key), state_dir, host or socket.gethostname())
 
 
-def _free_key(directory: Path, state_dir: Path, host: str) -> Claimed:
+def _free_key(directory: Path, state_dir: Path, host: str) -> ClaimedName:
     names = in_order([path.name.removesuffix(SUFFIX) for path in directory.glob(f"*{SUFFIX}")])
     if not names:
         raise ConfigError("--key", f"{directory} holds no keys", "Make some: syncline keys make DIR --agents N")
@@ -59,7 +70,7 @@ def _free_key(directory: Path, state_dir: Path, host: str) -> Claimed:
         fd = _lock(path)
         if fd >= 0:
             _remember(state_dir, checked_name(f"key file in {directory}", name), host)
-            return Claimed(name, str(path), fd)
+            return ClaimedName(name, str(path), fd)
     hint = "Start fewer agents, or make more keys: syncline keys add DIR NAME"
     raise ConfigError("--key", f"all {len(names)} keys in {directory} are in use on this machine", hint)
 

@@ -24,7 +24,7 @@ from syncline.model.flat import FlatModel
 from syncline.spec.sections import Local
 from syncline.tasks.base import Task
 from syncline.tasks.optimizers import inner_of, optimizers_of
-from syncline_agent.values import can_be_kept
+from syncline_agent.nested_values import can_be_kept
 
 NEED_STEPS = (
     "clip_norm",
@@ -35,7 +35,7 @@ NEED_STEPS = (
 )  # settings that work through the optimiser's steps
 
 
-class Inner:
+class InnerOptimizers:
     """`given` is what the task trains with. `center_P`: the center that was received last, kept up to date outside."""
 
     def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:

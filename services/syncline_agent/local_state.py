@@ -25,7 +25,7 @@ from syncline.errors import SynclineError
 from syncline.files import replacing
 from syncline.model.manifest import Manifest
 from syncline.model.tensors import bytes_of
-from syncline_agent.values import pack, unpack
+from syncline_agent.nested_values import pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ MOST_CLOCK = 1 << 48  # no agent gets there
 
 
 @dataclass(frozen=True)
-class Kept:
+class LocalState:
     """W_i after the period `clock`, and all that the next period depends on."""
 
     clock: int
@@ -47,7 +47,7 @@ class Kept:
     local: dict[str, Tensor] = field(default_factory=dict)  # what does not travel, by name
 
 
-def save_state(path: Path, kept: Kept, layout: Manifest, submission: str) -> None:
+def save_state(path: Path, kept: LocalState, layout: Manifest, submission: str) -> None:
     """Replaces the file: after a crash there is the old one or the new one, never half of one.
 
     Raises OSError and SafetensorError, and ConfigError for a value of `inner` that a file cannot hold.
@@ -100,7 +100,7 @@ class Unusable(SynclineError):
     """A file of which nothing is used, with the reason."""
 
 
-def load_state(path: Path, layout: Manifest, submission: str) -> Kept | None:
+def load_state(path: Path, layout: Manifest, submission: str) -> LocalState | None:
     """What was kept, or None where nothing usable was: then the agent begins with the center."""
     try:
         return _read(path, layout, submission) if path.exists() else None
@@ -111,7 +111,7 @@ def load_state(path: Path, layout: Manifest, submission: str) -> Kept | None:
     return None
 
 
-def _read(path: Path, layout: Manifest, submission: str) -> Kept:
+def _read(path: Path, layout: Manifest, submission: str) -> LocalState:
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         if metadata.get("layout") != layout.layout_digest():
@@ -135,7 +135,7 @@ def _read(path: Path, layout: Manifest, submission: str) -> Kept:
     inner = unpack(json.loads(metadata[INNER]), tensors)
     if not isinstance(inner, dict):
         raise Unusable("holds no state of an optimiser")
-    return Kept(clock, tensors["own"], inner, pending, variates, local)
+    return LocalState(clock, tensors["own"], inner, pending, variates, local)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ Verdicts = dict[int, bool]  # the last judged clocks of this agent: whether they
 Pending = dict[int, Tensor]  # by clock: what is offered and not judged, as far as the agent has to remember it
 
 
-class Updates(Protocol):
+class LocalUpdate(Protocol):
     needs_center: bool  # the update is made from the center that is newest when the period is over
     pending: Pending
 
@@ -45,7 +45,7 @@ class Updates(Protocol):
         ...
 
 
-class _Settled:
+class _WithoutMemory:
     """Nothing has to be remembered until it is judged."""
 
     needs_center = False
@@ -61,7 +61,7 @@ class _Settled:
         return _with_values(own_P - from_P, own_P, self._buffers)
 
 
-class Deviation(_Settled):
+class DeviationUpdate(_WithoutMemory):
     """Of synchronous rounds."""
 
     def __init__(self, alpha: float, buffers: Places = ()) -> None:
@@ -76,7 +76,7 @@ class Deviation(_Settled):
             own_P[buffer] = center_P[buffer]
 
 
-class Progress(_Settled):
+class ProgressUpdate(_WithoutMemory):
     """Of asynchronous runs: the next period begins with the newest center, or goes on from where the last one ended."""
 
     def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
@@ -85,7 +85,7 @@ class Progress(_Settled):
         from_P.copy_(own_P)
 
 
-class Elastic:
+class ElasticUpdate:
     """Of elastic averaging (EASGD and AEASGD, arXiv:1412.6651): agent and center meet by the same difference."""
 
     needs_center = True
@@ -121,8 +121,8 @@ def _with_values(update_P: Tensor, own_P: Tensor, buffers: Places) -> Tensor:
     return update_P
 
 
-def updates_of(spec: RunSpec, buffers: Places) -> Updates:
+def local_update_of(spec: RunSpec, buffers: Places) -> LocalUpdate:
     """Return the kind of update that a run's settings ask for. `buffers`: their places in the flat vector."""
     if spec.mix.kind == "elastic":
-        return Elastic(spec.mix.alpha, buffers)
-    return Progress(buffers) if spec.sync.kind == "async" else Deviation(spec.mix.alpha, buffers)
+        return ElasticUpdate(spec.mix.alpha, buffers)
+    return ProgressUpdate(buffers) if spec.sync.kind == "async" else DeviationUpdate(spec.mix.alpha, buffers)

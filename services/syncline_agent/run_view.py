@@ -1,7 +1,7 @@
-"""What an agent knows of its run: the newest head, and the roster that belongs to it.
+"""An agent's view of its run: the newest head, and the roster that belongs to it.
 
-Edge-triggered for speed, level-triggered for truth: a notify carries head and wakes the agent at once; whoever missed it
-reads head again every few seconds. A notify is only a hint: an older one than what is known changes nothing.
+A notify carries head and wakes the agent at once. Notifies may be lost, so the agent also reads head every few seconds. A
+notify is only a hint: an older head than the one known changes nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 READ_AGAIN_S = 3.0
 GONE_S = 1.0  # until this agent asks again for a run to take part in
 MAX_RECORD_BYTES = 64 << 20
+PHASES = {"waiting": 0, "training": 1, "merging": 2, "done": 3, "failed": 3}  # in the order of a round
 
 
 @dataclass(slots=True)
-class Seen:
-    """The newest head, and its roster."""
+class HeadAndRoster:
+    """The newest head, and its roster once that is read."""
 
     head: Head
     roster: Roster | None = None
@@ -35,63 +36,72 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RosterLine:
     """An agent's line in a roster."""
 
-    number: int
+    number: int  # of the agent, and of its part of the data
     parts: int
     participant: bool
-    judged: int  # its last judged clock
-    offset: int
-    verdicts: dict[int, bool]  # of its last judged clocks: merged or not
+    judged: int  # clock of the last update that was judged
+    offset: int  # added to the agent's clock before that is compared with the gate
+    verdicts: dict[int, bool]  # by clock, of the updates that were judged last: whether they were merged
 
     @classmethod
-    def of(cls, roster: Roster, agent: str) -> Place | None:
+    def of(cls, roster: Roster, agent: str) -> RosterLine | None:
         number = roster.number(agent)
         if number is None:
             return None
-        clock, before = roster.clocks[number], roster.merged_before(number)
-        merged = [roster.verdict(number) == Verdict.MERGED, *(bool(before >> k & 1) for k in range(REMEMBERED))]
+        clock = roster.clocks[number]
+        earlier = roster.merged_before(number)
+        merged = [roster.verdict(number) == Verdict.MERGED, *(bool(earlier >> k & 1) for k in range(REMEMBERED))]
         verdicts = {clock - k: merged[k] for k in range(min(clock, len(merged)))}
         return cls(number, roster.parts, roster.participant(number), clock, roster.offset(number), verdicts)
 
 
-class News:
-    """`on_head(head)` is told of every head that is newer than the one before."""
+class RunView:
+    """Follows head.
+
+    Attributes:
+        over: set when the run has ended, or is gone from the bus.
+    """
 
     def __init__(self, bus: Bus, run: str, on_head: Callable[[Head], None]) -> None:
-        self._bus, self._run, self._on_head = bus, run, on_head
+        """`on_head`: called with each head that is newer than the one before."""
+        self.over = asyncio.Event()
+        self._bus = bus
+        self._run = run
+        self._on_head = on_head
         self._moved = asyncio.Event()
-        self._seen: Seen | None = None
+        self._newest: HeadAndRoster | None = None
         self._order = (0, 0, 0, 0)  # of the newest head ever seen
-        self.over = asyncio.Event()  # the run has ended
 
     @property
     def highest(self) -> tuple[int, int, int]:
-        """The highest (term, version, round) ever seen; the broker may have lost it since."""
+        """Return the highest (term, version, round) ever seen; the broker may have lost it since."""
         return self._order[:3]
 
     @property
     def head(self) -> Head | None:
-        return self._seen.head if self._seen is not None else None
+        return self._newest.head if self._newest is not None else None
 
     def hear(self, note: Notify) -> None:
-        """Raises PeerError for one that holds no head."""
-        self._see(decode(Head, note.head), note.roster)
+        """Take in a notify. Raises PeerError for a notify without a head."""
+        self._take_in(decode(Head, note.head), note.roster)
 
     def forget(self) -> None:
-        """The connection was gone: what was sent meanwhile is lost."""
-        self._seen = None
+        """Have head read again: the connection was gone, and the messages of that time are lost."""
+        self._newest = None
         self._moved.set()
 
     def clear(self) -> None:
-        """From now on `wait` waits for what comes next."""
+        """From now on `wait` waits for the next news."""
         self._moved.clear()
 
     def wake(self) -> None:
         self._moved.set()
 
     async def wait(self) -> None:
+        """Wait for news, and read head after a few seconds without any. Raises BusError."""
         try:
             async with asyncio.timeout(jitter(READ_AGAIN_S)):
                 await self._moved.wait()
@@ -99,11 +109,11 @@ class News:
             await self.read_head()
 
     async def read_head(self) -> None:
-        """One that is older than what was seen changes nothing: the coordinator will write a newer one."""
-        self._see(decode(Head, (await self.read(subjects.head_key(self._run))).value))
+        """Read head. An older head than the one seen changes nothing: the coordinator will write a newer one."""
+        self._take_in(decode(Head, (await self.read(subjects.head_key(self._run))).value))
 
     async def read(self, key: str) -> Entry:
-        """The run's spec or head. Where it is gone, deleted or lost by the broker, the run is over for this agent."""
+        """Return the run's spec or head. If it is gone from the bus, the run is over, and this call does not return."""
         entry = await with_retries(partial(self._bus.kv_get, subjects.RUNS_BUCKET, key))
         while entry is None:
             log.warning("%s is gone from the bus", key)
@@ -112,44 +122,47 @@ class News:
             await asyncio.Event().wait()
         return entry
 
-    async def newest(self) -> Seen:
-        """Head with its roster."""
-        while (seen := self._seen) is None:
+    async def newest(self) -> HeadAndRoster:
+        """Return head with its roster. Raises BusError, BlobGone and PeerError."""
+        while (newest := self._newest) is None:
             await self.read_head()
-            if self._seen is None:
+            if self._newest is None:
                 self._moved.clear()
                 await self.wait()
-        if seen.roster is None and seen.head.roster is not None:
-            data = await self.record(seen.head.roster)
-            seen.roster, seen.roster_blob = decode(Roster, data, limit=MAX_RECORD_BYTES), seen.head.roster.id
-        return seen
+        if newest.roster is None and newest.head.roster is not None:
+            data = await self.record(newest.head.roster)
+            newest.roster = decode(Roster, data, limit=MAX_RECORD_BYTES)
+            newest.roster_blob = newest.head.roster.id
+        return newest
 
     async def record(self, ref: BlobRef) -> bytes:
+        """Return the content of a blob that holds a record of the run."""
         prefix = partial(subjects.model_prefix, self._run)
-        stream = subjects.model_stream(self._run)
-        return await get_record(self._bus, stream, prefix, ref, MAX_RECORD_BYTES)
+        return await get_record(self._bus, subjects.model_stream(self._run), prefix, ref, MAX_RECORD_BYTES)
 
-    def _see(self, head: Head, roster: bytes = b"") -> None:
+    def _take_in(self, head: Head, roster: bytes = b"") -> None:
         if head.run != self._run:
             return
-        known = self._seen
+        known = self._newest
         if _order(head) < self._order:
             return
         self._order = _order(head)
         moved = known is None or known.head != head
         if moved:
-            keep = known is not None and head.roster is not None and known.roster_blob == head.roster.id
-            self._seen = Seen(head, known.roster, known.roster_blob) if keep and known is not None else Seen(head)
-        if roster and self._seen is not None and head.roster is not None and self._seen.roster is None:
-            self._seen.roster, self._seen.roster_blob = decode(Roster, roster), head.roster.id
+            newest = HeadAndRoster(head)
+            if known is not None and head.roster is not None and known.roster_blob == head.roster.id:
+                newest = HeadAndRoster(head, known.roster, known.roster_blob)
+            self._newest = newest
+        if roster and self._newest is not None and head.roster is not None and self._newest.roster is None:
+            self._newest.roster = decode(Roster, roster)
+            self._newest.roster_blob = head.roster.id
         if moved:
             self._on_head(head)
         if head.phase in ENDED:
-            self.over.set()  # whatever is under way, nobody wants it any more
+            self.over.set()  # an update that is under way is not needed any more
         self._moved.set()
 
 
 def _order(head: Head) -> tuple[int, int, int, int]:
-    """Which of two heads is newer: by term, then version, then how far the round is."""
-    phases = {"waiting": 0, "training": 1, "merging": 2, "done": 3, "failed": 3}
-    return (head.term, head.version, head.round, phases[head.phase])
+    """Return the sort key of a head's age: term, version, round, and how far the round is."""
+    return (head.term, head.version, head.round, PHASES[head.phase])

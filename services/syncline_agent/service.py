@@ -17,9 +17,9 @@ from syncline.wire import subjects
 from syncline.wire.messages import ENDED, Head, Hello, Notify, Welcome, decode, encode
 from syncline.wire.signing import Signer
 from syncline_agent.heartbeat import Superseded
+from syncline_agent.identity import AgentIdentity
 from syncline_agent.session import Session
 from syncline_agent.training_child import Training
-from syncline_agent.update_sender import Me
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Agent:
 
     def __init__(self, bus: Bus, settings: AgentSettings, training: Training) -> None:
         self._bus, self._settings, self._training = bus, settings, training
-        self._me = Me(settings.name, new_id(), settings.state_dir, settings.signer)
+        self._identity = AgentIdentity(settings.name, new_id(), settings.state_dir, settings.signer)
         self._session: Session | None = None
         self._news = asyncio.Event()
         self._woken_by = (
@@ -53,7 +53,7 @@ class Agent:
         subscription = await self._bus.subscribe(subjects.notify("*"), self._on_notify)
         self._bus.when_reconnected(self._on_reconnect)
         self._device = (await self._training.describe()).name
-        log.info("agent %s on %s", self._me.agent, self._device)
+        log.info("agent %s on %s", self._identity.agent, self._device)
         left = ""  # the run that it has just come from: who sends it back there at once knows less than head
         try:
             while True:
@@ -79,7 +79,7 @@ class Agent:
     async def _take_part(self, run: str) -> None:
         log.info("taking part in run %s", run)
         self._waits_because = self._woken_by = ""
-        self._session = Session(self._bus, run, self._me, self._training, self._hello)
+        self._session = Session(self._bus, run, self._identity, self._training, self._hello)
         try:
             await self._session.follow()
         except BusError as error:  # out of reach for long: head says where to go on
@@ -94,14 +94,14 @@ class Agent:
         self._news.clear()
         signer = self._settings.signer
         hello = Hello(
-            session=self._me.session,
+            session=self._identity.session,
             public_key=signer.public_key if signer is not None else "",
             tasks=list(self._settings.allowed_tasks),
             device=self._device[:200],
             version=syncline.__version__,
         )
         try:
-            answer = await self._bus.request(subjects.hello(self._me.agent), encode(hello), HELLO_ANSWER_S)
+            answer = await self._bus.request(subjects.hello(self._identity.agent), encode(hello), HELLO_ANSWER_S)
             welcome = decode(Welcome, answer)
         except (BusError, PeerError) as error:
             await self._waits(f"no coordinator answers yet: {error}")
@@ -119,9 +119,9 @@ class Agent:
         self._waits_because = why
         log.info("waiting for a run: %s", why)
         if refused:
-            text = f"{self._me.agent} takes no part: {why}"
-            fleet = Telemetry(self._bus, subjects.FLEET, self._me.agent)
-            await fleet.event("agent-not-taken", text, level="warning", agent=self._me.agent)
+            text = f"{self._identity.agent} takes no part: {why}"
+            fleet = Telemetry(self._bus, subjects.FLEET, self._identity.agent)
+            await fleet.event("agent-not-taken", text, level="warning", agent=self._identity.agent)
 
     async def _wait(self) -> None:
         """Until there may be a run: the first notify of one, or some seconds."""

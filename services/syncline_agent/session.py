@@ -1,52 +1,63 @@
-"""An agent in one run: follows head, trains when it may, and offers what it made.
+"""An agent in one run: follows head, trains when it may, and offers its updates.
 
 In synchronous rounds a period begins when head names this agent a participant of its round, and ends with the offer. In
 asynchronous runs the next period begins while the last update is sent, as long as the gate in head and the updates that are
 not judged yet allow it.
+
+`syncline_agent.states` has the states of a session and of a period.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from syncline.bus.base import Bus, Delivery
-from syncline.bus.blobs import BlobGone, get_blob
+from syncline.bus.blobs import BlobGone
 from syncline.chance import jitter
-from syncline.errors import BusError, ConfigError, Denied, PeerError, SynclineError
+from syncline.errors import BusError, ConfigError, Denied, PeerError
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
-from syncline.runtime.child import ChildDied, ChildFailed
-from syncline.runtime.child_messages import MakeElasticUpdate, PrepareRun, RetrySave, SaveReport, TrainPeriod
+from syncline.runtime.child import ChildFailed
+from syncline.runtime.child_messages import (
+    MakeElasticUpdate,
+    PeriodReport,
+    PrepareRun,
+    RetrySave,
+    SaveReport,
+    TrainPeriod,
+    UpdateReport,
+)
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.sections import Async
 from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
 from syncline.wire.chunks import content_bytes
-from syncline.wire.messages import ENDED, BlobRef, Head, Notify, Submit, decode
-from syncline_agent.heartbeat import HEARTBEAT_S, HEARTBEATS_TO_MISS, SignsOfLife, Stand
-from syncline_agent.run_view import MAX_RECORD_BYTES, READ_AGAIN_S, News, Place, Seen
-from syncline_agent.state_dir import Shelf
-from syncline_agent.training_child import SAVE_AGAIN_S, Training, outboxes
-from syncline_agent.update_sender import FinishedUpdate, How, Me, Sender
+from syncline.wire.messages import ENDED, Head, Notify, Submit, decode
+from syncline_agent.agent_metrics import AgentMetrics
+from syncline_agent.center_inbox import CenterInbox
+from syncline_agent.child_supervisor import CannotTrain, ChildSupervisor
+from syncline_agent.heartbeat import HEARTBEAT_S, HEARTBEATS_TO_MISS, Heartbeats
+from syncline_agent.identity import AgentIdentity
+from syncline_agent.local_period import LocalPeriod
+from syncline_agent.run_view import MAX_RECORD_BYTES, READ_AGAIN_S, HeadAndRoster, RosterLine, RunView
+from syncline_agent.sent_updates import SentUpdates
+from syncline_agent.session_events import SessionEvents
+from syncline_agent.session_status import SessionStatus
+from syncline_agent.state_files import StateFiles
+from syncline_agent.states import PeriodState, SessionState
+from syncline_agent.training_child import SAVE_AGAIN_S, Training
+from syncline_agent.update_sender import SendOptions, UpdateSender
 
 log = logging.getLogger(__name__)
 
-A = TypeVar("A")
-
-CRASHES_IN_A_ROW = 3  # of the training child, after which this agent says it cannot train
-REVIVE_S = 1.0  # the pause after the second death in a row; it doubles with each further one
-LONGEST_PAUSE_S = 300.0
-OUT_FROM_S = 5.0  # a pause from which on this agent is out of the run meanwhile
-GIVEN_UP = 8  # clocks, the newest: no more of them can wait for their verdicts
-MOST_ADVICE = 16  # texts of one run
+TRY_AGAIN_S = 1.0  # after a blob that is gone or a record that cannot be read
 
 
 def spec_in(record: bytes) -> RunSpec:
-    """Return a run's settings. Raises ConfigError where a newer Syncline wrote one that this one does not know."""
+    """Return a run's settings. Raises ConfigError for a setting of a newer Syncline that this one does not have."""
     try:
         return submitted_spec(decode(Submit, record))
     except ConfigError as error:
@@ -55,50 +66,75 @@ def spec_in(record: bytes) -> RunSpec:
 
 
 def check_payload(manifest: Manifest, max_payload: int) -> None:
-    """Raise ConfigError where this agent's broker takes no message as large as a chunk of the run's updates."""
+    """Raise ConfigError if this agent's broker refuses messages as large as a chunk of the run's updates."""
     if manifest.chunk_bytes > content_bytes(max_payload):
         problem = f"the broker takes messages of {max_payload} bytes, a chunk of this run has {manifest.chunk_bytes}"
         hint = "Set it alike on every server and leaf node, or lower wire.chunk_bytes in the run's spec"
         raise ConfigError("max_payload", problem, hint)
 
 
-class CannotTrain(SynclineError):
-    """This agent cannot take part in the run, with the reason."""
+@dataclass(frozen=True, slots=True)
+class RunDefinition:
+    """The parts of a run that never change."""
+
+    spec: RunSpec
+    manifest: Manifest
+
+    @property
+    def is_async(self) -> bool:
+        return isinstance(self.spec.sync, Async)
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.spec.mix.kind == "elastic"
 
 
 class Session:
     """`follow` until the run has ended or this agent must leave it."""
 
-    def __init__(self, bus: Bus, run: str, me: Me, training: Training, hello: Callable[[], Awaitable[str]]) -> None:
-        self._bus, self._run, self._me, self._training = bus, run, me, training
-        self._shelf = Shelf(bus, me.state_dir, me.agent)
-        self._hello = hello  # claims the session again; returns the run to take part in
-        self._telemetry = Telemetry(bus, run, me.agent)
-        self._news = News(bus, run, self._on_head)
-        self._stand = Stand()
-        self._sender = Sender(bus, run, me, self._news, self._telemetry)
-        self._signs = SignsOfLife(bus, run, me.agent, me.session, self._stand, self._news, training)
-        self._offered_for = ""  # rounds: the model that the last offer deviates from
-        self._handed = 0  # clock of the newest update that is sent, or on its way
-        self._held: BlobRef | None = None  # the center in the inbox
-        self._held_term = 0  # under which it was the newest
-        self._fresh = False  # no period that counts has begun with it
-        self._given_up = range(0)  # clocks whose verdicts the broker lost
-        self._said_not_saved = False
-        self._advised: set[str] = set()  # told already
-        self._made = 0  # updates, by this process: they go to the outboxes in turns
-        self._deaths = self._crashes = 0  # of the training child, since it last made an update
-        self._to_send: asyncio.Queue[FinishedUpdate] = asyncio.Queue(1)
+    def __init__(
+        self,
+        bus: Bus,
+        run: str,
+        identity: AgentIdentity,
+        training: Training,
+        hello: Callable[[], Awaitable[str]],
+    ) -> None:
+        """`hello`: claims the session again, and returns the run to take part in."""
+        telemetry = Telemetry(bus, run, identity.agent)
+        self._bus = bus
+        self._run = run
+        self._agent = identity.agent
+        self._training = training
+        self._hello = hello
+        self._status = SessionStatus()
+        self._events = SessionEvents(telemetry, identity.agent)
+        self._view = RunView(bus, run, self._on_head)
+        self._heartbeats = Heartbeats(bus, run, identity, self._status, self._view, training)
+        self._metrics = AgentMetrics(bus, run, identity.agent, self._status, training)
+        self._state_files = StateFiles(bus, identity.state_dir, identity.agent)
+        self._inbox = CenterInbox(bus, run, training, self._status)
+        self._child = ChildSupervisor(training, self._status, self._events, self._inbox)
+        self._sender = UpdateSender(bus, run, identity, self._view, telemetry)
+        self._sent = SentUpdates()
+        self._to_send: asyncio.Queue[LocalPeriod] = asyncio.Queue(1)
+        self._definition: RunDefinition | None = None  # until the child has prepared the run
 
-    # -- life ----------------------------------------------------------------------------------------------------------
     async def follow(self) -> None:
-        """Raises Superseded; returns when the run has ended, or this agent cannot train for it and has said so."""
+        """Take part until the run has ended or the coordinator has other plans for this agent.
+
+        An agent that cannot train for the run says so and stays until the run has ended.
+
+        Raises:
+            Superseded: another process has claimed this agent's name.
+            Denied: the broker refuses this agent's operations.
+        """
         works = (
-            self._signs.beat(self._hello),
-            self._signs.show(),
+            self._heartbeats.beat(self._hello),
+            self._metrics.publish_forever(),
             self._work(),
-            self._send_all(),
-            self._news.over.wait(),
+            self._send_queued(),
+            self._view.over.wait(),
         )
         tasks = [asyncio.ensure_future(work) for work in works]
         try:
@@ -109,315 +145,267 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._signs.show_once()
+            await self._metrics.publish()
             await self._training.close()
-        if self._news.head is not None and self._news.head.phase in ENDED:
-            await self._shelf.remove(self._run)
+        if self._view.head is not None and self._view.head.phase in ENDED:
+            await self._state_files.remove(self._run)
 
     async def leave(self) -> None:
-        """Says goodbye, so that nobody waits for this agent."""
-        await self._signs.leave()
+        """Tell the coordinator that this agent leaves, so that no round waits for it."""
+        await self._heartbeats.say_goodbye()
 
     async def on_notify(self, delivery: Delivery) -> None:
-        """Head has moved."""
+        """Take in a notify of the coordinator: head has moved."""
         if subjects.run_of(delivery.subject) != self._run:
             return
         try:
-            self._news.hear(decode(Notify, delivery.data))
+            self._view.hear(decode(Notify, delivery.data))
         except PeerError as error:
-            text = f"{self._me.agent}: ignored a notify that is none: {error}"
-            await self._telemetry.event("bad-message", text, level="warning", agent=self._me.agent)
+            await self._events.bad_message(f"ignored a notify that is none: {error}")
 
     def look_again(self) -> None:
-        """The connection was gone: what was sent meanwhile is lost."""
-        self._news.forget()
+        """Read head again: the connection was gone, and the messages of that time are lost."""
+        self._view.forget()
 
     def _on_head(self, head: Head) -> None:
-        late = self._stand.state == "training" and not self._is_async and head.version > self._stand.version
-        if late or (self._stand.state == "training" and head.epoch != self._stand.epoch):
-            self._training.stop_early()  # the round is over without us
-
-    @property
-    def _is_async(self) -> bool:
-        return isinstance(self._spec.sync, Async)
+        """Stop a period whose update would come too late."""
+        if self._status.state is not SessionState.TRAINING or self._definition is None:
+            return
+        late = not self._definition.is_async and head.version > self._status.version
+        if late or head.epoch != self._status.epoch:
+            self._training.stop_early()
 
     # -- the work ------------------------------------------------------------------------------------------------------
     async def _work(self) -> None:
+        """Train periods forever; errors of the bus and of peers are waited out."""
         try:
             while True:
-                self._news.clear()
+                self._view.clear()
                 try:
-                    if self._stand.state == "starting":
-                        await self._prepare()
-                    seen = await self._news.newest()
-                    if seen.head.epoch != self._stand.epoch:
-                        self._rebase(seen.head.epoch)
-                    if seen.head.version < self._stand.version:
-                        await self._say_set_back(seen.head)
-                    place = self._due(seen)
-                    if place is not None:
-                        await self._one_period(seen.head, place)
-                    else:
-                        await self._news.wait()
+                    await self._step()
                 except Denied:
                     raise
-                except BusError as error:  # what is finished waits in its outbox, and is sent when the bus is back
+                except BusError as error:  # a finished update waits in its outbox until the bus is back
                     log.warning("the bus is out of reach: %s", error)
                     await asyncio.sleep(jitter(READ_AGAIN_S))
                 except BlobGone:  # purged meanwhile: head has moved on, or will
-                    before = self._news.head
-                    await self._news.read_head()
-                    if self._news.head is before:
-                        await asyncio.sleep(jitter(1.0))
+                    before = self._view.head
+                    await self._view.read_head()
+                    if self._view.head is before:
+                        await asyncio.sleep(jitter(TRY_AGAIN_S))
                 except PeerError as error:
-                    text = f"{self._me.agent}: {error}; trying again"
-                    await self._telemetry.event("bad-message", text, level="warning", agent=self._me.agent)
-                    await asyncio.sleep(jitter(1.0))
-                    await self._news.read_head()
+                    await self._events.bad_message(f"{error}; trying again")
+                    await asyncio.sleep(jitter(TRY_AGAIN_S))
+                    await self._view.read_head()
         except (CannotTrain, ConfigError, ChildFailed) as error:
-            await self._cannot(str(error))
+            await self._stay_failed(str(error))
 
-    async def _prepare(self) -> None:
-        """Reads spec and manifest, and has the child make the model."""
-        entry = await self._news.read(subjects.spec_key(self._run))
-        self._spec = spec_in(entry.value)
-        self._signs.advises = not self._spec.evaluate.center
-        self._signs.heartbeat_s = min(HEARTBEAT_S, self._spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
-        while (manifest := (head := (await self._news.newest()).head).manifest) is None:
-            self._news.clear()
-            await self._news.wait()
-        self._stand.epoch = head.epoch
-        self._manifest_bytes = await self._news.record(manifest)
-        self._manifest = decode(Manifest, self._manifest_bytes, limit=MAX_RECORD_BYTES)
-        check_payload(self._manifest, self._bus.max_payload)
-        self._submission = manifest.id
-        await self._shelf.tidy(self._run)
-        await self._revive()
-        self._stand.is_ready()
+    async def _step(self) -> None:
+        """Train one period, or wait for head to move."""
+        if self._definition is None:
+            self._definition = await self._prepare()
+            self._status.ready()
+        newest = await self._view.newest()
+        if newest.head.epoch != self._status.epoch:
+            self._rebase(newest.head.epoch)
+        if newest.head.version < self._status.version:
+            before, self._status.version = self._status.version, newest.head.version
+            await self._events.rolled_back(newest.head.version, before)
+        line = self._due(newest)
+        if line is not None:
+            await self._one_period(newest.head, line)
+        else:
+            await self._view.wait()
 
-    async def _revive(self) -> None:
-        """A child with the model, and with what this agent kept of the run. Raises CannotTrain."""
-        question = PrepareRun(
-            spec=self._spec,
-            manifest=self._manifest_bytes,
-            state_path=str(self._shelf.path(self._run)),
-            submission=self._submission,
-        )
-        while True:
-            try:
-                prepared = await self._training.prepare(question)
-            except ChildDied as error:
-                await self._child_died(error)
-                continue
-            await self._advise(prepared.advice)
-            self._stand.clock, self._held = max(self._stand.clock, prepared.clock), None
-            if self._stand.state == "leaving":
-                self._stand.is_ready()
-            return
+    async def _prepare(self) -> RunDefinition:
+        """Read spec and manifest, and have the child make the model and restore this agent's state of the run."""
+        spec = spec_in((await self._view.read(subjects.spec_key(self._run))).value)
+        self._metrics.advises = not spec.evaluate.center
+        self._heartbeats.interval_s = min(HEARTBEAT_S, spec.agents.lost_after_s / HEARTBEATS_TO_MISS)
+        head = (await self._view.newest()).head
+        while head.manifest is None:
+            self._view.clear()
+            await self._view.wait()
+            head = (await self._view.newest()).head
+        self._status.epoch = head.epoch
+        record = await self._view.record(head.manifest)
+        manifest = decode(Manifest, record, limit=MAX_RECORD_BYTES)
+        check_payload(manifest, self._bus.max_payload)
+        await self._state_files.tidy(self._run)
+        state_path = str(self._state_files.path(self._run))
+        question = PrepareRun(spec=spec, manifest=record, state_path=state_path, submission=head.manifest.id)
+        await self._child.begin(question)
+        return RunDefinition(spec, manifest)
 
-    def _due(self, seen: Seen) -> Place | None:
-        """This agent's place where it may begin a period, else None."""
-        head = seen.head
-        place = Place.of(seen.roster, self._me.agent) if seen.roster is not None else None
-        if place is None or not place.participant or head.model is None:
+    def _due(self, newest: HeadAndRoster) -> RosterLine | None:
+        """Return this agent's line in the roster if it may begin a period, else None."""
+        line = RosterLine.of(newest.roster, self._agent) if newest.roster is not None else None
+        if line is None or not line.participant or newest.head.model is None:
             return None
-        if isinstance(self._spec.sync, Async):
-            position = max(self._handed, place.judged)
-            waiting = position - place.judged >= outboxes(self._spec)
-            gated = head.gate is not None and position + place.offset > head.gate
-            return None if waiting or gated or head.phase not in ("training", "merging") else place
-        # under whatever term it was offered: that offer waits on the bus, if it was not judged and this agent is asked again
-        waits = self._offered_for == head.model.id and place.judged < self._handed
-        return None if head.phase != "training" or waits else place
+        assert self._definition is not None
+        return line if self._sent.may_begin(self._definition.spec, newest.head, line) else None
 
     def _rebase(self, epoch: int) -> None:
-        """The broker lost what it had acknowledged, and the run goes on from an older head: what was handed over and not seen
-        judged counts for nothing, and clocks go on from those that are known there."""
-        stand = self._stand
-        self._given_up = range(max(1, stand.clock - GIVEN_UP + 1), stand.clock + 1)
-        stand.epoch, stand.handed, stand.clock = epoch, 0, 0
-        self._handed, self._offered_for, self._held = 0, "", None
+        """Go on in a new epoch: the broker has lost acknowledged writes, and head is an older one.
 
-    async def _say_set_back(self, head: Head) -> None:
-        """The coordinator may not know: where it was started again it begins with what it finds."""
-        text = (
-            f"{self._me.agent}: the run goes on from version {head.version}, and was at {self._stand.version} already: the "
-            f"broker lost what came between"
+        Updates that were sent and not seen judged count for nothing; clocks go on from those that the roster has.
+        """
+        self._sent.restart(self._status.clock)
+        self._inbox.forget()
+        self._status.epoch = epoch
+        self._status.acknowledged = 0
+        self._status.clock = 0
+
+    async def _stay_failed(self, reason: str) -> None:
+        """Report that this agent cannot train, and stay until the run is over."""
+        self._status.fail(reason)
+        await self._events.failed(reason)
+        await self._training.close()
+        while True:
+            await self._view.wait()
+            self._view.clear()
+
+    # -- a period ------------------------------------------------------------------------------------------------------
+    async def _one_period(self, head: Head, line: RosterLine) -> None:
+        """Train one period and hand over its update."""
+        definition, status = self._definition, self._status
+        assert definition is not None
+        status.clock = max(status.clock, line.judged, self._sent.newest)
+        if not (definition.is_elastic and definition.is_async and self._inbox.model is not None):
+            await self._fetch(head)
+        period = self._begin_period(line)
+        report = await self._train(period)
+        if report is None:
+            self._discard(period)
+            return
+        update = report.update or await self._make_elastic_update(period)
+        if update is None:
+            self._discard(period)
+            return
+        if not await self._may_offer(period, update.save):
+            period.enter(PeriodState.DISCARDED)
+            return
+        period.enter(PeriodState.READY)
+        status.last_report = report
+        status.clock = period.question.clock
+        self._sent.update_made()
+        self._child.update_made()
+        if update.broken:
+            self._inbox.forget()
+        await self._hand_over(period, head)
+        status.enter(SessionState.WAITING)
+        await self._metrics.period_over(period.question.clock, status.version, report)
+
+    def _begin_period(self, line: RosterLine) -> LocalPeriod:
+        definition, status = self._definition, self._status
+        assert definition is not None
+        status.enter(SessionState.TRAINING)
+        status.part = line.number
+        question = TrainPeriod(
+            version=status.version,
+            clock=status.clock + 1,
+            part=line.number,
+            parts=line.parts,
+            fresh_center=self._inbox.fresh or not definition.is_async,  # a round that is repeated has the same center
+            outbox=self._sent.next_outbox(definition.spec),
+            verdicts=self._sent.verdicts(line),
         )
-        self._stand.version = head.version
-        await self._telemetry.event("run-set-back", text, level="warning", agent=self._me.agent)
+        return LocalPeriod(question, status.version, self._inbox.term, status.epoch)
 
-    async def _say_not_saved(self, save: SaveReport) -> None:
-        """Report, once, that the disk is full or cannot be written."""
-        if save.problem and not self._said_not_saved:
-            self._said_not_saved = True
-            then = (
-                "takes no part until it is, for what it gives up must be there first"
-                if save.blocks_offer
-                else "goes on without"
-            )
-            text = f"{self._me.agent}: what it trains is not kept on its disk, and {then}: {save.problem}"
-            await self._telemetry.event("not-kept", text[:2000], level="warning", agent=self._me.agent)
+    async def _train(self, period: LocalPeriod) -> PeriodReport | None:
+        """Return the report of the period, or None if the period counts for nothing."""
+        report = await self._child.ask(self._training.period(period.question))
+        if report is None:
+            return None
+        known = self._view.head
+        await self._events.advise(report.advice)
+        if report.stopped or (known is not None and known.epoch != self._status.epoch):
+            return None  # the next period may begin with the same center: the inbox stays fresh
+        self._inbox.fresh = False
+        self._sent.verdicts_applied()
+        period.report = report
+        return report
 
-    async def _advise(self, advice: Sequence[str]) -> None:
-        """Publish each text once in this run, also if the child was started again meanwhile."""
-        for text in advice:
-            if text not in self._advised and len(self._advised) < MOST_ADVICE:
-                self._advised.add(text)
-                text = f"{self._me.agent}: {text}"
-                await self._telemetry.event("advice", text[:2000], level="warning", agent=self._me.agent)
+    async def _make_elastic_update(self, period: LocalPeriod) -> UpdateReport | None:
+        """Have the child make the update from the newest center; None: the child died."""
+        assert self._definition is not None
+        period.enter(PeriodState.MEETING)
+        if self._definition.is_async:
+            try:
+                await self._fetch((await self._view.newest()).head)
+            except BaseException:
+                period.enter(PeriodState.DISCARDED)
+                raise
+        question = MakeElasticUpdate(period=period.question, fresh_center=self._inbox.fresh)
+        update = await self._child.ask(self._training.make_elastic_update(question))
+        self._inbox.fresh = False
+        period.base = self._status.version
+        period.term = self._inbox.term
+        return update
 
-    async def _may_offer(self, clock: int, save: SaveReport) -> bool:
+    async def _may_offer(self, period: LocalPeriod, save: SaveReport) -> bool:
         """Return whether the update may be offered, after waiting for the disk if the state must be saved first.
 
         The agent is out of the run meanwhile. False: the child died while it waited, and the update with it.
         """
-        await self._say_not_saved(save)
+        await self._events.not_saved(save)
         if not save.blocks_offer:
             return True
-        self._stand.is_out(save.problem)
+        period.enter(PeriodState.BLOCKED)
+        self._status.go_out(save.problem)
         saved = False
         while not saved:
             await asyncio.sleep(jitter(SAVE_AGAIN_S))
-            retried = await self._ask(self._training.retry_save(RetrySave(clock=clock)))
+            retried = await self._child.ask(self._training.retry_save(RetrySave(clock=period.question.clock)))
             if retried is None:
                 break
             saved = not retried.blocks_offer
-        self._said_not_saved = False
-        self._stand.is_ready()
+        self._events.saved_again()
+        self._status.ready()
         return saved
 
-    async def _one_period(self, head: Head, place: Place) -> None:
-        stand = self._stand
-        stand.clock = max(stand.clock, place.judged, self._handed)
-        elastic = self._spec.mix.kind == "elastic"
-        if not (elastic and self._is_async and self._held is not None):
-            await self._fetch(head)
-        stand.state, stand.part, clock = "training", place.number, stand.clock + 1
-        period = TrainPeriod(
-            version=stand.version,
-            clock=clock,
-            part=place.number,
-            parts=place.parts,
-            fresh_center=self._fresh or not self._is_async,  # every round begins with its center, a second time too
-            outbox=self._made % outboxes(self._spec),  # its last update but one was judged; clocks may leave one out
-            verdicts={**{c: False for c in self._given_up if c > place.judged}, **place.verdicts},
-        )
-        report = await self._ask(self._training.period(period))
-        known = self._news.head
-        if report is not None:
-            await self._advise(report.advice)
-        if report is None or report.stopped or (known is not None and known.epoch != stand.epoch):
-            stand.state = "waiting"  # it counts for nothing; where head goes back, another begins with the same center
-            return
-        self._fresh, self._given_up = False, range(0)
-        made = report.update
-        if made is None:
-            if self._is_async:
-                await self._fetch((await self._news.newest()).head)
-            question = MakeElasticUpdate(period=period, fresh_center=self._fresh)
-            made = await self._ask(self._training.make_elastic_update(question))
-            self._fresh = False
-            if made is None:
-                stand.state = "waiting"
-                return
-        if not await self._may_offer(clock, made.save):
-            return
-        stand.last_report, stand.clock = report, clock
-        self._made, self._deaths, self._crashes = self._made + 1, 0, 0
-        if made.broken:
-            self._held = None  # the next one begins with the center, be it the same
-        update = FinishedUpdate(period, report, stand.version, self._held_term, stand.epoch)
-        if self._is_async:
-            self._handed = clock
-            await self._to_send.put(update)
-        else:
-            stand.state = "sending"
-            await self._send(update)
-            if update.epoch == stand.epoch:
-                self._offered_for = head.model.id if head.model is not None else ""
-        stand.state = "waiting"
-        await self._signs.tell(clock, stand.version, report)
+    def _discard(self, period: LocalPeriod) -> None:
+        period.enter(PeriodState.DISCARDED)
+        self._status.enter(SessionState.WAITING)
 
     async def _fetch(self, head: Head) -> None:
-        """The center of head, if it is not the one in the inbox."""
-        assert head.model is not None
-        if self._held != head.model:
-            self._stand.state, layout = "fetching", self._manifest
-            prefix, stream = partial(subjects.model_prefix, self._run), subjects.model_stream(self._run)
-            into, window = self._training.inbox(layout.blob_bytes), self._spec.wire.window
-            self._held = None
-            await get_blob(
-                self._bus,
-                stream,
-                prefix,
-                head.model,
-                into,
-                layout.chunk_bytes,
-                window=window,
-                sections=layout.sections,
-            )
-            self._held, self._fresh = head.model, True
-            self._stand.bytes_down += layout.blob_bytes
-        self._stand.version, self._held_term = head.version, head.term
-
-    async def _ask(self, question: Awaitable[A]) -> A | None:
-        """Return the child's answer; None: the child died, and another one is ready."""
-        try:
-            return await question
-        except ChildDied as error:
-            await self._child_died(error)
-            await self._revive()
-            return None
-
-    async def _child_died(self, error: ChildDied) -> None:
-        """Tell of it, and wait before another child is started.
-
-        The first one is replaced at once. A third crash in a row raises CannotTrain: the task would crash in every period. A
-        kill from outside says nothing about the task: the pauses grow, and the agent stays in the run.
-        """
-        self._deaths += 1
-        self._crashes += not error.from_outside
-        if self._crashes >= CRASHES_IN_A_ROW:
-            raise CannotTrain(f"the training process crashed {self._crashes} times in a row, the last time: {error}")
-        pause_s = 0.0
-        if self._deaths > 1:
-            pause_s = jitter(min(LONGEST_PAUSE_S, REVIVE_S * 2 ** min(self._deaths - 2, 16)))
-        text = f"{self._me.agent}: the training process died: {error}; starting another"
-        text += f" in {pause_s:.0f} s" if pause_s else ""
-        await self._telemetry.event("trainer-died", text, level="warning", agent=self._me.agent)
-        if pause_s >= OUT_FROM_S:
-            self._stand.is_out(f"{self._deaths} training processes in a row died; it starts another in {pause_s:.0f} s")
-        await asyncio.sleep(pause_s)
-
-    async def _cannot(self, why: str) -> None:
-        """Says so, and stays until the run is over: this agent is of no use in it."""
-        self._stand.cannot(why[:2000])
-        text = f"{self._me.agent} cannot train: {why}"
-        await self._telemetry.event("agent-failed", text, level="error", agent=self._me.agent)
-        await self._training.close()
-        while True:
-            await self._news.wait()
-            self._news.clear()
+        assert self._definition is not None
+        await self._inbox.fetch(head, self._definition.manifest, self._definition.spec.wire.window)
 
     # -- sending -------------------------------------------------------------------------------------------------------
-    async def _send_all(self) -> None:
-        """What was made while another update was on its way."""
-        while True:
-            update = await self._to_send.get()
-            if update.epoch == self._stand.epoch:
-                await self._send(update)
-
-    async def _send(self, update: FinishedUpdate) -> None:
-        """Hands the update over, however long that takes."""
-        codec, layout = self._spec.wire.codec, self._manifest
-        content = self._training.outbox(layout.blob_bytes, update.period.outbox)[
-            : layout.coded_bytes(codec.payload_bytes)
-        ]
-        how = How(layout, codec, self._spec.wire.window, keep=self._is_async)
-        if not await self._sender.send(update, content, how):
+    async def _hand_over(self, period: LocalPeriod, head: Head) -> None:
+        """Send the update at once, or queue it: in asynchronous runs the next period begins meanwhile."""
+        assert self._definition is not None
+        if self._definition.is_async:
+            self._sent.newest = period.question.clock
+            await self._to_send.put(period)
             return
-        if update.epoch == self._stand.epoch:
-            self._handed = max(self._handed, update.period.clock)
-            self._stand.handed = max(self._stand.handed, update.period.clock)
-        self._stand.bytes_up += len(content)
+        self._status.enter(SessionState.SENDING)
+        await self._send(period)
+        if period.epoch == self._status.epoch:
+            self._sent.round_offered(head.model)
+
+    async def _send_queued(self) -> None:
+        """Send updates that were made while another one was on its way."""
+        while True:
+            await self._send(await self._to_send.get())
+
+    async def _send(self, period: LocalPeriod) -> None:
+        """Send an update, however long that takes, unless the run goes on without it."""
+        if period.epoch != self._status.epoch:
+            period.enter(PeriodState.DISCARDED)
+            return
+        assert self._definition is not None
+        layout, wire = self._definition.manifest, self._definition.spec.wire
+        period.enter(PeriodState.SENDING)
+        outbox = self._training.outbox(layout.blob_bytes, period.question.outbox)
+        content = outbox[: layout.coded_bytes(wire.codec.payload_bytes)]
+        options = SendOptions(layout, wire.codec, wire.window, late_counts=self._definition.is_async)
+        if not await self._sender.send(period, content, options):
+            period.enter(PeriodState.DISCARDED)
+            return
+        period.enter(PeriodState.OFFERED)
+        if period.epoch == self._status.epoch:
+            self._sent.offered(period.question.clock)
+            self._status.acknowledged = max(self._status.acknowledged, period.question.clock)
+        self._status.bytes_up += len(content)

@@ -1,6 +1,6 @@
-"""Hands over what an agent has made: puts it chunk by chunk, and offers it. Knows nothing of training.
+"""Sends an agent's updates: puts an update chunk by chunk, then offers it. Knows nothing of training.
 
-What is finished is not given up because the bus is out of reach, for however long; it is when the run goes on without it.
+A finished update is kept however long the bus is out of reach. It is given up when the run goes on without it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Growth, put_blob, with_retries
@@ -17,123 +16,124 @@ from syncline.chance import jitter, new_id
 from syncline.errors import BusError, Denied, StreamFull
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
-from syncline.runtime.child_messages import PeriodReport, TrainPeriod
 from syncline.transform.codecs import Codec
 from syncline.wire import subjects
 from syncline.wire.dtypes import DTYPES
 from syncline.wire.messages import BlobRef, Offer, encode
-from syncline.wire.signing import Signer
-from syncline_agent.run_view import READ_AGAIN_S, News
+from syncline_agent.identity import AgentIdentity
+from syncline_agent.local_period import LocalPeriod
+from syncline_agent.run_view import READ_AGAIN_S, RunView
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Me:
-    """Who this process is."""
-
-    agent: str
-    session: str
-    state_dir: Path
-    signer: Signer | None
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedUpdate:
-    """An update in an outbox, with the period that made it."""
-
-    period: TrainPeriod
-    report: PeriodReport
-    base: int  # version of the center that the update deviates from; elastic updates are made from a newer one than the period
-    term: int  # under which that center was the newest
-    epoch: int  # of the head that named the center
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """What the run says of it."""
+class SendOptions:
+    """Settings of the run for sending."""
 
     layout: Manifest
     codec: Codec
-    window: int
-    keep: bool  # an update is worth sending when head has moved on: the run is asynchronous
+    window: int  # chunks under way at once
+    late_counts: bool  # an update is worth sending after head has moved on: the run is asynchronous
 
 
-class Sender:
-    def __init__(self, bus: Bus, run: str, me: Me, news: News, telemetry: Telemetry) -> None:
-        self._bus, self._run, self._me, self._news, self._telemetry = bus, run, me, news, telemetry
+class UpdateSender:
+    """Sends the updates of one session, one call of `send` for each."""
 
-    async def send(self, update: FinishedUpdate, content: memoryview, how: How) -> bool:
-        """True once it is offered; False where the run went on without it. Raises Denied."""
-        blob, growth = new_id(), Growth()
+    def __init__(self, bus: Bus, run: str, identity: AgentIdentity, view: RunView, telemetry: Telemetry) -> None:
+        self._bus = bus
+        self._run = run
+        self._identity = identity
+        self._view = view
+        self._telemetry = telemetry
+
+    async def send(self, period: LocalPeriod, content: memoryview, options: SendOptions) -> bool:
+        """Put the update and offer it, however long that takes.
+
+        Args:
+            content: the coded update; must not change until the call returns.
+
+        Returns:
+            True: the bus holds the offer. False: the run went on without the update.
+
+        Raises:
+            Denied: the broker refuses this agent's writes.
+        """
+        blob = new_id()
+        growth = Growth()
         while True:
             try:
-                ref, digest = await self._put(content, how, blob, growth)
-                offer = encode(self._offer(update, ref, digest))
-                put = partial(self._bus.put, subjects.offer(self._run, self._me.agent), offer, bulk=True)
-                await with_retries(put, patience_s=growth.left_s)  # behind its chunks, and not once they may be gone
+                ref, digest = await self._put(content, options, blob, growth)
+                offer = encode(self._offer(period, ref, digest))
+                put = partial(self._bus.put, subjects.offer(self._run, self._identity.agent), offer, bulk=True)
+                await with_retries(put, patience_s=growth.left_s)  # after that time the chunks may be purged
                 return True
             except StreamFull as error:
-                await self._no_room(error)
+                await self._tell_no_room(error)
                 await asyncio.sleep(READ_AGAIN_S)
             except Denied:
                 raise
             except BusError as error:
-                log.warning("the update of clock %d is not handed over yet: %s", update.period.clock, error)
+                log.warning("the update of clock %d is not handed over yet: %s", period.question.clock, error)
                 await asyncio.sleep(jitter(READ_AGAIN_S))
-                await self._look()
-            if self._is_over(update, how):
+                await self._read_head()
+            if self._is_obsolete(period, options):
                 return False
-            if growth.left_s < 0:  # what was put before may be purged
-                blob, growth = new_id(), Growth()
+            if growth.left_s < 0:  # the chunks of the first attempt may be purged
+                blob = new_id()
+                growth = Growth()
 
-    async def _put(self, content: memoryview, how: How, blob: str, growth: Growth) -> tuple[BlobRef, bytes]:
-        layout = how.layout
+    async def _put(self, content: memoryview, options: SendOptions, blob: str, growth: Growth) -> tuple[BlobRef, bytes]:
+        layout = options.layout
         return await put_blob(
             self._bus,
-            partial(subjects.update_prefix, self._run, self._me.agent),
+            partial(subjects.update_prefix, self._run, self._identity.agent),
             content,
-            how.codec.payload_bytes(layout.chunk_elements, DTYPES[layout.dtype]),
+            options.codec.payload_bytes(layout.chunk_elements, DTYPES[layout.dtype]),
             blob=blob,
-            codec=how.codec.kind,
-            window=how.window,
+            codec=options.codec.kind,
+            window=options.window,
             sections=layout.sections,
             growth=growth,
         )
 
-    def _offer(self, update: FinishedUpdate, ref: BlobRef, digest: bytes) -> Offer:
-        """Signed, where this agent has a key."""
-        me = self._me
+    def _offer(self, period: LocalPeriod, ref: BlobRef, digest: bytes) -> Offer:
+        """Return the offer, signed if this agent has a key."""
+        identity = self._identity
+        assert period.report is not None
         offer = Offer(
-            session=me.session,
-            clock=update.period.clock,
-            base=update.base,
-            term=update.term,
-            epoch=update.epoch,
-            samples=update.report.rows,
-            steps=update.report.steps,
-            seconds=update.report.seconds,
+            session=identity.session,
+            clock=period.question.clock,
+            base=period.base,
+            term=period.term,
+            epoch=period.epoch,
+            samples=period.report.rows,
+            steps=period.report.steps,
+            seconds=period.report.seconds,
             blob=ref,
             digest=digest,
         )
-        if me.signer is None:
+        if identity.signer is None:
             return offer
-        return offer.model_copy(update={"signature": me.signer.sign(offer.signed_bytes(self._run, me.agent))})
+        signature = identity.signer.sign(offer.signed_bytes(self._run, identity.agent))
+        return offer.model_copy(update={"signature": signature})
 
-    async def _no_room(self, error: StreamFull) -> None:
-        agent = self._me.agent
+    async def _tell_no_room(self, error: StreamFull) -> None:
+        agent = self._identity.agent
         text = f"{agent}: no room for its update on the bus: {error}. Raise agents.max, or start fewer agents"
         await self._telemetry.event("stream-full", text, level="error", agent=agent)
 
-    async def _look(self) -> None:
-        """Where the run is over, or gone, that is known then."""
+    async def _read_head(self) -> None:
+        """Read head, which tells whether the run has ended or moved on; the bus may still be out of reach."""
         try:
-            await self._news.read_head()
+            await self._view.read_head()
         except Denied:
             raise
         except BusError:
-            pass  # still out of reach
+            pass
 
-    def _is_over(self, update: FinishedUpdate, how: How) -> bool:
-        head = self._news.head
-        return head is not None and (head.epoch != update.epoch or (not how.keep and head.version > update.base))
+    def _is_obsolete(self, period: LocalPeriod, options: SendOptions) -> bool:
+        head = self._view.head
+        if head is None:
+            return False
+        return head.epoch != period.epoch or (not options.late_counts and head.version > period.base)

@@ -39,7 +39,7 @@ from syncline.shm import SharedMemory
 from syncline.spec.run_spec import RunSpec
 from syncline.wire import messages
 from syncline.wire.dtypes import DTYPES
-from syncline_agent.local_update import updates_of
+from syncline_agent.local_update import local_update_of
 from syncline_agent.training_child import PROGRESS_BYTES, ChildProgress, ChildTraining, outboxes
 
 TASK = "syncline_sim.stubs:Stub"  # the task's name in specs of stubs; the stubs load no task
@@ -247,7 +247,7 @@ class StubTrainer:
     def prepare(self, question: PrepareRun) -> RunPrepared:
         settings, state_path, submission = question.spec, question.state_path, question.submission
         self._elements = elements_of(settings)
-        self._updates = updates_of(settings, messages.decode(Manifest, question.manifest).buffers)
+        self._updates = local_update_of(settings, messages.decode(Manifest, question.manifest).buffers)
         self._steps = 20 if settings.local.steps is None else settings.local.steps
         self._memory.grow(PROGRESS_BYTES + 8 * (1 + outboxes(settings)) * self._elements)
         self._view, self._path = self._memory.view(), state_path

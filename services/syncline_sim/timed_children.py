@@ -140,6 +140,7 @@ class TimedTrainer(Trainer):
 
     def __init__(self, memory: SharedMemory, tasks: Tasks, clock: Clock, *, keeps: bool) -> None:
         super().__init__(memory, "cpu", [], Path(), self._now_s, lambda seconds: int(seconds / self.step_s))
+        self._shared_memory = memory
         self._tasks, self._loop_time, self._keeps = tasks, clock, keeps
         self.began_s: float | None = None
         self.step_s = 0.0
@@ -156,7 +157,7 @@ class TimedTrainer(Trainer):
         self.step_s = step_s
         try:
             self._take_part(number, parts)
-            return self._allotted(len(self._dataset)).most
+            return self._duration(len(self._dataset)).most
         except Exception:
             return 0
 
@@ -164,33 +165,28 @@ class TimedTrainer(Trainer):
         try:
             return super().period(period)
         finally:
-            self._flat.model.zero_grad(
-                set_to_none=True
-            )  # frees the gradients: a fleet holds many models, and few train at a time
+            # frees the gradients: a fleet holds many models, and few train at a time
+            self._local.flat.model.zero_grad(set_to_none=True)
             self.began_s = None
             if hasattr(self, "_layout"):
-                self._memory.discard(
+                self._shared_memory.discard(
                     PROGRESS_BYTES, PROGRESS_BYTES + self._layout.blob_bytes
                 )  # the center, which was read
 
-    def vector(self) -> torch.Tensor:
+    def vector(self, like_P: torch.Tensor) -> torch.Tensor:
         """Return a vector of the model's size; shared by all trainers, unless its content must last between periods."""
         lasting = self._settings.mix.kind == "elastic"
-        return super().vector() if lasting else self._tasks.vector(self._flat.flat_P)
+        return super().vector(like_P) if lasting else self._tasks.vector(like_P)
 
     def show(self, steps: int) -> None:
         """Write the progress of the period to the shared memory; the steps themselves are computed at its end."""
-        struct.pack_into("<QQ", self._memory.view(), 0, self._steps_ever + steps, steps)
+        struct.pack_into("<QQ", self._shared_memory.view(), 0, self._memory.steps_ever + steps, steps)
 
     def _now_s(self) -> float:
-        return self._loop_time() if self.began_s is None else self.began_s + self.step_s * self._made()
+        return self._loop_time() if self.began_s is None else self.began_s + self.step_s * self._memory.steps_made
 
     def _stopped(self) -> bool:
-        return self.limit is not None and self._made() >= self.limit
-
-    def _made(self) -> int:
-        made: int = struct.unpack_from("<Q", self._view, 8)[0]
-        return made
+        return self.limit is not None and self._memory.steps_made >= self.limit
 
     def _save(self, clock: int, *, at_once: bool = False) -> str:
         return super()._save(clock, at_once=at_once) if self._keeps else ""

@@ -21,7 +21,7 @@ from syncline.spec.run_spec import RunSpec, parse
 from syncline.tasks import mnist5k
 from syncline.tasks.seeding import generators_restored, seed_all
 from syncline_agent.local_state import save_state
-from syncline_agent.state_dir import Shelf
+from syncline_agent.state_files import StateFiles
 from syncline_sim.fleet import Fleet, FleetResult, run_fleet
 from syncline_sim.settings import SimSettings
 from syncline_sim.timed_children import TimedTrainer
@@ -193,7 +193,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, full_for: float) -> None:
         self.tries, self.full_for, self.only, self.save = 0, full_for, "", save_state
         self.events: list[tuple[str, str]] = []
-        monkeypatch.setattr("syncline_agent.trainer.save_state", self.take)
+        monkeypatch.setattr("syncline_agent.state_saver.save_state", self.take)
 
     def take(self, path: Path, *what: Any) -> None:
         self.tries += 1
@@ -248,14 +248,14 @@ def test_a_full_disk_of_one_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPat
 
 def test_what_agents_keep_goes_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[tuple[bool, bool]] = []
-    remove = Shelf._remove
+    remove = StateFiles._remove
 
-    def told(self: Shelf, run: str) -> None:
+    def told(self: StateFiles, run: str) -> None:
         before = self.path(run).is_file()
         remove(self, run)
         removed.append((before, self.path(run).parent.exists()))
 
-    monkeypatch.setattr(Shelf, "_remove", told)
+    monkeypatch.setattr(StateFiles, "_remove", told)
     result = fleet_of(spec_of(), step_s=0.2, faults=[NEVER])
     assert result.phase == "done" and removed == [(True, False)] * 4
 

@@ -18,7 +18,7 @@ from syncline.policy.reasons import RoundClosed
 from syncline.policy.rounds import Rounds
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Offer, Roster, encode
-from syncline_agent.run_view import News
+from syncline_agent.run_view import RunView
 from syncline_coordinator.head import HeadKeeper
 from syncline_coordinator.merge.center import Center
 from syncline_coordinator.merge.reducer import Reducer
@@ -264,10 +264,10 @@ def a_chunk_that_is_there_already_is_an_error(patch: pytest.MonkeyPatch) -> None
 
 
 def nobody_reads_head_again(patch: pytest.MonkeyPatch) -> None:
-    async def wait(self: News) -> None:
+    async def wait(self: RunView) -> None:
         await self._moved.wait()
 
-    patch.setattr(News, "wait", wait)
+    patch.setattr(RunView, "wait", wait)
 
 
 def a_coordinator_never_looks_whether_it_was_replaced(patch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from syncline.policy.ledger import Judged, Ledger
 from syncline.policy.reasons import Closed, Unusable
 from syncline.runtime.child_messages import MakeElasticUpdate, TrainPeriod
 from syncline.wire.messages import Verdict
-from syncline_agent.local_update import Elastic, Verdicts
-from syncline_agent.run_view import Place
+from syncline_agent.local_update import ElasticUpdate, Verdicts
+from syncline_agent.run_view import RosterLine
 from syncline_agent.session import Session
 from syncline_coordinator.run import Run
 from syncline_sim.inline_children import InlineTraining
@@ -67,8 +67,8 @@ def agents_do_not_know_of_the_gate(patch: pytest.MonkeyPatch) -> None:
 
 
 def agents_forget_their_offset(patch: pytest.MonkeyPatch) -> None:
-    real = Place.of
-    patch.setattr(Place, "of", lambda roster, agent: (p := real(roster, agent)) and replace(p, offset=0))
+    real = RosterLine.of
+    patch.setattr(RosterLine, "of", lambda roster, agent: (p := real(roster, agent)) and replace(p, offset=0))
 
 
 def everybody_seems_to_run(patch: pytest.MonkeyPatch) -> None:
@@ -168,13 +168,13 @@ def the_roster_tells_of_the_last_clock_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def agents_look_at_the_last_verdict_alone(patch: pytest.MonkeyPatch) -> None:
-    real = Place.of
+    real = RosterLine.of
 
-    def of(roster: Any, agent: str) -> Place | None:
+    def of(roster: Any, agent: str) -> RosterLine | None:
         place = real(roster, agent)
         return place and replace(place, verdicts={c: m for c, m in place.verdicts.items() if c == place.judged})
 
-    patch.setattr(Place, "of", of)
+    patch.setattr(RosterLine, "of", of)
 
 
 def every_verdict_is_that_it_was_merged(patch: pytest.MonkeyPatch) -> None:
@@ -182,17 +182,18 @@ def every_verdict_is_that_it_was_merged(patch: pytest.MonkeyPatch) -> None:
 
 
 def what_was_dropped_is_not_given_back(patch: pytest.MonkeyPatch) -> None:
-    def resolve(self: Elastic, verdicts: Verdicts, own_P: Any) -> None:
+    def resolve(self: ElasticUpdate, verdicts: Verdicts, own_P: Any) -> None:
         for clock in [c for c in self.pending if c <= max(verdicts, default=0)]:
             del self.pending[clock]
 
-    patch.setattr(Elastic, "resolve", resolve)
+    patch.setattr(ElasticUpdate, "resolve", resolve)
 
 
 def what_was_merged_is_given_back(patch: pytest.MonkeyPatch) -> None:
-    instead(
-        patch, Elastic, "resolve", lambda real: lambda self, verdicts, own_P: real(self, dict.fromkeys(verdicts, False), own_P)
-    )  # fmt: skip
+    def given_back(real: Any) -> Any:
+        return lambda self, verdicts, own_P: real(self, dict.fromkeys(verdicts, False), own_P)
+
+    instead(patch, ElasticUpdate, "resolve", given_back)
 
 
 def what_is_pending_is_not_kept(patch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sim.test_planted import Plant, found_in
 from syncline.bus.base import Bus
 from syncline.wire.messages import Head, Offer
-from syncline_agent.run_view import News
+from syncline_agent.run_view import RunView
 from syncline_agent.session import Session
 from syncline_coordinator import run_host, run_queue
 from syncline_coordinator.head import HeadKeeper
@@ -72,18 +72,18 @@ def offers_of_every_epoch_are_taken(patch: pytest.MonkeyPatch) -> None:
 
 
 def agents_believe_an_older_head_after_a_reconnect(patch: pytest.MonkeyPatch) -> None:
-    real = News.forget
+    real = RunView.forget
 
-    def forget(self: News) -> None:
+    def forget(self: RunView) -> None:
         real(self)
         self._order = (0, 0, 0, 0)
 
-    patch.setattr(News, "forget", forget)
+    patch.setattr(RunView, "forget", forget)
 
 
 def agents_wait_for_the_verdict_on_what_is_lost(patch: pytest.MonkeyPatch) -> None:
     def rebase(self: Session, line: int) -> None:
-        self._stand.epoch = line
+        self._status.epoch = line
 
     patch.setattr(Session, "_rebase", rebase)
 

@@ -16,7 +16,7 @@ from syncline.runtime.child import ChildDied
 from syncline.runtime.child_messages import Question, TrainPeriod
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline_agent.session import CRASHES_IN_A_ROW
+from syncline_agent.child_supervisor import CRASHES_IN_A_ROW
 from syncline_sim.faults import Faults
 from syncline_sim.inline_children import InlineChild
 from syncline_sim.scenario import Outcome, Scenario, small_spec

@@ -70,9 +70,9 @@ def child(folder: Path, name: str, spec: dict[str, Any], task: str = "Breaks") -
 
 
 def broken_period(it: Child, *sums: Any) -> None:
-    it.trainer._task.broken = True  # type: ignore[attr-defined]
+    it.trainer._local.task.broken = True  # type: ignore[attr-defined]
     answer = it.period(it.initial_P, *sums)
-    it.trainer._task.broken = False  # type: ignore[attr-defined]
+    it.trainer._local.task.broken = False  # type: ignore[attr-defined]
     assert answer.update.broken and not answer.update_P.isfinite().all()
 
 
@@ -101,14 +101,14 @@ def test_a_buffer_that_training_has_made_is_made_again(tmp_path: Path) -> None:
     it = child(tmp_path, "a", {}, "Grows")
     broken_period(it)
     answer = it.period(it.initial_P)
-    assert not answer.update.broken and bool(torch.isfinite(it.trainer._flat.model.seen).all())  # type: ignore[arg-type]
+    assert not answer.update.broken and bool(torch.isfinite(it.trainer._local.flat.model.seen).all())  # type: ignore[arg-type]
 
 
 def test_a_schedule_goes_on(tmp_path: Path) -> None:
     schedule = {"kind": "exponential", "gamma": 0.5}
     agent = child(tmp_path, "agent", {"local": {"optimizer": {"kind": "sgd", "lr": 0.1}, "schedule": schedule}})
     broken_period(agent)
-    assert cast(Any, agent.trainer._inner.given).param_groups[0]["lr"] == 0.05
+    assert cast(Any, agent.trainer._local.inner.given).param_groups[0]["lr"] == 0.05
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -126,7 +126,7 @@ def test_a_control_variate_stays_what_it_was(tmp_path: Path, overlap: bool) -> N
 def test_an_elastic_difference_that_broke_is_not_given_back(tmp_path: Path) -> None:
     agent = child(tmp_path, "agent", {"mix": {"kind": "elastic", "alpha": 0.5}})
     for clock in range(1, 5):
-        agent.trainer._task.broken = clock == 2  # type: ignore[attr-defined]
+        agent.trainer._local.task.broken = clock == 2  # type: ignore[attr-defined]
         agent.period(agent.initial_P, verdicts={c: c != 2 for c in range(1, clock)})
         assert agent.make_elastic_update() == UpdateReport(broken=clock == 2)
     assert agent._box(1).isfinite().all()

@@ -12,9 +12,9 @@ import pytest
 
 from syncline.bus.server.accounts import Keyring
 from syncline.errors import ConfigError
-from syncline_agent.identity import Claimed, claim
+from syncline_agent.identity import ClaimedName, claim
 
-Claim = Callable[..., Claimed]
+Claim = Callable[..., ClaimedName]
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def keys(tmp_path: Path) -> Path:
 @pytest.fixture
 def claimed(keys: Path, tmp_path: Path) -> Iterator[Claim]:
     """Claims a name for a host; what is still held is given back at the end."""
-    made: list[Claimed] = []
+    made: list[ClaimedName] = []
 
-    def auto(host: str, **changes: Path) -> Claimed:
+    def auto(host: str, **changes: Path) -> ClaimedName:
         made.append(claim("auto", str(changes.get("keys", keys)), changes.get("state", tmp_path / "state"), host))
         return made[-1]
 
@@ -36,7 +36,7 @@ def claimed(keys: Path, tmp_path: Path) -> Iterator[Claim]:
         give_back(one)
 
 
-def give_back(one: Claimed) -> None:
+def give_back(one: ClaimedName) -> None:
     """As the kernel does when the process ends."""
     try:
         os.close(one.lock_fd)
@@ -114,9 +114,9 @@ def test_a_claim_is_not_inherited_by_what_the_service_starts(claimed: Claim) -> 
 
 # -- names that are given ----------------------------------------------------------------------------------------------
 def test_a_name_that_is_given_is_taken_as_it_is(tmp_path: Path, keys: Path) -> None:
-    assert claim("edge-7", "some.nk", tmp_path) == Claimed("edge-7", "some.nk")
-    assert claim("edge-7", "", tmp_path) == Claimed("edge-7", "")
-    assert claim("a3", str(keys), tmp_path) == Claimed("a3", str(keys / "a3.nk"))
+    assert claim("edge-7", "some.nk", tmp_path) == ClaimedName("edge-7", "some.nk")
+    assert claim("edge-7", "", tmp_path) == ClaimedName("edge-7", "")
+    assert claim("a3", str(keys), tmp_path) == ClaimedName("a3", str(keys / "a3.nk"))
     with pytest.raises(ConfigError, match="--name: 'A 1' is not a name"):
         claim("A 1", "", tmp_path)
 

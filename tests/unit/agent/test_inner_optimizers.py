@@ -264,7 +264,7 @@ def test_settings_act_on_every_optimizer(child: Make) -> None:
     schedule = {"kind": "exponential", "gamma": 0.5, "per": "step"}
     agent = child("Apart", prox_mu=0.3, clip_norm=0.1, schedule=schedule)
     plain = child("Apart", "b")
-    task, net = plain.trainer._task, plain.trainer._flat.model
+    task, net = plain.trainer._local.task, plain.trainer._local.flat.model
     optimizers = task.optimizers(net)
     rates = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in optimizers.values()]
     begin = [p.detach().clone() for p in net.parameters()]
@@ -283,7 +283,7 @@ def test_settings_act_on_every_optimizer(child: Make) -> None:
                     p.grad.add_(p.detach() - x, alpha=0.3)
             optimizer.step()
             rate.step()
-    assert torch.allclose(run(agent, 1), plain.trainer._flat.flat_P, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(run(agent, 1), plain.trainer._local.flat.flat_P, rtol=1e-12, atol=1e-14)
 
 
 def test_an_optimizer_that_is_kept_on_self_is_refused_by_name_in_the_first_period(child: Make) -> None:
@@ -369,7 +369,9 @@ def test_curvature_is_forgotten_at_every_period_where_that_is_set(child: Make) -
     assert torch.equal(run(kept, 1), run(reset, 1))
     for agent in (kept, reset):
         run(agent, 2)
-    iterations = [next(iter(cast(Any, agent.trainer._inner.given).state.values()))["n_iter"] for agent in (kept, reset)]
+    iterations = [
+        next(iter(cast(Any, agent.trainer._local.inner.given).state.values()))["n_iter"] for agent in (kept, reset)
+    ]
     assert iterations[0] == 3 * iterations[1]
 
 
@@ -418,15 +420,15 @@ def test_a_state_that_cannot_be_kept_is_refused_by_name(child: Make) -> None:
 def test_a_task_s_state_that_is_not_finite_becomes_that_of_a_new_task(child: Make) -> None:
     agent = child("Broken")
     broken = [agent.period(agent.initial_P).update.broken for _ in range(2)]
-    assert broken == [False, True] and agent.trainer._task.state_dict() == {"mean": 0.5, "count": 0}
+    assert broken == [False, True] and agent.trainer._local.task.state_dict() == {"mean": 0.5, "count": 0}
 
 
 def test_an_own_schedule_acts_on_the_optimizer_also_after_a_broken_period(child: Make) -> None:
     """A new optimiser is made for its empty state, and the task keeps the one that trains."""
     agent = child("Scheduled")
-    agent.trainer._inner.forget()
+    agent.trainer._local.inner.forget()
     run(agent, 3)
-    assert math.isclose(cast(Any, agent.trainer._inner.given).param_groups[0]["lr"], 0.1)
+    assert math.isclose(cast(Any, agent.trainer._local.inner.given).param_groups[0]["lr"], 0.1)
 
 
 def test_a_schedule_goes_on_where_a_task_returns_one_optimizer_again_and_again(child: Make) -> None:
@@ -434,7 +436,7 @@ def test_a_schedule_goes_on_where_a_task_returns_one_optimizer_again_and_again(c
         "Reused", optimizer_state="reset", schedule={"kind": "linear", "start_factor": 0.5, "total_iters": 10}
     )
     run(agent, 3)
-    assert math.isclose(cast(Any, agent.trainer._inner.given).param_groups[0]["lr"], 0.1 * (0.5 + 0.5 * 3 / 10))
+    assert math.isclose(cast(Any, agent.trainer._local.inner.given).param_groups[0]["lr"], 0.1 * (0.5 + 0.5 * 3 / 10))
 
 
 def test_a_trained_parameter_outside_the_model_is_refused(child: Make) -> None:

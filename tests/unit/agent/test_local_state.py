@@ -13,8 +13,8 @@ from torch import nn
 from syncline.model.flat import FlatModel, manifest_of
 from syncline.model.manifest import Manifest
 from syncline_agent.inner_optimizers import restore_state, state_of
-from syncline_agent.local_state import Kept, load_state, save_state
-from syncline_agent.values import pack
+from syncline_agent.local_state import LocalState, load_state, save_state
+from syncline_agent.nested_values import pack
 
 RUN = "f00d"  # a submission
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -57,15 +57,15 @@ class Agent:
             self.model(x).square().mean().backward()
             self.optimizer.step()
 
-    def kept(self, clock: int = 3) -> Kept:
-        return Kept(clock, self.flat.flat_P.detach(), state_of(self.optimizer))
+    def kept(self, clock: int = 3) -> LocalState:
+        return LocalState(clock, self.flat.flat_P.detach(), state_of(self.optimizer))
 
-    def take(self, kept: Kept) -> None:
+    def take(self, kept: LocalState) -> None:
         self.flat.flat_P.copy_(kept.own_P)
         restore_state(self.optimizer, kept.inner)
 
 
-def same(a: Kept, b: Kept) -> bool:
+def same(a: LocalState, b: LocalState) -> bool:
     (left, ours), (right, theirs) = (pack(dict(kept.inner), "inner") for kept in (a, b))
     return (
         a.clock == b.clock
@@ -102,7 +102,7 @@ def test_an_optimizer_that_has_made_no_step_has_nothing_to_keep(path: Path) -> N
 def test_odd_values_come_back_bit_for_bit(path: Path) -> None:
     agent = Agent()
     odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-45] * 3)
-    save_state(path, Kept(1, odd), agent.layout, RUN)
+    save_state(path, LocalState(1, odd), agent.layout, RUN)
     loaded = load_state(path, agent.layout, RUN)
     assert loaded is not None and loaded.own_P.numpy().tobytes() == odd.numpy().tobytes()
 

@@ -13,7 +13,7 @@ from syncline.bus.blobs import put_record
 from syncline.errors import PeerError
 from syncline.wire import subjects
 from syncline.wire.messages import BlobRef, Head, Notify, Phase, Roster, Verdict, encode
-from syncline_agent.run_view import GONE_S, READ_AGAIN_S, News, Place
+from syncline_agent.run_view import GONE_S, READ_AGAIN_S, RosterLine, RunView
 
 RUN = "run-1"
 KEY = subjects.head_key(RUN)
@@ -40,9 +40,9 @@ def ref(number: int) -> BlobRef:
     return BlobRef(id=f"{number:032x}", size=1, chunks=1)
 
 
-def news(bus: Any) -> tuple[News, list[Head]]:
+def news(bus: Any) -> tuple[RunView, list[Head]]:
     told: list[Head] = []
-    return News(bus, RUN, told.append), told
+    return RunView(bus, RUN, told.append), told
 
 
 def note(head: Head, roster: Roster | None = None) -> Notify:
@@ -53,9 +53,9 @@ def note(head: Head, roster: Roster | None = None) -> Notify:
 def test_a_place_is_an_agents_line_in_the_roster() -> None:
     flags = (Roster.flag(True, Verdict.MERGED), Roster.flag(False, Verdict.LATE, 0b101))
     told = roster(*flags, clocks=(3, 7), offsets=(0, 4))
-    assert Place.of(told, "a1") == Place(0, 2, True, 3, 0, {3: True, 2: False, 1: False})
-    assert Place.of(told, "a2") == Place(1, 2, False, 7, 4, {7: False, 6: True, 5: False, 4: True})
-    assert Place.of(told, "a3") is None
+    assert RosterLine.of(told, "a1") == RosterLine(0, 2, True, 3, 0, {3: True, 2: False, 1: False})
+    assert RosterLine.of(told, "a2") == RosterLine(1, 2, False, 7, 4, {7: False, 6: True, 5: False, 4: True})
+    assert RosterLine.of(told, "a3") is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_place_is_an_agents_line_in_the_roster() -> None:
 )
 def test_there_are_no_verdicts_on_clocks_that_never_were(clock: int, before: int, verdicts: dict[int, bool]) -> None:
     flag = Roster.flag(True, Verdict.MERGED if clock else Verdict.NONE, before)
-    place = Place.of(roster(flag, clocks=(clock,)), "a1")
+    place = RosterLine.of(roster(flag, clocks=(clock,)), "a1")
     assert place is not None and place.verdicts == verdicts
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncline_agent.control_variates import Variates
+from syncline_agent.control_variates import ControlVariates
 from unit.trainers import Child
 
 BOWLS = f"{Path(__file__).parents[2] / 'system' / 'tasks.py'}:Bowls"
@@ -64,7 +64,7 @@ class Run:
         """Σ c_i once every agent knows its verdict."""
         total = torch.zeros_like(self.sum)
         for child, verdicts in zip(self.children, self.verdicts, strict=True):
-            variates = child.trainer._variates
+            variates = child.trainer._local.variates
             assert variates is not None
             total += variates.own_P + sum(d for c, d in variates.pending.items() if verdicts.get(c, False))
         return total
@@ -183,9 +183,9 @@ def test_an_agent_that_joins_late_has_a_variate_of_zero_and_c_stays_the_mean(tmp
 
 
 # -- what is pending -------------------------------------------------------------------------------------------------------
-def variates(*clocks: int) -> Variates:
+def variates(*clocks: int) -> ControlVariates:
     """With so many changes pending; the gradient of clock c was 10^c."""
-    made = Variates(torch.zeros(2), along=True, overlap=True)
+    made = ControlVariates(torch.zeros(2), along=True, overlap=True)
     for clock in clocks:
         made.begin(None, 1)
         made.gradients_P.fill_(10.0**clock)
@@ -216,7 +216,7 @@ def test_only_what_was_merged_is_adopted(verdicts: dict[int, bool], own: float, 
 @pytest.mark.parametrize("dropped", [None, 3])
 def test_where_periods_overlap_a_variate_settles_on_the_gradient(dropped: int | None) -> None:
     """Each verdict comes one period late, as in an asynchronous run. One that was dropped is made up for at once."""
-    made = Variates(torch.zeros(2), along=True, overlap=True)
+    made = ControlVariates(torch.zeros(2), along=True, overlap=True)
     for clock in range(1, 9):
         made.resolve({clock - 2: clock - 2 != dropped} if clock > 2 else {})
         made.begin(None, 1)

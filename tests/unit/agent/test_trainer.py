@@ -285,7 +285,7 @@ def test_progress_is_reported_while_an_update_is_encoded_and_saved(path: Path, m
     moved: list[int] = []
 
     @contextmanager
-    def ticking(tick: Callable[[], None], nbytes: int) -> Iterator[None]:
+    def background_progress(tick: Callable[[], None], nbytes: int) -> Iterator[None]:
         assert nbytes >= child.layout.nbytes
         reporting.append(tick)
         yield
@@ -297,7 +297,7 @@ def test_progress_is_reported_while_an_update_is_encoded_and_saved(path: Path, m
         moved.append(child.progress.steps_ever - before)
 
     child = Child(path, {"local": {"steps": 3}})
-    child.trainer._ticking = ticking
-    monkeypatch.setattr("syncline_agent.trainer.save_state", save)
+    child.trainer._background_progress = background_progress
+    monkeypatch.setattr("syncline_agent.state_saver.save_state", save)
     child.period(child.initial_P)
     assert moved == [1] and not reporting

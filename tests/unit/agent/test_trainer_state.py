@@ -15,7 +15,7 @@ from torch import Tensor
 
 from syncline.runtime.child_messages import RetrySave, SaveReport
 from syncline_agent.local_state import DIGEST, _digest
-from syncline_agent.trainer import SAVE_EVERY_S
+from syncline_agent.state_saver import SAVE_EVERY_S
 from syncline_agent.training_child import SAVE_AGAIN_S, STOP_EARLY
 from unit.trainers import Child, Ticking, Trained
 
@@ -94,7 +94,7 @@ def test_what_never_leaves_the_agent_is_kept_too(path: Path, own: str) -> None:
     with safe_open(path, framework="pt") as file:
         assert {k.removeprefix("local.") for k in file.keys() if k.startswith("local.")} == AT_HOME  # noqa: SIM118
     restarted = Child(path, spec)
-    expected, found = (c.trainer._flat.model.state_dict() for c in (steady, restarted))
+    expected, found = (c.trainer._local.flat.model.state_dict() for c in (steady, restarted))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for _ in range(2):
         assert torch.equal(*(c.period(steady.initial_P).update_P for c in (steady, restarted)))
@@ -104,8 +104,8 @@ def test_buffers_of_any_kind_are_kept(path: Path, own: str) -> None:
     child = Child(path, {"task": own + "Odd", "local": {"steps": 3}})
     child.period(child.initial_P)
     restarted = Child(path, {"task": own + "Odd", "local": {"steps": 3}})
-    expected: Any = child.trainer._flat.model
-    found = restarted.trainer._flat.model
+    expected: Any = child.trainer._local.flat.model
+    found = restarted.trainer._local.flat.model
     assert restarted.clock == 1 and expected.phases.imag.any()
     for name in ("phases", "mask", "brain"):
         assert torch.equal(found.get_buffer(name), expected.get_buffer(name))
@@ -131,8 +131,8 @@ def test_control_variates_are_of_one_submission(path: Path) -> None:
     for verdicts in ({}, {1: True}):
         child.period(child.initial_P, torch.zeros_like(child.initial_P), verdicts)
     again = Child(path, spec, submission="second")
-    assert again.trainer._variates is not None
-    assert not again.trainer._variates.own_P.any() and not again.trainer._variates.pending
+    assert again.trainer._local.variates is not None
+    assert not again.trainer._local.variates.own_P.any() and not again.trainer._local.variates.pending
 
 
 # -- what the limit holds back -----------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_state_that_cannot_be_saved_while_no_question_waits_is_told_after_the_
     clock = Ticking()
     child = Child(path, spec, clock=clock)
     child.period(child.initial_P)
-    cast(Any, child.trainer._task).forgets = True
+    cast(Any, child.trainer._local.task).forgets = True
     soon(child)
     wait(child, clock, SAVE_EVERY_S)
     assert "the state of clock 2 is not saved" in caplog.text and child.trainer.save_due_in_s() is None

@@ -48,13 +48,13 @@ def test_a_wish_that_comes_while_the_data_are_loaded_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = Child(tmp_path / "a1.safetensors", {"local": {"steps": 1000}})
-    whole = child.trainer._task.dataset
+    whole = child.trainer._local.task.dataset
 
     def slow(part: Any) -> Any:
         child.memory.view()[STOP_EARLY] = 1
         return whole(part)
 
-    monkeypatch.setattr(child.trainer._task, "dataset", slow)
+    monkeypatch.setattr(child.trainer._local.task, "dataset", slow)
     answer = child.period(child.initial_P)
     assert answer.report.stopped and answer.report.steps == 0
     child.memory.view()[STOP_EARLY] = 0

@@ -17,23 +17,25 @@ from syncline.runtime.child_messages import PeriodReport, TrainPeriod
 from syncline.transform.codecs import RAW
 from syncline.wire import subjects
 from syncline.wire.messages import Head, Offer, decode, encode
-from syncline_agent.run_view import News
-from syncline_agent.update_sender import FinishedUpdate, How, Me, Sender
+from syncline_agent.identity import AgentIdentity
+from syncline_agent.local_period import LocalPeriod
+from syncline_agent.run_view import RunView
+from syncline_agent.update_sender import SendOptions, UpdateSender
 from unit.stored_run import LAYOUT
 
-RUN, ME = "r", Me("a1", "5" * 32, Path(), None)
+RUN, ME = "r", AgentIdentity("a1", "5" * 32, Path(), None)
 CONTENT = memoryview(bytes(range(LAYOUT.blob_bytes)))
-SYNC, ASYNC = How(LAYOUT, RAW, 2, keep=False), How(LAYOUT, RAW, 2, keep=True)
+SYNC, ASYNC = SendOptions(LAYOUT, RAW, 2, late_counts=False), SendOptions(LAYOUT, RAW, 2, late_counts=True)
 PERIOD = TrainPeriod(version=2, clock=3, part=0, parts=1)
-UPDATE = FinishedUpdate(PERIOD, PeriodReport(rows=8, steps=4, seconds=0.5), base=2, term=1, epoch=0)
+UPDATE = LocalPeriod(PERIOD, 2, 1, 0, PeriodReport(rows=8, steps=4, seconds=0.5))
 Simulated = Callable[[Coroutine[Any, Any, Any]], tuple[Any, float]]
 
 
-def sender(bus: Any, **head: Any) -> Sender:
+def sender(bus: Any, **head: Any) -> UpdateSender:
     """And head, as it is read."""
     now = Head(**{"run": RUN, "term": 1, "version": 2, "phase": "training", **head})
     bus.keys[subjects.head_key(RUN)] = Entry(encode(now), 1)
-    return Sender(bus, RUN, ME, News(bus, RUN, lambda head: None), Telemetry(bus, RUN, "a1"))
+    return UpdateSender(bus, RUN, ME, RunView(bus, RUN, lambda head: None), Telemetry(bus, RUN, "a1"))
 
 
 def blobs(bus: Any) -> dict[str, int]:
@@ -75,7 +77,7 @@ def test_it_is_kept_while_the_bus_is_out_of_reach_and_then_delivered(
     ],
 )
 def test_it_is_given_up_where_the_run_goes_on_without_it(
-    bus: Any, simulated: Simulated, how: How, head: dict[str, int], sent: bool, error: Exception
+    bus: Any, simulated: Simulated, how: SendOptions, head: dict[str, int], sent: bool, error: Exception
 ) -> None:
     bus.fail("put", *[error] * 60)
     assert simulated(sender(bus, **head).send(UPDATE, CONTENT, how))[0] == sent

@@ -308,7 +308,7 @@ def test_an_agent_that_cannot_evaluate_itself_trains_and_says_why(
 def test_an_agent_that_does_not_evaluate_asks_for_no_held_out_set(tmp_path: Path, own: str) -> None:
     child = Child(tmp_path / "a1.safetensors", {"task": own + "Asked"})
     child.period(child.initial_P)
-    assert vars(child.trainer._task)["asked"] == [False]
+    assert vars(child.trainer._local.task)["asked"] == [False]
 
 
 def test_a_target_for_a_center_that_is_not_evaluated_is_refused() -> None:

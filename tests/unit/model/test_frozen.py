@@ -96,7 +96,7 @@ def child_of(own: Path, task: str, **local: Any) -> Child:
 
 
 def tensor_of(child: Child, name: str) -> Tensor:
-    tensor = getattr(child.trainer._flat.model, name)
+    tensor = getattr(child.trainer._local.flat.model, name)
     assert isinstance(tensor, Tensor)
     return tensor
 
@@ -220,7 +220,7 @@ def test_empty_buffers_that_grow_have_memory_of_their_own(own: Path) -> None:
     """In one vector they would begin at the same place, and each would overwrite the other and the weights behind it."""
     child = child_of(own, "Observed")
     child.period(child.initial_P)
-    model = child.trainer._flat.model
+    model = child.trainer._local.flat.model
     assert (model.get_buffer("low").tolist(), model.get_buffer("high").tolist()) == ([1.0, 1.0], [2.0, 2.0])
 
 
@@ -238,7 +238,7 @@ def test_an_empty_buffer_that_has_grown_is_kept(own: Path) -> None:
     update_P = child.period(child.initial_P).update_P
     again = child_of(own, "Late")
     assert again.clock == 1 and tensor_of(again, "seen").tolist() == [1.0, 1.0]
-    assert torch.equal(update_P, again.trainer._flat.flat_P - child.initial_P)
+    assert torch.equal(update_P, again.trainer._local.flat.flat_P - child.initial_P)
 
 
 # -- the flat vector -----------------------------------------------------------------------------------------------------

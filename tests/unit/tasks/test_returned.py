@@ -54,7 +54,7 @@ def own_random_numbers() -> Iterator[None]:
 def trained(folder: Path, **says: Any) -> PeriodReport:
     (folder / "own.py").write_text(TASK)
     child = Child(folder / "a1.safetensors", {"task": f"{folder / 'own.py'}:Returns", "local": {"steps": 2}})
-    vars(child.trainer._task).update(says)
+    vars(child.trainer._local.task).update(says)
     return child.period(child.initial_P).report
 
 

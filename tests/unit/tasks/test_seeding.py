@@ -138,10 +138,10 @@ def test_init_and_model_draw_the_same_numbers_at_the_coordinator_and_at_every_ag
     drawn_elsewhere()
     agent = Child(tmp_path / "a1.safetensors", {"task": own + "Drawing", "seed": 5}).trainer
     assert coordinator._flat is not None
-    assert torch.equal(agent._flat.flat_P, coordinator._flat.flat_P)
-    assert vars(agent._task)["drawn"] == vars(coordinator._task)["drawn"]
+    assert torch.equal(agent._local.flat.flat_P, coordinator._flat.flat_P)
+    assert vars(agent._local.task)["drawn"] == vars(coordinator._task)["drawn"]
     other = load_task(own + "Drawing", {}, ["*"], Path("/"), seed=6)
-    assert vars(other)["drawn"] != vars(agent._task)["drawn"]
+    assert vars(other)["drawn"] != vars(agent._local.task)["drawn"]
     first, again = (make_model(other, 6).bias for _ in range(2))
     assert torch.equal(first, again)  # type: ignore[arg-type]
 
@@ -174,7 +174,8 @@ def test_the_held_out_part_has_the_seed_of_the_run(tmp_path: Path) -> None:
     evaluator = evaluator_of(parse(RunSpec, {"task": task, "seed": 5}))
     child = Child(tmp_path / "a1.safetensors", {"task": task, "seed": 5, "evaluate": {"agents": True}})
     child.period(child.initial_P)
-    asked = [cast(Any, type(of._task)).dataset.__globals__["seeds"] for of in (evaluator, child.trainer)]
+    tasks = (evaluator._task, child.trainer._local.task)
+    asked = [cast(Any, type(task)).dataset.__globals__["seeds"] for task in tasks]
     assert set(asked[0]) == {(True, 5)} and set(asked[1]) == {(True, 5), (False, 5)}
 
 

@@ -21,7 +21,7 @@ UNKNOWN_KEPT = 4  # runs that the bus does not know
 LOOKED_AT = 16  # runs, each time
 
 
-class Shelf:
+class StateFiles:
     """`<state directory>/<run>/<agent>.safetensors`; agents may share the directory. Nothing here fails: what does not go now
     goes another time."""
 

@@ -6,21 +6,21 @@ import threading
 
 import pytest
 
-from syncline_agent import ticking
-from syncline_agent.ticking import LARGE_BYTES, SLOWEST_BYTES_PER_S
+from syncline_agent import background_progress as module
+from syncline_agent.background_progress import LARGE_BYTES, SLOWEST_BYTES_PER_S
 
 
 def test_long_work_on_a_large_model_ticks_and_its_thread_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ticking, "EVERY_S", 0.001)
+    monkeypatch.setattr(module, "EVERY_S", 0.001)
     ticked, threads = threading.Event(), threading.active_count()
-    with ticking.ticking(ticked.set, LARGE_BYTES):
+    with module.background_progress(ticked.set, LARGE_BYTES):
         assert ticked.wait(30.0)
     assert threading.active_count() == threads
 
 
 def test_a_small_model_needs_no_thread() -> None:
     threads = threading.active_count()
-    with ticking.ticking(lambda: None, LARGE_BYTES - 1):
+    with module.background_progress(lambda: None, LARGE_BYTES - 1):
         assert threading.active_count() == threads
 
 
@@ -32,6 +32,6 @@ def test_work_that_takes_longer_than_the_slowest_disk_reports_nothing_more(monke
             now_s[0] += timeout or 0.0
             return False
 
-    monkeypatch.setattr("syncline_agent.ticking.time.monotonic", lambda: now_s[0])
-    ticking._tick(Never(), lambda: ticks.append(now_s[0]), 40 * SLOWEST_BYTES_PER_S / SLOWEST_BYTES_PER_S)
+    monkeypatch.setattr("syncline_agent.background_progress.time.monotonic", lambda: now_s[0])
+    module._tick(Never(), lambda: ticks.append(now_s[0]), 40 * SLOWEST_BYTES_PER_S / SLOWEST_BYTES_PER_S)
     assert len(ticks) == 79 and now_s[0] == 40.0

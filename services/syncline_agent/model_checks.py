@@ -14,7 +14,7 @@ from syncline.tasks.base import Task
 from syncline.tasks.sources import differing, digests_of_code
 
 
-class Checks:
+class ModelChecks:
     """Looks at a model when it is made, and after periods of training: the 1st, 2nd, 4th, 8th and so on, as digests cost time.
 
     Attributes:

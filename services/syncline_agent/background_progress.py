@@ -11,11 +11,11 @@ EVERY_S = 0.5
 LARGE_BYTES = 4 << 20  # a smaller model takes no time that matters, and a thread would
 SLOWEST_BYTES_PER_S = 4 << 20  # a disk that is slower than this counts as hung
 
-Ticking = Callable[[Callable[[], None], int], AbstractContextManager[None]]
+BackgroundProgress = Callable[[Callable[[], None], int], AbstractContextManager[None]]
 
 
 @contextmanager
-def ticking(tick: Callable[[], None], nbytes: int) -> Iterator[None]:
+def background_progress(tick: Callable[[], None], nbytes: int) -> Iterator[None]:
     """Call `tick` from a thread while the body works on so many bytes, at most for as long as the slowest disk takes."""
     if nbytes < LARGE_BYTES:
         yield

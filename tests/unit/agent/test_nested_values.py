@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from syncline.errors import ConfigError
-from syncline_agent.values import DEEPEST, is_finite, pack, unpack
+from syncline_agent.nested_values import DEEPEST, is_finite, pack, unpack
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 KEYS = st.integers() | st.text(max_size=5) | st.tuples(st.integers(), st.booleans())
