@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from syncline.bus.base import WAITING_BYTES, Delivery, Handler, Stored
+from syncline.bus.connection_state import State, moved
 from syncline.bus.memory.faults import BROKER, Network, Operation
 from syncline.bus.server.accounts import Account
 from syncline.bus.silence import SILENT_ANSWERS, Queue, Silent, Turn, in_turn
@@ -162,10 +163,10 @@ class _Buffer:
 
 
 class Lane:
-    """The client's half of one connection. `up` is both halves' view: nobody here waits to find out by a ping."""
+    """The client's half of one connection. `state` is what both halves see: neither waits for a ping to find out."""
 
     def __init__(self, server: Server, who: Who, inbox: str) -> None:
-        self.who, self.up, self.losses = who, True, 0
+        self.who, self.state, self.losses = who, moved(State.NEW, State.CONNECTED), 0
         self.reconnected: list[Callable[[], None]] = []
         self._server = server
         self._outgoing, self._incoming = Pipe(), Pipe()
@@ -176,7 +177,17 @@ class Lane:
         self._buffer = _Buffer()
         self._queue = Queue()  # of bulk
         self._silent = 0
-        self._mending = self.closed = False
+
+    @property
+    def up(self) -> bool:
+        return self.state is State.CONNECTED
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    def _move(self, to: State) -> None:
+        self.state = moved(self.state, to)
 
     # -- talking ---------------------------------------------------------------------------------------------------
     def publish(self, message: Message, kind: str) -> None:
@@ -306,16 +317,17 @@ class Lane:
     # -- breaking and healing --------------------------------------------------------------------------------------
     def cut(self) -> None:
         self.losses += self.up
-        self.up = self._mending = False
+        if self.state in (State.CONNECTED, State.RECONNECTING):
+            self._move(State.LOST)
         self._outgoing.cut()
         self._incoming.cut()
         self._server.forget(self)
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     def reconnect(self) -> None:
-        if self.up or self._mending or self.closed:
+        if self.state is not State.LOST:
             return
-        self._mending = True
+        self._move(State.RECONNECTING)
         self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect", 0) or 0.0, self._connected)
 
     def _begin_again(self) -> None:
@@ -326,7 +338,9 @@ class Lane:
             self.reconnect()
 
     def _connected(self) -> None:
-        self.up, self._mending = True, False
+        if self.closed:
+            return
+        self._move(State.CONNECTED)
         for ear in self._ears:
             self._send("subscribe", 0, partial(self._server.listen, ear))
         buffer, self._buffer = self._buffer, _Buffer()
@@ -348,9 +362,10 @@ class Lane:
         """What was published before still goes out; what waits for an answer fails."""
         if self.closed:
             return
-        self.closed = True
+        was_up = self.up
+        self._move(State.CLOSED)
         self._fail_all(Unreachable("the connection is closed"))
-        if self.up:
+        if was_up:
             self._outgoing.send(0.0, partial(self._server.forget, self))
         else:
             self._server.forget(self)

@@ -23,6 +23,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from syncline.bus.address import address_of, masked
 from syncline.bus.base import WAITING_BYTES, Delivery, Handler, checked_subject
+from syncline.bus.connection_state import State, moved
 from syncline.bus.nats.client import Client, Refused, next_server
 from syncline.bus.nats.outage import Outage
 from syncline.bus.silence import ANSWER_S, SILENT_ANSWERS, Queue, Silent, Turn, in_turn
@@ -85,7 +86,7 @@ class Lane:
         self._last_error = ""
         self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
         self._ear: NatsSubscription | None = None  # and that is its subscription
-        self._closing = False
+        self._state = State.NEW
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
 
@@ -137,10 +138,18 @@ class Lane:
             if "authorization" in f"{why} {error}".lower():
                 raise Denied(f"the broker at {url} {self._why_denied()}") from None
             raise Unreachable(f"no broker answers at {url}: {why}") from None
+        if self._state is State.CLOSED:  # while nats-py connected, which may swallow a cancellation
+            await _give_up(client)
+            raise Unreachable("closed")
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
         self._listening, self._ear = False, None
         self._live = {i: await self._start(client, i) for i in list(self._handlers)}
         self._client, self._silent = client, 0
+        if client.is_connected and self._state is not State.CONNECTED:
+            self._move(State.CONNECTED)
+
+    def _move(self, to: State) -> None:
+        self._state = moved(self._state, to)
 
     def _why_denied(self) -> str:
         if self._to.seed:
@@ -178,6 +187,13 @@ class Lane:
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     async def _on_reconnect(self) -> None:
+        if self._state is State.CLOSED:
+            return
+        if self._state is not State.CONNECTED:
+            self._move(State.CONNECTED)
+        self._tell_reconnected()
+
+    def _tell_reconnected(self) -> None:
         self._outage.back(self._lane, asyncio.get_running_loop().time())
         for call in self.reconnected:
             call()
@@ -186,12 +202,14 @@ class Lane:
         """nats-py closes for good on most protocol errors; a service must outlive them."""
         self._lost()
         self._fail_all(Unreachable("the broker closed the connection"))
-        if not self._closing and (self._rebuild is None or self._rebuild.done()):
+        if self._state is not State.CLOSED and (self._rebuild is None or self._rebuild.done()):
             self._rebuild = asyncio.create_task(self._build_again())
 
     def _lost(self) -> None:
-        if not self._closing:
+        if self._state is not State.CLOSED:
             self.losses += 1
+            if self._state is not State.LOST:
+                self._move(State.LOST)
             now_s = asyncio.get_running_loop().time()
             if self._client.last_error is not None:  # what the broker said last, such as that it refuses the key
                 self._outage.error(self._lane, str(self._client.last_error), now_s)
@@ -199,10 +217,12 @@ class Lane:
 
     async def _build_again(self) -> None:
         pause = 0.1
-        while not self._closing:
+        while self._state is not State.CLOSED:
+            if self._state is State.LOST:
+                self._move(State.RECONNECTING)
             try:
                 await self._connect_once()
-                await self._on_reconnect()
+                self._tell_reconnected()
                 return
             except BusError as error:
                 self._outage.error(self._lane, str(error), asyncio.get_running_loop().time())
@@ -243,7 +263,8 @@ class Lane:
             waiting.fail(error)
 
     async def close(self) -> None:
-        self._closing = True
+        if self._state is not State.CLOSED:
+            self._move(State.CLOSED)
         if self._rebuild is not None:
             self._rebuild.cancel()
             await asyncio.gather(self._rebuild, return_exceptions=True)
@@ -296,7 +317,9 @@ class Lane:
             await self._ask(waiting, data, headers)
         except Unreachable:
             self._silent += of_broker
-            if self._silent >= SILENT_ANSWERS and not self._closing:  # a read loop can die behind a live socket
+            if (
+                self._silent >= SILENT_ANSWERS and self._state is not State.CLOSED
+            ):  # a read loop can die behind a live socket
                 await self._begin_again()
             raise
         finally:
@@ -320,7 +343,7 @@ class Lane:
             with in_turn(self._queue, len(data) + answer_bytes, late):
                 await self._ask(waiting, data, None)
         except Silent:
-            if not self._closing:
+            if self._state is not State.CLOSED:
                 await self._begin_again()
             raise
         return waiting.answers[0]
@@ -363,7 +386,7 @@ class Lane:
             waiting.done.set_result(None)
 
     async def subscribe(self, subject: str, handler: Handler, limit: int) -> int:
-        if self._closing:
+        if self._state is State.CLOSED:
             raise Unreachable("closed")
         checked_subject(subject)
         self._next_id = i = self._next_id + 1
