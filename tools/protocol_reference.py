@@ -29,8 +29,8 @@ from syncline.wire import subjects
 from syncline.wire.chunks import FRAME_OVERHEAD_BYTES
 from syncline.wire.messages import (
     DIGEST_BYTES,
-    INLINE_BYTES,
     MESSAGES,
+    PLAN_INLINE_BYTES,
     VERSION,
     BlobRef,
     Dropped,
@@ -230,7 +230,7 @@ def _records() -> Iterable[str]:
     yield f"**verdict**: {_doc(Verdict)}\n"
     yield _table(("number", "verdict"), [(str(int(v)), v.name.lower()) for v in Verdict])
     yield (
-        f"A plan of up to {_size(INLINE_BYTES)} travels inside head; a larger one, and every roster and manifest, is a "
+        f"A plan of up to {_size(PLAN_INLINE_BYTES)} travels inside head; a larger one, and every roster and manifest, is a "
         "blob that head names.\n"
     )
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from syncline.bus.base import Bus, Entry
-from syncline.bus.blobs import get_record, with_retries
+from syncline.bus.blobs import with_retries
+from syncline.bus.records import record_of
 from syncline.chance import jitter
 from syncline.wire import subjects
-from syncline.wire.messages import ENDED, REMEMBERED, BlobRef, Head, Notify, Roster, Verdict, decode
+from syncline.wire.messages import ENDED, REMEMBERED, Head, Notify, Roster, Verdict, decode
 
 log = logging.getLogger(__name__)
 
 READ_AGAIN_S = 3.0
 GONE_S = 1.0  # until this agent asks again for a run to take part in
-MAX_RECORD_BYTES = 64 << 20
 PHASES = {"waiting": 0, "training": 1, "merging": 2, "done": 3, "failed": 3}  # in the order of a round
 
 
@@ -130,15 +130,10 @@ class RunView:
                 self._moved.clear()
                 await self.wait()
         if newest.roster is None and newest.head.roster is not None:
-            data = await self.record(newest.head.roster)
-            newest.roster = decode(Roster, data, limit=MAX_RECORD_BYTES)
+            data = await record_of(self._bus, self._run, newest.head.roster)
+            newest.roster = decode(Roster, data)
             newest.roster_blob = newest.head.roster.id
         return newest
-
-    async def record(self, ref: BlobRef) -> bytes:
-        """Return the content of a blob that holds a record of the run."""
-        prefix = partial(subjects.model_prefix, self._run)
-        return await get_record(self._bus, subjects.model_stream(self._run), prefix, ref, MAX_RECORD_BYTES)
 
     def _take_in(self, head: Head, roster: bytes = b"") -> None:
         if head.run != self._run:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from syncline.bus.base import Bus, Delivery
 from syncline.bus.blobs import BlobGone
+from syncline.bus.records import record_of
 from syncline.chance import jitter
 from syncline.errors import BusError, ConfigError, Denied, PeerError
 from syncline.model.manifest import Manifest
@@ -42,7 +43,7 @@ from syncline_agent.child_supervisor import CannotTrain, ChildSupervisor
 from syncline_agent.heartbeat import HEARTBEAT_S, HEARTBEATS_TO_MISS, Heartbeats
 from syncline_agent.identity import AgentIdentity
 from syncline_agent.local_period import LocalPeriod
-from syncline_agent.run_view import MAX_RECORD_BYTES, READ_AGAIN_S, HeadAndRoster, RosterLine, RunView
+from syncline_agent.run_view import READ_AGAIN_S, HeadAndRoster, RosterLine, RunView
 from syncline_agent.sent_updates import SentUpdates
 from syncline_agent.session_events import SessionEvents
 from syncline_agent.session_status import SessionStatus
@@ -228,8 +229,8 @@ class Session:
             await self._view.wait()
             head = (await self._view.newest()).head
         self._status.epoch = head.epoch
-        record = await self._view.record(head.manifest)
-        manifest = decode(Manifest, record, limit=MAX_RECORD_BYTES)
+        record = await record_of(self._bus, self._run, head.manifest)
+        manifest = decode(Manifest, record)
         check_payload(manifest, self._bus.max_payload)
         await self._state_files.tidy(self._run)
         state_path = str(self._state_files.path(self._run))

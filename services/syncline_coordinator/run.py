@@ -49,7 +49,7 @@ from syncline.spec.run_spec import RunSpec
 from syncline.wire import subjects
 from syncline.wire.messages import (
     ENDED,
-    INLINE_BYTES,
+    PLAN_INLINE_BYTES,
     BlobRef,
     Head,
     Offer,
@@ -335,7 +335,7 @@ class Run:
         plan = Plan(version=head.version + 1, reason=closed_words(merge.reason), merged=entries, late=list(merge.late))
         self._report.plan_made(_now())
         packed = encode(plan)
-        held = packed if len(packed) <= INLINE_BYTES else await self._put_record(packed)
+        held = packed if len(packed) <= PLAN_INLINE_BYTES else await self._put_record(packed)
         await self.loss_detector.write_head(head.changed(plan=held, phase="merging"), tell=False)
         self._begin(self._merge(plan))
 

@@ -1,6 +1,6 @@
-"""Where randomness and the time of day come from: one place, so that a simulation can put its own in.
+"""Randomness and the time of day, in one place, so that a simulation can replace both.
 
-Random ids, jitter and time stamps of metrics: nothing that decides anything. What decides takes time as an argument.
+They serve for random ids, jitter and time stamps of metrics, and decide nothing: decisions take time as an argument.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class Source(Protocol):
-    """What is asked of a source of randomness."""
+    """The methods of `random.Random` that Syncline uses."""
 
     def getrandbits(self, k: int, /) -> int: ...
     def uniform(self, a: float, b: float, /) -> float: ...
@@ -24,20 +24,20 @@ wall_clock: ContextVar[Callable[[], float]] = ContextVar("wall_clock", default=t
 
 
 def new_id() -> str:
-    """A random 128-bit name, 32 hexadecimal digits."""
+    """Return a random 128-bit name, 32 hexadecimal digits."""
     return f"{source.get().getrandbits(128):032x}"
 
 
 def new_number() -> int:
-    """A random positive number of 62 bits."""
+    """Return a random positive number of 62 bits."""
     return 1 + source.get().getrandbits(62)
 
 
 def jitter(value: float, least: float = 0.7, most: float = 1.3) -> float:
-    """The value times a random factor, so that many who wait do not come back at once."""
+    """Return the value times a random factor, so that many waiting processes do not come back at the same moment."""
     return value * source.get().uniform(least, most)
 
 
 def wall_time_s() -> float:
-    """Seconds since the epoch."""
+    """Return the seconds since the epoch."""
     return wall_clock.get()()

@@ -1,6 +1,6 @@
-"""One base error, and one class for each party that can be at fault.
+"""The errors that Syncline raises on purpose: one base, and one class for each party that can be at fault.
 
-An assertion is for our own bugs and crashes. Everything else says what went wrong, with which value, and what to do.
+An assertion is for a bug of Syncline and ends the process. Every other error names the cause, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ class SynclineError(Exception):
 
 
 class ConfigError(SynclineError):
-    """The user's input is wrong. Names the setting, its value and the hint; commands exit with 2."""
+    """The user's input is wrong: names the setting, its value and a hint. Commands exit with 2."""
 
     def __init__(self, setting: str, problem: str, hint: str = "") -> None:
         self.setting, self.problem, self.hint = setting, problem, hint
@@ -19,23 +19,25 @@ class ConfigError(SynclineError):
 
 
 class PeerError(SynclineError):
-    """The other side sent something wrong. Counted, reported with its name, and dropped; the service goes on."""
+    """A message of another process is wrong. The reader counts it, reports it with the sender's name, drops it and goes
+    on.
+    """
 
 
 class RunFailed(SynclineError):
-    """The run cannot go on; commands exit with 1."""
+    """The run cannot go on. Commands exit with 1."""
 
 
 class BusError(SynclineError):
-    """The bus did not do what was asked. The base of all that may pass when tried again."""
+    """The bus did not do its work. Base of all errors that may pass when the call is repeated."""
 
 
 class Unreachable(BusError):
-    """No connection, or no answer in time: what was asked may or may not have happened."""
+    """The connection is lost, or no answer came in time: the request may or may not have been carried out."""
 
 
 class NoResponders(BusError):
-    """Nobody listens on the subject: the service or the stream behind it is not there."""
+    """The subject has no subscriber: the service or the stream behind it is missing."""
 
 
 class Conflict(BusError):
@@ -47,23 +49,27 @@ class AlreadyPut(BusError):
 
 
 class StreamFull(BusError):
-    """The stream's byte or message limit is reached."""
+    """The stream's limit of bytes or messages is reached."""
 
 
 class Denied(BusError):
-    """The broker's permissions forbid it. Trying again does not help."""
+    """The broker's permissions forbid the request. A repetition does not help."""
 
 
 class Unavailable(BusError):
-    """The broker cannot offer it: no JetStream, no such stream, or a stream with another configuration."""
+    """The broker cannot carry out the request: JetStream or the stream is missing, or the stream has another
+    configuration.
+    """
 
 
 class StoreDown(Unavailable):
-    """The broker stores nothing at present: its JetStream is off, as nats-server switches it when its disk is full."""
+    """The broker stores nothing at present: its JetStream is off. nats-server switches JetStream off when its disk is
+    full.
+    """
 
 
 class Unfit(Unavailable):
-    """The broker is not one to talk to: too old, without TLS, with an unknown certificate. Trying again does not help."""
+    """The broker is too old, without TLS, or has an unknown certificate. A repetition does not help."""
 
     def __init__(self, problem: str, hint: str) -> None:
         self.problem, self.hint = problem, hint

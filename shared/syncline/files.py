@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all, and once it is replaced no power failure brings the old one back."""
+"""Replacement of files: a file is replaced whole or not at all, and the new content survives a power failure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ _CANNOT = (errno.EINVAL, errno.ENOTSUP)  # what file systems say that cannot syn
 
 @contextmanager
 def replacing(path: Path, beside: str) -> Iterator[Path]:
-    """Gives the name of a file of the same directory, called `beside`, to be written in the body; then it takes the place of
-    `path`. Where the body or the disk fails, `path` is as it was and the other file is gone. Raises OSError."""
+    """Replace a file by the one that the body of the `with` statement writes.
+
+    If the body or the disk fails, `path` keeps its content and the new file is removed.
+
+    Args:
+        path: the file to replace.
+        beside: name of the new file, in the same directory, until it takes the place of `path`.
+
+    Raises:
+        OSError: the disk cannot be written.
+    """
     fresh = path.with_name(beside)
     try:
         fresh.unlink(missing_ok=True)
@@ -28,7 +37,7 @@ def replacing(path: Path, beside: str) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Which names the directory holds is on the disk when this returns."""
+    """Flush the directory's list of names to the disk. File systems that cannot do so are skipped."""
     try:
         _sync(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

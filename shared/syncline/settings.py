@@ -1,4 +1,6 @@
-"""The base class of all settings, and how a pydantic error becomes a ConfigError with setting, value and hint."""
+"""The base class of all settings, and the conversion of pydantic's errors to a ConfigError with setting, value and
+hint.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ Models = list[type[BaseModel]]
 
 
 def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[str, ...] = ()) -> ConfigError:
-    """One of pydantic's findings about `model`. `section`: where it stands in the spec; `beside`: what else may stand there."""
+    """Return one of pydantic's findings as a ConfigError.
+
+    Args:
+        model: the class of the settings that were validated.
+        item: the finding, from `ValidationError.errors()`.
+        section: path of the model in the spec.
+        beside: names of further sections that the file may have.
+    """
     kind, value, loc = item["type"], item.get("input"), [str(part) for part in item["loc"]]
     path, sections = _walk(model, loc[:-1] if kind == "extra_forbidden" else loc)
     if kind == "extra_forbidden":
@@ -38,7 +47,7 @@ def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[
 
 
 def unknown_setting(model: type[BaseModel], item: Any) -> list[str]:
-    """Return the path of the setting that one of pydantic's findings calls unknown; [] where it says something else."""
+    """Return the path of the setting that a finding of pydantic calls unknown; [] for any other finding."""
     loc = [str(part) for part in item["loc"]]
     return [*_walk(model, loc[:-1])[0], loc[-1]] if item["type"] == "extra_forbidden" else []
 
@@ -46,7 +55,7 @@ def unknown_setting(model: type[BaseModel], item: Any) -> list[str]:
 def _unknown(
     model: type[BaseModel], path: list[str], name: str, sections: Models, beside: tuple[str, ...]
 ) -> ConfigError:
-    """A setting that does not exist: perhaps a slip of the pen, perhaps one that another kind has."""
+    """Return the error for a setting that does not exist: a misspelt name, or a setting of another kind of section."""
     setting = ".".join([*path, name])
     known = sorted({*beside, *(field for section in sections for field in section.model_fields)})
     tag = _tag_at(model, path)
@@ -66,8 +75,10 @@ def _unknown(
 
 
 def _walk(model: type[BaseModel], loc: list[str]) -> tuple[list[str], Models]:
-    """The settings that a location leads through, without the tags and the alternatives that pydantic puts between them;
-    and the sections it leads to."""
+    """Return the settings that a location of pydantic leads through, and the sections that the last one has.
+
+    The location also holds tags and alternatives of unions, which are left out.
+    """
     path: list[str] = []
     sections: Models = [model]
     tag: str | None = None
@@ -89,7 +100,7 @@ def _walk(model: type[BaseModel], loc: list[str]) -> tuple[list[str], Models]:
 
 
 def _tag_at(model: type[BaseModel], path: list[str]) -> str | None:
-    """The setting that says which section it is, where there are several."""
+    """Return the setting that tells several kinds of section apart; None if the section has one kind."""
     found = [s.model_fields[path[-1]] for s in _below([model], path[:-1]) if path[-1] in s.model_fields] if path else []
     return next((f.discriminator for f in found if isinstance(f.discriminator, str)), None)
 
@@ -101,7 +112,7 @@ def _below(sections: Models, path: list[str]) -> Models:
 
 
 def _tags(sections: Models, tag: str) -> list[str]:
-    """The values of the setting that tells sections apart."""
+    """Return the values of the setting that tells sections apart."""
     return [value for section in sections for value in get_args(section.model_fields[tag].annotation)]
 
 
@@ -112,7 +123,7 @@ def _models_in(annotation: Any) -> Models:
 
 
 class Settings(BaseModel):
-    """A frozen section: unknown names are refused."""
+    """A frozen section of settings. Unknown names are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, ser_json_inf_nan="constants"
@@ -121,7 +132,7 @@ class Settings(BaseModel):
 
 
 def untagged(tag: str, default: str) -> BeforeValidator:
-    """For a section of several kinds: the one that is meant where `tag` is left out."""
+    """Return a validator that adds `tag: default` to a section that leaves the tag out."""
     return BeforeValidator(lambda section: {tag: default, **section} if isinstance(section, dict) else section)
 
 
@@ -129,9 +140,17 @@ S = TypeVar("S", bound=Settings)
 
 
 def one_of(registry: Mapping[str, type[S]], base: type[S], tag: str, default: str, group: str) -> Any:
-    """The type of a section that is one of a registry's: the setting `tag` says which, and may be left out for the default.
+    """Return the type of a section that is one of a registry's classes.
 
-    `group`: installed packages may add some of `base`, as entry points of that name. Raises ConfigError for one that is none.
+    Args:
+        registry: the classes by their tag.
+        base: their common base.
+        tag: the setting that selects a class.
+        default: the tag of a section that leaves it out.
+        group: group of entry points by which installed packages add classes of `base`.
+
+    Raises:
+        ConfigError: an entry point cannot be used.
     """
     kinds = (*registry.values(), *installed(group, base, tag, known=registry))
     if len(kinds) == 1:
@@ -140,7 +159,17 @@ def one_of(registry: Mapping[str, type[S]], base: type[S], tag: str, default: st
 
 
 def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) -> list[type[S]]:
-    """What installed packages bring: classes of `base` under the name that is their `tag`. Raises ConfigError."""
+    """Return the classes that installed packages add by entry points.
+
+    Args:
+        group: the group of entry points.
+        base: the class that they have to derive from.
+        tag: the setting whose default has to be the name of the entry point.
+        known: names that are taken.
+
+    Raises:
+        ConfigError: an entry point cannot be loaded, is another kind of class, or has a name that is taken.
+    """
     found: dict[str, type[S]] = {}
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
         where = f"entry point {entry.name!r} of {group} ({entry.value})"
@@ -160,13 +189,16 @@ def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) 
 
 
 def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str] = ()) -> S:
-    """Validated settings, or one ConfigError that lists everything wrong.
+    """Validate settings.
 
     Args:
         model: the class of the settings.
         data: a mapping.
-        section: where in the spec they stand.
-        ignored: names of settings, as `local.steps`, that are left out where the class does not know them.
+        section: path of the settings in the spec.
+        ignored: names of settings, as `local.steps`, that are left out if the class does not know them.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
     """
     if not isinstance(data, dict):
         hint = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
@@ -185,12 +217,12 @@ def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str]
 
 
 def _is_within(path: list[str], names: Collection[str]) -> bool:
-    """Whether a setting, or a section that it stands in, is among the names."""
+    """Return whether a setting, or a section around it, is among the names."""
     return any(".".join(path[:end]) in names for end in range(1, len(path) + 1))
 
 
 def _without(data: dict[str, Any], paths: list[list[str]]) -> dict[str, Any]:
-    """A copy of nested mappings without the settings at these paths."""
+    """Return a copy of nested mappings without the settings at these paths."""
     here = {path[0] for path in paths if len(path) == 1}
     below = {name: [path[1:] for path in paths if path[0] == name and len(path) > 1] for name in data}
     return {
@@ -199,7 +231,7 @@ def _without(data: dict[str, Any], paths: list[list[str]]) -> dict[str, Any]:
 
 
 def _together(problems: list[ConfigError]) -> list[ConfigError]:
-    """One for each value: where several kinds are possible, pydantic says of each of them why it is not that."""
+    """Join the hints of findings about the same value: pydantic reports one for each kind that is possible."""
     found: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         found.setdefault((problem.setting, problem.problem), []).append(problem.hint)

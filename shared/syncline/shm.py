@@ -1,8 +1,8 @@
-"""Memory that a service and its child process share, without a name that could be left behind.
+"""Memory that a service and its child process share. It has no name that a crash could leave behind.
 
-On Linux it is a memfd: not bounded by /dev/shm (64 MB in a container by default), and gone with the last process that holds
-it. Elsewhere it is an unlinked temporary file. It is made before the child is forked, when its size is not known yet, and
-grown later.
+On Linux the memory is a memfd. /dev/shm (64 MB in a container by default) does not bound its size, and the system frees
+the memory with the last process that holds the descriptor. Other systems get an unlinked temporary file. The memory is
+created before the child is forked, when its size is not known yet, and is grown later.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ class SharedMemory:
         self._map: mmap.mmap | None = None
 
     def grow(self, size_bytes: int) -> None:
-        """Makes room. The other side sees it after its own `view`."""
+        """Set the size in bytes. The other process sees the new size with its next `view`."""
         os.ftruncate(self.fd, size_bytes)
 
     def view(self) -> memoryview:
-        """All of it, writable. Call it again after the other side has grown it."""
+        """Return the whole memory, writable. Call this method again after the other process has grown the memory."""
         size_bytes = os.fstat(self.fd).st_size
         if self._map is None or len(self._map) != size_bytes:
             self._map = mmap.mmap(self.fd, size_bytes)  # an older map goes when its last view does
         return memoryview(self._map)
 
     def discard(self, begin: int, end: int) -> None:
-        """Nobody needs these bytes any more: whole pages of them go back to the system, and are zero then."""
+        """Give the whole pages between two offsets back to the system. They read as zeros afterwards."""
         first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and first < last and hasattr(mmap, "MADV_REMOVE"):
             try:
@@ -40,7 +40,7 @@ class SharedMemory:
                 pass  # a file system that cannot
 
     def close(self) -> None:
-        """Lets go of it here; views that are still in use stay valid."""
+        """Close the descriptor. Views that are still in use stay valid."""
         self._map = None
         os.close(self.fd)
 

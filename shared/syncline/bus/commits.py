@@ -13,7 +13,7 @@ from functools import partial
 from syncline.bus.base import Bus
 from syncline.bus.blobs import get_record, put_record, with_retries
 from syncline.wire import subjects
-from syncline.wire.messages import LINE_INLINE_BYTES, MAX_BLOB_RECORD_BYTES, BlobRef, Committed, LogLine, decode, encode
+from syncline.wire.messages import LOG_INLINE_BYTES, MAX_BLOB_RECORD_BYTES, BlobRef, Committed, LogLine, decode, encode
 
 INLINE_SHARE = 32  # a record inside its line takes at most this fraction, 1/32, of the largest message of the broker
 
@@ -27,7 +27,7 @@ async def put_commit(bus: Bus, record: Committed) -> None:
     """
     data = encode(record)
     held: bytes | BlobRef = data
-    if len(data) > min(LINE_INLINE_BYTES, bus.max_payload // INLINE_SHARE):
+    if len(data) > min(LOG_INLINE_BYTES, bus.max_payload // INLINE_SHARE):
         held = await put_record(bus, partial(subjects.log_blob, record.run, record.version, record.term), data)
     line = LogLine(version=record.version, term=record.term, model=record.model, record=held)
     subject = subjects.log_record(record.run, record.version, record.term)

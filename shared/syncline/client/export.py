@@ -16,13 +16,14 @@ import xxhash
 import syncline
 from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, get_blob
+from syncline.bus.records import record_of
 from syncline.client.history import commit_of
-from syncline.client.runs import head_of, record
+from syncline.client.runs import head_of
 from syncline.errors import ConfigError, PeerError
 from syncline.model.manifest import Manifest
 from syncline.wire import subjects
 from syncline.wire.dtypes import DTYPES
-from syncline.wire.messages import MAX_BLOB_RECORD_BYTES, BlobRef, Head, decode
+from syncline.wire.messages import BlobRef, Head, decode
 
 MAX_TRIES = 20  # each fails if the version is purged meanwhile, as in a run with many rounds a second
 
@@ -61,7 +62,7 @@ async def fetch(bus: Bus, run: str, version: int | None = None) -> Model:
         kept = await _kept(bus, head, head.version if version is None else version)
         assert head.manifest is not None
         try:
-            layout = decode(Manifest, await record(bus, run, head.manifest), limit=MAX_BLOB_RECORD_BYTES)
+            layout = decode(Manifest, await record_of(bus, run, head.manifest))
             flat = bytearray(layout.nbytes)
             stream, prefix = subjects.model_stream(run), partial(subjects.model_prefix, run)
             await get_blob(bus, stream, prefix, kept.model, memoryview(flat), layout.chunk_bytes)

@@ -6,15 +6,15 @@ import asyncio
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from syncline.bus.base import Bus
-from syncline.bus.blobs import BlobGone, get_record
+from syncline.bus.blobs import BlobGone
+from syncline.bus.records import record_of
 from syncline.errors import BusError, ConfigError, NoResponders, PeerError, Unavailable
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.submission import submitted_spec
 from syncline.wire import subjects
-from syncline.wire.messages import ENDED, MAX_BLOB_RECORD_BYTES, BlobRef, Head, Presence, Roster, Submit, decode
+from syncline.wire.messages import ENDED, Head, Presence, Roster, Submit, decode
 
 MAX_NAMED = 8  # runs that an error lists
 CONCURRENT_READS = 16
@@ -73,12 +73,6 @@ async def spec_of(bus: Bus, run: str) -> RunSpec | None:
         return None
 
 
-async def record(bus: Bus, run: str, ref: BlobRef) -> bytes:
-    """Return a record that travels as a blob, such as a roster or a manifest. Raises BlobGone if it was purged."""
-    prefix = partial(subjects.model_prefix, run)
-    return await get_record(bus, subjects.model_stream(run), prefix, ref, MAX_BLOB_RECORD_BYTES)
-
-
 def _decoded(run: str, data: bytes) -> Head:
     try:
         return decode(Head, data)
@@ -125,7 +119,7 @@ async def _summary(bus: Bus, name: str) -> RunSummary | None:
     try:
         head = await head_of(bus, name)
         if head.roster is not None:
-            members = decode(Roster, await record(bus, name, head.roster))
+            members = decode(Roster, await record_of(bus, name, head.roster))
             slow = members.presence.count(Presence.SLOW)
             agents = slow + members.presence.count(Presence.PRESENT)
             roster = len(members.agents)

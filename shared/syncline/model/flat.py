@@ -1,4 +1,4 @@
-"""Between a model and its flat vector: makes the manifest of a model, and lets the model live in the vector."""
+"""The flat vector of a model: makes the manifest of a model, and lets the model's tensors live in the vector."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ class _Place:
     """A tensor of the model and its place in the flat vector.
 
     Attributes:
-        tensor: the object that the model held under this name when it was bound last.
-        view: its elements in the flat vector, in its shape.
-        copied: its value when it was last copied, for a tensor of another dtype than the vector; None: it shares memory.
+        tensor: the object that the model held under this name at the last binding.
+        view: the tensor's elements in the flat vector, in its shape.
+        copied: value at the last copy, for a tensor of another dtype than the vector; None: the tensor shares memory.
     """
 
     entry: Entry
@@ -99,20 +99,21 @@ class _Place:
     copied: Tensor | None = None
 
     def holds(self, found: Tensor) -> bool:
-        """Whether this tensor of the model is the one that was bound, and lies where it was put."""
+        """Return whether this tensor of the model is the bound one, and still has the memory that was assigned."""
         if found is not self.tensor or found.shape != self.view.shape or found.dtype != self.dtype:
             return False
         in_place = found.data_ptr() == self.view.data_ptr() and found.stride() == self.view.stride()
         return in_place or self.copied is not None or not found.numel()
 
     def bind(self, tensor: Tensor) -> None:
-        """Make the tensor share the vector's memory where its dtype allows it."""
+        """Make the tensor share the vector's memory, if its dtype allows that."""
         self.tensor = tensor
         if self.copied is None and tensor.numel():  # an empty view would share its address with the next tensor
             tensor.data = self.view
 
     @property
     def where(self) -> slice:
+        """Return the tensor's elements in the flat vector."""
         return slice(self.entry.offset, self.entry.offset + self.entry.elements)
 
 
@@ -168,10 +169,11 @@ class FlatModel:
         ]
 
     def store(self) -> None:
-        """Model → flat vector: take in tensors that were replaced or pointed elsewhere, and those of another dtype.
+        """Copy the model into the flat vector: tensors that were replaced or pointed elsewhere, and those of another
+        dtype.
 
         Raises:
-            ConfigError: a tensor cannot be taken in, or another one became trainable. Names it.
+            ConfigError: a tensor cannot be taken in, or another one became trainable. Names the tensor.
         """
         self.take_in()
         for place in self._places:
@@ -180,7 +182,7 @@ class FlatModel:
                 place.copied.copy_(place.tensor.detach())
 
     def load(self) -> None:
-        """Flat vector → model, for tensors that do not share its memory. Vectors of length 1 get that length back."""
+        """Copy the flat vector into the tensors that do not share its memory. Vectors of length 1 get that length back."""
         with torch.no_grad():
             for place in self._places:
                 if place.entry.unit:
@@ -193,7 +195,7 @@ class FlatModel:
         """Copy tensors that training replaced, or pointed at other memory, into the flat vector, and bind them again.
 
         Raises:
-            ConfigError: such a tensor does not fit, or another one became trainable. Names it.
+            ConfigError: such a tensor does not fit, or another one became trainable. Names the tensor.
         """
         slots = dict(slots_of(self.model))
         self._refuse_newly_trainable(slots)
@@ -222,7 +224,7 @@ class FlatModel:
         self._note_sites()
 
     def _slot_of(self, place: _Place, slots: Mapping[str, Slot]) -> Slot:
-        """Return where the model holds the tensor now. Raises ConfigError where it holds none that fits."""
+        """Return the slot that holds the tensor now. Raises ConfigError if the model has none that fits."""
         name, slot = place.entry.name, slots.get(place.entry.name)
         hint = "Make the model in its final form in model(), after one batch if its tensors grow with the first one"
         if slot is None:
@@ -248,20 +250,20 @@ class FlatModel:
                 )
 
     def local(self) -> dict[str, Tensor]:
-        """Return what changes as this agent trains and does not travel, by name.
+        """Return the tensors that change in training and do not travel, by name.
 
-        Tensors are looked up each time, because a model may put another tensor in a buffer's place. Sparse ones are left
-        out: they are built, and not trained.
+        Tensors are looked up each time, because a model may put another tensor in a buffer's place. Sparse tensors are
+        left out: they are built, and not trained.
         """
         own = [(n, t) for n, t in tensors_of(self.model) if isinstance(t, nn.Parameter) and matches(n, self._local)]
         changing = {**dict(changing_of(self.model)), **dict(own)}
         return {n: t for n, t in changing.items() if t.layout is torch.strided and n not in self._travelling}
 
     def restore_at_home(self, kept: Mapping[str, Tensor]) -> None:
-        """Write back what `local` was. A buffer that the model makes only as it trains is made anew.
+        """Write back the tensors of `local`. The model makes again those buffers that it makes only in training.
 
         Raises:
-            ValueError: a tensor has another shape or dtype. One that was empty takes the shape that it grew to.
+            ValueError: a tensor has another shape or dtype. A tensor that was empty takes the shape that it grew to.
         """
         own = self.local()
         with torch.no_grad():
@@ -279,7 +281,7 @@ def _kind(buffer: bool) -> str:
 
 
 def to_unit_(vector: Tensor) -> Tensor:
-    """Scale the vector back to length 1, in place. One that has it, up to rounding, keeps its bits."""
+    """Scale the vector back to length 1, in place. A vector that has this length, up to rounding, keeps its bits."""
     length = float(torch.linalg.vector_norm(vector))
     if length > 0 and abs(length - 1) > UNIT_TOLERANCE:
         vector.div_(length)
@@ -287,7 +289,7 @@ def to_unit_(vector: Tensor) -> Tensor:
 
 
 def _check(model: nn.Module, local: Sequence[str], shared: Sequence[str]) -> None:
-    """Raise ConfigError for what cannot live in a flat vector, or would become another model there."""
+    """Raise ConfigError for a model that cannot live in a flat vector, or would become another model in one."""
     tensors = list(tensors_of(model))
     for name, tensor in tensors:
         if is_lazy(tensor):

@@ -37,10 +37,10 @@ def digests_of(model: nn.Module, local: Sequence[str], shared: Sequence[str]) ->
 
 
 def insist_on_frozen(model: nn.Module, layout: Manifest, local: Sequence[str], shared: Sequence[str]) -> None:
-    """Hold a new model's frozen tensors against those of the coordinator.
+    """Compare a new model's frozen tensors with those of the coordinator.
 
     Raises:
-        ConfigError: one of them differs. Names it.
+        ConfigError: a tensor differs. Names the tensor.
     """
     expected = {entry.name: entry.digest for entry in layout.frozen}
     for name, tensor in frozen_of(model, local, shared):

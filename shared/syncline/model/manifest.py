@@ -1,8 +1,8 @@
-"""The manifest makes one flat vector out of a model: which tensor lies where, and which stay at home.
+"""The manifest: the layout of a model's averaged tensors in one flat vector.
 
-Averaged are trainable parameters and floating-point buffers. Integer buffers are never averaged, frozen parameters do not
-travel (so a LoRA run sends only its adapters), tied weights travel once, and tensors that the task calls `local` stay with
-the agent. This module holds the layout alone and imports no torch; `flat` applies it to a model.
+Averaged are trainable parameters and floating-point buffers. Integer buffers are never averaged, frozen parameters do
+not travel (so a LoRA run sends only its adapters), tied weights travel once, and tensors that the task calls `local`
+stay with the agent. This module holds the layout alone and imports no torch; `flat` applies the layout to a model.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class Manifest(Record):
         return -(-self.elements // self.chunk_elements)
 
     def chunk(self, k: int) -> slice:
-        """The elements of chunk k."""
+        """Return the elements of chunk k."""
         return slice(k * self.chunk_elements, min((k + 1) * self.chunk_elements, self.elements))
 
     @property
     def buffers(self) -> list[slice]:
-        """The elements of the flat vector that belong to buffers, in order; buffers side by side make one slice."""
+        """Return the elements of the flat vector that belong to buffers, in order; buffers side by side make one slice."""
         found: list[slice] = []
         for entry in self.tensors:
             if not entry.buffer or not entry.elements:
@@ -101,7 +101,7 @@ class Manifest(Record):
         return found
 
     def buffers_of_chunks(self) -> dict[int, list[slice]]:
-        """The elements of `buffers`, counted from the start of their chunk, by the number of the chunk."""
+        """Return the elements of `buffers`, counted from the start of their chunk, by the number of the chunk."""
         found: dict[int, list[slice]] = {}
         for buffer in self.buffers:
             for k in range(buffer.start // self.chunk_elements, -(-buffer.stop // self.chunk_elements)):
@@ -112,11 +112,15 @@ class Manifest(Record):
 
     @property
     def blob_bytes(self) -> int:
-        """Of an update or a center on the bus: all its sections, each with chunks of its own, one after the other."""
+        """Return the bytes of a center on the bus: all its sections, each with chunks of its own, one after the other."""
         return self.sections * self.nbytes
 
     def coded_bytes(self, payload_bytes: Callable[[int, Dtype], int]) -> int:
-        """Return the bytes of an update as a codec makes it, whose payload of so many elements has `payload_bytes` bytes."""
+        """Return the bytes of an update after coding.
+
+        Args:
+            payload_bytes: the codec's function from the elements of a chunk and their type to the bytes of a payload.
+        """
         dtype, last = DTYPES[self.dtype], self.chunk(self.chunks - 1)
         full = (self.chunks - 1) * payload_bytes(self.chunk_elements, dtype)
         return self.sections * (full + payload_bytes(last.stop - last.start, dtype))
@@ -126,6 +130,6 @@ class Manifest(Record):
         return self.sections * self.chunks
 
     def layout_digest(self) -> str:
-        """Equal where two models have the same averaged tensors."""
+        """Return a digest that two models share if and only if they have the same averaged tensors."""
         rows = [f"{t.name}:{t.shape}:{t.offset}{':buffer' * t.buffer}" for t in self.tensors]
         return xxhash.xxh3_128_hexdigest("\n".join([self.dtype, *rows]).encode())

@@ -1,4 +1,4 @@
-"""The tensors of a model by name: which of them change, which are averaged, and where the model holds them."""
+"""The tensors of a model by name: which of them change, which are averaged, and which module holds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILED = "_orig_mod"  # the attribute under which `torch.compile` holds the mo
 
 
 class Slot(NamedTuple):
-    """Where a model holds a tensor."""
+    """The place of a tensor in a model."""
 
     owner: nn.Module
     attribute: str
@@ -35,7 +35,7 @@ def slots_of(model: nn.Module) -> Iterator[tuple[str, Slot]]:
 
 
 def _plain(name: str) -> str:
-    """A module's name as it is without `torch.compile`, which wraps a module in another one."""
+    """Return a module's name without the wrapper of `torch.compile`, which puts a module into another one."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
@@ -49,7 +49,9 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def saved_buffers(model: nn.Module) -> set[str]:
-    """Return the names of the buffers that the model saves. Its state dict does not tell: hooks may rename what is in it."""
+    """Return the names of the buffers that the model saves. The state dict cannot tell them: hooks may rename its
+    entries.
+    """
     return {
         name
         for name, slot in slots_of(model)

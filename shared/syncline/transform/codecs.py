@@ -1,15 +1,16 @@
-"""Codecs: how a trained update becomes payloads for the wire, and a payload becomes a slice of it again.
+"""Codecs: the conversion of a trained update to payloads for the wire, and of a payload back to a slice.
 
-A codec is one link of the chain between a trained update and the wire, the last one. It works on the flat vector, chunk by
-chunk: the payload of a chunk is decoded without the other chunks, so that a coordinator holds a few chunks of every update and
-never a whole one. Codec and element type are separate: every codec takes every type of `syncline.wire.dtypes`.
+A codec is the last link of the chain between a trained update and the wire. A codec works on the flat vector, chunk by
+chunk: the payload of a chunk is decoded without the other chunks, so that a coordinator holds a few chunks of every
+update and never a whole one. Codec and element type are separate: every codec takes every type of
+`syncline.wire.dtypes`.
 
-The number of bytes of a payload depends on the codec, the number of elements and their type alone. A reader therefore knows the
-size of every payload before it asks for it, and refuses another one.
+The number of bytes of a payload depends on the codec, the number of elements and their type alone. A reader therefore
+knows the size of every payload before the request, and refuses another size.
 
-To add one: a class with its settings and arithmetic, and a line in `CODECS`; the contract tests pick it up. The module reads
-neither torch nor numpy by itself, so that a spec can be read without them: everything a codec does are methods of the tensors
-and arrays that it is given.
+To add a codec, write a class with its settings and arithmetic, and a line in `CODECS`; the contract tests pick it up.
+The module imports neither torch nor numpy, so that a spec can be read without them: a codec uses the methods of the
+tensors and arrays that are passed in.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Need(Enum):
-    """Something that a codec cannot do without. A run whose settings do not provide it is refused when it is submitted."""
+    """A condition of a codec. A run whose settings do not meet the condition is refused when it is submitted."""
 
     PLAIN_UPDATES = "the coordinator reads every single update"
     AGENT_MEMORY = "every agent takes part so often that what it kept of its last update still fits"
@@ -39,7 +40,7 @@ class Codec(Settings):
 
     Attributes:
         kind: the name of the codec, in specs, offers, blob references and frames.
-        needs: what a run has to provide.
+        needs: conditions that the run has to meet.
         vectors: flat vectors that an agent keeps from one update to the next, such as a residual; zeros at first.
         identity: a payload holds the elements as they are, little-endian, so that a reader may use its bytes in place.
     """
@@ -72,14 +73,14 @@ class Codec(Settings):
         """Write the elements of one payload into `out_E`, a contiguous slice on the CPU.
 
         Raises:
-            ValueError: the payload has not `payload_bytes` bytes, or the codec never writes such bytes. A peer sends what it
-                likes, so that no content may do anything worse.
+            ValueError: the payload has not `payload_bytes` bytes, or its content is impossible. A peer may send any
+                bytes: a decoder must refuse bad content and do no other harm.
         """
         raise NotImplementedError
 
 
 class Raw(Codec):
-    """Send the elements as they are, little-endian. Exact for every bit pattern."""
+    """Sends the elements as they are, little-endian. Exact for every bit pattern."""
 
     kind: Literal["raw"] = "raw"
     identity: ClassVar[bool] = True

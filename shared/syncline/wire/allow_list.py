@@ -1,4 +1,4 @@
-"""Which tasks a machine runs: patterns of task paths, as its operator gave them by `--allow-task`. Imports no torch."""
+"""The tasks that a machine may run: patterns of task paths, from the operator's `--allow-task`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ EVERYTHING = "*"
 
 
 def is_allowed(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a task, `package.module:Class` or `file.py:Class`, is allowed: the whole path or what is before the colon.
+    """Return whether a pattern admits a task, `package.module:Class` or `file.py:Class`.
 
-    A pattern of modules admits no file, and one that is relative no file elsewhere: only "*" admits everything. No wildcard
-    climbs out of its folder by `..`.
+    A pattern is compared with the whole path and with the part before the colon. A pattern of modules admits no file,
+    and a relative pattern admits no file outside the task directory: only "*" admits everything. No wildcard leaves its
+    directory by `..`.
     """
     module_path = path.rpartition(":")[0]
     if path in patterns or module_path in patterns:
@@ -29,11 +30,16 @@ def is_allowed(path: str, patterns: Sequence[str]) -> bool:
 
 
 def is_file(module_path: str) -> bool:
+    """Return whether the part of a task path before the colon names a file, and not a module."""
     return module_path.endswith(".py") or "/" in module_path or "\\" in module_path
 
 
 def check_patterns(patterns: Sequence[str]) -> None:
-    """Raises ConfigError for more or longer patterns than an agent can tell the coordinator of."""
+    """Check the number and the length of the patterns against the limits of the `hello` record.
+
+    Raises:
+        ConfigError: there are too many patterns, or one is too long.
+    """
     if len(patterns) > MAX_PATTERNS:
         problem = f"{len(patterns)} patterns are more than {MAX_PATTERNS}, the ready-made tasks included"
         raise ConfigError("--allow-task", problem, "Use wildcards, as 'my_tasks/*.py:*'")

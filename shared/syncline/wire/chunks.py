@@ -1,12 +1,14 @@
 """Frames: the bytes of a tensor on the wire, one msgpack map for each chunk. This module knows neither bus nor tensor.
 
-Frame: `{t: "chunk", v, blob, k, n, codec, crc, data}`; `crc` is xxh3-64 over `data`. A frame names its blob and its place,
-so that a frame under a wrong subject is refused. Blobs have random ids, so that two writers never use the same subject.
+Frame: `{t: "chunk", v, blob, k, n, codec, crc, data}`; `crc` is xxh3-64 over `data`. A frame names its blob and its
+place, so that a frame under a wrong subject is refused. Blobs have random ids, so that two writers never use the same
+subject.
 
-A checksum finds corruption in one frame. It does not resist forgery: anybody can compute it for other bytes. The content of
-an update is bound by its *digest*: BLAKE3 over the BLAKE3 digests of its chunks, in their order. An offer carries the digest,
-and the signature of the offer covers it. The digest of a list, not of the bytes in one stream, lets a reader take the chunks
-in any order and hash them in several threads, and keep one hash state for each update instead of its bytes.
+A checksum finds corruption in one frame. It does not resist forgery: anybody can compute the checksum of other bytes.
+The content of an update is bound by its *digest*: BLAKE3 over the BLAKE3 digests of its chunks, in their order. An
+offer carries the digest, and the signature of the offer covers it. The digest of a list, not of the bytes in one
+stream, lets a reader take the chunks in any order and hash them in several threads, and keep one hash state for each
+update instead of its bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ LEAST_PAYLOAD_BYTES = 16 * 1024  # of a broker: a head, a heartbeat and 1,024 fl
 
 
 def content_bytes(max_payload: int) -> int:
-    """Return the bytes of content that a chunk may have where a message has at most `max_payload` bytes."""
+    """Return the most bytes of content in a chunk, for a broker whose messages have at most `max_payload` bytes."""
     return max_payload - min(FRAME_OVERHEAD_BYTES, max_payload // 2)
 
 
@@ -40,12 +42,12 @@ def unpack_chunk(frame: bytes, *, blob: str, k: int, n: int, codec: str, size: i
     """Return the content of chunk k of a blob.
 
     Args:
-        frame: the message as it was got from the bus.
-        blob, k, n, codec: what the frame has to say of itself.
+        frame: the message as it came from the bus.
+        blob, k, n, codec: values that the frame has to have.
         size: bytes of content.
 
     Raises:
-        PeerError: the frame is not the one expected, or damaged. Says in what.
+        PeerError: the frame is another one, or damaged. Names the field.
     """
     what = f"chunk {k} of blob {blob[:8]}"
     if len(frame) > size + FRAME_OVERHEAD_BYTES:
@@ -84,7 +86,7 @@ def chunk_digest(data: bytes | memoryview) -> bytes:
 class BlobDigest:
     """The digest of a blob, from the digests of its chunks, which may come in any order and from any thread.
 
-    Keeps the state of one hash, and the digests of those chunks that came before an earlier one.
+    The object keeps the state of one hash, and the digests of chunks that came before an earlier one.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Element types of a flat vector, by the names that travel. The one table: it needs neither torch nor numpy."""
+"""Element types of a flat vector, by the names that travel. The table needs neither torch nor numpy."""
 
 from __future__ import annotations
 

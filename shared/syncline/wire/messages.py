@@ -1,9 +1,11 @@
-"""Control records: what services say to each other, as msgpack maps of frozen pydantic models.
+"""Control records: the messages between services, as msgpack maps of frozen pydantic models.
 
-Every record carries `t` (its type) and `v` (its major version). Unknown fields are ignored, so that a newer minor version
-may add some; another type or a newer major version is refused with a clear error. Decoders have hard limits on every
-length. The type tag matters for safety: a reply subject chosen by an attacker can make the broker deliver a genuine record
-of one kind where another is expected, and the tag makes that a refused record instead of a confused one.
+Every record carries `t` (its type) and `v` (its major version). Unknown fields are ignored, so that a newer minor
+version may add some; another type or a newer major version is refused with a clear error. Decoders have hard limits on
+every length.
+
+The type tag matters for safety: an attacker who chooses the reply subject of a request can make the broker deliver a
+genuine record of one type to a reader of another type. The tag turns that record into a refused one.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ RAW = "raw"  # the codec of a blob whose chunks hold its content as it is
 MAX_RECORD_BYTES = 1 << 20
 MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and so travel as blobs
 MAX_HEAD_BYTES = 4096
-INLINE_BYTES = 1024  # a record up to this size travels inside head; a larger one as a blob that head names
-LINE_INLINE_BYTES = 32 * 1024  # a commit record up to this size travels inside its line of the log
+PLAN_INLINE_BYTES = 1024  # a record up to this size travels inside head; a larger one as a blob that head names
+LOG_INLINE_BYTES = 32 * 1024  # a commit record up to this size travels inside its line of the log
 HEAD_REASON_BYTES = 2000  # of UTF-8: with the largest value in every other field too, head stays below its limit
 
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]+$")]
@@ -37,12 +39,12 @@ Text = Annotated[str, Field(max_length=2000)]
 
 
 def clipped(text: str, most_bytes: int = HEAD_REASON_BYTES) -> str:
-    """Return as much of the text as fits into so many bytes of UTF-8."""
+    """Return the longest start of the text that fits into so many bytes of UTF-8."""
     return text.encode(errors="replace")[:most_bytes].decode(errors="ignore")
 
 
 class Record(BaseModel):
-    """Base of everything that travels as a map. Subclasses with a `kind` are whole messages, others parts of them."""
+    """Base of everything that travels as a map. Subclasses with a `kind` are whole messages, others are parts of them."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
     kind: ClassVar[str] = ""
@@ -63,7 +65,7 @@ class BlobRef(Record):
 
 
 class Hello(Record):
-    """An agent introduces itself, and claims the one live session of its id. Sent again until it is given a run."""
+    """An agent introduces itself, and claims the one live session of its id. Repeated until the agent is given a run."""
 
     kind: ClassVar[str] = "hello"
     max_bytes: ClassVar[int] = 32 * 1024
@@ -105,7 +107,7 @@ class Heartbeat(Record):
 
 
 class Offer(Record):
-    """The small signed record that says: this update is complete, judge it."""
+    """The small signed record with which an agent offers a complete update for judgement."""
 
     kind: ClassVar[str] = "offer"
     max_bytes: ClassVar[int] = 16 * 1024
@@ -126,10 +128,10 @@ class Offer(Record):
     )
 
     def signed_bytes(self, run: str, agent: str) -> bytes:
-        """Return the bytes that the agent signs: whose update it is, and every field but the signature.
+        """Return the bytes that the agent signs: the run, the agent's name, and every field but the signature.
 
-        A field that has its default is left out, so that a later minor version can add fields: offers without them have the
-        same signature before and after.
+        A field that has its default is left out, so that a later minor version can add fields: offers without them have
+        the same signature before and after.
         """
         fields = self.model_dump(exclude={"signature"}, exclude_defaults=True)
         return _pack([self.kind, run, agent, _sorted(fields)])
@@ -150,7 +152,9 @@ class PlanEntry(Record):
 
 
 class Plan(Record):
-    """What the next merge contains, decided before it starts; whoever is coordinator executes exactly this."""
+    """The content of the next merge, decided before the merge starts. Every later coordinator executes exactly this
+    plan.
+    """
 
     kind: ClassVar[str] = "plan"
     max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
@@ -163,7 +167,7 @@ class Plan(Record):
 
 
 class Verdict(IntEnum):
-    """What became of an agent's last judged update. The words of the reason are in the events and the commit record."""
+    """The outcome of an agent's last judged update. The words of the reason are in the events and the commit record."""
 
     NONE = 0
     MERGED = 1
@@ -216,26 +220,34 @@ class Roster(Record):
         return self
 
     def number(self, agent: str) -> int | None:
+        """Return the agent's number, or None for an unknown agent."""
         return self.agents.index(agent) if agent in self.agents else None
 
     def state(self, number: int) -> Presence:
+        """Return the presence of an agent, by its number."""
         return Presence(self.presence[number])
 
     def participant(self, number: int) -> bool:
+        """Return whether the agent takes part in the round that this roster opens."""
         return bool(self.flags[number] & 1)
 
     def verdict(self, number: int) -> Verdict:
+        """Return the verdict on the agent's last judged clock."""
         return Verdict(self.flags[number] >> 1 & 7)
 
     def merged_before(self, number: int) -> int:
-        """Of the clocks before the last judged one, which were merged: bit 0 for the one just before it, and so on."""
+        """Return which of the clocks before the last judged one were merged: bit 0 for the clock just before, bit 1 for
+        the next older.
+        """
         return self.flags[number] >> 4
 
     def offset(self, number: int) -> int:
+        """Return the number that is added to the agent's clock for the comparison with the gate."""
         return self.offsets[number] if self.offsets else 0
 
     @staticmethod
     def flag(participant: bool, verdict: Verdict, merged_before: int = 0) -> int:
+        """Return the flag byte of an agent."""
         return participant | verdict << 1 | merged_before << 4
 
 
@@ -265,7 +277,7 @@ class Head(Record):
     previous: BlobRef | None = Field(None, description="the model one version back")
     manifest: BlobRef | None = Field(None, description="the layout of the center")
     roster: BlobRef | None = Field(None, description="who takes part in the round, and what was judged")
-    plan: Annotated[bytes, Field(max_length=INLINE_BYTES)] | BlobRef | None = Field(
+    plan: Annotated[bytes, Field(max_length=PLAN_INLINE_BYTES)] | BlobRef | None = Field(
         None, description="the merge under way: a Plan record, or the blob that holds it"
     )
     gate: Count | None = Field(
@@ -278,7 +290,9 @@ class Head(Record):
 
 
 class Notify(Record):
-    """«Head has moved»: sent after every change. A hint only: whoever misses it reads head again in a few seconds."""
+    """«Head has moved»: sent after every change, as a hint. An agent that misses the hint reads head again in a few
+    seconds.
+    """
 
     kind: ClassVar[str] = "notify"
     head: Annotated[bytes, Field(max_length=MAX_HEAD_BYTES)] = Field(description="a head record")
@@ -313,7 +327,7 @@ class Submitted(Record):
 
 
 class Stop(Record):
-    """Ends a run: at once, or with the merge that is under way. Asking again changes nothing."""
+    """Ends a run: at once, or with the merge that is under way. A repeated request changes nothing."""
 
     kind: ClassVar[str] = "stop"
     max_bytes: ClassVar[int] = 16 * 1024
@@ -322,7 +336,7 @@ class Stop(Record):
 
 
 class Stopped(Record):
-    """The answer: what becomes of the run."""
+    """The answer: the outcome for the run."""
 
     kind: ClassVar[str] = "stopped"
     run: Name
@@ -390,7 +404,7 @@ class LogLine(Record):
     version: Count
     term: Count
     model: BlobRef = Field(description="this version; on the bus as long as it is kept")
-    record: Annotated[bytes, Field(max_length=LINE_INLINE_BYTES)] | BlobRef = Field(
+    record: Annotated[bytes, Field(max_length=LOG_INLINE_BYTES)] | BlobRef = Field(
         description="the Committed record, or the blob that holds it, whose chunks lie under the line's subject"
     )
 
@@ -418,13 +432,22 @@ R = TypeVar("R", bound=Record)
 
 
 def encode(record: Record) -> bytes:
-    """The record as it travels."""
+    """Return the record as a message."""
     assert record.kind, f"{type(record).__name__} is a part, not a message"
     return _pack({"t": record.kind, "v": VERSION, **record.model_dump()})
 
 
 def decode(model: type[R], data: bytes, *, limit: int | None = None) -> R:
-    """The record in `data`, or a PeerError that says what is wrong with it. `limit`: bytes; default: the record's own."""
+    """Return the record in a message.
+
+    Args:
+        model: the class of the record that is expected.
+        data: the message.
+        limit: bytes that the message may have; None: the limit of the class.
+
+    Raises:
+        PeerError: the message is no such record. Names the field.
+    """
     what, limit = model.kind, model.max_bytes if limit is None else limit
     if len(data) > limit:
         raise PeerError(f"{what}: {len(data)} bytes are more than the {limit} allowed")
@@ -455,12 +478,12 @@ def decode(model: type[R], data: bytes, *, limit: int | None = None) -> R:
 
 
 def shown(value: Any) -> str:
-    """What a peer sent, for an error's text: short, and safe where it is nested so deeply that `repr` would give up."""
+    """Return a peer's value for the text of an error: short, and safe for values nested too deeply for `repr`."""
     return repr(value)[:40] if isinstance(value, str | int | float | bytes | None) else f"a {type(value).__name__}"
 
 
 def _sorted(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the map with its keys in order, and the maps inside it likewise: one encoding for one content."""
+    """Return the map with its keys in order, and the maps inside likewise, so that one content has one encoding."""
     return {k: _sorted(v) if isinstance(v, dict) else v for k, v in sorted(fields.items())}
 
 

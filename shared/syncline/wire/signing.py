@@ -1,4 +1,4 @@
-"""Signatures by nkeys (ed25519): who made an update can be checked long after the broker let it through."""
+"""Signatures by nkeys (ed25519): the author of an update can be verified long after the broker let the update through."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class Signer:
         self.public_key = str(self._pair.public_key.decode())
 
     def sign(self, data: bytes) -> bytes:
-        """64 bytes."""
+        """Return the signature of the data, 64 bytes."""
         return bytes(self._pair.sign(data))
 
 
 def verify(public_key: str, data: bytes, signature: bytes) -> bool:
-    """Whether the owner of the public key signed exactly these bytes; False for anything malformed, too."""
+    """Return whether the owner of the public key signed exactly these bytes; False also for a malformed key or
+    signature.
+    """
     try:
         raw = base64.b32decode(public_key + "=" * (-len(public_key) % 8))
         VerifyKey(raw[_KEY]).verify(data, signature)

@@ -1,4 +1,4 @@
-"""Every subject, stream and key name in one place. Pure: knows no bus and no message.
+"""Every subject, stream and key name in one place. This module knows neither bus nor message.
 
 All subjects are `syncline.v1.<run>.…`, one token per name, so that a broker permission can be written for each of them.
 The token after `agent.` *is* the agent's identity: the broker lets agent `a1` publish under `…agent.a1.>` alone.
@@ -21,7 +21,11 @@ NAME = re.compile(r"[a-z0-9-]{1,63}")
 
 
 def checked_name(setting: str, name: str) -> str:
-    """The name itself, or a ConfigError: names are `[a-z0-9-]{1,63}`, because they are tokens of subjects."""
+    """Return the name itself.
+
+    Raises:
+        ConfigError: the name is reserved or not of the form `[a-z0-9-]{1,63}`, which tokens of subjects have.
+    """
     if not NAME.fullmatch(name):
         raise ConfigError(setting, f"{name!r} is not a name", "Use 1 to 63 of a-z, 0-9 and '-'")
     if name in RESERVED:
@@ -54,20 +58,28 @@ def log_stream(run: str) -> str:
 
 
 def update_prefix(run: str, agent: str, blob: str) -> str:
-    """A chunk's subject is this and its number: `update_prefix(…) + ".7"`."""
+    """Return the subject of an update's chunks without the chunk number: `update_prefix(…) + ".7"` is the subject of
+    chunk 7.
+    """
     return f"{PREFIX}.{run}.agent.{agent}.update.{blob}"
 
 
 def every_update(run: str) -> str:
-    """Chunks and nothing else: what the updates stream takes, its coordinator can find and purge."""
+    """Return the pattern of all chunks of updates, which the updates stream takes.
+
+    The pattern has exactly one token after the blob id. A stream that took more could hold messages that the
+    coordinator neither finds nor purges.
+    """
     return f"{update_prefix(run, '*', '*')}.*"
 
 
 def model_prefix(run: str, blob: str) -> str:
+    """Return the subject of the chunks of a model or record without the chunk number."""
     return f"{PREFIX}.{run}.model.{blob}"
 
 
 def outer_prefix(run: str, blob: str) -> str:
+    """Return the subject of the chunks of the outer state beside a model, without the chunk number."""
     return f"{PREFIX}.{run}.outer.{blob}"
 
 
@@ -96,16 +108,19 @@ def story() -> str:
 
 
 def log_record(run: str, version: int | str, term: int | str) -> str:
+    """Return the subject of a line in the log of commits. Either number may be the wildcard `*`."""
     return f"{PREFIX}.{run}.log.{version}.{term}"
 
 
 def log_blob(run: str, version: int, term: int, blob: str) -> str:
-    """The chunks of a commit record that is too large for its line in the log."""
+    """Return the subject of the chunks of a commit record that is too large for its line in the log, without the chunk
+    number.
+    """
     return f"{log_record(run, version, term)}.{blob}"
 
 
 def probe(run: str) -> str:
-    """Of a stream that is there for a moment, to learn whether a run would find space."""
+    """Return the subject of a stream that exists for a moment, to learn whether a run would find space."""
     return f"{PREFIX}.{run}.probe"
 
 
@@ -122,7 +137,11 @@ def events(run: str, who: str) -> str:
 
 
 def agent_of(subject: str) -> str:
-    """The agent a subject belongs to, as the broker let it through."""
+    """Return the agent that a subject belongs to. The broker enforces this identity.
+
+    Raises:
+        PeerError: the subject belongs to no agent.
+    """
     tokens = subject.split(".")
     if len(tokens) < 6 or tokens[3] != "agent":
         raise PeerError(f"{subject!r} is no agent's subject")
@@ -130,4 +149,5 @@ def agent_of(subject: str) -> str:
 
 
 def run_of(subject: str) -> str:
+    """Return the run that a subject belongs to, or `fleet`."""
     return subject.split(".")[2]

@@ -15,7 +15,7 @@ from syncline.model.manifest import Manifest
 from syncline.spec.run_spec import RunSpec, parse
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline.wire.messages import LINE_INLINE_BYTES, BlobRef, Committed, Dropped, LogLine, Plan, PlanEntry, encode
+from syncline.wire.messages import LOG_INLINE_BYTES, BlobRef, Committed, Dropped, LogLine, Plan, PlanEntry, encode
 from syncline_coordinator.reservation import (
     LOG_BYTES,
     LOG_REASON_BYTES,
@@ -54,7 +54,7 @@ async def test_a_record_of_any_size_is_put_and_read_whole(updates: int, payload:
     await put_commit(bus, put)
     line = await line_of(bus, "r", 1, 1)
     assert line is not None and line.model == LARGE and await record_in(bus, "r", line) == put
-    assert isinstance(line.record, bytes) == (len(encode(put)) <= min(LINE_INLINE_BYTES, payload // 32))
+    assert isinstance(line.record, bytes) == (len(encode(put)) <= min(LOG_INLINE_BYTES, payload // 32))
     largest = max(len(message.data) for message in await bus.read(subjects.log_stream("r"), 1, 1000))
     assert largest <= payload - 4096
 

@@ -15,9 +15,9 @@ from syncline.errors import PeerError
 from syncline.model.manifest import Manifest
 from syncline.wire.messages import (
     HEAD_REASON_BYTES,
-    INLINE_BYTES,
     MAX_HEAD_BYTES,
     MESSAGES,
+    PLAN_INLINE_BYTES,
     REMEMBERED,
     BlobRef,
     Committed,
@@ -360,7 +360,7 @@ LARGEST_HEAD = Head(
     previous=LARGEST_BLOB,
     manifest=LARGEST_BLOB,
     roster=LARGEST_BLOB,
-    plan=b"p" * INLINE_BYTES,
+    plan=b"p" * PLAN_INLINE_BYTES,
     offers_seq=LARGEST,
     reason=WIDE * HEAD_REASON_BYTES,
 )
