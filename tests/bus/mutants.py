@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from syncline.bus.base import Handler, Stored, Subscription
 from syncline.bus.memory.bus import MemoryBroker, MemoryBus
-from syncline.bus.memory.lane import Lane, Pipe, Who
+from syncline.bus.memory.lane import ClientId, Lane, Pipe
 from syncline.bus.memory.store import Store, Stream, Tenant
 
 
@@ -87,15 +87,15 @@ class QueuesWithoutBound(MemoryBroker):
 
 
 class LetsAgentsSayAll(MemoryBroker):
-    def _tenant(self, who: Who) -> Tenant:
+    def _tenant(self, who: ClientId) -> Tenant:
         tenant = super()._tenant(who)
-        tenant.asks = tenant.says = (">",)
+        tenant.requests = tenant.publishes = (">",)
         return tenant
 
 
 class KeepsAgentsFromWatchers(MemoryBroker):
-    def _audience(self, said_in: Tenant, subject: str) -> list[Tenant]:
-        return super()._audience(said_in, subject) if said_in is self._core else []
+    def _audience(self, origin: Tenant, subject: str) -> list[Tenant]:
+        return super()._audience(origin, subject) if origin is self._core else []
 
 
 class LosesItsStore(MemoryBroker):
@@ -134,7 +134,7 @@ class ChangesKeysLater(MemoryBroker):
 class TrustsASilentConnection(MemoryBroker):
     def _lane(self, *who: object) -> Lane:
         lane = super()._lane(*who)  # type: ignore[arg-type]
-        lane._begin_again = lambda: None  # type: ignore[method-assign]
+        lane._force_reconnect = lambda: None  # type: ignore[method-assign]
         return lane
 
 

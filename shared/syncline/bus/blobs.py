@@ -1,10 +1,11 @@
 """Bulk over the bus: a blob is put chunk by chunk with a window of acknowledgements in flight, and got the same way.
 
-The window goes by the link: it begins small, becomes as wide as asked for where answers come at once, and is a single chunk
-where one takes seconds, so that little is lost with a connection and nothing else waits long behind it.
+The window follows the link. A transfer begins with a few chunks in flight, reaches the full window on a fast link, and
+falls to a single chunk on a link that needs seconds for one, so that a lost connection costs little and small messages
+do not wait long.
 
-Nobody is pushed a tensor. A writer retries a chunk until it is held; a reader asks again for what did not come, and a chunk
-that is there already counts as put, because a chunk's subject is written once.
+Bulk is never pushed. A writer repeats a chunk until the bus holds the chunk; a reader asks again for a missing one. A
+chunk that exists already counts as put, because the subject of a chunk is written once.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class BlobGone(PeerError):
 
 
 class Stale(Unreachable):
-    """What was put of the blob may be purged by now: put it again, under another name."""
+    """The first chunks of the blob may be purged by now: put the blob again, under another name."""
 
 
 class Growth:
-    """How far the putting of a blob got, and when it was last seen to grow: a chunk that was there already does not count."""
+    """The progress of putting a blob, and the time of its last growth. A chunk that existed before does not count as
+    growth.
+    """
 
     def __init__(self) -> None:
         self._at_s = _now()
@@ -48,11 +51,11 @@ class Growth:
 
     @property
     def left_s(self) -> float:
-        """How long it is safe to go on with the blob, and to offer it."""
+        """Return for how many seconds it is safe to go on with the blob, and to offer the blob."""
         return self._at_s + STALE_S - _now()
 
     def put(self, k: int, digest: bytes, new: bool) -> None:
-        """A chunk is on the bus. Raises Stale where others may not be there any more."""
+        """Note that a chunk is on the bus. Raises Stale if earlier chunks may be purged."""
         if self.left_s < 0:
             raise Stale(f"no new chunk for more than {STALE_S:g} s")
         self.digests[k] = digest
@@ -72,10 +75,22 @@ async def put_blob(
     sections: int = 1,
     growth: Growth | None = None,
 ) -> tuple[BlobRef, bytes]:
-    """Puts all of `data` under `prefix(blob)`.k and returns its reference and digest once the bus holds every chunk.
+    """Put all of `data` under `prefix(blob)`.k, and return the blob's reference and digest once the bus holds every
+    chunk.
 
-    `data` is so many sections of one size; no chunk reaches from one into the next. `growth`: of an agent's blob, which goes on
-    where it got, and is purged where it does not grow; raises Stale then.
+    Args:
+        prefix: the function from a blob's id to the subject of its chunks, without the chunk number.
+        data: `sections` payloads of the same size; no chunk reaches from one into the next.
+        chunk_bytes: bytes of a chunk; the last one of each section may be shorter.
+        blob: the blob's id; empty: a new one.
+        codec: the codec that made the bytes.
+        window: chunks in flight at once, at most.
+        growth: for the blob of an agent: the progress of an earlier try, from which this one goes on.
+
+    Raises:
+        Stale: the blob has not grown for so long that the coordinator may have purged it.
+        StreamFull: the stream has no room.
+        Unreachable: the bus did not answer within PATIENCE_S.
     """
     blob = blob or new_id()
     data = data.cast("B")
@@ -117,11 +132,11 @@ async def get_blob(
         into: exactly `ref.size` bytes.
         chunk_bytes: bytes of a payload; the last one of each section may be shorter.
         codec: the codec that the caller can decode.
-        window: chunks under way at once, at most.
+        window: chunks in flight at once, at most.
         sections: vectors in the blob; no chunk reaches from one into the next.
 
     Raises:
-        BlobGone: a chunk is not there.
+        BlobGone: a chunk is missing.
         PeerError: the blob has another size or codec, or a chunk is bad.
     """
     into = into.cast("B")
@@ -139,7 +154,7 @@ async def get_blob(
 
 
 def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
-    """Where each chunk of a blob lies in its bytes."""
+    """Return the place of each chunk in the bytes of a blob."""
     each = size // sections
     return [
         slice(begin + offset, begin + min(offset + chunk_bytes, each))
@@ -149,9 +164,10 @@ def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
 
 
 async def put_record(bus: Bus, prefix: Prefix, data: bytes, *, blob: str = "") -> BlobRef:
-    """Puts a record as a blob of equal chunks, each of which fits into a message of this bus.
+    """Put a record as a blob of equal chunks, each of which fits into a message of this bus.
 
-    Size and number of chunks tell a reader where the record was cut, whatever its own connection allows.
+    Size and number of chunks tell a reader the borders of the chunks, independently of the limits of its own
+    connection.
     """
     most = min(RECORD_CHUNK_BYTES, content_bytes(bus.max_payload))
     chunks = max(1, -(-len(data) // most))
@@ -159,7 +175,7 @@ async def put_record(bus: Bus, prefix: Prefix, data: bytes, *, blob: str = "") -
 
 
 async def get_record(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, limit: int) -> bytes:
-    """Gets a record that was put by `put_record`. Raises PeerError where it is larger than `limit` bytes."""
+    """Return a record that was put by `put_record`. Raises PeerError if the record is larger than `limit` bytes."""
     if ref.size > limit:
         raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes are more than the {limit} allowed")
     into = bytearray(ref.size)
@@ -168,18 +184,23 @@ async def get_record(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, limit:
 
 
 def _cut(size: int, chunks: int) -> int:
-    """Bytes in each of so many equal chunks; the last one may be shorter."""
+    """Return the bytes in each of so many equal chunks; the last one may be shorter."""
     return max(1, -(-size // chunks))
 
 
 async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int, size: int, codec: str = RAW) -> bytes:
-    """Return the payload of chunk k. Raises BlobGone, or PeerError where it is not one of `size` bytes and this codec."""
+    """Return the payload of chunk k.
+
+    Raises:
+        BlobGone: the chunk is missing.
+        PeerError: the chunk has not `size` bytes, or another codec.
+    """
     stored = await get_frame(bus, stream, prefix, ref, k)
     return unpack_chunk(stored.data, blob=ref.id, k=k, n=ref.chunks, codec=codec, size=size)
 
 
 async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int) -> Stored:
-    """Chunk k as the stream holds it. Raises BlobGone."""
+    """Return chunk k as the stream holds the frame. Raises BlobGone."""
     stored = await with_retries(lambda: bus.get(stream, f"{prefix(ref.id)}.{k}", bulk=True))
     if stored is None:
         raise BlobGone(f"chunk {k} of blob {ref.id[:8]} is not on the bus")
@@ -187,7 +208,7 @@ async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int)
 
 
 async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
-    """Puts one frame. False where it is there already: an earlier try of ours has put it."""
+    """Put one frame. Returns False if the bus has the frame already, from an earlier try."""
     try:
         await with_retries(lambda: bus.put(subject, frame, bulk=True))
     except AlreadyPut:
@@ -196,7 +217,12 @@ async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
 
 
 async def with_retries(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
-    """Asks again, with growing pauses, while the bus is out of reach; what will not pass is raised at once."""
+    """Repeat a request with growing pauses while the bus is out of reach.
+
+    Raises:
+        Unreachable: the bus did not answer within `patience_s`.
+        BusError: the request failed for a reason that a repetition does not change; raised at once.
+    """
     deadline = _now() + patience_s
     for attempt in itertools.count():
         try:
@@ -212,7 +238,7 @@ async def with_retries(ask: Callable[[], Awaitable[T]], *, patience_s: float = P
 
 
 async def windowed(n: int, window: int, work: Callable[[int], Awaitable[None]]) -> None:
-    """`work(0)` … `work(n − 1)`, at most `window` at once; the first error cancels the rest."""
+    """Run `work(0)` … `work(n − 1)`, at most `window` at once. The first error cancels the rest."""
     if n == 1:
         await work(0)
         return
@@ -232,7 +258,7 @@ async def windowed(n: int, window: int, work: Callable[[int], Awaitable[None]]) 
 
 
 async def paced(n: int, most: int, work: Callable[[int], Awaitable[None]]) -> None:
-    """As `windowed`, but with as many at once as the link carries quickly, `most` of them at most."""
+    """Run like `windowed`, with as many at once as the link carries quickly, and at most `most`."""
     width = min(FIRST_CHUNKS, most)
     room = asyncio.Semaphore(width)
 

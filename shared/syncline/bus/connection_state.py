@@ -1,7 +1,7 @@
-"""The states of one connection to a broker, as a table. Both implementations of the bus go by it. Imports nothing of theirs.
+"""The states of one connection to a broker, as a table. Both implementations of the bus follow this table.
 
-A bus has two connections, each with a state of its own. A connection that is lost heals itself; only its owner closes it, and
-that is final.
+A bus has two connections, each with a state of its own. A connection that is lost heals itself; only its owner closes a
+connection, and that is final.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class State(Enum):
-    """Where a connection stands."""
+    """The state of a connection."""
 
     NEW = "new"  # never connected yet
     CONNECTED = "connected"  # requests are answered

@@ -1,15 +1,17 @@
 """The bus port in memory: a whole broker with its streams and accounts, in one event loop, and deterministic.
 
-No mock: it does what nats-server 2.15 does behind `NatsBus`, down to the bytes that a message takes in a stream, and both
-pass one contract suite (`tests/bus/contract.py`). Services run on it unchanged, on real time or on a loop with virtual time.
+The broker is no mock. It behaves as nats-server 2.15 does behind `NatsBus`, down to the bytes that a message takes in a
+stream, and both pass one contract suite (`tests/bus/contract.py`). Services run on this bus unchanged, on real time or
+on a loop with virtual time.
 
-It uses no thread, no real time and no randomness. Time is the event loop's, the order of everything is the order in which
-it was asked, and delays and losses come from a `Network` that is given. What a test may do to it besides: cut a client off,
-stop the broker, set its store back to an earlier fsync, and look at every operation before and after it is done.
+The module uses no thread, no real time and no randomness. The time is the event loop's, requests are carried out in
+their order, and delays and losses come from a `Network` that is passed in. A test may also cut a client off, stop the
+broker, return its store to an earlier fsync, and watch every operation before and after its execution.
 
-*Which comes first?* As on a real server, a message on a stream's subject goes to the core subscribers and, on its own way,
-into the stream. A subscriber may be told before the stream holds it, and a `get` right behind a `publish` may miss it; only
-the acknowledgement of a `put` says that it is held. `Network.delay("broker", stream, "store")` moves the two apart.
+*Order of delivery.* As on a real server, a message on a stream's subject goes to the core subscribers and, on a
+separate way, into the stream. A subscriber may get the message before the stream holds it, and a `get` right after a
+`publish` may miss the message; only the acknowledgement of a `put` guarantees storage. `Network.delay("broker", stream,
+"store")` separates the two moments.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import TypeVar, cast
 
 from syncline.bus.base import BucketConfig, Entry, Handler, Stored, StreamConfig, StreamState, Subscription
 from syncline.bus.memory.faults import Hook, Instant, Network, Operation
-from syncline.bus.memory.lane import Lane, Message, Who
+from syncline.bus.memory.lane import ClientId, Lane, Message
 from syncline.bus.memory.routing import Router
 from syncline.bus.memory.store import CAS_HEADER_BYTES, Shape, Store, Stream, checked
 from syncline.bus.server.accounts import MAX_PAYLOAD_BYTES, WATCH, Account
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 
 class MemoryBus:
-    """A client: the bus port on a `MemoryBroker`, which makes them. Like the NATS one, it has two connections."""
+    """A client of a `MemoryBroker`: the bus port. Like the NATS client, each has two connections."""
 
     def __init__(self, broker: Router, control: Lane, bulk: Lane) -> None:
         self._broker, self._control, self._bulk = broker, control, bulk
@@ -123,7 +125,7 @@ class MemoryBus:
 
     async def subscribe(self, subject: str, handler: Handler, *, limit: int = 4096) -> Subscription:
         with self._operation("subscribe", subject):
-            return self._control.listen(checked(subject, pattern=True), handler, limit)
+            return self._control.subscribe(checked(subject, pattern=True), handler, limit)
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
         with self._operation("request", subject, data, timeout_s) as now:
@@ -177,7 +179,7 @@ class MemoryBus:
             raise Unreachable(f"{what}: the connection to the broker is lost")
 
     async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], *, bulk: bool = False) -> T:
-        """Has JetStream do something, where the permissions let us ask for it."""
+        """Ask JetStream, if the permissions allow the question, and return its result."""
         message = Message(checked(subject), ask=ask, operation=now)
         if bulk:
             result = (await self._bulk.request_bulk(message, now.name, self.max_payload)).result
@@ -189,7 +191,7 @@ class MemoryBus:
 
 
 class MemoryBroker(Router):
-    """The server. Clients come from `connect`; whatever time it takes passes in the running event loop."""
+    """The server. Its clients come from `connect`. All times pass in the running event loop."""
 
     stream_type: type[Stream] = Stream
     bus_type: type[MemoryBus] = MemoryBus
@@ -202,37 +204,55 @@ class MemoryBroker(Router):
         max_payload: int = MAX_PAYLOAD_BYTES,
         max_store_bytes: int | None = None,
     ) -> None:
-        """`clock` gives seconds since the epoch; by default the event loop's time and a constant."""
+        """Make a broker without streams.
+
+        Args:
+            network: delays and losses; None: no delay and no loss.
+            clock: seconds since the epoch; None: the event loop's time plus a constant.
+            max_payload: bytes of a message, at most.
+            max_store_bytes: bytes that all streams together may reserve; None: no limit.
+        """
         super().__init__(network or Instant(), Store(self.stream_type, max_store_bytes), clock, max_payload)
         self._cut: dict[str, None] = {}
         self._running = True
 
     def connect(self, name: str, account: Account = "CORE", identity: str = "", *, inbox: str = "") -> MemoryBus:
-        """A client, by whatever name it can be told from others. `identity` is whose key it holds, by default `name`'s;
-        `inbox` the name it hears answers by, by default its identity's. Raises Unreachable where the broker is stopped."""
+        """Make a client.
+
+        Args:
+            name: any name that tells the client from others, for `cut` and `reconnect`.
+            identity: the owner of the client's key; by default `name`.
+            inbox: the name in the client's inbox; by default its identity.
+
+        Raises:
+            Unreachable: the broker is stopped, or the client is cut off.
+        """
         if not self._running or name in self._cut:
             raise Unreachable("no broker answers")
-        who = Who(name, account, identity or (WATCH if account == "WATCH" else name))
+        who = ClientId(name, account, identity or (WATCH if account == "WATCH" else name))
         return self.bus_type(self, self._lane(who, inbox), self._lane(who, inbox))
 
     def before_op(self, hook: Hook) -> None:
-        """`hook(operation)` before each bus operation, and again when it is done, and after it."""
+        """Call `hook(operation)` before each bus operation, after its execution, and after its end."""
         self.hooks.add(hook)
 
     def cut(self, name: str) -> None:
-        """The connection `name` is lost, and cannot come back until `hint`."""
+        """Cut the connections of a client, until `reconnect`."""
         self._cut[name] = None
         for lane in self._named(name):
             lane.cut()
 
     def reconnect(self, name: str) -> None:
+        """Let a client that was cut off connect again."""
         self._cut.pop(name, None)
         for lane in self._named(name):
             if self._running:
                 lane.reconnect()
 
     def stop(self) -> None:
-        """All connections are lost, and what was still on its way into a stream; what the streams hold stays."""
+        """Stop the broker: all connections are lost, with the messages on their way into streams. The content of the
+        streams stays.
+        """
         self._running = False
         for pipe in self._storing.values():
             pipe.cut()
@@ -241,6 +261,7 @@ class MemoryBroker(Router):
             lane.cut()
 
     def start(self) -> None:
+        """Start the broker again, and let its clients reconnect."""
         self._running = True
         for lane in list(self._lanes):
             if lane.who.name not in self._cut:
@@ -251,11 +272,13 @@ class MemoryBroker(Router):
         self.start()
 
     def snapshot(self) -> Store:
-        """What a power failure from now on would leave, if this were the last fsync."""
+        """Return a copy of the store: the state after a later power failure, if this moment were the last fsync."""
         return self.store.copy()
 
     def roll_back(self, to: Store) -> None:
-        """A power failure: a restart with the store of an earlier fsync. Acknowledged writes since then are lost."""
+        """Simulate a power failure: restart with the store of an earlier fsync. Acknowledged writes since then are
+        lost.
+        """
         self.stop()
         self.store, self._storing = to.copy(), {}
         self.start()

@@ -1,9 +1,10 @@
-"""What goes wrong on the bus in memory, and where: networks that delay and lose, hooks that see every operation.
+"""Faults on the bus in memory: networks that delay and lose messages, and hooks that see every operation.
 
-A `Network` says how long each message takes, or that it is lost. A hook is told of an `Operation` before it is sent, when
-the broker has done it, and after it, and may raise, or cut the connection. Knows no connection, no stream and no account.
+A `Network` decides how long each message takes, or that the message is lost. A hook is called with an `Operation`
+before the request is sent, when the broker has carried it out, and after the answer; the hook may raise, or cut the
+connection.
 
-Nothing here draws a random number, but for `Seeded`, whose generator is given; nothing reads a clock but the event loop's.
+Only `Seeded` draws random numbers, from a generator that is passed in. The only clock is the event loop's.
 """
 
 from __future__ import annotations
@@ -19,25 +20,32 @@ CORE_KINDS = frozenset({"publish", "deliver"})  # what NATS itself may lose
 
 
 class Network(Protocol):
+    """The delays and losses of messages."""
+
     def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
-        """Seconds that one message takes, or None where it is lost.
+        """Return the seconds that one message takes, or None for a lost message.
 
         From a connection to "broker", `kind` is the name of the operation, `subscribe` among them; from "broker" to a
-        connection it is `deliver` (a core message), `answer`, `refusal`, or `connect` (until a lost connection is back);
-        from "broker" to a stream's name it is `store`: a real server may tell subscribers of a message before it holds it.
+        connection `kind` is `deliver` (a core message), `answer`, `refusal`, or `connect` (until a lost connection is
+        back); from "broker" to a stream's name `kind` is `store`: a real server may deliver a message to subscribers
+        before the stream holds the message.
         """
         ...
 
 
 class Instant:
-    """No delay and no loss: everything happens in the order in which it was asked, one turn of the event loop per hop."""
+    """A network without delay and loss: everything happens in the order of the requests, one turn of the event loop per
+    hop.
+    """
 
     def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         return 0.0
 
 
 class Seeded:
-    """Uniform delays up to `longest_s`, and of what NATS may lose a share `lost`. The same generator, the same run."""
+    """Uniform delays up to `longest_s`, and the share `lost` of messages that NATS may lose. Equal generators give
+    equal runs.
+    """
 
     def __init__(self, rng: random.Random, longest_s: float, lost: float = 0.0) -> None:
         self._rng, self._longest_s, self._lost = rng, longest_s, lost
@@ -53,11 +61,12 @@ Phase = Literal["before", "done", "after"]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of a bus method, as hooks see it, up to three times.
+    """One call of a bus method, as hooks see the call, up to three times.
 
-    `before` it is sent: what the hook raises, the caller gets, and nothing is sent. `done` by the broker and not yet
-    answered: cut the connection here, and the caller will never know (what a hook raises here goes to the event loop's
-    exception handler). `after` it, with the error if there was one."""
+    `before`: an error that the hook raises reaches the caller, and nothing is sent. `done`: the broker has carried out
+    the request and has not answered yet; if the hook cuts the connection, the caller never learns the outcome (an error
+    of the hook goes to the event loop's exception handler). `after`: the end of the call, with its error if it failed.
+    """
 
     number: int  # counts the operations of a broker's life, from 1
     who: str  # the connection's name
@@ -74,7 +83,7 @@ Hook = Callable[[Operation], None]
 
 
 class Hooks:
-    """Tells of each operation, in the order in which the hooks were added."""
+    """Calls the hooks for each operation, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._hooks: list[Hook] = []

@@ -1,9 +1,9 @@
-"""One connection of the bus in memory: the client's half. Package-private; knows no stream and no account's permissions.
+"""One connection of the bus in memory: the client's half. Package-private; independent of streams and permissions.
 
-A connection is two pipes, and a pipe keeps its order, as TCP does: nothing overtakes on one connection, whatever its
-`Network` says. A `Lane` heals itself as the NATS one does, and fails as that one does: what is under way when the connection
-goes fails at once, what is asked meanwhile waits in a bounded buffer *and is still sent later*, even when the caller has long
-been told Unreachable. It draws no random number and reads no clock but the event loop's.
+A connection consists of two pipes, and a pipe keeps its order, as TCP does: no message overtakes another on one
+connection, whatever delays its `Network` has. A `Lane` heals itself and fails as the NATS one does: requests under way
+fail at once when the connection is lost; later requests wait in a bounded buffer *and are still sent*, even when the
+caller has long got Unreachable. The module draws no random number, and its only clock is the event loop's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PENDING_BYTES = 4 << 20  # what waits for a connection to come back, per lane
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
-    """A client: the name it is cut and seen by, and whose key it holds."""
+class ClientId:
+    """A client: the name that tests use for it, and the owner of its key."""
 
     name: str
     account: Account
@@ -39,7 +39,7 @@ class Who:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What travels. Between a client and JetStream its arguments and results do, and not their JSON."""
+    """A message on its way. Between a client and JetStream, arguments and results travel as objects and not as JSON."""
 
     subject: str
     data: bytes = b""
@@ -50,29 +50,29 @@ class Message:
     operation: Operation | None = None
 
     def answered_to(self, reply: str) -> Message:
-        """The same, but for where its answer is to go."""
+        """Return the message with another reply subject."""
         return Message(self.subject, self.data, reply, self.expected, self.ask, self.result, self.operation)
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on the way, but for headers: subject and content."""
+        """Return the bytes of subject and content, without headers."""
         held = self.result if isinstance(self.result, list) else [self.result]
         return len(self.subject) + len(self.data) + sum(len(m.data) for m in held if isinstance(m, Stored))
 
 
 class Server(Protocol):
-    """The broker, as its connections see it."""
+    """The broker, as its connections use it."""
 
     network: Network
 
     def arrive(self, lane: Lane, message: Message) -> None: ...
-    def listen(self, ear: Ear) -> None: ...
-    def unlisten(self, ear: Ear) -> None: ...
+    def add_interest(self, interest: Interest) -> None: ...
+    def remove_interest(self, interest: Interest) -> None: ...
     def forget(self, lane: Lane) -> None: ...
 
 
 class Pipe:
-    """One direction of a connection: what is sent later arrives later."""
+    """One direction of a connection. Messages arrive in the order in which they were sent."""
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
@@ -94,22 +94,22 @@ class Pipe:
             self._calls.popleft()()
 
     def cut(self) -> None:
-        """What is in it is lost."""
+        """Drop all messages on their way."""
         self._calls.clear()
         self._busy_until_s = 0.0
         self._life += 1
 
 
-class Ear:
-    """A subscription as the broker knows it: a pattern, and what to do at the client with a message that matches."""
+class Interest:
+    """A subscription as the broker knows it: a pattern, and the client's function for a message that matches."""
 
     kind = "answer"
 
-    def __init__(self, lane: Lane, pattern: str, hear: Callable[[Message], None]) -> None:
-        self.lane, self.pattern, self.hear = lane, pattern, hear
+    def __init__(self, lane: Lane, pattern: str, on_message: Callable[[Message], None]) -> None:
+        self.lane, self.pattern, self.on_message = lane, pattern, on_message
 
 
-class Listener(Ear):
+class HandlerQueue(Interest):
     """A user's subscription: a bounded queue, and a task that calls the handler for one message after the other."""
 
     kind = "deliver"
@@ -156,22 +156,22 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Buffer:
-    """What is to be sent when the connection is back."""
+    """The messages to send when the connection is back."""
 
     bytes: int = 0
     sends: list[tuple[str, int, Callable[[], None]]] = field(default_factory=list)
 
 
 class Lane:
-    """The client's half of one connection. `state` is what both halves see: neither waits for a ping to find out."""
+    """The client's half of one connection. Both halves share `state`: neither needs a ping to notice a loss."""
 
-    def __init__(self, server: Server, who: Who, inbox: str) -> None:
+    def __init__(self, server: Server, who: ClientId, inbox: str) -> None:
         self.who, self.state, self.losses = who, moved(State.NEW, State.CONNECTED), 0
         self.reconnected: list[Callable[[], None]] = []
         self._server = server
         self._outgoing, self._incoming = Pipe(), Pipe()
-        self._inbox = Ear(self, f"{inbox}.*", self._on_answer)
-        self._ears: dict[Ear, None] = {}  # in the order of subscription
+        self._inbox = Interest(self, f"{inbox}.*", self._on_answer)
+        self._subscriptions: dict[Interest, None] = {}  # in the order of subscription
         self._waiting: dict[str, _Waiting] = {}  # by reply subject
         self._asked = 0
         self._buffer = _Buffer()
@@ -194,8 +194,16 @@ class Lane:
         self._send(kind, message.size_bytes, partial(self._server.arrive, self, message))
 
     async def request(self, message: Message, kind: str, timeout_s: float, *, of_broker: bool = True) -> Message:
-        """The first answer. Raises NoResponders, Unreachable, Denied; another error of JetStream's is its result.
-        `of_broker`: it is the broker who answers, so that its silence says something about the connection."""
+        """Ask, and return the first answer. An error of JetStream other than the ones below is a result.
+
+        Args:
+            of_broker: the broker itself answers, so that its silence counts as a sign of a dead connection.
+
+        Raises:
+            NoResponders: the subject has no subscriber.
+            Unreachable: no answer came within `timeout_s`, or the connection was lost.
+            Denied: the broker's permissions forbid the request.
+        """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(message.subject, loop.create_future())
         late = Unreachable(f"{message.subject}: no answer within {timeout_s:g} s")
@@ -205,7 +213,7 @@ class Lane:
         except Unreachable:
             self._silent += of_broker
             if self._silent >= SILENT_ANSWERS and not self.closed:
-                self._begin_again()
+                self._force_reconnect()
             raise
         finally:
             timer.cancel()
@@ -213,7 +221,11 @@ class Lane:
         return answer
 
     async def request_bulk(self, message: Message, kind: str, size_bytes: int) -> Message:
-        """The same, of so many bytes there or back: it has the time that a thin link takes, and is not kept for later."""
+        """Ask over a possibly thin link, and return the answer. Fails at once while the connection is lost.
+
+        Args:
+            size_bytes: bytes of the question or its answer, which decide how long the answer may take.
+        """
         if not self.up:
             raise Unreachable(f"{message.subject}: the connection to the broker is lost")
         loop = asyncio.get_running_loop()
@@ -228,7 +240,7 @@ class Lane:
                 return await self._answer(waiting, message, kind)
         except Silent:
             if not self.closed:
-                self._begin_again()
+                self._force_reconnect()
             raise
 
     async def _answer(self, waiting: _Waiting, message: Message, kind: str) -> Message:
@@ -236,7 +248,7 @@ class Lane:
         reply = self._inbox.pattern.removesuffix("*") + str(self._asked)
         self._waiting[reply] = waiting
         try:
-            if self._inbox not in self._ears:  # with the first request: a mere listener may not have an inbox
+            if self._inbox not in self._subscriptions:  # with the first request: a mere listener may not have an inbox
                 self._add(self._inbox)
             self.publish(message.answered_to(reply), kind)
             answer = await waiting.answer
@@ -246,25 +258,26 @@ class Lane:
             raise answer.result
         return answer
 
-    def listen(self, pattern: str, handler: Handler, limit: int) -> Listener:
+    def subscribe(self, pattern: str, handler: Handler, limit: int) -> HandlerQueue:
+        """Subscribe a handler to a pattern."""
         self._check_open()
-        listener = Listener(self, pattern, handler, limit)
+        listener = HandlerQueue(self, pattern, handler, limit)
         self._add(listener)
         return listener
 
-    def _add(self, ear: Ear) -> None:
+    def _add(self, interest: Interest) -> None:
         self._check_open()
-        self._ears[ear] = None
+        self._subscriptions[interest] = None
         if self.up:  # otherwise the broker is told when the connection is back
-            self._send("subscribe", 0, partial(self._server.listen, ear))
+            self._send("subscribe", 0, partial(self._server.add_interest, interest))
 
-    def drop(self, ear: Listener) -> None:
-        if ear not in self._ears:
+    def drop(self, interest: HandlerQueue) -> None:
+        if interest not in self._subscriptions:
             return
-        del self._ears[ear]
-        ear.end()
+        del self._subscriptions[interest]
+        interest.end()
         if self.up and not self.closed:
-            self._send("unsubscribe", 0, partial(self._server.unlisten, ear))
+            self._send("unsubscribe", 0, partial(self._server.remove_interest, interest))
 
     def _send(self, kind: str, size: int, arrive: Callable[[], None]) -> None:
         self._check_open()
@@ -290,15 +303,15 @@ class Lane:
         if delay_s is not None:
             self._incoming.send(delay_s, arrive)
 
-    def deliver(self, ear: Ear, message: Message) -> None:
-        self.receive(ear.kind, message.size_bytes, partial(self._hear, ear, message))
+    def deliver(self, interest: Interest, message: Message) -> None:
+        self.receive(interest.kind, message.size_bytes, partial(self._deliver, interest, message))
 
     def refuse(self, what: Literal["publish", "subscribe"], subject: str) -> None:
         self.receive("refusal", len(subject), partial(self._on_refusal, what, subject))
 
-    def _hear(self, ear: Ear, message: Message) -> None:
-        if ear in self._ears:
-            ear.hear(message)
+    def _deliver(self, interest: Interest, message: Message) -> None:
+        if interest in self._subscriptions:
+            interest.on_message(message)
 
     def _on_answer(self, message: Message) -> None:
         waiting = self._waiting.get(message.subject)
@@ -307,15 +320,16 @@ class Lane:
 
     def _on_refusal(self, what: Literal["publish", "subscribe"], subject: str) -> None:
         denied = Denied(f"the broker's permissions forbid {what} on {subject!r}")
-        deaf = what == "subscribe" and subject == self._inbox.pattern  # no answer will ever come
-        if deaf:
-            self._ears.pop(self._inbox, None)
+        no_inbox = what == "subscribe" and subject == self._inbox.pattern  # no answer will ever come
+        if no_inbox:
+            self._subscriptions.pop(self._inbox, None)
         for waiting in self._waiting.values():
-            if deaf or (what == "publish" and waiting.subject == subject):
+            if no_inbox or (what == "publish" and waiting.subject == subject):
                 _fail(waiting, denied)
 
     # -- breaking and healing --------------------------------------------------------------------------------------
     def cut(self) -> None:
+        """Lose the connection: messages on their way are gone, and pending requests fail."""
         self.losses += self.up
         if self.state in (State.CONNECTED, State.RECONNECTING):
             self._move(State.LOST)
@@ -325,13 +339,14 @@ class Lane:
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     def reconnect(self) -> None:
+        """Begin to connect again, if the connection is lost."""
         if self.state is not State.LOST:
             return
         self._move(State.RECONNECTING)
         self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect", 0) or 0.0, self._connected)
 
-    def _begin_again(self) -> None:
-        """No answers come, and the connection looks alive."""
+    def _force_reconnect(self) -> None:
+        """Give up a connection that looks alive and on which no answers come."""
         self._silent = 0
         if self.up:
             self.cut()
@@ -341,15 +356,15 @@ class Lane:
         if self.closed:
             return
         self._move(State.CONNECTED)
-        for ear in self._ears:
-            self._send("subscribe", 0, partial(self._server.listen, ear))
+        for interest in self._subscriptions:
+            self._send("subscribe", 0, partial(self._server.add_interest, interest))
         buffer, self._buffer = self._buffer, _Buffer()
         for kind, size, arrive in buffer.sends:
             self._send(kind, size, arrive)
-        pong = partial(self._incoming.send, 0.0, self._back)
+        pong = partial(self._incoming.send, 0.0, self._tell_reconnected)
         self._outgoing.send(0.0, pong)  # the broker has all that was sent before
 
-    def _back(self) -> None:
+    def _tell_reconnected(self) -> None:
         for call in self.reconnected:
             call()
 
@@ -359,7 +374,7 @@ class Lane:
             _fail(waiting, error)
 
     async def close(self) -> None:
-        """What was published before still goes out; what waits for an answer fails."""
+        """Close the connection. Messages that were sent before still arrive; pending requests fail."""
         if self.closed:
             return
         was_up = self.up
@@ -369,8 +384,8 @@ class Lane:
             self._outgoing.send(0.0, partial(self._server.forget, self))
         else:
             self._server.forget(self)
-        ended = [ear.end() for ear in self._ears if isinstance(ear, Listener)]
-        self._ears.clear()
+        ended = [interest.end() for interest in self._subscriptions if isinstance(interest, HandlerQueue)]
+        self._subscriptions.clear()
         await asyncio.gather(*(t for t in ended if t is not asyncio.current_task()), return_exceptions=True)
 
 

@@ -1,8 +1,10 @@
-"""The server's half of the bus in memory: who may say and hear what, who is told, and what the streams take. Package-private.
+"""The server's half of the bus in memory: permissions, delivery to subscribers, and the way into streams.
+Package-private.
 
-It routes as nats-server 2.15 does with our accounts: what a tenant may not say or hear is refused and noted, questions of
-agents are mapped into CORE and answered once, metrics and events reach the watchers, and a message on a stream's subject goes
-its own way into the stream. Knows nothing of the bus port, nor of what a test does to a broker.
+Messages are routed as by nats-server 2.15 with the accounts of `syncline.bus.server.accounts`: forbidden ones are
+refused and noted, questions of agents are mapped into CORE and answered once, metrics and events reach the watchers,
+and a message on a stream's subject goes its own way into the stream. Independent of the bus port, and of the faults
+that a test causes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 from syncline.bus.memory.faults import BROKER, Hooks, Network
-from syncline.bus.memory.lane import Ear, Lane, Message, Pipe, Who
+from syncline.bus.memory.lane import ClientId, Interest, Lane, Message, Pipe
 from syncline.bus.memory.store import FEEDS, NOTIFY, Store, Stream, Tenant, matches
 from syncline.bus.server.violations import Violation
 from syncline.errors import BusError, NoResponders
@@ -25,7 +27,7 @@ OPEN_REPLIES = 4096  # questions of FLEET that may wait for CORE's answer; beyon
 
 
 class Router:
-    """What a server does by itself. `clock`: seconds since the epoch; None for the event loop's time and a constant."""
+    """The normal work of a server. `clock`: seconds since the epoch; None for the event loop's time plus a constant."""
 
     def __init__(self, network: Network, store: Store, clock: Callable[[], float] | None, max_payload: int) -> None:
         self.network, self.store, self.max_payload = network, store, max_payload
@@ -43,39 +45,40 @@ class Router:
         return self._clock() if self._clock else EPOCH_S + asyncio.get_running_loop().time()
 
     # -- connections -----------------------------------------------------------------------------------------------
-    def _lane(self, who: Who, inbox: str) -> Lane:
+    def _lane(self, who: ClientId, inbox: str) -> Lane:
         lane = Lane(self, who, f"_INBOX.{inbox or who.identity}.{next(self._lane_numbers)}")
         self._lanes[lane] = None
         return lane
 
-    def listen(self, ear: Ear) -> None:
-        tenant = self._tenant(ear.lane.who)
-        if tenant.may_hear(ear.pattern):
-            tenant.ears.add(ear)
+    def add_interest(self, interest: Interest) -> None:
+        """Take a subscription, or refuse it."""
+        tenant = self._tenant(interest.lane.who)
+        if tenant.may_subscribe(interest.pattern):
+            tenant.interests.add(interest)
         else:
-            self.violations.append(Violation(ear.lane.who.identity, "subscribe", ear.pattern))
-            ear.lane.refuse("subscribe", ear.pattern)
+            self.violations.append(Violation(interest.lane.who.identity, "subscribe", interest.pattern))
+            interest.lane.refuse("subscribe", interest.pattern)
 
-    def unlisten(self, ear: Ear) -> None:
-        self._tenant(ear.lane.who).ears.remove(ear)
+    def remove_interest(self, interest: Interest) -> None:
+        self._tenant(interest.lane.who).interests.remove(interest)
 
     def forget(self, lane: Lane) -> None:
-        self._tenant(lane.who).ears.remove_all(lane)
+        self._tenant(lane.who).interests.remove_all(lane)
         if lane.closed:
             self._lanes.pop(lane, None)
 
     def arrive(self, lane: Lane, message: Message) -> None:
-        """One message of a client's is here."""
+        """Take one message of a client, or refuse it."""
         tenant = self._tenant(lane.who)
-        if not tenant.may_say(message.subject):
+        if not tenant.may_publish(message.subject):
             self.violations.append(Violation(lane.who.identity, "publish", message.subject))
             lane.refuse("publish", message.subject)
         elif message.ask is None:
-            self._take(tenant, message)
+            self._route(tenant, message)
         else:
             self._answer(tenant, message, message.ask)
 
-    def _tenant(self, who: Who) -> Tenant:
+    def _tenant(self, who: ClientId) -> Tenant:
         name = f"FLEET-{who.identity}" if who.account == "FLEET" else who.account
         if name not in self._tenants:
             self._tenants[name] = Tenant(who.account, who.identity)
@@ -88,45 +91,47 @@ class Router:
         except BusError as error:
             result = error
         self.hooks.tell(message.operation, "done")
-        self._take(tenant, Message(message.reply, result=result))
+        self._route(tenant, Message(message.reply, result=result))
 
-    def _take(self, tenant: Tenant, message: Message) -> None:
-        """Everyone who listens is told, in other accounts too, and the stream that takes the subject gets it."""
+    def _route(self, tenant: Tenant, message: Message) -> None:
+        """Deliver a message to its subscribers, in other accounts too, and to the stream that takes its subject."""
         if tenant is self._core and message.subject in self._replies:
             tenant, reply = self._replies.pop(message.subject)
             message = replace(message, subject=reply)
-        heard = self._deliver(tenant, message)
+        delivered = self._deliver(tenant, message)
         for other in self._audience(tenant, message.subject):
-            heard += self._deliver(other, message)
-        if tenant.asks_core(message.subject):
+            delivered += self._deliver(other, message)
+        if tenant.goes_to_core(message.subject):
             tenant, message = self._core, message.answered_to(self._mapped(tenant, message.reply))
-            heard += self._deliver(tenant, message)
+            delivered += self._deliver(tenant, message)
         stream = self.store.taking(message.subject) if tenant is self._core else None
         if stream is not None:
             delay_s = self.network.delay(BROKER, stream.name, "store", message.size_bytes)
             if delay_s is not None:
-                self._storing.setdefault(stream.name, Pipe()).send(delay_s, partial(self._keep, stream, message))
+                self._storing.setdefault(stream.name, Pipe()).send(
+                    delay_s, partial(self._store_message, stream, message)
+                )
             return
         self.hooks.tell(message.operation, "done")
-        if not heard and message.reply:
-            self._take(tenant, Message(message.reply, result=NoResponders(f"{message.subject}: nobody listens")))
+        if not delivered and message.reply:
+            self._route(tenant, Message(message.reply, result=NoResponders(f"{message.subject}: nobody listens")))
 
-    def _audience(self, said_in: Tenant, subject: str) -> list[Tenant]:
-        """The other accounts that hear it."""
-        if said_in is self._core and matches(NOTIFY, subject):
+    def _audience(self, origin: Tenant, subject: str) -> list[Tenant]:
+        """Return the other accounts that get a message."""
+        if origin is self._core and matches(NOTIFY, subject):
             return [tenant for tenant in self._tenants.values() if tenant.account == "FLEET"]
-        if said_in.account != "WATCH" and any(matches(feed, subject) for feed in FEEDS):
+        if origin.account != "WATCH" and any(matches(feed, subject) for feed in FEEDS):
             return [tenant for tenant in self._tenants.values() if tenant.account == "WATCH"]
         return []
 
     def _deliver(self, tenant: Tenant, message: Message) -> int:
-        ears = tenant.ears.of(message.subject)
-        for ear in ears:
-            ear.lane.deliver(ear, message)
-        return len(ears)
+        interests = tenant.interests.of(message.subject)
+        for interest in interests:
+            interest.lane.deliver(interest, message)
+        return len(interests)
 
     def _mapped(self, asks: Tenant, reply: str) -> str:
-        """In CORE a question of an agent's is answered to a subject of its own, once."""
+        """Return a reply subject in CORE for the question of an agent. Only the first answer reaches the agent."""
         if not reply:
             return ""
         if len(self._replies) >= OPEN_REPLIES:
@@ -135,7 +140,7 @@ class Router:
         self._replies[mapped] = asks, reply
         return mapped
 
-    def _keep(self, stream: Stream, message: Message) -> None:
+    def _store_message(self, stream: Stream, message: Message) -> None:
         now = self.now()
         stream.expire(now)
         result: int | BusError
@@ -146,11 +151,16 @@ class Router:
             result, said = error, {"stream": stream.name, "error": {"description": str(error)}}
         self.hooks.tell(message.operation, "done")
         if message.reply:
-            self._take(self._core, Message(message.reply, json.dumps(said).encode(), result=result))
+            self._route(self._core, Message(message.reply, json.dumps(said).encode(), result=result))
 
     # -- streams ---------------------------------------------------------------------------------------------------
     def stream(self, name: str, missing: type[BusError]) -> Stream:
-        """As it is now. Direct gets of a stream that is not there meet nobody; JetStream itself says that it is not."""
+        """Return a stream as it is now.
+
+        Args:
+            missing: the error for a missing stream. A direct get meets no subscriber then; JetStream's API answers with
+                an error.
+        """
         found = self.store.streams.get(name)
         if found is None:
             raise missing(f"{name}: stream not found")

@@ -1,7 +1,8 @@
-"""What the broker in memory keeps: streams, and who listens to what in which account. Package-private; knows no clock.
+"""The state of the broker in memory: streams, and the subscriptions of each account. Package-private; has no clock.
 
-Limits, sequence numbers and sizes are those of a nats-server with a file store, byte for byte: what fits there fits here.
-The accounts are those that `syncline.bus.server.accounts` configures; the contract suite holds the two together.
+Limits, sequence numbers and sizes are those of a nats-server with a file store, byte for byte, so that the same
+messages fit. The accounts are those that `syncline.bus.server.accounts` configures; the contract suite compares the
+two.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from syncline.bus.base import READ_BYTES, BucketConfig, Stored, StreamConfig, StreamState, checked_subject
-from syncline.bus.memory.lane import Ear, Lane
+from syncline.bus.memory.lane import Interest, Lane
 from syncline.bus.server.accounts import Account
 from syncline.errors import AlreadyPut, Conflict, StreamFull, Unavailable
 from syncline.wire.subjects import PREFIX, RUNS_BUCKET
@@ -29,7 +30,10 @@ SHORTEST_TTL_S = 0.1  # that JetStream takes
 # -- subjects ----------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=1 << 15)  # a fleet says the same few things all the time
 def matches(pattern: str, subject: str) -> bool:
-    """`*` is one token, `>` one or more at the end. A wildcard in the *subject* is a token like any other."""
+    """Return whether a subject matches a pattern: `*` is one token, `>` one or more at the end.
+
+    A wildcard in the *subject* is a token like any other.
+    """
     wanted, tokens = pattern.split("."), subject.split(".")
     if "" in tokens:
         return False
@@ -43,7 +47,7 @@ def matches(pattern: str, subject: str) -> bool:
 
 
 def collide(a: str, b: str) -> bool:
-    """Whether some subject matches both patterns."""
+    """Return whether some subject matches both patterns."""
     left, right = a.split("."), b.split(".")
     for x, y in zip(left, right, strict=False):
         if ">" in (x, y):
@@ -64,7 +68,7 @@ def checked(subject: str, *, pattern: bool = False) -> str:
 # -- streams -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A stream's configuration, be it a bucket's or not."""
+    """The configuration of a stream, including the stream of a bucket."""
 
     subjects: tuple[str, ...]
     max_bytes: int
@@ -108,7 +112,14 @@ class Stream:
         return any(matches(pattern, subject) for pattern in self.shape.subjects)
 
     def store(self, subject: str, data: bytes, time_s: float, expected: int | None = None) -> int:
-        """The new sequence number. Raises Unavailable (value too large), Conflict, AlreadyPut and StreamFull."""
+        """Store a message, and return its sequence number.
+
+        Raises:
+            Unavailable: the value is too large for the bucket.
+            Conflict: the subject is at another revision than `expected`.
+            AlreadyPut: the stream is write-once, and the subject holds a message.
+            StreamFull: the stream has no room.
+        """
         shape, mine = self.shape, self.by_subject.get(subject, {})
         if 0 <= shape.max_value_bytes < len(data):
             raise Unavailable(f"{subject}: message size exceeds maximum allowed")
@@ -143,7 +154,7 @@ class Stream:
             del self.by_subject[subject]
 
     def last(self, subject: str) -> Stored | None:
-        """The last message of a subject, or of all that a pattern matches."""
+        """Return the last message of a subject, or of all subjects that a pattern matches."""
         own = [next(reversed(seqs)) for s, seqs in self.matching(subject)]
         return self.messages[max(own)] if own else None
 
@@ -186,7 +197,7 @@ class Stream:
 
 
 class Store:
-    """All streams, and the room they may reserve."""
+    """All streams, and the limit of the bytes that they may reserve."""
 
     def __init__(self, stream_type: type[Stream], max_bytes: int | None) -> None:
         self._stream_type, self._max_bytes = stream_type, max_bytes
@@ -216,7 +227,7 @@ class Store:
         self.streams[name] = self._stream_type(name, shape)
 
     def with_newer(self, newer: Store, names: Collection[str]) -> Store:
-        """All streams that there are in `newer`: those named as they are there, the others as they are here, or empty."""
+        """Return the streams of `newer`: the named ones as they are in `newer`, the others as in this store, or empty."""
         other = Store(self._stream_type, self._max_bytes)
         for name, stream in newer.streams.items():
             older = self.streams.get(name) or type(stream)(name, stream.shape)
@@ -229,36 +240,36 @@ class Store:
         return other
 
 
-class Ears:
-    """Who listens in one account, by pattern: thousands of agents listen to few different ones."""
+class InterestTable:
+    """The subscriptions of one account by pattern. Fast for thousands of agents with few different patterns."""
 
     def __init__(self) -> None:
-        self._numbers: dict[Ear, int] = {}
+        self._numbers: dict[Interest, int] = {}
         self._count = 0
-        self._by_pattern: dict[str, dict[Ear, None]] = {}
+        self._by_pattern: dict[str, dict[Interest, None]] = {}
         self._wild: dict[str, None] = {}  # the patterns that a look at the subject does not find
 
-    def add(self, ear: Ear) -> None:
+    def add(self, interest: Interest) -> None:
         self._count += 1
-        self._numbers[ear] = self._count
-        self._by_pattern.setdefault(ear.pattern, {})[ear] = None
-        if {"*", ">"} & set(ear.pattern.removesuffix(".*").split(".")):
-            self._wild[ear.pattern] = None
+        self._numbers[interest] = self._count
+        self._by_pattern.setdefault(interest.pattern, {})[interest] = None
+        if {"*", ">"} & set(interest.pattern.removesuffix(".*").split(".")):
+            self._wild[interest.pattern] = None
 
-    def remove(self, ear: Ear) -> None:
-        same = self._by_pattern.get(ear.pattern, {})
-        same.pop(ear, None)
-        self._numbers.pop(ear, None)
+    def remove(self, interest: Interest) -> None:
+        same = self._by_pattern.get(interest.pattern, {})
+        same.pop(interest, None)
+        self._numbers.pop(interest, None)
         if not same:
-            self._by_pattern.pop(ear.pattern, None)
-            self._wild.pop(ear.pattern, None)
+            self._by_pattern.pop(interest.pattern, None)
+            self._wild.pop(interest.pattern, None)
 
     def remove_all(self, lane: Lane) -> None:
-        for ear in [ear for ear in self._numbers if ear.lane is lane]:
-            self.remove(ear)
+        for interest in [interest for interest in self._numbers if interest.lane is lane]:
+            self.remove(interest)
 
-    def of(self, subject: str) -> list[Ear]:
-        """In the order of subscription."""
+    def of(self, subject: str) -> list[Interest]:
+        """Return the subscriptions that match a subject, in the order in which they were made."""
         if "" in subject.split("."):
             return []
         found = dict.fromkeys(self._by_pattern.get(subject, ()))
@@ -270,26 +281,30 @@ class Ears:
 
 
 class Tenant:
-    """An account on the broker: what its users may say and hear, who listens in it, and what crosses its border.
+    """An account on the broker: the permissions of its users, its subscriptions, and the exchange across its border.
 
-    Every agent has one of its own, so that what answers it gets reaches nobody else."""
+    Every agent has an account of its own, so that answers to the agent reach no other client.
+    """
 
     def __init__(self, account: Account, identity: str) -> None:
-        self.account, self.ears = account, Ears()
+        self.account, self.interests = account, InterestTable()
         own = (f"{PREFIX}.*.metrics.{identity}.>", f"{PREFIX}.*.events.{identity}")
-        self.asks: tuple[str, ...] = ()  # what goes on to CORE, as a question that CORE answers
-        self.says: tuple[str, ...] = ()
-        self.hears: tuple[str, ...] = FEEDS
+        self.requests: tuple[str, ...] = ()  # what goes on to CORE, as a question that CORE answers
+        self.publishes: tuple[str, ...] = ()
+        self.subscribes: tuple[str, ...] = FEEDS
         if account == "FLEET":
-            self.asks = (f"{PREFIX}.*.agent.{identity}.>", *QUESTIONS)
-            self.says = (*self.asks, *own)
-            self.hears = (f"_INBOX.{identity}.>", NOTIFY)
+            self.requests = (f"{PREFIX}.*.agent.{identity}.>", *QUESTIONS)
+            self.publishes = (*self.requests, *own)
+            self.subscribes = (f"_INBOX.{identity}.>", NOTIFY)
 
-    def may_say(self, subject: str) -> bool:
-        return self.account == "CORE" or any(matches(pattern, subject) for pattern in self.says)
+    def may_publish(self, subject: str) -> bool:
+        """Return whether the permissions of the account allow the subject of a message."""
+        return self.account == "CORE" or any(matches(pattern, subject) for pattern in self.publishes)
 
-    def may_hear(self, pattern: str) -> bool:
-        return self.account == "CORE" or any(matches(allowed, pattern) for allowed in self.hears)
+    def may_subscribe(self, pattern: str) -> bool:
+        """Return whether the permissions of the account allow a subscription."""
+        return self.account == "CORE" or any(matches(allowed, pattern) for allowed in self.subscribes)
 
-    def asks_core(self, subject: str) -> bool:
-        return any(matches(pattern, subject) for pattern in self.asks)
+    def goes_to_core(self, subject: str) -> bool:
+        """Return whether a message of this account goes on to CORE as a question."""
+        return any(matches(pattern, subject) for pattern in self.requests)

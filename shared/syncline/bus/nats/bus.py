@@ -50,7 +50,7 @@ class NatsBus:
 
     @classmethod
     async def connect(cls, to: Connection) -> NatsBus:
-        """Raises Denied for an unknown key, Unreachable where no broker answers within `patience_s`."""
+        """Connect. Raises Denied for an unknown key, and Unreachable if no broker answers within `patience_s`."""
         bus = cls(to)
         try:
             await bus._control.open()
@@ -208,7 +208,10 @@ class NatsBus:
         return await self._api(what, ask)
 
     def _must_be_up(self, what: str) -> None:
-        """nats-py keeps a request until the connection is back, and a broker may be back with an older store."""
+        """Raise Unreachable if the connection is lost.
+
+        nats-py would keep the request until the connection is back, and the broker may come back with an older store.
+        """
         if not self._control.up:
             raise Unreachable(f"{what}: the connection to the broker is lost")
 
@@ -233,7 +236,7 @@ _NO_LEADER = (10008, 10009)  # a cluster elects one just now: this passes within
 
 
 class _Refused(Unavailable):
-    """JetStream's error, with its number."""
+    """An error of JetStream, with its number."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -241,12 +244,12 @@ class _Refused(Unavailable):
 
 
 def _at(revision: int) -> dict[str, str]:
-    """Compare-and-set. Padded, so that it takes the same room in a bucket whatever the revision."""
+    """Return the header of a compare-and-set. Padded, so that every revision takes the same room in a bucket."""
     return {"Nats-Expected-Last-Subject-Sequence": f"{revision:020}"}
 
 
 def _error(what: str, error: dict[str, Any]) -> BusError:
-    """JetStream's error as one of ours."""
+    """Return an error of JetStream as one of the bus."""
     code, text = error.get("err_code", 0), str(error.get("description", error))
     if code in _WRONG_LAST_SEQUENCE:
         return Conflict(f"{what}: {text}")
@@ -262,7 +265,7 @@ def _error(what: str, error: dict[str, Any]) -> BusError:
 
 
 def _seq(subject: str, acknowledgement: Msg) -> int:
-    """Where a stream has put it."""
+    """Return the sequence number in an acknowledgement. Raises the error that the stream reports instead."""
     try:
         answer = json.loads(acknowledgement.data)
         if "error" in answer:
@@ -273,6 +276,7 @@ def _seq(subject: str, acknowledgement: Msg) -> int:
 
 
 def _stored(message: Msg) -> Stored:
+    """Return the message in the answer to a direct get."""
     headers = message.headers or {}
     try:
         time_s = datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp()

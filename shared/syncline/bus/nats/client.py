@@ -1,10 +1,10 @@
-"""nats-py's client, which keeps to `tls://`, talks to no server that is too old, and closes what it opened.
+"""nats-py's client, made to insist on `tls://`, to refuse servers that are too old, and to close its sockets.
 
-As it comes it goes on in plain text where a server does not ask for TLS, whatever the address says: a machine on the way
-could take the connection over. Here such a server is told nothing, at the first connection and at each later one.
+nats-py goes on in plain text if a server does not ask for TLS, even for a `tls://` address: a machine on the way could
+take the connection over. This client sends nothing to such a server, at the first connection and at every later one.
 
-It also forgets the socket of an attempt that failed after the TCP connection stood (no TLS, a login refused, a server that
-says nothing): each one stayed open until the garbage collector came by.
+nats-py also forgets the socket of an attempt that failed after the TCP connection stood (no TLS, a refused login, a
+silent server); the socket stayed open until the next garbage collection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from syncline.errors import ConfigError, Unfit
 
 
 class Refused(nats.errors.Error):  # type: ignore[misc]  # nats-py is not typed
-    """A server that is not to be talked to. nats-py reports it as any failed attempt."""
+    """The server is unfit. nats-py reports this error as any failed attempt."""
 
     def __init__(self, why: Unfit) -> None:
         self.why = why
@@ -30,7 +30,7 @@ class Refused(nats.errors.Error):  # type: ignore[misc]  # nats-py is not typed
 
 
 class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not typed
-    """Raises Refused before anything is sent to an unfit server; holds one socket at most."""
+    """Raises Refused before anything is sent to an unfit server, and holds one socket at most."""
 
     def __init__(self, tls: Tls | None = None) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not ty
 
     @property
     def ssl_context(self) -> ssl.SSLContext:
+        """Return a context from the certificate files as they are now."""
         try:
             return self._certificates.context()
         except ConfigError as error:  # a file that is just being replaced: the next attempt reads it again
@@ -69,8 +70,9 @@ class Client(nats.aio.client.Client):  # type: ignore[misc]  # nats-py is not ty
 
 
 def next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
-    """Choose where to reconnect: the server with the fewest failed attempts since it was last reached, after a jitter.
+    """Choose the server for a reconnect: the one with the fewest failed attempts since its last success, after a
+    jitter.
 
-    nats-py tries the first one of its pool for ever where no server is named here.
+    Without this choice nats-py tries the first server of its pool for ever.
     """
     return min(servers, key=lambda server: server.reconnects), random.uniform(0.05, 0.5)

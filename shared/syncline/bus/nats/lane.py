@@ -1,8 +1,8 @@
 """One connection to a NATS broker that heals itself, with a request multiplexer of its own.
 
-What nats-py leaves to its user is done here: pending requests fail at once on a disconnect and on a permission error, a
-client that a protocol error closed for ever is built anew, a reconnect is forced when answers stop coming while the socket
-looks alive, and there is a jitter before reconnecting. `flush` is not used: its PING overtakes what is pending, so that it
+This module adds the following to nats-py. Pending requests fail at once on a disconnect and on a permission error. A
+client that a protocol error closed for ever is built anew. Answers that stop coming over a socket that looks alive
+force a reconnect. A jitter precedes each reconnect. `flush` is not used: its PING overtakes pending messages and so
 proves nothing.
 """
 
@@ -40,7 +40,7 @@ _VIOLATION = re.compile(r'permissions violation for (publish|subscription) (?:to
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where and as whom to connect."""
+    """The address of a broker, and the identity to log in with."""
 
     url: str = field(repr=False)  # one server, or several of a cluster with commas between them
     name: str  # the client's name, and its inbox prefix `_INBOX.<name>`
@@ -51,7 +51,7 @@ class Connection:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A request under way: the answers so far, and whether more than one is wanted."""
+    """A request under way: the answers so far, and whether the caller wants several."""
 
     subject: str
     done: asyncio.Future[None]
@@ -67,9 +67,15 @@ class Lane:
     """One connection that heals itself, with a request multiplexer of its own."""
 
     def __init__(self, to: Connection, lane: Literal["control", "bulk"], outage: Outage) -> None:
-        """`outage`: what all lanes of a bus tell of lost connections.
+        """Prepare a connection, without connecting.
 
-        Raises ConfigError for an address, or files with certificates, that are none.
+        Args:
+            to: the address, and the identity to log in with.
+            lane: the name of the connection.
+            outage: collects the lost connections of all lanes of a bus, for the log.
+
+        Raises:
+            ConfigError: the address or a file with a certificate cannot be used.
         """
         self._address = address_of(to.url)
         if to.tls.given:
@@ -84,16 +90,21 @@ class Lane:
         self._next_id = 0
         self._silent = self.losses = 0
         self._last_error = ""
-        self._listening = False  # the inbox is subscribed with the first request: a mere listener may not have one
-        self._ear: NatsSubscription | None = None  # and that is its subscription
+        self._has_inbox = False  # the inbox is subscribed with the first request: a mere listener may not have one
+        self._inbox_subscription: NatsSubscription | None = None  # and that is its subscription
         self._state = State.NEW
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
 
     # -- connecting ------------------------------------------------------------------------------------------------
     async def open(self) -> None:
-        """Connects, trying for `patience_s`. Raises Denied for a key the broker does not know, Unfit for one that is too old
-        or whose TLS does not fit, else Unreachable."""
+        """Connect, trying for `patience_s`.
+
+        Raises:
+            Denied: the broker does not know the key.
+            Unfit: the broker is too old, or its TLS does not match.
+            Unreachable: no broker answered in time.
+        """
         deadline = asyncio.get_running_loop().time() + self._to.patience_s
         pause = 0.05
         while True:
@@ -142,8 +153,8 @@ class Lane:
             await _give_up(client)
             raise Unreachable("closed")
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
-        self._listening, self._ear = False, None
-        self._live = {i: await self._start(client, i) for i in list(self._handlers)}
+        self._has_inbox, self._inbox_subscription = False, None
+        self._live = {i: await self._subscribe_at_broker(client, i) for i in list(self._handlers)}
         self._client, self._silent = client, 0
         if client.is_connected and self._state is not State.CONNECTED:
             self._move(State.CONNECTED)
@@ -159,14 +170,16 @@ class Lane:
         return "asks for a key, and none was given"
 
     def _login(self) -> dict[str, Any]:
-        """nats-py's options; it would not decode what stands in a URL, nor use it at other servers of the cluster."""
+        """Return nats-py's options for the login. nats-py neither decodes a login in a URL nor uses it at other servers
+        of the cluster.
+        """
         if self._to.seed:
             return {"nkeys_seed_str": self._to.seed}
         if self._address.token:
             return {"token": self._address.token}
         return {"user": self._address.user, "password": self._address.password} if self._address.user else {}
 
-    async def _start(self, client: Client, i: int) -> NatsSubscription:
+    async def _subscribe_at_broker(self, client: Client, i: int) -> NatsSubscription:
         subject, handler, limit = self._handlers[i]
 
         async def deliver(message: Msg) -> None:
@@ -183,7 +196,7 @@ class Lane:
         return await client.subscribe(subject, cb=deliver, pending_msgs_limit=limit, pending_bytes_limit=WAITING_BYTES)
 
     async def _on_disconnect(self) -> None:
-        self._lost()
+        self._on_loss()
         self._fail_all(Unreachable("the connection to the broker was lost"))
 
     async def _on_reconnect(self) -> None:
@@ -199,13 +212,13 @@ class Lane:
             call()
 
     async def _on_closed(self) -> None:
-        """nats-py closes for good on most protocol errors; a service must outlive them."""
-        self._lost()
+        """Build a new client. nats-py closes for good on most protocol errors, and a service must outlive them."""
+        self._on_loss()
         self._fail_all(Unreachable("the broker closed the connection"))
         if self._state is not State.CLOSED and (self._rebuild is None or self._rebuild.done()):
-            self._rebuild = asyncio.create_task(self._build_again())
+            self._rebuild = asyncio.create_task(self._rebuild_client())
 
-    def _lost(self) -> None:
+    def _on_loss(self) -> None:
         if self._state is not State.CLOSED:
             self.losses += 1
             if self._state is not State.LOST:
@@ -215,7 +228,7 @@ class Lane:
                 self._outage.error(self._lane, str(self._client.last_error), now_s)
             self._outage.lost(self._lane, now_s)
 
-    async def _build_again(self) -> None:
+    async def _rebuild_client(self) -> None:
         pause = 0.1
         while self._state is not State.CLOSED:
             if self._state is State.LOST:
@@ -239,21 +252,21 @@ class Lane:
         log.warning("%s connection: %s", self._lane, text)
         denied = Denied(f"the broker's permissions forbid {found[1]} on {found[2]!r}")
         if found[2].lower() == f"{self._inbox}.*".lower():
-            await self._on_deaf()
+            await self._on_inbox_denied()
             return
         for waiting in self._waiting.values():
             if waiting.subject.lower() == found[2].lower():
                 waiting.fail(denied)
 
-    async def _on_deaf(self) -> None:
+    async def _on_inbox_denied(self) -> None:
         """No answer will ever come. The next request tries again, for permissions may be mended."""
-        ear, self._ear, self._listening = self._ear, None, False
+        subscription, self._inbox_subscription, self._has_inbox = self._inbox_subscription, None, False
         self._fail_all(
             Denied(f"the broker lets this key hear no answers as {self._to.name!r}: it is another's, or a reader's")
         )
-        if ear is not None:
+        if subscription is not None:
             try:
-                await ear.unsubscribe()
+                await subscription.unsubscribe()
             except nats.errors.Error:
                 pass  # the connection is gone, and the subscription with it
 
@@ -263,6 +276,7 @@ class Lane:
             waiting.fail(error)
 
     async def close(self) -> None:
+        """Close the connection for good. Pending requests fail."""
         if self._state is not State.CLOSED:
             self._move(State.CLOSED)
         if self._rebuild is not None:
@@ -283,6 +297,7 @@ class Lane:
 
     @property
     def up(self) -> bool:
+        """Whether nats-py is connected at this moment."""
         return bool(self._client.is_connected)
 
     # -- talking ---------------------------------------------------------------------------------------------------
@@ -308,8 +323,16 @@ class Lane:
         many: bool = False,
         of_broker: bool = True,
     ) -> list[Msg]:
-        """The answers: one, or with `many` all up to a status message. Raises NoResponders, Unreachable, Denied.
-        `of_broker`: it is the broker who answers, so that its silence says something about the connection."""
+        """Ask, and return the answers: one, or with `many` all up to a status message.
+
+        Args:
+            of_broker: the broker itself answers, so that its silence counts as a sign of a dead connection.
+
+        Raises:
+            NoResponders: the subject has no subscriber.
+            Unreachable: no answer came within `timeout_s`, or the connection was lost.
+            Denied: the broker's permissions forbid the request.
+        """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(subject, loop.create_future(), many)
         timer = loop.call_later(timeout_s, waiting.fail, Unreachable(f"{subject}: no answer within {timeout_s:g} s"))
@@ -320,7 +343,7 @@ class Lane:
             if (
                 self._silent >= SILENT_ANSWERS and self._state is not State.CLOSED
             ):  # a read loop can die behind a live socket
-                await self._begin_again()
+                await self._force_reconnect()
             raise
         finally:
             timer.cancel()
@@ -328,8 +351,18 @@ class Lane:
         return waiting.answers
 
     async def request_bulk(self, subject: str, data: bytes, answer_bytes: int = 0) -> Msg:
-        """The answer, of up to so many bytes. It has the time that a thin link takes, and is asked for only while the
-        connection is up: what is kept until it is back would travel for a caller who has asked again."""
+        """Ask over a possibly thin link, and return the answer.
+
+        The request fails at once while the connection is lost. If it were kept, it would travel for a caller who has
+        repeated it.
+
+        Args:
+            answer_bytes: bytes of the answer, at most; with those of the question they decide how long the answer may
+                take.
+
+        Raises:
+            Unreachable: the connection is lost, or the answer is late.
+        """
         if not self.up:
             raise Unreachable(f"{subject}: the connection to the broker is lost")
         loop = asyncio.get_running_loop()
@@ -344,7 +377,7 @@ class Lane:
                 await self._ask(waiting, data, None)
         except Silent:
             if self._state is not State.CLOSED:
-                await self._begin_again()
+                await self._force_reconnect()
             raise
         return waiting.answers[0]
 
@@ -352,25 +385,25 @@ class Lane:
         token = secrets.token_hex(8)
         self._waiting[token] = waiting
         try:
-            if not self._listening:
-                await self._hear_answers()
+            if not self._has_inbox:
+                await self._subscribe_inbox()
             await self.publish(waiting.subject, data, f"{self._inbox}.{token}", headers)
             await waiting.done
         finally:
             del self._waiting[token]
 
-    async def _begin_again(self) -> None:
+    async def _force_reconnect(self) -> None:
         self._silent = 0
         await self._client.force_reconnect()
 
-    async def _hear_answers(self) -> None:
-        self._listening = True  # before anything is awaited: heard twice, an answer would count twice
+    async def _subscribe_inbox(self) -> None:
+        self._has_inbox = True  # before anything is awaited: heard twice, an answer would count twice
         try:
-            self._ear = await self._client.subscribe(
+            self._inbox_subscription = await self._client.subscribe(
                 f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
             )
         except nats.errors.Error as error:
-            self._listening = False
+            self._has_inbox = False
             raise Unreachable(f"no connection to the broker: {error}") from None
 
     async def _on_answer(self, message: Msg) -> None:
@@ -392,7 +425,7 @@ class Lane:
         self._next_id = i = self._next_id + 1
         self._handlers[i] = (subject, handler, limit)
         try:
-            self._live[i] = await self._start(self._client, i)
+            self._live[i] = await self._subscribe_at_broker(self._client, i)
         except nats.errors.BadSubjectError:
             del self._handlers[i]
             raise Unavailable(f"{subject!r} is no subject") from None
@@ -411,7 +444,10 @@ class Lane:
 
 
 async def _give_up(client: Client) -> None:
-    """nats-py leaves the socket of a login that was refused open, and its public `close` would call us back."""
+    """Close a client that did not get to the end of its login.
+
+    nats-py leaves the socket of a refused login open, and its public `close` would call back.
+    """
     try:
         async with asyncio.timeout(1.0):
             await client._close(Client.CLOSED, do_cbs=False)
@@ -420,12 +456,15 @@ async def _give_up(client: Client) -> None:
 
 
 def status_of(message: Msg) -> str:
-    """The broker's own word in place of a message, or "". A stored message bears its number, which the broker writes behind
-    all headers that its sender gave it: a `Status` among those says nothing."""
+    """Return the status that the broker sends in place of a message, or "".
+
+    A stored message has a sequence number, which the broker writes behind all headers of its sender. A `Status` among
+    those headers says nothing.
+    """
     headers = message.headers or {}
     return "" if "Nats-Sequence" in headers else str(headers.get("Status", ""))
 
 
 def size_of(headers: dict[str, str] | None) -> int:
-    """Bytes on the wire, and in a stream."""
+    """Return the bytes of headers on the wire and in a stream."""
     return sum(len(name) + len(value) + 4 for name, value in headers.items()) + 12 if headers else 0

@@ -1,6 +1,7 @@
-"""The log lines about lost connections: one for the loss, one for each cause that keeps the broker away, one for its return.
+"""The log lines about lost connections: one for the loss, one for each cause that keeps the broker away, one for its
+return.
 
-Knows no broker; time is an argument.
+Time is an argument.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ class Outage:
     _since_s: float = 0.0
 
     def error(self, lane: str, text: str, now_s: float) -> None:
-        """Note what the connection met; while it is down, tell each cause once."""
+        """Note an error of a connection; while the connection is down, log each cause once."""
         cause = explained(text)
         self._newest[lane] = now_s, cause
         if lane in self._down:
             self._tell(cause)
 
     def lost(self, lane: str, now_s: float) -> None:
+        """Note a lost connection, and log the first loss of an outage."""
         if lane in self._down:
             return
         first = not self._down
@@ -48,6 +50,7 @@ class Outage:
             log.warning("the connection to the broker at %s is lost: %s; connecting again", self.where, cause)
 
     def back(self, lane: str, now_s: float) -> None:
+        """Note a connection that is back, and log the end of the outage with the last one."""
         self._down.discard(lane)
         if not self._down:
             log.warning("connected to the broker at %s again, after %.1f s", self.where, now_s - self._since_s)
@@ -59,7 +62,7 @@ class Outage:
 
 
 def explained(text: str) -> str:
-    """Return the cause in the operator's terms, so that every attempt that fails for it says the same."""
+    """Return the cause in the operator's terms. All attempts that fail for the same cause get the same text."""
     lower = text.lower()
     if "authorization" in lower or "authentication" in lower or "does not know" in lower:
         return REFUSED_KEY

@@ -1,21 +1,23 @@
-"""Who may do what on the bus: keys, and the nats-server configuration that knows them. Knows no connection and no process.
+"""Permissions on the bus: keys, and the nats-server configuration that knows them. Independent of connections and
+processes.
 
-One code path for the demo and for production: the embedded broker and an operator's own nats-server get the same text.
+The demo and production share one code path: the embedded broker and an operator's own nats-server get the same text.
 
-* `CORE`: the coordinators and the people in charge. Holds JetStream; nothing in it is restricted.
-* `FLEET`: the agents, each in an account of its own, `FLEET-<agent>`. No JetStream; what such an account imports from CORE
-  is all that its agent can reach there.
+* `CORE`: the coordinators and the people in charge. Holds JetStream; unrestricted.
+* `FLEET`: the agents, each in an account of its own, `FLEET-<agent>`, without JetStream. An agent reaches nothing in CORE
+  but the imports of its account.
 * `WATCH`: people and dashboards. Reads metrics and events, publishes nothing.
 
-Accounts and not permissions alone, because a permission guards the subject of a message and not its *reply* subject. In
-one account with the coordinator, an agent has JetStream itself write wherever it likes, by naming `head` as the reply to a
-put of its own. In one account with other agents, it has genuine answers delivered to them as if they were notifies, and by
-naming `_INBOX.>` as the reply it makes nats-server (2.15.1) forget whom the answers of all others are for, so that a few
-messages a second stop the whole fleet. Across an account border an answer goes to the account that asked, and to no other.
+Permissions alone would not do, because a permission guards the subject of a message and not its *reply* subject. In one
+account with the coordinator, an agent could make JetStream itself write to any subject, by naming `head` as the reply
+to a put of its own. In one account with other agents, an agent could have genuine answers delivered to them as if they
+were notifies; and by naming `_INBOX.>` as the reply, an agent makes nats-server (2.15.1) lose the addressees of all
+other answers, so that a few messages a second stop the whole fleet. Across an account border an answer goes to the
+account that asked, and to no other.
 
-`tests/bus/test_stolen_key.py` tries all of it. What it leaves to those who read from the bus: the broker lets any token
-stand for the run, `*` and `>` too, so a name taken out of a subject is checked; and streams that agents write to allow
-no roll-ups, per-message lifetimes or schedules, for those are commands in a header.
+`tests/bus/test_stolen_key.py` tries all of these attacks. Readers of the bus have to guard against the rest: the broker
+accepts any token in place of the run, `*` and `>` too, so a name taken out of a subject is checked; and streams that
+agents write to allow no roll-ups, per-message lifetimes or schedules, for those are commands in a header.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
-    """What a nats-server for Syncline must be told besides its accounts."""
+    """The settings of a nats-server for Syncline besides its accounts."""
 
     store_dir: Path
     port: int = 4222
@@ -99,25 +101,25 @@ class Keyring:
     """
 
     def __init__(self, directory: Path, *, by_kind: bool | None = None) -> None:
-        """`by_kind`: a directory for each kind of identity; None: as it is found."""
+        """Open a directory of keys. `by_kind`: a directory for each kind of identity; None: as the files lie."""
         self.directory = directory
         self.by_kind = (directory / _PLACE["CORE"]).is_dir() if by_kind is None else by_kind
         self._read: dict[str, Identity] = {}
         self._names: dict[str, str] = {}
 
     def create(self, agents: Sequence[str] = ()) -> Keyring:
-        """Makes the keys that are missing and keeps those that are there. Raises ConfigError for a name that is none."""
+        """Make the missing keys. Raises ConfigError for a name that is not allowed."""
         for name in (COORDINATOR, WATCH, *(checked_name("agent", a) for a in agents)):
             self._ensure(name)
         return self
 
     def add_agent(self, name: str) -> Identity:
-        """The agent's identity, made now if it has none."""
+        """Return the agent's identity, with a new key if the agent has none."""
         return self._ensure(checked_name("agent", name))
 
     @property
     def agents(self) -> list[str]:
-        """Every agent that has a key, sorted. Raises ConfigError for a key file whose name is no agent's."""
+        """Return every agent that has a key, sorted. Raises ConfigError for a key file whose name cannot be an agent's."""
         place = self._place("FLEET")
         stems = sorted(path.name.removesuffix(SUFFIX) for path in place.glob(f"*{SUFFIX}"))
         return [checked_name(f"key file in {place}", stem) for stem in stems if stem not in _ACCOUNT_OF]
@@ -126,7 +128,7 @@ class Keyring:
         return self._place(_ACCOUNT_OF.get(name, "FLEET")) / f"{name}{SUFFIX}"
 
     def identity(self, name: str) -> Identity:
-        """Raises ConfigError where the file is missing, is no seed, or may be read by others."""
+        """Return an identity. Raises ConfigError if its file is missing, holds no seed, or is readable by others."""
         if name not in self._read:
             if name not in _ACCOUNT_OF:
                 checked_name("agent", name)
@@ -140,12 +142,12 @@ class Keyring:
 
     @property
     def names(self) -> Mapping[str, str]:
-        """Public key → name, a live view: the broker's log knows clients by their keys alone."""
+        """Return the live map from public keys to names: the broker's log knows clients by their keys alone."""
         self.identities()
         return MappingProxyType(self._names)
 
     def agent_of_key(self, public_key: str) -> str | None:
-        """Whose key it is, or None for a stranger's."""
+        """Return the agent with this public key, or None."""
         return self.names.get(public_key)
 
     def _place(self, account: Account) -> Path:
@@ -161,7 +163,9 @@ class Keyring:
 
 
 def read_seed(path: Path) -> str:
-    """The user seed in a key file. Raises ConfigError where it is missing, is no seed, or may be read by others."""
+    """Return the user seed in a key file. Raises ConfigError if the file is missing, holds no seed, or is readable by
+    others.
+    """
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -182,7 +186,9 @@ def read_seed(path: Path) -> str:
 
 
 def public_key_of(seed: str) -> str:
-    """`U…` of a seed `SU…`. Raises ValueError for anything but a user's seed, with a mistyped one among it."""
+    """Return the public key `U…` of a seed `SU…`. Raises ValueError for anything but a user's seed, a mistyped one
+    included.
+    """
     try:
         prefix, raw = nkeys.decode_seed(seed.encode())
         whole = nkeys.encode_seed(bytes(raw), prefix).decode()  # nkeys checks no checksum; writing it anew does
@@ -195,7 +201,7 @@ def public_key_of(seed: str) -> str:
 
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replaces a file, whole or not at all. By default only its owner may read it, at no moment anybody else."""
+    """Replace a file, whole or not at all. By default its owner alone may read the file, at every moment."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with (
         replacing(path, f".{path.name}.{os.getpid()}") as fresh,
@@ -206,7 +212,7 @@ def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def accounts_config(identities: Iterable[Identity]) -> str:
-    """The `accounts` block of a nats-server configuration. Public keys only: it is no secret."""
+    """Return the `accounts` block of a nats-server configuration. The block holds public keys only, and is no secret."""
     of: dict[Account, list[Identity]] = {"CORE": [], "FLEET": [], "WATCH": []}
     for identity in identities:
         of[identity.account].append(identity)
@@ -223,7 +229,7 @@ def _core(users: Sequence[Identity]) -> str:
 
 
 def _fleet(agent: Identity) -> str:
-    """One agent's account: its own subjects, the questions that CORE answers, and the notifies."""
+    """Return one agent's account: its own subjects, the questions that CORE answers, and the notifies."""
     asks = (f"{PREFIX}.*.agent.{agent.name}.>", _GET_MODEL, _GET_RUNS)
     feeds = _feeds(agent)
     hears = (f"_INBOX.{agent.name}.>", _NOTIFY)
@@ -245,12 +251,12 @@ def _watch(users: Sequence[Identity], agents: Sequence[Identity]) -> str:
 
 
 def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> str:
-    """A whole nats-server configuration: `nats-server -c` takes it, and takes it anew on SIGHUP."""
+    """Return a whole nats-server configuration, for `nats-server -c` and for a reload by SIGHUP."""
     return server_settings(settings) + accounts_config(identities)
 
 
 def server_settings(settings: BrokerSettings) -> str:
-    """All of a nats-server configuration but the accounts."""
+    """Return all of a nats-server configuration but the accounts."""
     jetstream = [f"store_dir: {_quoted(settings.store_dir)}"]
     if settings.max_file_store_bytes is not None:
         jetstream.append(f"max_file_store: {settings.max_file_store_bytes}")

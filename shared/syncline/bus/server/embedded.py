@@ -1,10 +1,12 @@
-"""A nats-server of our own on this machine, for the demo, local runs and tests. Knows processes and files, not the bus port.
+"""A nats-server on this machine, owned by this process, for the demo, local runs and tests. Independent of the bus
+port.
 
-It has the accounts and the configuration of a production broker; only the process is ours. Who started it ends it: a
-broker lives as long as the Python process that it belongs to, and no longer; `embedded_process` says how.
+The server has the accounts and the configuration of a production broker. The process that started the server ends it: a
+broker lives as long as its Python process, and no longer; `syncline.bus.server.process` says how.
 
-*One broker per store.* Two servers on one JetStream store ruin it, and a second one opens the store before it finds its
-port taken. A lock on the directory is inherited by the server, and so is held until the last process that uses it is gone.
+*One broker per store.* Two servers on one JetStream store ruin the store, and a second server opens the store before it
+finds its port taken. The server inherits a lock on the directory, so that the lock is held until the last process that
+uses the directory has ended.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ _TAIL_LINES = 12
 
 
 class EmbeddedBroker:
-    """`async with EmbeddedBroker() as broker:` runs a broker with JetStream on a free loopback port.
+    """A broker with JetStream on a free loopback port, for the body of `async with EmbeddedBroker() as broker:`.
 
     `directory` holds configuration, keys, log and store, and stays; None takes a temporary one, removed at the end.
     """
@@ -93,8 +95,12 @@ class EmbeddedBroker:
         await self.stop()
 
     async def start(self) -> EmbeddedBroker:
-        """Returns when JetStream answers. Raises ConfigError for a port that is taken, a directory in use or a server that
-        is not installed, and Unavailable, with the end of the log, where it does not come up."""
+        """Start the broker, and return when JetStream answers.
+
+        Raises:
+            ConfigError: the port is taken, the directory is in use, or nats-server is not installed.
+            Unavailable: the server did not come up. Holds the end of its log.
+        """
         assert self._watchdog is None, "started already"
         binary = server_binary()
         try:
@@ -123,17 +129,17 @@ class EmbeddedBroker:
                 await watchdog.end()
 
     async def kill(self) -> None:
-        """Ends the broker as a power failure would end its process. `restart` brings it back."""
+        """End the broker's process like a power failure. `restart` starts the broker again."""
         await self._end(signal.SIGKILL)
 
     async def restart(self) -> None:
-        """Stops the broker if it runs and starts it again: same port, same store, same keys."""
+        """Stop the broker if necessary, and start the broker again with the same port, store and keys."""
         async with self._changing:
             await self._end(signal.SIGTERM)
             await self._launch(server_binary())
 
     async def add_agent(self, name: str) -> Identity:
-        """Makes the agent's key, and returns when the broker knows it. Nobody is disconnected."""
+        """Make the agent's key, and return when the broker knows the key. No client is disconnected."""
         return (await self.add_agents([name]))[0]
 
     async def add_agents(self, names: Sequence[str]) -> list[Identity]:
@@ -158,11 +164,11 @@ class EmbeddedBroker:
 
     @property
     def exit_code(self) -> int | None:
-        """Of a server that ended and was not asked to; None while it runs."""
+        """Return the exit code of a server that ended unasked; None while the server runs."""
         return None if self._process is None else self._process.poll()
 
     def violations(self) -> ViolationLog:
-        """What the broker refuses from now on, by name."""
+        """Return a reader of the broker's refusals from now on, with the names of the refused."""
         return ViolationLog(self.log_path, self.keyring.names, from_end=True)
 
     # -- starting --------------------------------------------------------------------------------------------------
@@ -249,8 +255,11 @@ class EmbeddedBroker:
 
     # -- changing and ending ---------------------------------------------------------------------------------------
     async def _reload(self) -> None:
-        """Twice: with the first reload nats-server 2.15 knows a new account, but its service imports reach nobody in CORE
-        who subscribed; with the second they do (the same family as nats-server issue 8560)."""
+        """Reload the configuration twice.
+
+        With the first reload nats-server 2.15 knows a new account, but the account's service imports do not reach the
+        subscribers in CORE; with the second they do (the same family as nats-server issue 8560).
+        """
         tail = LogTail(self.log_path, from_end=True)
         text = self._write_config()
         if self._process is None or text == self._loaded:

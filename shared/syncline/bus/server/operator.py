@@ -1,18 +1,18 @@
-"""An operator's set: the keys of a fleet, and the configuration of the nats-server that knows them. Knows no connection.
+"""An operator's set: the keys of a fleet, and the configuration of the nats-server that knows them.
 
 ```
-DIR/broker/nats-server.conf   settings of the server, written once: from then on it is the operator's own file
-DIR/broker/accounts.conf      who may do what, included by the other; written anew whenever an agent comes or goes
-DIR/core/coordinator.nk       for coordinators, and for whoever submits runs
+DIR/broker/nats-server.conf   settings of the server, written once: from then on the operator's own file
+DIR/broker/accounts.conf      permissions, included by the other file; written anew whenever an agent comes or goes
+DIR/core/coordinator.nk       for coordinators, and for users who submit runs
 DIR/agents/<name>.nk          one for each agent
 DIR/watch/watch.nk            for people and dashboards
 ```
 
-A directory for each kind of machine, because each should hold its own keys alone. `broker` holds public keys only.
+Each kind of machine has a directory, because each should hold its own keys alone. `broker` holds public keys only.
 
-*A revoked agent* leaves `agents/<name>.revoked`, its public key, so that nothing brings the name back unasked. That file is
-written first, the accounts without the agent after it, and the key is removed last: whatever interrupts this, the agent is
-in no configuration that is written later, and revoking again goes on where it was.
+*A revoked agent* leaves `agents/<name>.revoked`, its public key, so that the name stays taken until an operator adds
+the agent again. That file is written first, the accounts without the agent after it, and the key is removed last. After
+any interruption the agent is in no configuration that is written later, and a repeated revocation completes the work.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Listed:
 
 
 class OperatorSet:
-    """A set that is there. Every change is made under a lock, and each file is replaced as a whole."""
+    """An existing set. Every change is made under a lock, and each file is replaced as a whole."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ConfigError where there is no set."""
+        """Open a set. Raises ConfigError if the directory holds no set."""
         if not _config(directory).is_file():
             hint = f"Name the directory of a set, or make one: syncline keys make {directory}"
             raise ConfigError("DIR", f"{directory} holds no set of keys (no broker/{CONFIG})", hint)
@@ -69,8 +69,13 @@ class OperatorSet:
     def make(
         cls, directory: Path, agents: Sequence[str], settings: BrokerSettings, *, keep: bool = False
     ) -> OperatorSet:
-        """A new set. Where one is there: with `keep` what is missing is added to it, and nothing that is there changes;
-        else ConfigError. An agent that was revoked stays so."""
+        """Make a new set, or with `keep` add the missing parts to an existing one without changing its files.
+
+        Agents that were revoked stay revoked.
+
+        Raises:
+            ConfigError: a set exists, and `keep` is not given.
+        """
         if _config(directory).is_file() and not keep:
             hint = (
                 "Add agents with `syncline keys add`, or complete the set with --keep; to begin anew, use another DIR"
@@ -90,7 +95,9 @@ class OperatorSet:
         return cls(directory)
 
     def add(self, names: Sequence[str]) -> list[Identity]:
-        """New keys, for agents that were revoked too. Raises ConfigError where one has a key; then none is made."""
+        """Make new keys, also for agents that were revoked. Raises ConfigError, before any change, if an agent has a
+        key.
+        """
         with _locked(self.directory):
             gone = _revoked(self.directory)
             for name in names:
@@ -109,7 +116,7 @@ class OperatorSet:
         return made
 
     def revoke(self, names: Sequence[str]) -> None:
-        """These agents are in the configuration no more. Raises ConfigError where one is unknown; then all of them stay."""
+        """Remove agents from the configuration. Raises ConfigError, before any change, if an agent is unknown."""
         with _locked(self.directory):
             gone, agents = _revoked(self.directory), self.keyring.agents
             for name in names:

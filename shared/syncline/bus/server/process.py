@@ -1,12 +1,13 @@
-"""What an embedded broker takes of this machine: the nats-server binary, its process, a free port, and a watchdog.
+"""The operating system's part of an embedded broker: the nats-server binary, its process, a free port, and a watchdog.
 
-*Nothing outlives us.* Beside the broker runs a tiny shell, the watchdog, which reads a pipe whose other end is held by us
-alone. The broker's shell writes its process id there before it becomes the server, so that there is no instant at which
-a broker runs and the watchdog does not know it. At the end of the pipe, whether we closed it or were killed, the watchdog
-ends the broker and removes the directory if it was a temporary one. Both run in sessions of their own: Ctrl-C is for us.
-(A *forked* child of ours would hold the pipe open as long as it lives; one that is spawned does not.)
+*No process outlives this one.* Beside the broker runs a tiny shell, the watchdog, which reads a pipe whose other end
+belongs to this process alone. The broker's shell writes its process id into the pipe before it becomes the server, so
+that the watchdog knows every running broker at every instant. At the end of the pipe, whether this process closed it or
+was killed, the watchdog ends the broker and removes the directory if it was a temporary one. Both run in sessions of
+their own, so that Ctrl-C reaches this process alone. (A *forked* child of this process would hold the pipe open as long
+as it lives; a spawned child does not.)
 
-Knows no configuration and no keys, nor when a server is ready.
+This module is independent of configuration and keys, and does not decide when a server is ready.
 """
 
 from __future__ import annotations
@@ -43,13 +44,18 @@ BROKER_SHELL = 'echo $$; exec "$@" >&2'  # standard output is the watchdog's pip
 
 
 class PortTaken(ConfigError):
+    """The port of an embedded broker is in use."""
+
     def __init__(self, port: int) -> None:
         super().__init__("port", f"{port} is taken", "Stop what listens there, or use 0 for any that is free")
 
 
 class ServerProcess(subprocess.Popen[bytes]):
-    """A process that can be waited for on the event loop. No asyncio subprocess: uvloop lets the child inherit copies of its
-    standard streams, the watchdog's pipe among them, and asyncio kills those that still run when its loop is gone."""
+    """A process that can be waited for on the event loop.
+
+    An asyncio subprocess would not do: uvloop lets the child inherit copies of its standard streams, the watchdog's
+    pipe among them, and asyncio kills running children when its loop is gone.
+    """
 
     async def ended(self) -> None:
         while self.poll() is None:  # noqa: ASYNC110 (there is no event to wait for)
@@ -57,7 +63,7 @@ class ServerProcess(subprocess.Popen[bytes]):
 
 
 class Watchdog:
-    """The shell that outlives us by an instant. `pipe` is where it reads process ids."""
+    """The shell that outlives this process by an instant. `pipe` carries process ids to the shell."""
 
     def __init__(self, remove: str) -> None:
         theirs, self.pipe = os.pipe()
@@ -88,7 +94,9 @@ class Watchdog:
 
 
 def server_binary() -> Path:
-    """The nats-server that came with our installation, else the one on the PATH. Raises ConfigError where there is none."""
+    """Return the path of the nats-server of this installation, else of the one on the PATH. Raises ConfigError if both
+    are missing.
+    """
     user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
     places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), user, os.environ.get("PATH", "")]
     found = shutil.which("nats-server", path=os.pathsep.join(places))
@@ -105,7 +113,7 @@ def free_port() -> int:
 
 
 def check_free(port: int) -> None:
-    """Raises at once what the server would find out only after it has opened the store."""
+    """Raise ConfigError for a port that is taken. The server would find that out only after it has opened the store."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,12 +1,13 @@
-"""What the broker refused, and to whom: read from nats-server's log. Knows the log's lines, and no connection.
+"""The broker's refusals, read from nats-server's log. Independent of connections.
 
-The broker tells a refused client, and nobody else; its log is the only place where an operator can see that a key is used
-for what it may not do. The log names keys, and a `Keyring` the agents behind them.
+The broker tells a refusal to the refused client alone; its log is the only place in which an operator can see that a
+key is misused. The log names keys, and a `Keyring` names the agents behind them.
 
-A client chooses its own name, the subject it tries, and the key it claims at login, and all of it stands in the log. The
-server quotes what clients say, with `\\"` inside the quotes; the patterns here match the whole line with the quotes in
-place, so that no text of a client's can be taken for the account and key that the server itself puts there. A key *claimed*
-at a login that failed proves nothing, for public keys are public: then `who` is the address, which was really there.
+A client chooses its own name, the subject of its attempt, and the key that it claims at login, and all of them appear
+in the log. The server quotes the words of clients, with `\\"` inside the quotes; the patterns in this module match the
+whole line with the quotes in place, so that no text of a client can be taken for the account and key that the server
+itself writes. A key *claimed* at a failed login proves nothing, for public keys are public: `who` is then the address
+of the client, which the server has seen.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Violation:
 
 
 class LogTail:
-    """New whole lines of a log file that somebody else writes, and may truncate or rotate away.
+    """Reads the new whole lines of a log file that another process writes, and may truncate or rotate.
 
-    Of a log rotated between two reads the lines not yet read are lost: it is read to report, not to count.
+    If a log is rotated between two reads, its unread lines are lost: the lines are for reports, not for counting.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
@@ -60,7 +61,9 @@ class LogTail:
         self._inode, self._offset = self._end() if from_end else (0, 0)
 
     def read(self) -> list[str]:
-        """The lines since the last call, at most READ_BYTES of them; none where the file is not there (yet)."""
+        """Return the lines since the last call, at most READ_BYTES of them; an empty list while the file does not
+        exist.
+        """
         try:
             with self._path.open("rb") as file:
                 self._follow(os.fstat(file.fileno()))
@@ -99,7 +102,7 @@ class ViolationLog:
 
 
 def parse_violation(line: str, names: Mapping[str, str]) -> Violation | None:
-    """The refusal that a line of the log reports, or None for any other line."""
+    """Return the refusal that a line of the log reports, or None for any other line."""
     if refused := _REFUSED.fullmatch(line):
         what: What = "subscribe"
         if refused["kind"] == "Publish":
