@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_CANNOT = (errno.EINVAL, errno.ENOTSUP)  # what file systems say that cannot sync a directory
+_CANNOT = (errno.EINVAL, errno.ENOTSUP)  # errors of file systems that cannot sync a directory
 
 
 @contextmanager

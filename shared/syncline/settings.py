@@ -175,7 +175,7 @@ def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) 
         where = f"entry point {entry.name!r} of {group} ({entry.value})"
         try:
             kind = entry.load()
-        except Exception as error:  # whatever its module raises
+        except Exception as error:  # its module may raise any error
             problem = f"{where} cannot be loaded: {type(error).__name__}: {error}"
             raise ConfigError(group, problem, "Correct its package, or uninstall it") from error
         if not (isinstance(kind, type) and issubclass(kind, base)):

@@ -21,13 +21,13 @@ from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull,
 from syncline.wire.chunks import BlobDigest, chunk_digest, content_bytes, pack_chunk, unpack_chunk
 from syncline.wire.messages import RAW, BlobRef
 
-RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # then the last one again, until `patience_s` is over
+RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # pauses; the last one repeats until `patience_s` is over
 PATIENCE_S = 60.0
-UNOFFERED_S = 120.0  # a blob of an agent's that got no new chunk for so long, and was not offered, is purged
-FIRST_CHUNKS = 2  # under way at first
-QUICK_S = 1.0  # a chunk that took less makes room for one more under way, and one that took longer for one less
-RECORD_CHUNK_BYTES = 512 * 1024  # at most, of records that are too large for one message: rosters, plans, manifests
-STALE_S = 0.7 * UNOFFERED_S  # after so long whoever puts it had better begin again
+UNOFFERED_S = 120.0  # after this time without a new chunk, the blob of an agent that was not offered is purged
+FIRST_CHUNKS = 2  # in flight at first
+QUICK_S = 1.0  # a chunk that took less widens the window by one, a slower one narrows the window by one
+RECORD_CHUNK_BYTES = 512 * 1024  # of a chunk of a record that is too large for one message, at most
+STALE_S = 0.7 * UNOFFERED_S  # after this time a writer begins again, under another name
 T = TypeVar("T")
 Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
 

@@ -14,7 +14,7 @@ class State(Enum):
 
     NEW = "new"  # never connected yet
     CONNECTED = "connected"  # requests are answered
-    LOST = "lost"  # no server is reached; what was asked has failed, and small messages wait
+    LOST = "lost"  # no server is reached; pending requests have failed, and small messages wait
     RECONNECTING = "reconnecting"  # a new connection is being made from scratch
     CLOSED = "closed"  # by its owner
 

@@ -44,6 +44,6 @@ def write_payloads(payloads: Iterable[memoryview], out: memoryview) -> int:
 
 with (
     warnings.catch_warnings()
-):  # torch warns once in a process that it would not notice a write to bytes; nobody writes
+):  # torch warns, once in a process, about writes to read-only bytes; these tensors are only read
     warnings.simplefilter("ignore")
     torch.frombuffer(bytes(4), dtype=torch.float32)

@@ -22,8 +22,8 @@ from blake3 import blake3
 from syncline.errors import PeerError
 from syncline.wire.messages import VERSION, shown
 
-FRAME_OVERHEAD_BYTES = 16 * 1024  # what a message may need beside the tensor bytes: frame, subject, headers, slack
-LEAST_PAYLOAD_BYTES = 16 * 1024  # of a broker: a head, a heartbeat and 1,024 float64 numbers each travel in one message
+FRAME_OVERHEAD_BYTES = 16 * 1024  # at most, of a message beside the tensor bytes: frame, subject, headers, slack
+LEAST_PAYLOAD_BYTES = 16 * 1024  # that a broker must allow: a head or 1,024 float64 numbers travel in one message
 
 
 def content_bytes(max_payload: int) -> int:

@@ -23,9 +23,9 @@ VERSION = 1
 DIGEST_BYTES = 32  # BLAKE3 of the content of an update
 RAW = "raw"  # the codec of a blob whose chunks hold its content as it is
 MAX_RECORD_BYTES = 1 << 20
-MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and so travel as blobs
+MAX_BLOB_RECORD_BYTES = 64 << 20  # of records that grow with agents or tensors, and therefore travel as blobs
 MAX_HEAD_BYTES = 4096
-PLAN_INLINE_BYTES = 1024  # a record up to this size travels inside head; a larger one as a blob that head names
+PLAN_INLINE_BYTES = 1024  # a plan up to this size travels inside head; a larger one as a blob that head names
 LOG_INLINE_BYTES = 32 * 1024  # a commit record up to this size travels inside its line of the log
 HEAD_REASON_BYTES = 2000  # of UTF-8: with the largest value in every other field too, head stays below its limit
 
@@ -96,10 +96,12 @@ class Heartbeat(Record):
     max_bytes: ClassVar[int] = 16 * 1024
     session: BlobId = Field(description="as in the hello")
     clock: Count = Field(description="local periods finished")
-    progress: Count = Field(description="training steps since the process started; stands still when it hangs")
+    progress: Count = Field(description="training steps since the process started; constant while training hangs")
     state: Literal["fetching", "training", "sending", "waiting", "starting", "failed", "leaving"] = "waiting"
-    reason: Text = Field("", description="why it failed")
-    seen_term: Annotated[int, Field(ge=0, lt=1 << 62)] = Field(0, description="the newest head it knows: its term")
+    reason: Text = Field("", description="why training failed")
+    seen_term: Annotated[int, Field(ge=0, lt=1 << 62)] = Field(
+        0, description="term of the newest head that the agent knows"
+    )
     seen_version: Count = Field(0, description="… and its version")
     seen_round: Count = Field(0, description="… and its round")
     seen_epoch: Count = Field(0, description="… and its epoch")
@@ -111,7 +113,7 @@ class Offer(Record):
 
     kind: ClassVar[str] = "offer"
     max_bytes: ClassVar[int] = 16 * 1024
-    session: BlobId = Field(description="who made it: the agent's process life")
+    session: BlobId = Field(description="the agent's process life")
     clock: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="local periods finished with this one")
     base: Count = Field(description="version of the center that the update deviates from")
     term: Count = Field(description="term under which that version was read")
@@ -142,7 +144,7 @@ class PlanEntry(Record):
 
     agent: Name
     clock: Count = Field(description="as in its offer, like all that is not explained here")
-    lag: Count = Field(0, description="versions between the one it was trained from and the one it is merged into")
+    lag: Count = Field(0, description="versions between the base of the update and the version that it is merged into")
     weight: float = Field(description="its share; weights need not sum to 1")
     blob: BlobRef
     digest: ContentDigest
@@ -159,7 +161,7 @@ class Plan(Record):
     kind: ClassVar[str] = "plan"
     max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
     version: Count = Field(description="version the merge will make")
-    reason: Text = Field(description="what closed the round")
+    reason: Text = Field(description="why the round was closed")
     merged: Annotated[list[PlanEntry], Field(max_length=100_000)] = Field(description="in the order of agents' names")
     late: Annotated[list[Name], Field(max_length=100_000)] = Field(
         default_factory=list, description="participants that were not waited for"
@@ -196,7 +198,7 @@ class Roster(Record):
     kind: ClassVar[str] = "roster"
     max_bytes: ClassVar[int] = MAX_BLOB_RECORD_BYTES
     parts: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(
-        description="parts the data is split in; agent number i trains on part i"
+        description="parts of the data; agent number i trains on part i"
     )
     agents: Annotated[list[Name], Field(max_length=100_000)] = Field(description="names by number")
     clocks: Annotated[list[Count], Field(max_length=100_000)] = Field(description="last judged clock of each")
@@ -204,7 +206,7 @@ class Roster(Record):
     presence: Annotated[bytes, Field(max_length=100_000)] = Field(description="present, slow or lost, of each")
     offsets: Annotated[list[Count], Field(max_length=100_000)] = Field(
         default_factory=list,
-        description="added to the clock of each where clocks are compared with the gate; none: all 0",
+        description="added to the clock of each for the comparison with the gate; empty: all 0",
     )
 
     @model_validator(mode="after")
@@ -265,7 +267,7 @@ class Head(Record):
     run: Name
     term: Annotated[int, Field(ge=1, lt=1 << 63)] = Field(description="fencing number of the coordinator in charge")
     version: Count = Field(description="commits so far")
-    round: Count = Field(0, description="rounds opened so far; counts on where a round is opened again")
+    round: Count = Field(0, description="rounds opened so far, those that were opened again included")
     epoch: Count = Field(
         0,
         description="random id of the run's history: a new one starts after the broker loses acknowledged writes, and offers "
@@ -276,7 +278,7 @@ class Head(Record):
     model: BlobRef | None = Field(None, description="the center")
     previous: BlobRef | None = Field(None, description="the model one version back")
     manifest: BlobRef | None = Field(None, description="the layout of the center")
-    roster: BlobRef | None = Field(None, description="who takes part in the round, and what was judged")
+    roster: BlobRef | None = Field(None, description="the participants of the round, and the verdicts")
     plan: Annotated[bytes, Field(max_length=PLAN_INLINE_BYTES)] | BlobRef | None = Field(
         None, description="the merge under way: a Plan record, or the blob that holds it"
     )
@@ -285,7 +287,7 @@ class Head(Record):
     )
     offers_seq: Count = Field(0, description="offers up to this sequence number were judged by this version")
     reason: Annotated[str, Field(max_length=HEAD_REASON_BYTES), PlainSerializer(clipped)] = Field(
-        "", description="what closed the last round, or ended the run; cut off where it is longer"
+        "", description="why the last round was closed, or the run ended; cut off at the limit"
     )
 
 
@@ -296,7 +298,7 @@ class Notify(Record):
 
     kind: ClassVar[str] = "notify"
     head: Annotated[bytes, Field(max_length=MAX_HEAD_BYTES)] = Field(description="a head record")
-    roster: Annotated[bytes, Field(max_length=64 * 1024)] = Field(b"", description="the roster, where it is small")
+    roster: Annotated[bytes, Field(max_length=64 * 1024)] = Field(b"", description="the roster, if it is small enough")
 
 
 class Submit(Record):
@@ -308,7 +310,7 @@ class Submit(Record):
     defaults: list[Annotated[str, Field(max_length=500)]] = Field(
         default_factory=list,
         max_length=1000,
-        description="settings that the user did not write, as `local.steps`: a reader ignores those that it does not know",
+        description="settings that the user did not write, as `local.steps`: a reader ignores unknown ones",
     )
 
 
@@ -316,13 +318,16 @@ class Submitted(Record):
     """The answer: accepted, refused with a hint, or not known yet."""
 
     kind: ClassVar[str] = "submitted"
-    run: Annotated[str, Field(max_length=63)] = Field("", description="the run's name; empty where it was not accepted")
-    doing: Annotated[str, Field(max_length=300)] = Field(
-        "", description="not empty: what the coordinator does before it knows; ask again with the same record"
+    run: Annotated[str, Field(max_length=63)] = Field(
+        "", description="the run's name; empty if the run was not accepted"
     )
-    setting: Text = Field("", description="what is wrong")
-    problem: Text = Field("", description="why, with the value")
-    hint: Text = Field("", description="what to do")
+    doing: Annotated[str, Field(max_length=300)] = Field(
+        "",
+        description="not empty: the answer is not known yet, because the coordinator does this; ask again with the same record",
+    )
+    setting: Text = Field("", description="the setting that is wrong")
+    problem: Text = Field("", description="the problem, with the value")
+    hint: Text = Field("", description="the remedy")
     warnings: list[Text] = Field(default_factory=list, max_length=100)
 
 
@@ -332,7 +337,7 @@ class Stop(Record):
     kind: ClassVar[str] = "stop"
     max_bytes: ClassVar[int] = 16 * 1024
     run: Name
-    by: Annotated[str, Field(max_length=200)] = Field("", description="who asks, for the run's reason")
+    by: Annotated[str, Field(max_length=200)] = Field("", description="the person who asks, for the run's reason")
 
 
 class Stopped(Record):
@@ -341,10 +346,10 @@ class Stopped(Record):
     kind: ClassVar[str] = "stopped"
     run: Name
     outcome: Literal["stopping", "stopped", "ended", "unknown"] = Field(
-        description="`stopping`: it ends in a moment; `stopped`: it had not begun, and never will; `ended`: it had ended "
+        description="`stopping`: the run ends in a moment; `stopped`: the run never begins; `ended`: the run had ended "
         "before; `unknown`: there is no such run"
     )
-    reason: Text = Field("", description="why it ended")
+    reason: Text = Field("", description="why the run ended")
 
 
 class Story(Record):
@@ -382,8 +387,8 @@ class Committed(Record):
     term: Count
     version: Count
     digest: Digest
-    model: BlobRef = Field(description="this version; on the bus as long as it is kept")
-    plan: Plan = Field(description="what was merged, and why then")
+    model: BlobRef = Field(description="this version; on the bus as long as the run keeps it")
+    plan: Plan = Field(description="the merged updates, and why the round was closed")
     dropped: Annotated[list[Dropped], Field(max_length=100_000)] = Field(
         default_factory=list, description="updates judged since the version before and not merged"
     )
@@ -403,9 +408,9 @@ class LogLine(Record):
     kind: ClassVar[str] = "log-line"
     version: Count
     term: Count
-    model: BlobRef = Field(description="this version; on the bus as long as it is kept")
+    model: BlobRef = Field(description="this version; on the bus as long as the run keeps it")
     record: Annotated[bytes, Field(max_length=LOG_INLINE_BYTES)] | BlobRef = Field(
-        description="the Committed record, or the blob that holds it, whose chunks lie under the line's subject"
+        description="the Committed record, or the blob with this record, whose chunks lie under the line's subject"
     )
 
 

@@ -12,10 +12,10 @@ from syncline.errors import ConfigError, PeerError
 
 PREFIX = "syncline.v1"
 RUNS_BUCKET = "syncline-runs"
-FLEET = "fleet"  # the run token of what concerns no single run
+FLEET = "fleet"  # the run token of subjects that concern no single run
 COORDINATOR = "coordinator"
 BROKER = "broker"
-AUTO = "auto"  # in place of an agent's name: whichever key is free
+AUTO = "auto"  # in place of an agent's name: any key that is free
 RESERVED = frozenset({FLEET, COORDINATOR, BROKER, AUTO, "dashboard", "data", "watch"})
 NAME = re.compile(r"[a-z0-9-]{1,63}")
 
@@ -144,7 +144,7 @@ def agent_of(subject: str) -> str:
     """
     tokens = subject.split(".")
     if len(tokens) < 6 or tokens[3] != "agent":
-        raise PeerError(f"{subject!r} is no agent's subject")
+        raise PeerError(f"{subject!r} is not an agent's subject")
     return tokens[4]
 
 

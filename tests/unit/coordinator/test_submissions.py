@@ -205,7 +205,7 @@ def test_the_submitter_outlasts_a_coordinator_that_is_started_again_and_no_silen
         await asyncio.sleep(12.0)
         await coordinator.submissions.close()
         coordinator.start()
-        coordinator.down = [NoResponders("nobody listens")] * 40
+        coordinator.down = [NoResponders("the subject has no subscriber")] * 40
         assert (await asking).run == "r" and coordinator.begun == ["r", "r"]
         coordinator.down = [Unreachable("no answer")] * 1000
         began_s = asyncio.get_running_loop().time()

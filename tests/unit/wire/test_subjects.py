@@ -63,7 +63,7 @@ def test_the_agent_is_read_from_the_subject(subject: str) -> None:
     "subject", [*OF_RUNS, subjects.submit(), subjects.stop(), "", "agent.a1", "syncline.v1.run-1.agent.a1", "......"]
 )
 def test_a_subject_of_no_agent_is_the_peers_mistake(subject: str) -> None:
-    with pytest.raises(PeerError, match="is no agent's subject"):
+    with pytest.raises(PeerError, match="is not an agent's subject"):
         agent_of(subject)
 
 

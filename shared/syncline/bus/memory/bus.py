@@ -154,7 +154,7 @@ class MemoryBus:
         if isinstance(result, BusError):
             raise result
         if not isinstance(result, int):
-            raise Unavailable(f"{subject}: somebody answers who is no stream")
+            raise Unavailable(f"{subject}: the answer is not an acknowledgement of a stream")
         return result
 
     async def _get(self, now: Operation, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 BROKER = "broker"  # the other end of every connection, to a `Network`
-CORE_KINDS = frozenset({"publish", "deliver"})  # what NATS itself may lose
+CORE_KINDS = frozenset({"publish", "deliver"})  # kinds of messages that NATS may lose
 
 
 class Network(Protocol):

@@ -25,7 +25,7 @@ from syncline.errors import BusError, Denied, NoResponders, Unreachable
 
 log = logging.getLogger(__name__)
 
-PENDING_BYTES = 4 << 20  # what waits for a connection to come back, per lane
+PENDING_BYTES = 4 << 20  # that may wait for a lost connection, per lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Message:
     data: bytes = b""
     reply: str = ""
     expected: int | None = None  # a compare-and-set: the revision that its subject must be at
-    ask: Callable[[], object] | None = None  # a question to JetStream: what is to be done there
-    result: Any = None  # JetStream's answer, or the error it is
+    ask: Callable[[], object] | None = None  # a question to JetStream: the function to run at the broker
+    result: Any = None  # JetStream's answer, or its error
     operation: Operation | None = None
 
     def answered_to(self, reply: str) -> Message:
@@ -248,7 +248,7 @@ class Lane:
         reply = self._inbox.pattern.removesuffix("*") + str(self._asked)
         self._waiting[reply] = waiting
         try:
-            if self._inbox not in self._subscriptions:  # with the first request: a mere listener may not have an inbox
+            if self._inbox not in self._subscriptions:  # with the first request: a reader may not have an inbox
                 self._add(self._inbox)
             self.publish(message.answered_to(reply), kind)
             answer = await waiting.answer
@@ -295,7 +295,7 @@ class Lane:
         if self.closed:
             raise Unreachable("the connection is closed")
 
-    # -- hearing: what the broker calls --------------------------------------------------------------------------
+    # -- receiving: called by the broker --------------------------------------------------------------------------
     def receive(self, kind: str, size: int, arrive: Callable[[], None]) -> None:
         if not self.up:
             return

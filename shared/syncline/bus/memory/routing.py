@@ -22,8 +22,8 @@ from syncline.bus.memory.store import FEEDS, NOTIFY, Store, Stream, Tenant, matc
 from syncline.bus.server.violations import Violation
 from syncline.errors import BusError, NoResponders
 
-EPOCH_S = 1.7e9  # what the event loop's time is added to
-OPEN_REPLIES = 4096  # questions of FLEET that may wait for CORE's answer; beyond, the oldest stay without
+EPOCH_S = 1.7e9  # seconds since the epoch at the event loop's time 0
+OPEN_REPLIES = 4096  # questions of agents that may wait for an answer; beyond this number the oldest get none
 
 
 class Router:
@@ -38,7 +38,9 @@ class Router:
         self._core = Tenant("CORE", "")
         self._tenants: dict[str, Tenant] = {"CORE": self._core}
         self._lanes: dict[Lane, None] = {}
-        self._replies: dict[str, tuple[Tenant, str]] = {}  # a reply subject in CORE → where the agent who asked listens
+        self._replies: dict[
+            str, tuple[Tenant, str]
+        ] = {}  # a reply subject in CORE → account and reply subject of the agent
         self._lane_numbers, self._reply_numbers = itertools.count(1), itertools.count(1)
 
     def now(self) -> float:
@@ -114,7 +116,9 @@ class Router:
             return
         self.hooks.tell(message.operation, "done")
         if not delivered and message.reply:
-            self._route(tenant, Message(message.reply, result=NoResponders(f"{message.subject}: nobody listens")))
+            self._route(
+                tenant, Message(message.reply, result=NoResponders(f"{message.subject}: the subject has no subscriber"))
+            )
 
     def _audience(self, origin: Tenant, subject: str) -> list[Tenant]:
         """Return the other accounts that get a message."""

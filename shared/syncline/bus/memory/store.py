@@ -24,11 +24,11 @@ QUESTIONS = (
     f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>",
     f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>",
 )
-SHORTEST_TTL_S = 0.1  # that JetStream takes
+SHORTEST_TTL_S = 0.1  # of a bucket, as in JetStream
 
 
 # -- subjects ----------------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=1 << 15)  # a fleet says the same few things all the time
+@lru_cache(maxsize=1 << 15)  # a fleet uses few different subjects
 def matches(pattern: str, subject: str) -> bool:
     """Return whether a subject matches a pattern: `*` is one token, `>` one or more at the end.
 
@@ -61,7 +61,7 @@ def checked(subject: str, *, pattern: bool = False) -> str:
     tokens = subject.split(".")
     bad = any(not t or (t not in ("*", ">") and ("*" in t or ">" in t)) for t in tokens) or ">" in tokens[:-1]
     if pattern and bad:
-        raise Unavailable(f"{subject!r} is no subject")
+        raise Unavailable(f"{subject!r} is not a valid subject")
     return checked_subject(subject)
 
 
@@ -247,7 +247,7 @@ class InterestTable:
         self._numbers: dict[Interest, int] = {}
         self._count = 0
         self._by_pattern: dict[str, dict[Interest, None]] = {}
-        self._wild: dict[str, None] = {}  # the patterns that a look at the subject does not find
+        self._wild: dict[str, None] = {}  # patterns that cannot be looked up by the subject
 
     def add(self, interest: Interest) -> None:
         self._count += 1
@@ -289,7 +289,7 @@ class Tenant:
     def __init__(self, account: Account, identity: str) -> None:
         self.account, self.interests = account, InterestTable()
         own = (f"{PREFIX}.*.metrics.{identity}.>", f"{PREFIX}.*.events.{identity}")
-        self.requests: tuple[str, ...] = ()  # what goes on to CORE, as a question that CORE answers
+        self.requests: tuple[str, ...] = ()  # subjects of questions that CORE answers
         self.publishes: tuple[str, ...] = ()
         self.subscribes: tuple[str, ...] = FEEDS
         if account == "FLEET":

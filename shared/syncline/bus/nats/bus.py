@@ -272,7 +272,7 @@ def _seq(subject: str, acknowledgement: Msg) -> int:
             raise _error(subject, answer["error"])
         return int(answer["seq"])
     except (ValueError, TypeError, KeyError):
-        raise Unavailable(f"{subject}: somebody answers who is no stream") from None
+        raise Unavailable(f"{subject}: the answer is not an acknowledgement of a stream") from None
 
 
 def _stored(message: Msg) -> Stored:

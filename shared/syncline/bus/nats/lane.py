@@ -33,7 +33,7 @@ from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unfit, 
 log = logging.getLogger(__name__)
 
 PING_S = 20
-PINGS = {"control": 2, "bulk": 7}  # unanswered: a ping stands behind the chunks, two of which may take two minutes
+PINGS = {"control": 2, "bulk": 7}  # unanswered ones: a ping waits behind the chunks, two of which may take two minutes
 PENDING_BYTES = 4 << 20
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) (?:to|with reply) "([^"]*)"', re.IGNORECASE)
 
@@ -90,8 +90,10 @@ class Lane:
         self._next_id = 0
         self._silent = self.losses = 0
         self._last_error = ""
-        self._has_inbox = False  # the inbox is subscribed with the first request: a mere listener may not have one
-        self._inbox_subscription: NatsSubscription | None = None  # and that is its subscription
+        self._has_inbox = (
+            False  # the first request subscribes to the inbox: a process without requests may not be allowed one
+        )
+        self._inbox_subscription: NatsSubscription | None = None  # the subscription to the inbox
         self._state = State.NEW
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
@@ -127,7 +129,7 @@ class Lane:
                 servers=[server.url for server in self._address.servers],
                 name=f"syncline {self._to.name} {self._lane}",
                 inbox_prefix=f"_INBOX.{self._to.name}".encode(),
-                allow_reconnect=False,  # the first connection fails loudly; from then on it heals
+                allow_reconnect=False,  # the first connection must fail with an error; later ones heal
                 connect_timeout=max(1, round(min(self._to.patience_s, ANSWER_S))),
                 max_reconnect_attempts=1,  # of one call: `open` tries again
                 reconnect_time_wait=0,
@@ -224,7 +226,7 @@ class Lane:
             if self._state is not State.LOST:
                 self._move(State.LOST)
             now_s = asyncio.get_running_loop().time()
-            if self._client.last_error is not None:  # what the broker said last, such as that it refuses the key
+            if self._client.last_error is not None:  # the broker's last words, for example that it refuses the key
                 self._outage.error(self._lane, str(self._client.last_error), now_s)
             self._outage.lost(self._lane, now_s)
 
@@ -268,7 +270,7 @@ class Lane:
             try:
                 await subscription.unsubscribe()
             except nats.errors.Error:
-                pass  # the connection is gone, and the subscription with it
+                pass  # the subscription is gone with the connection
 
     def _fail_all(self, error: BusError) -> None:
         self._queue = Queue()
@@ -303,7 +305,7 @@ class Lane:
     # -- talking ---------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         checked_subject(subject)
-        if len(data) + size_of(headers) > self.max_payload:  # nats-py forgets the headers, and the server then hangs up
+        if len(data) + size_of(headers) > self.max_payload:  # nats-py does not count headers
             raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
@@ -342,7 +344,7 @@ class Lane:
             self._silent += of_broker
             if (
                 self._silent >= SILENT_ANSWERS and self._state is not State.CLOSED
-            ):  # a read loop can die behind a live socket
+            ):  # nats-py's read loop can die behind a live socket
                 await self._force_reconnect()
             raise
         finally:
@@ -397,7 +399,7 @@ class Lane:
         await self._client.force_reconnect()
 
     async def _subscribe_inbox(self) -> None:
-        self._has_inbox = True  # before anything is awaited: heard twice, an answer would count twice
+        self._has_inbox = True  # before the first await: two subscriptions would count every answer twice
         try:
             self._inbox_subscription = await self._client.subscribe(
                 f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
@@ -412,7 +414,7 @@ class Lane:
             return
         status = status_of(message)
         if status == "503" and not message.data:
-            waiting.done.set_exception(NoResponders(f"{waiting.subject}: nobody listens"))
+            waiting.done.set_exception(NoResponders(f"{waiting.subject}: the subject has no subscriber"))
             return
         waiting.answers.append(message)
         if not waiting.many or status:
@@ -428,7 +430,7 @@ class Lane:
             self._live[i] = await self._subscribe_at_broker(self._client, i)
         except nats.errors.BadSubjectError:
             del self._handlers[i]
-            raise Unavailable(f"{subject!r} is no subject") from None
+            raise Unavailable(f"{subject!r} is not a valid subject") from None
         except nats.errors.Error:
             pass  # the client is built anew just now, and subscribes to all that has a handler
         return i
@@ -440,7 +442,7 @@ class Lane:
             try:
                 await live.unsubscribe()
             except nats.errors.Error:
-                pass  # the connection is gone, and the subscription with it
+                pass  # the subscription is gone with the connection
 
 
 async def _give_up(client: Client) -> None:

@@ -41,12 +41,12 @@ Account = Literal["CORE", "FLEET", "WATCH"]
 Kind = Literal["service", "stream"]
 WATCH = "watch"
 SUFFIX = ".nk"
-AGENT_CONNECTIONS = 256  # an agent has two; those that a broken line leaves behind count for some minutes
+AGENT_CONNECTIONS = 256  # an agent has two; the broker counts lost ones for some minutes more
 MAX_PAYLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk of 1 MiB, its frame and its headers
 _ACCOUNT_OF: dict[str, Account] = {COORDINATOR: "CORE", WATCH: "WATCH"}  # all other names are agents
 _PLACE: dict[Account, str] = {"CORE": "core", "FLEET": "agents", "WATCH": "watch"}  # of an operator's keyring
-LOG_BYTES = 16 << 20  # the server begins a new log file there, and keeps three: nobody can fill the disk with refusals
-_SEED_BYTES = 4096  # a seed has 58; whatever is longer than this is not read
+LOG_BYTES = 16 << 20  # of a log file: the server keeps three, so that refusals cannot fill the disk
+_SEED_BYTES = 4096  # a seed has 58; a longer file is not read
 
 _AGENTS = f"{PREFIX}.*.agent.>"
 _GET_MODEL = f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>"
@@ -86,7 +86,7 @@ class BrokerSettings:
     host: str = "127.0.0.1"
     name: str = "syncline"
     max_payload_bytes: int = MAX_PAYLOAD_BYTES
-    max_file_store_bytes: int | None = None  # None: what the server takes by itself, three quarters of the disk
+    max_file_store_bytes: int | None = None  # None: the server's default, three quarters of the disk
     sync_interval: str = ""  # how often writes are synced to disk: "always", "10s"; empty: the server's two minutes
     monitor: str = ""  # address and port of the server's HTTP pages, "127.0.0.1:8222"; empty: none
     log_path: Path | None = None  # None: standard error
@@ -179,7 +179,7 @@ def read_seed(path: Path) -> str:
     seed = content.decode("ascii", "replace").strip()
     try:
         public_key_of(seed)
-    except ValueError:  # and not a word of what the file holds
+    except ValueError:  # the error must not show the content of the file
         hint = "It should hold one line that begins with SU. Copy it again, or make a new key"
         raise ConfigError("key file", f"{path} holds no nkey user seed", hint) from None
     return seed

@@ -77,7 +77,7 @@ class EmbeddedBroker:
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
     ) -> None:
         if not 0 <= port < 1 << 16:
-            raise ConfigError("port", f"{port} is no port", "Use 1 to 65535, or 0 for any that is free")
+            raise ConfigError("port", f"{port} is not a port", "Use 1 to 65535, or 0 for any that is free")
         self._given, self._fixed_port, self._agents = directory, port, tuple(agents)
         self._sync_interval, self._max_file_store_bytes = sync_interval, max_file_store_bytes
         self._max_payload_bytes = max_payload_bytes
@@ -148,7 +148,7 @@ class EmbeddedBroker:
             await self._reload()
         return identities
 
-    # -- what others need ------------------------------------------------------------------------------------------
+    # -- for other modules ------------------------------------------------------------------------------------------
     @property
     def url(self) -> str:
         return f"nats://{HOST}:{self.port}"

@@ -148,7 +148,9 @@ class OperatorSet:
             hint = (
                 f"To replace it, delete {self.keyring.path(name)} and run: syncline keys make {self.directory} --keep"
             )
-            return ConfigError("agent", f"{name!r} is no agent, and a broker without it is of no use", hint)
+            return ConfigError(
+                "agent", f"{name!r} is not an agent, and the broker cannot do without this account", hint
+            )
         close = difflib.get_close_matches(name, agents, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"See: syncline keys list {self.directory}"
         return ConfigError("agent", f"there is no key of {name!r} in {self.directory}", hint)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-READ_BYTES = 256 << 10  # at most so much of the log per call: a flood of refusals costs the reader no more
+READ_BYTES = 256 << 10  # of the log per call, at most, so that a flood of refusals costs the reader no more
 What = Literal["publish", "subscribe", "reply", "login"]
 
-_TEXT = r'(?:[^"\\]|\\.)*'  # what stands between the quotes
+_TEXT = r'(?:[^"\\]|\\.)*'  # the text between the quotes
 _CLIENT = r"\[\d+\] \S+ \S+ \[ERR\] (?P<host>\S+):\d+ - cid:\d+ - "
 _REFUSED = re.compile(
     rf'{_CLIENT}(?:"{_TEXT}" - )?"[A-Z]+(?:-[a-z0-9-]+)?/nkey:(?P<key>U[A-Z2-7]+)" - '
@@ -36,8 +36,8 @@ _LOGIN = re.compile(rf'{_CLIENT}authentication error(?: - \w+ "(?P<claimed>{_TEX
 class Violation:
     """One refusal. `str()` is a sentence for the event feed."""
 
-    who: str  # the name behind the key; the key itself where nobody has it; at a failed login the address
-    what: What  # "reply": the subject was named as where to send the answer
+    who: str  # the name behind the key; the key itself if it is unknown; at a failed login the address
+    what: What  # "reply": the subject was named as the reply subject
     subject: str  # as tried, quoted as in the log; at a failed login the name or key that was claimed, or ""
 
     def __str__(self) -> str:
