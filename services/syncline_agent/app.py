@@ -1,4 +1,4 @@
-"""The agent as a process: from settings to a running service."""
+"""The process of an agent: from the options to a running service."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ TRAINER = "syncline_agent.trainer:main"
 
 
 def run(options: AgentOptions) -> int:
-    """Serves until a signal. Returns the exit code."""
+    """Serve until a signal comes or another process claims the name. Returns the exit code.
+
+    Raises:
+        ConfigError: an option cannot be used.
+    """
     set_up_logging(options.log_file)
     check_patterns(options.allow_task)
-    claimed = claim(options.name, options.key, Path(options.state_dir))  # its lock is held as long as we live
+    claimed = claim(options.name, options.key, Path(options.state_dir))  # holds a lock as long as this process lives
     options = replace(
         options,
         name=claimed.name,
@@ -92,7 +96,7 @@ async def _serve(options: AgentOptions, seed: str, nursery: Nursery, serving: li
 
 
 async def _check_key(bus: Bus, options: AgentOptions) -> None:
-    """Raises ConfigError for a key of somebody else's: it would be refused at every question, for ever."""
+    """Raise ConfigError for the key of another agent: the broker would refuse each of this agent's messages."""
     try:
         await bus.kv_get(subjects.RUNS_BUCKET, subjects.head_key(options.name))
     except Denied as error:
@@ -101,9 +105,9 @@ async def _check_key(bus: Bus, options: AgentOptions) -> None:
             "--key", problem, "Name the agent's own key file, or with --name the agent that has it"
         ) from None
     except BusError:
-        pass  # there is no coordinator yet, or no connection just now: both may come
+        pass  # no coordinator has made the bucket yet, or the connection is lost; both may come
 
 
 def run_forked(options: dict[str, Any]) -> int:
-    """The same, as a nursery calls it."""
+    """Call `run` in a process that a nursery has forked; `options` are the fields of AgentOptions as JSON values."""
     return run(AgentOptions(**{**options, "allow_task": tuple(options.get("allow_task", ()))}))

@@ -1,4 +1,4 @@
-"""Signs of progress while a large model is mixed in, encoded, checked or saved: single calls that report nothing themselves."""
+"""Report progress from a thread while a large model is mixed, encoded, checked or saved: single calls that report none."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 EVERY_S = 0.5
-LARGE_BYTES = 4 << 20  # a smaller model takes no time that matters, and a thread would
-SLOWEST_BYTES_PER_S = 4 << 20  # a disk that is slower than this counts as hung
+LARGE_BYTES = 4 << 20  # a smaller model takes less time than a thread costs
+SLOWEST_BYTES_PER_S = 4 << 20  # a slower disk counts as hung
 
 BackgroundProgress = Callable[[Callable[[], None], int], AbstractContextManager[None]]
 
 
 @contextmanager
 def background_progress(tick: Callable[[], None], nbytes: int) -> Iterator[None]:
-    """Call `tick` from a thread while the body works on so many bytes, at most for as long as the slowest disk takes."""
+    """Call `tick` from a thread while the body runs.
+
+    Args:
+        tick: reports progress; must be safe to call from a thread.
+        nbytes: bytes that the body works on. The calls end after the time that the slowest disk takes for so many.
+    """
     if nbytes < LARGE_BYTES:
         yield
         return

@@ -1,4 +1,4 @@
-"""The center in the training child's inbox, and how it gets there."""
+"""The center in the training child's inbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CenterInbox:
     """Fetches centers into the inbox.
 
     Attributes:
-        model: the center in the inbox; None: the inbox holds none that may be used.
+        model: the center in the inbox; None: no usable center.
         term: under which that center was the newest.
         fresh: no period that counts has begun with it.
     """
@@ -37,13 +37,13 @@ class CenterInbox:
         self.model = None
 
     async def fetch(self, head: Head, layout: Manifest, window: int) -> None:
-        """Get the center of head, unless it is in the inbox.
+        """Get the center of head, unless the inbox has that one.
 
         Args:
             window: chunks under way at once.
 
         Raises:
-            BlobGone: it was purged, as head has moved on.
+            BlobGone: the center was purged, as head has moved on.
             BusError: the bus is out of reach.
         """
         assert head.model is not None

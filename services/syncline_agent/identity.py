@@ -1,12 +1,12 @@
-"""An agent's name and key out of a directory of keys: how equal containers become different agents. Imports no torch.
+"""The identity of an agent: a name and a key, given by its options or claimed from a directory of keys. Imports no torch.
 
 `--scale agent=8` starts eight containers with the same settings. With `--name auto` each claims a key of the directory that
-`--key` names, and is the agent of that key. A claim is a lock on the key file, held by the service: the kernel lets go of
-it when the process ends, however it ends, and it needs no right to write. It is known to every process and container of
-one machine; machines that share a fleet must have directories of their own.
+`--key` names, and becomes the agent of that key. A claim is a lock on the key file, held by the service: the kernel releases
+the lock when the process ends, however that happens, and locking needs no right to write. Every process and container of one
+machine sees the locks; machines of one fleet need a directory each.
 
-Whoever starts again takes the name that its host had last, and else the first that is free, so that the same names stay in
-use. What an agent keeps on disk is kept by its name: where the state directory is shared, it comes with the name.
+A restarted container takes the name that its host had last, otherwise the first free one, so that the same names stay in use.
+The files of an agent carry its name, so a shared state directory follows the name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from syncline.errors import ConfigError
 from syncline.wire.signing import Signer
 from syncline.wire.subjects import AUTO, checked_name
 
-_HOST = ".host"  # <state>/<name>.host: whose name it was last
+_HOST = ".host"  # <state>/<name>.host holds the host that had the name last
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,11 @@ class AgentIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedName:
-    """A name, its key file, and the lock that makes it ours (-1: a name that was given needs none)."""
+    """A name and its key file.
+
+    Attributes:
+        lock_fd: descriptor of the lock; −1: a name from the options needs none.
+    """
 
     name: str
     key: str
@@ -48,8 +52,17 @@ class ClaimedName:
 
 
 def claim(name: str, key: str, state_dir: Path, host: str = "") -> ClaimedName:
-    """Who the agent is, by `--name` and `--key`. Raises ConfigError for a directory without a free key, and for a state
-    directory that it could not write later, when another process of its name has already made way for it."""
+    """Return the name and key that `--name` and `--key` ask for.
+
+    Args:
+        name: the name, or `auto` for one of the directory `key`.
+        key: a key file, a directory of key files, or empty for a run without keys.
+        host: the name of this host; empty: ask the operating system.
+
+    Raises:
+        ConfigError: the directory has no free key, or the state directory cannot be written. The latter is checked here
+            because another process of this name makes way for this one soon after.
+    """
     if name != AUTO:
         checked_name("--name", name)
         _writable(state_dir)
@@ -65,7 +78,9 @@ def _free_key(directory: Path, state_dir: Path, host: str) -> ClaimedName:
     names = in_order([path.name.removesuffix(SUFFIX) for path in directory.glob(f"*{SUFFIX}")])
     if not names:
         raise ConfigError("--key", f"{directory} holds no keys", "Make some: syncline keys make DIR --agents N")
-    for name in sorted(names, key=_had_before(state_dir, host)):  # the sort is stable: else in their order
+    for name in sorted(
+        names, key=_had_before(state_dir, host)
+    ):  # the sort is stable: names without a host keep their order
         path = directory / f"{name}{SUFFIX}"
         fd = _lock(path)
         if fd >= 0:
@@ -76,6 +91,8 @@ def _free_key(directory: Path, state_dir: Path, host: str) -> ClaimedName:
 
 
 def _had_before(state_dir: Path, host: str) -> Callable[[str], bool]:
+    """Return a sort key that puts the names that this host had last in front."""
+
     def other(name: str) -> bool:
         try:
             return (state_dir / f"{name}{_HOST}").read_text() != host
@@ -108,11 +125,11 @@ def _unusable(state_dir: Path, error: OSError) -> ConfigError:
 
 
 def _lock(path: Path) -> int:
-    """A descriptor that holds the lock on the file as it stands there now, or -1 where another holds it."""
+    """Return a descriptor that holds the lock on the file; −1: another process holds it, or the file was replaced."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return -1  # revoked just now
+        return -1  # the key was revoked just now
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_ino == path.stat().st_ino:

@@ -1,6 +1,6 @@
-"""The inner optimisers of an agent: with their schedules, and with what is done to the gradients.
+"""The inner optimisers of an agent, with their schedules and the changes to gradients.
 
-All of it hangs on torch's hooks around `Optimizer.step`, so that a task with a `train` of its own has it too. The hooks see
+Everything here uses torch's hooks around `Optimizer.step`, so that a task with a `train` of its own has it too. The hooks see
 every optimiser that steps during a period, also one that the task has not returned.
 """
 
@@ -36,11 +36,27 @@ NEED_STEPS = (
 
 
 class InnerOptimizers:
-    """`given` is what the task trains with. `center_P`: the center that was received last, kept up to date outside."""
+    """The optimisers of one run.
+
+    Attributes:
+        given: the optimiser, or the optimisers, that the task's `train` receives.
+        gradients: changes gradients before each step.
+    """
 
     def __init__(self, task: Task, flat: FlatModel, center_P: Tensor, local: Local) -> None:
+        """Make the optimisers of a task.
+
+        Args:
+            center_P: the center received last; its owner keeps it up to date.
+            local: settings of local training.
+
+        Raises:
+            ConfigError: the task returns no usable optimisers, or settings and saved state would miss a parameter.
+        """
         self._replaced = flat.replaced
-        self._task, self._model, self._local = task, flat.model, local
+        self._task = task
+        self._model = flat.model
+        self._local = local
         self.given, self._optimizers, self._schedules = inner_of(task, flat.model, local)
         self._known = {id(optimizer) for optimizer in self._optimizers.values()}
         self._needs_steps = [name for name in NEED_STEPS if getattr(local, name)]
@@ -51,13 +67,15 @@ class InnerOptimizers:
         self._refuse_unkept_parameters()
         if self._needs_steps:
             self._refuse_what_settings_would_miss(flat)
-        self._stepping: list[Optimizer] = []  # whose steps are under way, each inside the one before
-        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # with a state, and not known
+        self._stepping: list[Optimizer] = []  # optimisers whose steps are under way, each inside the one before
+        self._strangers: weakref.WeakSet[Optimizer] = (
+            weakref.WeakSet()
+        )  # optimisers with a state that the task has not returned
         self._has_stepped = False
-        self._skipped = False  # a gradient was not finite: a GradScaler skips such a step
+        self._skipped = False  # a gradient was not finite: a GradScaler skips that step
 
     def _refuse_unkept_parameters(self) -> None:
-        """A parameter that the optimiser trains and the model has not: of a loss, say, that the task holds on `self`."""
+        """Raise ConfigError for a trained parameter outside the model, such as one of a loss that the task holds on `self`."""
         if type(self._task).state_dict is not Task.state_dict:
             return
         of_model = {id(p) for p in self._model.parameters()}
@@ -73,6 +91,7 @@ class InnerOptimizers:
                 )
 
     def _refuse_what_settings_would_miss(self, flat: FlatModel) -> None:
+        """Raise ConfigError for an averaged parameter that no optimiser has: settings act on the steps of optimisers."""
         optimized = {id(p) for o in self._optimizers.values() for group in o.param_groups for p in group["params"]}
         names = {id(p): name for name, p in flat.model.named_parameters()}
         missed = [names.get(key, "a parameter") for key in self._travelling - optimized]
@@ -91,12 +110,21 @@ class InnerOptimizers:
 
     # -- a period --------------------------------------------------------------------------------------------------------
     def period_begins(self, control: Control | None = None) -> None:
-        self.gradients.steps, self.gradients.control = 0, control
+        """Count steps anew. `control`: the period's control variates, if the run has them."""
+        self.gradients.steps = 0
+        self.gradients.control = control
         if self._local.optimizer_state == "reset":
             self.forget()
 
     def period_ends(self, steps: int) -> None:
-        """`steps`: as the task has counted them. Raises ConfigError where settings or the disk would miss something."""
+        """Check the period and advance schedules that count periods.
+
+        Args:
+            steps: of the period, as the task has told them.
+
+        Raises:
+            ConfigError: a setting had no effect, an unknown optimiser holds state, or a parameter was replaced.
+        """
         if steps and self._needs_steps and not self._has_stepped and not self._skipped:
             raise ConfigError(
                 f"local.{self._needs_steps[0]}",
@@ -105,13 +133,12 @@ class InnerOptimizers:
             )
         self._refuse_strangers()
         if steps and self._local.schedule is not None and self._local.schedule.per == "period":
-            for schedule in set(self._schedules.values()):  # optimisers with the same groups have one
+            for schedule in set(self._schedules.values()):  # optimisers with the same groups share one
                 schedule.advance()
         self._insist_on_replaced()
 
     def _insist_on_replaced(self) -> None:
-        """Raises ConfigError where the loss reaches a parameter that training has put in the place of another one, and the
-        optimiser still steps that other one."""
+        """Raise ConfigError if training has replaced a parameter that gets gradients, and the optimiser steps the old one."""
         held = set().union(*map(_parameters, self._optimizers.values()))
         for name, (before, now) in self._replaced.items():
             if now.grad is not None and id(before) in held and id(now) not in held:
@@ -124,8 +151,9 @@ class InnerOptimizers:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While the task trains: settings act on the steps of its optimisers."""
-        self._stepping, self._skipped = [], False
+        """Apply the settings to every optimiser step inside the `with` block."""
+        self._stepping = []
+        self._skipped = False
         hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
         if self._needs_steps and not self._has_stepped:
             parameters: Any = [p for p in self._model.parameters() if p.requires_grad]
@@ -137,6 +165,7 @@ class InnerOptimizers:
                 hook.remove()
 
     def _look(self, parameter: Tensor) -> None:
+        """Note a gradient that is not finite, until the first step."""
         grad = parameter.grad
         if not self._has_stepped and not self._skipped and grad is not None:
             values = grad.coalesce().values() if grad.is_sparse else grad
@@ -144,11 +173,12 @@ class InnerOptimizers:
 
     @property
     def _travelling(self) -> set[int]:
+        """Return the ids of the parameters that are averaged."""
         return {id(site.parameter) for site in self._sites}
 
     @property
     def _is_inside(self) -> bool:
-        """In the step of an optimiser that the task has returned: a wrapper steps others, a subclass steps twice."""
+        """Return whether a returned optimiser is in its step: a wrapper steps others, a subclass steps twice."""
         return any(id(optimizer) in self._known for optimizer in self._stepping)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -174,10 +204,10 @@ class InnerOptimizers:
             next(s for n, s in self._schedules.items() if self._optimizers[n] is optimizer).advance()
 
     def _refuse_strangers(self) -> None:
-        """An optimiser that the task keeps to itself loses its state at a restart, where the task does not keep it."""
+        """Raise ConfigError for an optimiser that the task did not return: a restart would lose its state."""
         if not self._strangers or type(self._task).state_dict is not Task.state_dict:
             return
-        gc.collect()  # one that was made for this period alone is gone by now
+        gc.collect()  # removes optimisers that were made for this period alone
         of_model = {id(p) for p in self._model.parameters()}
         lost = [type(optimizer).__name__ for optimizer in self._strangers if of_model & _parameters(optimizer)]
         if lost:
@@ -190,7 +220,7 @@ class InnerOptimizers:
     # -- from one period to the next -------------------------------------------------------------------------------------
     @property
     def advice(self) -> list[str]:
-        """What is rarely meant where several agents take part."""
+        """Return advice on optimisers that rarely suit runs of several agents."""
         if self._local.optimizer_state == "reset" or not any(isinstance(o, LBFGS) for o in self._optimizers.values()):
             return []
         return [
@@ -199,24 +229,24 @@ class InnerOptimizers:
         ]
 
     def forget(self) -> None:
-        """The optimisers have what new ones have; their schedules go on."""
-        task = copy.copy(self._task)  # which may keep what it makes, a scheduler for example
+        """Give the optimisers the state of new ones. Their schedules go on."""
+        task = copy.copy(self._task)  # the task may keep the new optimisers, or a scheduler for them
         _, fresh = optimizers_of(task, self._model, self._local)
         for name, optimizer in self._optimizers.items():
             optimizer.state.clear()
             optimizer.state.update(fresh[name].state)
 
     def kept(self) -> dict[str, Any]:
-        """The state of optimisers and schedules, as nested plain values that share memory with them."""
+        """Return the state of optimisers and schedules, as nested plain values that share memory with them."""
         return {
             "optimizers": {name: state_of(optimizer) for name, optimizer in self._optimizers.items()},
             "schedules": {name: schedule.state_dict() for name, schedule in self._schedules.items()},
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        """Gives optimisers and schedules back what they had, to the last bit. Raises ValueError for another's state."""
+        """Restore optimisers and schedules to the last bit. Raises ValueError for the state of other optimisers."""
         if (names := sorted(kept["optimizers"])) != sorted(self._optimizers):
-            raise ValueError(f"it is of the optimisers {names}")
+            raise ValueError(f"the state belongs to the optimisers {names}")
         for name, optimizer in self._optimizers.items():
             restore_state(optimizer, kept["optimizers"][name])
         for name, schedule in self._schedules.items():
@@ -228,7 +258,7 @@ def _parameters(optimizer: Optimizer) -> set[int]:
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
-    """A setting of a group that cannot be kept, such as a function, is as the task makes it."""
+    """Return an optimiser's state to save, without group settings that cannot be saved, such as functions."""
     whole = optimizer.state_dict()
     if "param_groups" in whole:
         groups = [{k: v for k, v in group.items() if can_be_kept(v)} for group in whole["param_groups"]]
@@ -237,9 +267,14 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def restore_state(optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
+    """Restore an optimiser's state to the last bit. Group settings that were not saved stay as the task makes them.
+
+    Raises:
+        ValueError: the state belongs to an optimiser of another class, or has other groups.
+    """
     whole = dict(kept)
     if (kind := whole.pop("kind", None)) != type(optimizer).__qualname__:
-        raise ValueError(f"it is of the optimiser {kind}")
+        raise ValueError(f"the state belongs to the optimiser {kind}")
     if "param_groups" in whole:
         groups = zip(optimizer.state_dict()["param_groups"], whole["param_groups"], strict=True)
         whole["param_groups"] = [{**own, **group} for own, group in groups]
@@ -248,14 +283,14 @@ def restore_state(optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in whole.get("state", {}).items():
         if isinstance(index, int) and isinstance(values, dict):
-            own = optimizer.state[parameters[index]]  # torch has cast it to the dtype of the parameter
+            own = optimizer.state[parameters[index]]  # torch has cast the tensors to the dtype of the parameter
             optimizer.state[parameters[index]] = {name: _like(own[name], value) for name, value in values.items()}
-    if type(optimizer).load_state_dict is Optimizer.load_state_dict:  # else it knows what it shares
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:  # a method of its own shares objects as it needs
         _into(optimizer, *before)
 
 
 def _into(optimizer: Optimizer, state: Any, groups: list[dict[str, Any]]) -> None:
-    """Put what was loaded into the objects from before, which an optimiser around or inside this one may hold too."""
+    """Move the loaded state into the objects from before, which an optimiser around or inside this one may hold too."""
     for own, loaded in ((state, optimizer.state), *zip(groups, optimizer.param_groups, strict=True)):
         if own is not loaded:
             own.clear()
@@ -264,7 +299,7 @@ def _into(optimizer: Optimizer, state: Any, groups: list[dict[str, Any]]) -> Non
 
 
 def _like(loaded: Any, kept: Any) -> Any:
-    """What was kept, to the last bit, on the device where torch has put it."""
+    """Return the saved value to the last bit, on the device of the loaded one."""
     if isinstance(kept, Tensor):
         return kept.to(loaded.device, copy=True)
     if isinstance(kept, list | tuple):

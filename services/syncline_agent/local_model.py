@@ -81,7 +81,7 @@ class LocalModel:
         """Apply the verdicts and take over the center. An agent without a W_i begins with W.
 
         Args:
-            center_P: a newer center, on the device; None: there is none.
+            center_P: a newer center, on the device; None: no newer center.
             sum_P: the sum of all control variates that belongs to that center, if the run has them.
         """
         self.flat.store()

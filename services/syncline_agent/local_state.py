@@ -1,9 +1,8 @@
-"""What an agent keeps on disk of a run: W_i, its clock, its optimisers and schedules, the state that the task keeps by itself,
-and the tensors that never leave the agent, as one file, replaced atomically.
+"""The state of an agent in a run, on its disk: one file per run, replaced atomically.
 
-A file is of one *submission* of a run, the id of head's manifest: it is another one where a run of the same name is submitted
-again, and the same one wherever a run goes on. What is of another submission or another model, or is not as it was written, is
-not used: the agent begins with the center.
+The file holds W_i, the agent's clock, its optimisers and schedules, the task's own state, and the tensors that never leave the
+agent. A file belongs to one *submission* of a run, the id of head's manifest: a run of the same name that is submitted again
+has another one. A file of another submission or another model, or a damaged one, is not used: the agent begins with the center.
 """
 
 from __future__ import annotations
@@ -29,28 +28,33 @@ from syncline_agent.nested_values import pack, unpack
 
 log = logging.getLogger(__name__)
 
-DIGEST = "digest"  # in a file's metadata: over all the rest of it
-PAIRS = " as pairs"  # behind a name: a complex tensor, for which the format has not always a type
-INNER = "inner"  # in the metadata, and the beginning of its tensors' names
-MOST_CLOCK = 1 << 48  # no agent gets there
+DIGEST = "digest"  # in a file's metadata: covers the rest of the file
+PAIRS = " as pairs"  # suffix of the names of complex tensors: the format has no type for some of them
+INNER = "inner"  # key in the metadata, and prefix of tensors' names
+MOST_CLOCK = 1 << 48  # more periods than any agent can train
 
 
 @dataclass(frozen=True)
 class LocalState:
-    """W_i after the period `clock`, and all that the next period depends on."""
+    """W_i after the period `clock`, and everything else that the next period depends on."""
 
     clock: int
     own_P: Tensor
-    inner: Mapping[str, Any] = field(default_factory=dict)  # of optimisers, schedules and the task: nested plain values
-    pending: dict[int, Tensor] = field(default_factory=dict)  # by clock: offered, and not known to be judged
-    variates: dict[str, Tensor] = field(default_factory=dict)  # of SCAFFOLD
-    local: dict[str, Tensor] = field(default_factory=dict)  # what does not travel, by name
+    inner: Mapping[str, Any] = field(default_factory=dict)  # optimisers, schedules and the task: nested plain values
+    pending: dict[int, Tensor] = field(default_factory=dict)  # elastic differences by clock, without a verdict
+    variates: dict[str, Tensor] = field(default_factory=dict)  # control variates of SCAFFOLD
+    local: dict[str, Tensor] = field(default_factory=dict)  # tensors that are not averaged, by name
 
 
 def save_state(path: Path, kept: LocalState, layout: Manifest, submission: str) -> None:
-    """Replaces the file: after a crash there is the old one or the new one, never half of one.
+    """Replace the file. A crash leaves the old file or the new one, never a part of one.
 
-    Raises OSError and SafetensorError, and ConfigError for a value of `inner` that a file cannot hold.
+    Args:
+        submission: id of the run's submission.
+
+    Raises:
+        OSError: the disk did not take the file. The library may raise SafetensorError for the same reason.
+        ConfigError: a value of `inner` cannot be saved.
     """
     packed, inner = pack(dict(kept.inner), INNER)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def save_state(path: Path, kept: LocalState, layout: Manifest, submission: str) 
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and, as the format wants it, no two in one storage. A copy is made only where one is needed."""
+    """Return the tensors on the CPU, no two in one storage, as the format requires. Copies only tensors that need it."""
     made: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -88,7 +92,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Over all that a file holds."""
+    """Return a digest of everything that a file holds."""
     whole = xxhash.xxh3_128(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -97,16 +101,16 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 class Unusable(SynclineError):
-    """A file of which nothing is used, with the reason."""
+    """A file that cannot be used, with the reason."""
 
 
 def load_state(path: Path, layout: Manifest, submission: str) -> LocalState | None:
-    """What was kept, or None where nothing usable was: then the agent begins with the center."""
+    """Return the saved state, or None, with a warning in the log, if no file can be used: the agent begins with the center."""
     try:
         return _read(path, layout, submission) if path.exists() else None
     except Unusable as why:
         log.warning("%s %s; beginning with the center", path, why)
-    except Exception as error:  # whatever is wrong with a file, it is no reason not to train
+    except Exception as error:  # a bad file of any kind must not keep the agent from training
         log.warning("%s is unreadable (%s: %s); beginning with the center", path, type(error).__name__, error)
     return None
 
@@ -122,7 +126,7 @@ def _read(path: Path, layout: Manifest, submission: str) -> LocalState:
     if metadata.pop(DIGEST, "") != _digest(tensors, metadata):
         raise Unusable("is not as it was written")
     for name in [name for name in tensors if name.endswith(PAIRS)]:
-        pairs = tensors.pop(name).clone()  # a file aligns to 8 bytes, and torch may need 16 for a complex number
+        pairs = tensors.pop(name).clone()  # a file aligns to 8 bytes; torch may need 16 for complex numbers
         tensors[name.removesuffix(PAIRS)] = torch.view_as_complex(pairs)
     clock = int(metadata["clock"])
     if not 0 <= clock < MOST_CLOCK:

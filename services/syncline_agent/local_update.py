@@ -1,15 +1,15 @@
-"""What an agent's update *is*, and what the agent does with a center. Knows no bus, no file and no training.
+"""Kinds of local updates: how an update is computed, and how the agent takes over a center. Knows no bus, file or training.
 
 | kind | the update of a period | with a center W |
 |---|---|---|
 | rounds | the deviation W_i − W from the center the period began with | W_i ← W_i + α (W − W_i) |
 | async | the progress W_end − W_start of that one period | W_i ← W, where it is newer than the one before |
-| elastic | d = α (W_i − W), which the agent gives up: W_i ← W_i − d | – |
+| elastic | d = α (W_i − W), which the agent gives up: W_i ← W_i − d | no change |
 
-An elastic difference that is not merged is given back: W_i ← W_i + d. So nothing is counted twice, and nothing is lost.
+An elastic difference that is not merged is added back: W_i ← W_i + d. So no difference counts twice, and none is lost.
 
-All of this is about parameters. In the places of buffers (BatchNorm's statistics) every update holds the agent's own values,
-of which the center takes the mean; of elastic averaging they are no part.
+The table is about parameters. In the elements of buffers (BatchNorm's statistics) every update holds the agent's own values,
+and the center takes their mean; elastic averaging leaves the agent's buffers unchanged.
 """
 
 from __future__ import annotations
@@ -23,30 +23,44 @@ from syncline.averaging.buffers import Places, clear_
 from syncline.averaging.mix import mix_
 from syncline.spec.run_spec import RunSpec
 
-Verdicts = dict[int, bool]  # the last judged clocks of this agent: whether they were merged
-Pending = dict[int, Tensor]  # by clock: what is offered and not judged, as far as the agent has to remember it
+Verdicts = dict[int, bool]  # by clock, of the updates that were judged last: whether they were merged
+Pending = dict[int, Tensor]  # by clock: vectors that the agent must remember until the update is judged
 
 
 class LocalUpdate(Protocol):
+    """Computes the updates of one agent. P: elements of the flat vector."""
+
     needs_center: bool  # the update is made from the center that is newest when the period is over
     pending: Pending
 
     def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
-        """What was judged since."""
+        """Apply verdicts to W_i, `own_P`."""
         ...
 
     def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
-        """A period begins. `center_P`: a newer center, or None; `first`: there is no W_i yet. Writes W_i, and into `from_P`
-        what the period is measured from."""
+        """Begin a period: take over a center.
+
+        Args:
+            own_P: W_i; modified.
+            from_P: receives the vector that the period is measured from.
+            center_P: a newer center; None: no newer center.
+            first: W_i does not exist yet, and becomes W.
+        """
         ...
 
     def take(self, own_P: Tensor, from_P: Tensor, clock: int) -> Tensor:
-        """The update of the period that is over. `from_P`: as `begin` left it; the newest center where that is needed."""
+        """Return the update of the period that is over.
+
+        Args:
+            own_P: W_i; an elastic update modifies this vector.
+            from_P: as `begin` left it, or the newest center if `needs_center`.
+            clock: of the period.
+        """
         ...
 
 
 class _WithoutMemory:
-    """Nothing has to be remembered until it is judged."""
+    """Base of updates of which the agent remembers nothing."""
 
     needs_center = False
 
@@ -62,7 +76,7 @@ class _WithoutMemory:
 
 
 class DeviationUpdate(_WithoutMemory):
-    """Of synchronous rounds."""
+    """The deviation W_i − W, of synchronous rounds."""
 
     def __init__(self, alpha: float, buffers: Places = ()) -> None:
         super().__init__(buffers)
@@ -77,7 +91,7 @@ class DeviationUpdate(_WithoutMemory):
 
 
 class ProgressUpdate(_WithoutMemory):
-    """Of asynchronous runs: the next period begins with the newest center, or goes on from where the last one ended."""
+    """The change of one period, of asynchronous runs. A period begins with the newest center, or where the last one ended."""
 
     def begin(self, own_P: Tensor, from_P: Tensor, center_P: Tensor | None, *, first: bool) -> None:
         if center_P is not None:
@@ -86,12 +100,13 @@ class ProgressUpdate(_WithoutMemory):
 
 
 class ElasticUpdate:
-    """Of elastic averaging (EASGD and AEASGD, arXiv:1412.6651): agent and center meet by the same difference."""
+    """The elastic difference (EASGD and AEASGD, arXiv:1412.6651): agent and center move by the same vector."""
 
     needs_center = True
 
     def __init__(self, alpha: float, buffers: Places = ()) -> None:
-        self._alpha, self._buffers = alpha, buffers
+        self._alpha = alpha
+        self._buffers = buffers
         self.pending: Pending = {}
 
     def resolve(self, verdicts: Verdicts, own_P: Tensor) -> None:
@@ -122,7 +137,7 @@ def _with_values(update_P: Tensor, own_P: Tensor, buffers: Places) -> Tensor:
 
 
 def local_update_of(spec: RunSpec, buffers: Places) -> LocalUpdate:
-    """Return the kind of update that a run's settings ask for. `buffers`: their places in the flat vector."""
+    """Return the kind of update that a run's settings ask for. `buffers`: the buffers' slices of the flat vector."""
     if spec.mix.kind == "elastic":
         return ElasticUpdate(spec.mix.alpha, buffers)
     return ProgressUpdate(buffers) if spec.sync.kind == "async" else DeviationUpdate(spec.mix.alpha, buffers)

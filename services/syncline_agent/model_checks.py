@@ -1,4 +1,4 @@
-"""What a trainer holds its task and its model against, so that no tensor is left out of the averaging without a word."""
+"""Checks of a task and its model, so that no tensor is left out of the averaging silently."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ from syncline.tasks.sources import differing, digests_of_code
 
 
 class ModelChecks:
-    """Looks at a model when it is made, and after periods of training: the 1st, 2nd, 4th, 8th and so on, as digests cost time.
+    """Checks a model when it is made and after the 1st, 2nd, 4th, 8th … period of training: digests cost time.
 
     Attributes:
-        advice: what the owner should know, in whole sentences, until somebody takes it.
+        advice: sentences for the owner that were not taken yet.
     """
 
     def __init__(self, task: Task, model: nn.Module, layout: Manifest) -> None:
-        """Raises ConfigError for a new model whose frozen tensors differ from the coordinator's."""
+        """Check a new model.
+
+        Raises:
+            ConfigError: a frozen tensor of the model differs from the coordinator's.
+        """
         insist_on_frozen(model, layout, task.local, task.shared)
         self.advice: list[str] = []
-        self._local, self._layout = task.local, layout
+        self._local = task.local
+        self._layout = layout
         self._digests = {entry.name: entry.digest for entry in layout.frozen}
         self._frozen = {
             name: (tensor.dtype, tensor.shape)
             for name, tensor in frozen_of(model, task.local, task.shared)
             if isinstance(tensor, nn.Parameter) and name in self._digests
         }
-        self._periods, self._next_look, self._moved = 0, 1, False
+        self._periods = 0
+        self._next_look = 1
+        self._moved = False
         names = [name for name, _ in tensors_of(model)]
         for pattern in task.local:
             if not any(matches(name, [pattern]) for name in names):
@@ -46,11 +53,12 @@ class ModelChecks:
             )
 
     def take_advice(self) -> list[str]:
+        """Return the advice and forget it."""
         taken, self.advice = self.advice, []
         return taken
 
     def trained(self, flat: FlatModel, center_P: Tensor, steps: int) -> None:
-        """Look at the model after a period that began from this center.
+        """Check the model after a period that began with this center.
 
         Raises:
             ConfigError: training has changed a frozen tensor that does not travel. Names it.
@@ -73,7 +81,7 @@ class ModelChecks:
             f"task: {steps} steps have changed no parameter that is averaged. Look whether the optimiser holds the model's "
             "parameters, and whether its learning rate is above 0"
         )
-        self._moved = True  # it is said once
+        self._moved = True  # said once
 
     def _look_at_frozen(self, tensors: dict[str, Tensor]) -> None:
         for name, kind in self._frozen.items():
@@ -90,7 +98,7 @@ class ModelChecks:
                 )
 
     def _look_at_buffers(self, tensors: dict[str, Tensor], saved: set[str]) -> None:
-        """Statistics that had no finite value when the manifest was made: they were missing, empty or infinite then."""
+        """Advise on buffers that had no finite value when the manifest was made, and so are not averaged."""
         averaged = {entry.name for entry in self._layout.tensors}
         late = [
             name

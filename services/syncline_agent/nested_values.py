@@ -28,10 +28,10 @@ def pack(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
 
     Args:
         value: numbers, strings, None, tensors, arrays, and lists, tuples and dicts of them.
-        where: what the value is, for the names of the tensors and for errors.
+        where: a name for the value, used in errors and as prefix of the tensors' names.
 
     Raises:
-        ConfigError: it holds an object of another kind; the error names its place.
+        ConfigError: the value holds an object of another kind; the error names the object's place.
     """
     tensors: dict[str, Tensor] = {}
     return _packed(value, where, tensors, DEEPEST), tensors

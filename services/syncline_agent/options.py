@@ -1,4 +1,4 @@
-"""The flags of `syncline agent`, as plain values. Imports nothing heavy."""
+"""The options of `syncline agent`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
-    """The flags of `syncline agent`, as plain values."""
+    """The flags of `syncline agent`, as plain values that travel to a forked process as JSON."""
 
     name: str  # "auto": that of a free key in the directory `key`
     connect: str

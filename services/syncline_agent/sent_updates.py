@@ -1,4 +1,4 @@
-"""What an agent has handed over in a run, by clock, and whether that lets it begin another period. Pure."""
+"""Clocks of the updates that an agent has sent in a run, and the rule for beginning another period. Pure."""
 
 from __future__ import annotations
 

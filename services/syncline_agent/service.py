@@ -1,4 +1,4 @@
-"""The agent service: says hello, takes part in the run it is given, and goes on with the next. Imports no torch."""
+"""The agent service: says hello, takes part in the run that the coordinator names, then in the next. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ class AgentSettings:
 
 
 class Agent:
-    """`serve` until cancelled. Raises Superseded when another process claims the name."""
+    """Serves until it is cancelled, or until another process claims its name."""
 
     def __init__(self, bus: Bus, settings: AgentSettings, training: Training) -> None:
-        self._bus, self._settings, self._training = bus, settings, training
+        self._bus = bus
+        self._settings = settings
+        self._training = training
         self._identity = AgentIdentity(settings.name, new_id(), settings.state_dir, settings.signer)
         self._session: Session | None = None
-        self._news = asyncio.Event()
-        self._woken_by = (
-            ""  # the run whose notify was last answered with a hello: it tells of itself many times a second
-        )
+        self._wake = asyncio.Event()  # a run may have a place for this agent
+        self._woken_by = ""  # the run whose notify was answered with a hello: further ones, many a second, are not
         self._device = ""
         self._waits_because = ""
 
     async def serve(self) -> None:
+        """Take part in runs. Raises Superseded when another process claims the name."""
         subscription = await self._bus.subscribe(subjects.notify("*"), self._on_notify)
         self._bus.when_reconnected(self._on_reconnect)
         self._device = (await self._training.describe()).name
         log.info("agent %s on %s", self._identity.agent, self._device)
-        left = ""  # the run that it has just come from: who sends it back there at once knows less than head
+        left = ""  # the run just left: a coordinator that sends the agent back at once has a stale view
         try:
             while True:
                 run = await self._hello()
@@ -72,7 +73,7 @@ class Agent:
                 pass
 
     async def leave(self) -> None:
-        """On the way out: nobody has to wait for this agent."""
+        """Say goodbye to the run before the process ends, so that no round waits for this agent."""
         if self._session is not None:
             await self._session.leave()
 
@@ -82,7 +83,7 @@ class Agent:
         self._session = Session(self._bus, run, self._identity, self._training, self._hello)
         try:
             await self._session.follow()
-        except BusError as error:  # out of reach for long: head says where to go on
+        except BusError as error:  # for long: the next session begins with what head says
             log.warning("the bus is out of reach: %s", error)
             await self._wait()
         finally:
@@ -90,8 +91,8 @@ class Agent:
                 self._session = None
 
     async def _hello(self) -> str:
-        """The run to take part in, or ''."""
-        self._news.clear()
+        """Say hello to the coordinator. Returns the run to take part in, or ''. Raises Superseded."""
+        self._wake.clear()
         signer = self._settings.signer
         hello = Hello(
             session=self._identity.session,
@@ -113,7 +114,7 @@ class Agent:
         return welcome.run
 
     async def _waits(self, why: str, *, refused: bool = False) -> None:
-        """Says so where that is news; everybody may know of a run that does not take this agent."""
+        """Log a new reason for waiting; a refusal of this agent is also an event of the fleet."""
         if why == self._waits_because:
             return
         self._waits_because = why
@@ -124,10 +125,10 @@ class Agent:
             await fleet.event("agent-not-taken", text, level="warning", agent=self._identity.agent)
 
     async def _wait(self) -> None:
-        """Until there may be a run: the first notify of one, or some seconds."""
+        """Wait for the first notify of a run, at most a few seconds."""
         try:
             async with asyncio.timeout(jitter(HELLO_S)):
-                await self._news.wait()
+                await self._wake.wait()
         except TimeoutError:
             pass
 
@@ -142,12 +143,12 @@ class Agent:
             return
         if head.phase not in ENDED and head.run != self._woken_by:
             self._woken_by = head.run
-            self._news.set()
+            self._wake.set()
 
     def _on_reconnect(self) -> None:
         if self._session is not None:
             self._session.look_again()
-        self._news.set()
+        self._wake.set()
 
 
 def _being_cancelled() -> bool:

@@ -1,4 +1,4 @@
-"""An agent in one run: follows head, trains when it may, and offers its updates.
+"""An agent in one run: follows head, trains periods, and offers their updates.
 
 In synchronous rounds a period begins when head names this agent a participant of its round, and ends with the offer. In
 asynchronous runs the next period begins while the last update is sent, as long as the gate in head and the updates that are
@@ -239,7 +239,7 @@ class Session:
         return RunDefinition(spec, manifest)
 
     def _due(self, newest: HeadAndRoster) -> RosterLine | None:
-        """Return this agent's line in the roster if it may begin a period, else None."""
+        """Return this agent's line in the roster; None: no period may begin now."""
         line = RosterLine.of(newest.roster, self._agent) if newest.roster is not None else None
         if line is None or not line.participant or newest.head.model is None:
             return None
@@ -347,7 +347,7 @@ class Session:
     async def _may_offer(self, period: LocalPeriod, save: SaveReport) -> bool:
         """Return whether the update may be offered, after waiting for the disk if the state must be saved first.
 
-        The agent is out of the run meanwhile. False: the child died while it waited, and the update with it.
+        The agent is out of the run meanwhile. False: the child died during the wait, and the update is lost.
         """
         await self._events.not_saved(save)
         if not save.blocks_offer:

@@ -1,7 +1,7 @@
-"""Where an agent keeps what it has of each run, and when that goes. Imports no torch: what is in a file, `state` knows.
+"""The files with an agent's states of runs, and their removal. Imports no torch; `local_state` has their content.
 
-A file goes when its run has ended: at once where the agent is there to see it, else when it begins with another run. Of a run
-that the bus does not know, nobody can say whether it is over; perhaps it is another broker's. The newest few of those stay.
+A file is removed when its run has ended: at once if the agent takes part until the end, otherwise when the agent begins with
+another run. A run that the bus does not know may be over, or may belong to another broker: the newest few such files stay.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ LOOKED_AT = 16  # runs, each time
 
 
 class StateFiles:
-    """`<state directory>/<run>/<agent>.safetensors`; agents may share the directory. Nothing here fails: what does not go now
-    goes another time."""
+    """Files `<state directory>/<run>/<agent>.safetensors`; agents may share the directory.
+
+    Errors are logged and not raised: a file that cannot be removed now is removed another time.
+    """
 
     def __init__(self, bus: Bus, state_dir: Path, agent: str) -> None:
-        self._bus, self._state_dir, self._agent = bus, state_dir, agent
+        self._bus = bus
+        self._state_dir = state_dir
+        self._agent = agent
 
     def path(self, run: str) -> Path:
         return self._state_dir / run / f"{self._agent}.safetensors"
 
     async def remove(self, run: str) -> None:
-        """What this agent has of the run, and the run's directory with the last of it."""
+        """Remove this agent's file of the run, and the run's directory with its last file."""
         await asyncio.get_running_loop().run_in_executor(None, self._remove, run)
 
     async def tidy(self, run: str) -> None:
-        """This agent begins with the run: what it has of others goes, where these are over."""
+        """Remove this agent's files of runs that are over. `run`: the run that the agent begins with; its file stays."""
         unknown = 0
         for other in await asyncio.get_running_loop().run_in_executor(None, self._others, run):
             try:
@@ -50,7 +54,7 @@ class StateFiles:
                 await self.remove(other)
 
     def _others(self, run: str) -> list[str]:
-        """The runs that this agent has something of, but for that one; the newest first."""
+        """Return the other runs of which this agent has a file; the newest first."""
         try:
             found = [
                 (path.stat().st_mtime, path.parent.name)
@@ -66,8 +70,8 @@ class StateFiles:
         path = self.path(run)
         try:
             path.unlink(missing_ok=True)
-            path.with_suffix(".new").unlink(missing_ok=True)  # of a child that was killed while it wrote
+            path.with_suffix(".new").unlink(missing_ok=True)  # left by a child that was killed during a save
             if path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()
-        except OSError as error:  # another agent has begun with it just now, or it is not ours
-            log.warning("what was kept of run %s stays: %s", run, error)
+        except OSError as error:  # another agent has begun the run just now, or owns the file
+            log.warning("the file of run %s cannot be removed: %s", run, error)

@@ -40,7 +40,7 @@ class StateSaver:
         self._problem = ""  # of the last save
 
     def load(self) -> LocalState | None:
-        """Return the state on the disk, or None where no file of this run and this model can be used."""
+        """Return the state on the disk; None: no file of this run and this model can be used."""
         return load_state(self.path, self._layout, self._submission)
 
     def due_in_s(self) -> float | None:
@@ -48,14 +48,14 @@ class StateSaver:
         return None if self.unsaved_clock is None else self._not_before_s - self._now_s()
 
     def save(self, clock: int, state: Callable[[int], LocalState], *, at_once: bool = False) -> str:
-        """Save the state of a clock if it is time to.
+        """Save the state of a clock, unless the limit holds the save back.
 
         Args:
-            state: returns the state of the clock; called only if it is saved now.
-            at_once: save in any case: the state must be on the disk before the update is offered.
+            state: returns the state of the clock; called only for a save now.
+            at_once: ignore the limit: the state must be on the disk before the update is offered.
 
         Returns:
-            Why the disk did not take the state, now or the last time; empty if it did. The file from before is still there.
+            The problem of this save or of the last one; empty: the disk took the state. The old file stays after a problem.
         """
         begin_s = self._now_s()
         if begin_s < self._not_before_s and not at_once:

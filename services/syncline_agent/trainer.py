@@ -87,15 +87,15 @@ class Trainer:
         enter: Callable[[Path], object] = lambda directory: None,
         background_progress: BackgroundProgress = lambda tick, nbytes: nullcontext(),
     ) -> None:
-        """Claim nothing yet: the first question does.
+        """Keep the arguments; the first question claims the device.
 
         Args:
             device: as `--device` names it.
             allowed: patterns of tasks that this agent runs.
             clock: returns the time, in seconds.
-            fitting: returns how many steps fit into so many seconds, in a simulation; None: they are measured.
+            fitting: returns how many steps fit into so many seconds, in a simulation; None: measure the steps.
             enter: changes the working directory, as `load_task` has it.
-            background_progress: reports progress during long work; in a simulation nothing does.
+            background_progress: reports progress during long work; a simulation passes time itself.
         """
         self._device_name = device
         self._allowed = allowed
@@ -191,7 +191,7 @@ class Trainer:
         return Chore(self.save_due_in_s, self.save_held_back)
 
     def save_due_in_s(self) -> float | None:
-        """Return the seconds until the unsaved state may be saved, or None if there is none."""
+        """Return the seconds until the unsaved state may be saved; None: every state is saved."""
         return None if self._saver is None else self._saver.due_in_s()
 
     def save_held_back(self) -> None:
@@ -222,7 +222,7 @@ class Trainer:
         return make(*args)
 
     def vector(self, like_P: Tensor) -> Tensor:
-        """Return room for a center, on the device. A fleet in one process shares it where it can."""
+        """Return room for a center, on the device. Trainers of one process may share that room."""
         return torch.empty_like(like_P)
 
     def _stopped(self) -> bool:

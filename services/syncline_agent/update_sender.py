@@ -1,6 +1,6 @@
-"""Sends an agent's updates: puts an update chunk by chunk, then offers it. Knows nothing of training.
+"""Sends an agent's updates: puts the chunks of an update, then its offer. Knows nothing of training.
 
-A finished update is kept however long the bus is out of reach. It is given up when the run goes on without it.
+A finished update is kept however long the bus is out of reach, and given up when the run goes on without that update.
 """
 
 from __future__ import annotations

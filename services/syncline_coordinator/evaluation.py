@@ -1,4 +1,4 @@
-"""Held-out evaluation of the center beside the merging: a version that comes while one is evaluated is skipped."""
+"""Held-out evaluation of the center beside the merging. A version that arrives during an evaluation is skipped."""
 
 from __future__ import annotations
 
@@ -16,32 +16,47 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Evaluation:
-    """Asks the child process; makes a new one when it died, or had to be ended. `longest_s`: an evaluation may take; after
-    one that takes longer, or never ends, there is none any more."""
+    """Asks the evaluating child, and starts another one after its death.
+
+    Attributes:
+        evaluated: the version that was evaluated last; −1: none.
+    """
 
     def __init__(
         self, child: Asked, start: Restart, telemetry: Telemetry, report: Report, longest_s: float | None = None
     ) -> None:
-        self._child, self._start, self._telemetry, self._report = child, start, telemetry, report
+        """Take over a child that has loaded the task.
+
+        Args:
+            start: starts another child with the task.
+            report: receives the version and the metrics of each evaluation.
+            longest_s: limit of an evaluation; after one that takes longer, the center is not evaluated any more.
+        """
+        self.evaluated = -1
+        self._child = child
+        self._start = start
+        self._telemetry = telemetry
+        self._report = report
+        self._longest_s = longest_s
+        self._too_slow = False
         self._copied = asyncio.Event()
         self._copied.set()
         self._running: asyncio.Task[None] | None = None
-        self.evaluated = -1
-        self._longest_s, self._too_slow = longest_s, False
-        self._adviser, self._failures = MetricsAdviser(), Once()
+        self._adviser = MetricsAdviser()
+        self._failures = Once()
 
     def offer(self, version: int) -> None:
-        """The center is now that of `version`: evaluate it if nothing else is being evaluated."""
+        """Evaluate the center, which is now that of `version`, unless an evaluation is under way."""
         if not self._too_slow and (self._running is None or self._running.done()):
             self._copied.clear()
             self._running = asyncio.create_task(self._evaluate(version))
 
     async def copied(self) -> None:
-        """Waits until the child has taken its copy, so that the center may be written to."""
+        """Wait until the child has copied the center, so that the center may be overwritten."""
         await self._copied.wait()
 
     async def last(self, version: int) -> None:
-        """Evaluates this version for sure, unless an evaluation was too slow to be waited for."""
+        """Evaluate the run's last version, after an evaluation that is under way, unless an earlier one was too slow."""
         if self._running is not None:
             await self._running
         if self.evaluated != version:
@@ -57,7 +72,7 @@ class Evaluation:
         await self._child.close()
 
     async def _evaluate(self, version: int) -> None:
-        """Evaluate the center. A failure is told and ends no run; one of the task's own code is told once, not every time."""
+        """Evaluate the center. A failure is an event and does not end the run; each failure of the task's code is told once."""
         try:
             async with asyncio.timeout(self._longest_s):
                 await self._child.ask(CopyCenter())
@@ -84,7 +99,7 @@ class Evaluation:
             await self._telemetry.event("advice", text, level="warning")
 
     async def _start_again(self, version: int) -> None:
-        """A new child; where there can be none now, the next evaluation finds the dead one, and comes here again."""
+        """Start another child. If that fails, the next evaluation finds the dead child and tries again."""
         await self._child.close()
         try:
             self._child = await self._start()

@@ -1,7 +1,7 @@
 """The coordinator's child process: makes the initial model, and evaluates the center on the held-out data.
 
-It shares the center's memory. Evaluation never holds up merging: the child copies the center first, which is quick, says
-so, and then takes its time.
+The child shares the center's memory. Evaluation does not delay merging: the child first copies the center, which is quick, and
+evaluates the copy while the coordinator merges.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BATCH_ROWS = 512
 
 
 class Evaluator:
-    """The questions of the coordinator, each a method."""
+    """Answers the questions of the coordinator, each with a method."""
 
     def __init__(
         self,
@@ -55,9 +55,21 @@ class Evaluator:
         enter: Callable[[Path], object] = lambda directory: None,
         tell: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        """`enter`: as `load_task` has it. `tell`: takes what the task's code is called for, each time before it is."""
-        self._clock, self._enter, self._tell = clock, enter, tell
-        self._memory, self._allowed, self._task_dir = memory, allowed, task_dir
+        """Load nothing yet: `make_model` does.
+
+        Args:
+            memory: holds the center.
+            allowed: patterns of tasks that may be loaded.
+            clock: returns the time, in seconds.
+            enter: changes the working directory, as `load_task` has it.
+            tell: receives a sentence about each call of the task's code, before the call.
+        """
+        self._memory = memory
+        self._allowed = allowed
+        self._task_dir = task_dir
+        self._clock = clock
+        self._enter = enter
+        self._tell = tell
         self._task: Task | None = None
         self._flat: FlatModel | None = None
 
@@ -76,7 +88,9 @@ class Evaluator:
             layout = manifest_of(model, question.chunk_bytes, task.local, sections, task.shared, code)
             if question.check_optimizer:
                 check_inner(task, model, settings.local)
-        self._task, self._flat, self._layout = task, FlatModel(model, layout, task.local, task.shared), layout
+        self._task = task
+        self._layout = layout
+        self._flat = FlatModel(model, layout, task.local, task.shared)
         if not question.manifest:
             _insist_on_numbers(self._flat, layout)
         self._settings = settings
@@ -133,7 +147,7 @@ class Evaluator:
 
 
 def _insist_on_numbers(flat: FlatModel, layout: Manifest) -> None:
-    """Raises ConfigError for a model that holds NaN before any training: no update could ever be merged into it."""
+    """Raise ConfigError for a model that holds NaN before any training: no update can be merged into that."""
     for entry in layout.tensors:
         if not finite(flat.flat_P[entry.offset : entry.offset + entry.elements]):
             problem = f"the model's {entry.name} holds NaN or infinite values before any training"

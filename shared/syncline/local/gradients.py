@@ -1,7 +1,7 @@
-"""What is done to the gradients of a local period: clipping, the pull of FedProx, the control variates of SCAFFOLD.
+"""Changes to the gradients of a local period: clipping, the pull of FedProx, the control variates of SCAFFOLD.
 
-It acts between a task's backward pass and the optimiser's step, so that a task with a `train` of its own
-has it too; of several optimisers each has its own parameters treated as it steps. Knows no run, no agent and no file.
+They act between a task's backward pass and the optimiser's step, so that a task with a `train` of its own has them too. Each
+of several optimisers changes the gradients of its own parameters as it steps. Knows no run, no agent and no file.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from syncline.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A parameter that is averaged, and its place in the flat vector."""
+    """A parameter that is averaged, with its slice of the flat vector."""
 
     parameter: nn.Parameter
     where: slice
 
     def of(self, flat_P: Tensor) -> Tensor:
-        """The part of a flat vector that belongs to this parameter, in its shape; shares the memory."""
+        """Return this parameter's slice of a flat vector, in the parameter's shape; shares the memory."""
         return flat_P[self.where].view(self.parameter.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """SCAFFOLD in one period. P: elements of the flat vector."""
+    """Control variates of SCAFFOLD in one period. P: elements of the flat vector."""
 
     correction_P: Tensor  # c − c_i
-    gradients_P: Tensor | None  # takes the sum of the loss's gradients, clipped, before the correction
+    gradients_P: Tensor | None  # receives the sum of the loss's gradients, clipped, before the correction
 
 
 class Gradients:
-    """Between backward pass and step, in this order, with g the loss's gradient:
+    """Changes gradients between backward pass and step, in this order, with g the loss's gradient:
 
     1. every element of g is clipped to ± `clip_value`; then g as a whole to the norm `clip_norm`;
-    2. g += μ (w − x) with x the center that was received last (FedProx, arXiv:1812.06127);
+    2. g += μ (w − x) with x the center received last (FedProx, arXiv:1812.06127);
     3. g += c − c_i (SCAFFOLD, arXiv:1910.06378).
 
-    What is not set costs nothing and changes no bit. `center_P` is read at each step: whoever owns it keeps it up to date.
+    A setting that is left out costs nothing and changes no bit.
     """
 
     def __init__(
@@ -55,10 +55,22 @@ class Gradients:
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ) -> None:
-        self._sites, self._center_P = sites, center_P
-        self._mu, self._clip_norm, self._clip_value = prox_mu, clip_norm, clip_value
+        """Keep the settings.
+
+        Args:
+            sites: the parameters that are averaged.
+            center_P: the center received last; read at each step, so its owner keeps it up to date.
+            prox_mu: μ of FedProx; 0 leaves it out.
+            clip_norm: largest norm of an optimiser's whole gradient.
+            clip_value: largest absolute value of a gradient's element.
+        """
         self.control: Control | None = None
-        self.steps = 0  # that the optimiser was asked for
+        self.steps = 0  # calls of `before_step` in this period
+        self._sites = sites
+        self._center_P = center_P
+        self._mu = prox_mu
+        self._clip_norm = clip_norm
+        self._clip_value = clip_value
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,7 +112,7 @@ class Gradients:
             nn.utils.clip_grad_norm_(parameters, self._clip_norm)
 
     def _correct(self, site: Site) -> None:
-        """Computed in the center's dtype. A parameter that the loss did not touch has a gradient of zero."""
+        """Add SCAFFOLD's and FedProx's terms, in the center's dtype. A missing gradient counts as zeros."""
         w = site.parameter
         if w.grad is None:
             w.grad = torch.zeros_like(w)

@@ -1,6 +1,6 @@
-"""A child process that does the heavy work of a service. The service asks it over a socket; tensors are in shared memory.
+"""A child process that does the heavy work of a service. Questions travel over a socket; tensors are in shared memory.
 
-The service stays responsive whatever the child does: a step that holds the interpreter, crashes or is killed for memory
+The service stays responsive during all work of the child: a step that holds the interpreter, crashes or is killed for memory
 stops neither heartbeats nor Ctrl-C. `syncline.runtime.child_messages` has the questions and answers.
 
 On the socket each message is a length (four bytes, little endian) and a record of that length.
@@ -42,11 +42,11 @@ Handlers = Mapping[
 
 @dataclass(frozen=True, slots=True)
 class Chore:
-    """Work that a child does while no question waits for it.
+    """Work of a child for the time in which no question waits.
 
     Attributes:
-        due_in_s: Returns the seconds until the work is due, at most 0 where it is due now, or None where there is none.
-        do: Does the work. Afterwards there is none, or it is due later.
+        due_in_s: returns the seconds until the work is due, at most 0 if it is due now; None: no work.
+        do: does the work. Afterwards `due_in_s` returns None or a later time.
     """
 
     due_in_s: Callable[[], float | None]
@@ -66,7 +66,7 @@ class ChildDied(SynclineError):
 
 
 class ChildFailed(SynclineError):
-    """The child answered with an error. `config` is set where the user's input caused it, and not its code."""
+    """The child answered with an error. `config` is set if the user's input caused the error, and not the child's code."""
 
     def __init__(self, problem: str, *, setting: str = "", hint: str = "") -> None:
         self.setting = setting
@@ -172,7 +172,7 @@ class Child:
 
 
 def answer_in(data: bytes, question: Question[A]) -> A | Doing:
-    """Return what the child has sent for this question. Raises ChildFailed for an error, and for what is no answer to it."""
+    """Return the child's answer or report. Raises ChildFailed for an error, and for data that do not answer the question."""
     try:
         message = decode(data, question.answer, Failed, Doing)
     except ValueError as error:
@@ -203,7 +203,7 @@ def serve(end_fd: int, handlers: Handlers, chore: Chore | None = None) -> int:
 
 
 def tell(end_fd: int, doing: str) -> None:
-    """Tell the service what the child is doing, before it answers. `end_fd`: the same as for `serve`."""
+    """Report the child's present work to the service, before the answer. `end_fd`: the same as for `serve`."""
     data = encode(Doing(text=doing[:MOST_DOING_CHARS]))
     try:
         os.write(end_fd, _LENGTH.pack(len(data)) + data)  # whole: the socket blocks

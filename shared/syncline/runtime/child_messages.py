@@ -12,10 +12,10 @@
 | | `EvaluateCenter` | `EvaluationReport` |
 | any | – | `Doing` (before the answer), `Failed` (instead of it) |
 
-A record is validated where it is made and where it is read, because an answer holds results of the user's code. On the socket
+Records are validated when they are made and when they are read, because answers hold results of the user's code. On the socket
 a record is a msgpack map with its `kind` under `t`. Tensors do not travel in records: they are in shared memory.
 
-This module imports no torch: the agent service imports it and stays small.
+This module imports no torch, so that the agent service stays small.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class DeviceDescription(Answer):
 
 
 class DescribeDevice(Question[DeviceDescription]):
-    """Claim a device, if none is claimed yet, and describe it."""
+    """Claim a device with the first such question, and describe the device."""
 
     kind: ClassVar[str] = "describe-device"
     answer = DeviceDescription

@@ -1,13 +1,15 @@
-"""A nursery forks worker processes from one that has imported the heavy modules already, and lets none of them outlive it.
+"""Fork worker processes from a process that has imported the heavy modules, and let no worker outlive its owner.
 
-Importing torch takes seconds; forking takes milliseconds. So one single-threaded process imports it once and then forks
-whatever its owner asks for. The same part serves an agent (its training child), the coordinator (its evaluator) and
-`syncline demo` (all services).
+Importing torch takes seconds; forking takes milliseconds. So one single-threaded process, the nursery, imports torch once and
+then forks workers for its owner: an agent (its training child), the coordinator (its evaluator) and `syncline demo` (all
+services).
 
-Nothing is left behind, whoever is killed: the nursery kills its workers when its owner's end of the socket closes, and on
-Linux the kernel kills the nursery when its owner dies, be it in the middle of an import, and the workers when the nursery
-does. A worker that hangs inside a training step, holding the interpreter, changes nothing about that: the nursery runs no
-code of its workers. Each of them leads a process group of its own, and what it has forked is killed when it has ended.
+No process is left behind, whichever of them is killed: the nursery kills its workers when its owner's end of the socket
+closes. On Linux the kernel also kills the nursery when its owner dies, even in the middle of an import, and the workers when
+the nursery dies. A worker that hangs inside a training step, holding the interpreter, does not prevent this, because the
+nursery runs no code of its workers. Each worker leads a process group of its own; the group is killed when the worker ends.
+
+On the socket each message is a line of JSON; `Fork`, `Signal`, `Started` and `Exited` are its types.
 """
 
 from __future__ import annotations
@@ -25,25 +27,68 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from syncline.errors import SynclineError
 
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 8
-FORKS_AT_ONCE = 16  # asked for and not answered: their messages have room in the socket while the nursery imports
+FORKS_AT_ONCE = 16  # requests without an answer yet: they fit into the socket's buffer while the nursery imports
 _PR_SET_PDEATHSIG = 1
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class NurseryDied(SynclineError):
-    """The nursery process is gone, and its workers with it."""
+    """The nursery process has ended, and its workers with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Request: call `target(*args, *descriptors)` in a new process."""
+
+    worker: int  # number that the owner gives it
+    target: str  # package.module:function
+    args: list[Any]  # JSON values of the caller
+    fds: int  # descriptors that travel with the message
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Request: send a signal to a worker."""
+
+    worker: int
+    signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Report: a worker runs."""
+
+    worker: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """Report: a worker has ended. `code`: negative for a signal, as in `subprocess`."""
+
+    worker: int
+    code: int
+
+
+Message = Fork | Signal | Started | Exited
+MESSAGES: dict[str, type[Any]] = {"fork": Fork, "signal": Signal, "started": Started, "exited": Exited}
+KINDS = {message: kind for kind, message in MESSAGES.items()}
 
 
 @dataclass(slots=True)
 class Worker:
-    """A forked process. `exited` resolves to its exit code, negative for a signal, as in `subprocess`."""
+    """A forked process.
+
+    Attributes:
+        exited: resolves to the exit code, negative for a signal, as in `subprocess`.
+    """
 
     number: int
     pid: int
@@ -51,14 +96,14 @@ class Worker:
     _nursery: Nursery
 
     def signal(self, which: signal.Signals) -> None:
-        """Sends a signal; to a worker that has exited it does nothing."""
+        """Send a signal, unless the worker has exited. Raises NurseryDied."""
         if not self.exited.done():
-            self._nursery.tell({"signal": self.number, "with": int(which)})
+            self._nursery.send(Signal(self.number, int(which)))
 
 
 @dataclass(slots=True)
 class Nursery:
-    """The owner's side. Start it in the main thread, before the event loop and any other thread; `open` it in the loop."""
+    """The owner's side of a nursery. Start it in the main thread, before any other thread; `open` it in the event loop."""
 
     pid: int
     _socket: socket.socket
@@ -71,7 +116,11 @@ class Nursery:
 
     @classmethod
     def start(cls, preload: Sequence[str] = ()) -> Nursery:
-        """Forks this process where it has the modules already, else starts a fresh interpreter that imports them."""
+        """Fork this process if it has imported the modules already, else start a fresh interpreter that imports them.
+
+        Args:
+            preload: modules that the workers need.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         owner = os.getpid()
         if all(module in sys.modules for module in preload) and preload:
@@ -91,23 +140,34 @@ class Nursery:
         return cls(process.pid, ours, _process=process)
 
     def open(self) -> None:
+        """Listen to the nursery in the running event loop."""
         self._socket.setblocking(False)
         asyncio.get_running_loop().add_reader(self._socket, self._on_readable)
 
     async def fork(self, target: str, *args: Any, fds: Sequence[int] = ()) -> Worker:
-        """Calls `package.module:function(*args, *fds)` in a new process; args are JSON. Raises NurseryDied."""
+        """Call a function in a new process.
+
+        Args:
+            target: `package.module:function`; its result is the exit code, None for 0.
+            args: JSON values, the function's first arguments.
+            fds: descriptors that the worker inherits, the function's last arguments.
+
+        Raises:
+            NurseryDied: the nursery has ended.
+        """
         async with self._room:
             self._next += 1
             number, loop = self._next, asyncio.get_running_loop()
             started: asyncio.Future[Worker] = loop.create_future()
             self._started[number] = started
             try:
-                self.tell({"fork": number, "target": target, "args": args}, fds)
+                self.send(Fork(number, target, list(args), len(fds)), fds)
                 return await started
             finally:
-                started.cancel()  # if nobody waits for it any more
+                started.cancel()  # a caller that was cancelled does not wait for the worker any more
 
-    def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send a request. Raises NurseryDied."""
         try:
             _send(self._socket, message, fds)
         except OSError as error:
@@ -115,7 +175,7 @@ class Nursery:
             raise NurseryDied(f"the nursery (pid {self.pid}) is gone: {error.strerror}") from None
 
     async def close(self, grace_s: float = 2.0) -> None:
-        """Ends the workers, with SIGTERM and after `grace_s` with SIGKILL, and reaps the nursery."""
+        """End the workers, with SIGTERM and after `grace_s` with SIGKILL, and reap the nursery."""
         for worker in list(self._workers.values()):
             try:
                 worker.signal(signal.SIGTERM)
@@ -128,7 +188,7 @@ class Nursery:
         self._lost()
         self._socket.close()  # the nursery sees the end and kills what is left
         if not left:
-            _kill(self.pid, signal.SIGKILL)  # it holds nothing, and may be importing for seconds yet
+            _kill(self.pid, signal.SIGKILL)  # it has no workers, and may be busy with imports for seconds
         await asyncio.get_running_loop().run_in_executor(None, self._reap)
 
     def _reap(self) -> None:
@@ -138,7 +198,7 @@ class Nursery:
             else:
                 os.waitpid(self.pid, 0)
         except ChildProcessError:
-            pass  # reaped by somebody else
+            pass  # another thread of this process has reaped it
 
     def _on_readable(self) -> None:
         try:
@@ -151,23 +211,24 @@ class Nursery:
         for message, _ in messages:
             self._on_message(message)
 
-    def _on_message(self, message: dict[str, Any]) -> None:
-        if "started" in message:
-            number, loop = message["started"], asyncio.get_running_loop()
-            worker = self._workers[number] = Worker(number, message["pid"], loop.create_future(), self)
-            started = self._started.pop(number)
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, Started):
+            exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            worker = Worker(message.worker, message.pid, exited, self)
+            self._workers[message.worker] = worker
+            started = self._started.pop(message.worker)
             if not started.done():
                 started.set_result(worker)
                 return
-            with contextlib.suppress(NurseryDied):
+            with contextlib.suppress(NurseryDied):  # the caller was cancelled meanwhile
                 worker.signal(signal.SIGKILL)
-        else:
-            worker = self._workers.pop(message["exited"])
+        elif isinstance(message, Exited):
+            worker = self._workers.pop(message.worker)
             if not worker.exited.done():
-                worker.exited.set_result(message["code"])
+                worker.exited.set_result(message.code)
 
     def _lost(self) -> None:
-        """No more news from the nursery: everything it ran is ended."""
+        """Treat all workers as ended: the nursery is gone, and so are they."""
         if self._socket.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._socket)
         for started in self._started.values():
@@ -182,13 +243,13 @@ class Nursery:
 
 @dataclass(slots=True)
 class _Lines:
-    """One JSON message a line, and the file descriptors that came with each."""
+    """Splits a stream into messages, with the file descriptors that came with each."""
 
     _rest: bytes = b""
     _fds: list[int] = field(default_factory=list)
 
-    def receive(self, end: socket.socket) -> list[tuple[dict[str, Any], list[int]]] | None:
-        """The messages that have arrived; None when the other side is gone."""
+    def receive(self, end: socket.socket) -> list[tuple[Message, list[int]]] | None:
+        """Return the messages that have arrived; None when the other side is gone."""
         try:
             data, fds, _, _ = socket.recv_fds(end, MAX_MESSAGE_BYTES, MAX_FDS)
         except ConnectionError:
@@ -198,15 +259,16 @@ class _Lines:
         self._fds += fds
         *lines, self._rest = (self._rest + data).split(b"\n")
         found = []
-        for message in map(json.loads, lines):
-            count = message.get("fds", 0)
+        for kind, fields in map(json.loads, lines):
+            message: Message = MESSAGES[kind](**fields)
+            count = message.fds if isinstance(message, Fork) else 0
             found.append((message, self._fds[:count]))
             del self._fds[:count]
         return found
 
 
-def _send(end: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-    data = json.dumps({**message, "fds": len(fds)} if fds else message).encode() + b"\n"
+def _send(end: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    data = json.dumps([KINDS[type(message)], asdict(message)]).encode() + b"\n"
     if fds:
         socket.send_fds(end, [data], list(fds))
     else:
@@ -229,9 +291,9 @@ def _serve_and_exit(owner: socket.socket, owner_pid: int, preload: Sequence[str]
 
 
 def _serve(owner: socket.socket, preload: Sequence[str]) -> None:
-    """Forks on request, reports exits, and kills everything when the owner is gone."""
+    """Fork on request, report exits, and kill all workers when the owner is gone."""
     for which in _STOPS:
-        signal.signal(which, signal.SIG_IGN)  # the owner decides; its end is ours
+        signal.signal(which, signal.SIG_IGN)  # the owner ends the nursery, by closing its socket
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -257,28 +319,28 @@ def _serve(owner: socket.socket, preload: Sequence[str]) -> None:
 
 
 def _obey(owner: socket.socket, lines: _Lines, workers: dict[int, int], wake: tuple[int, int]) -> bool:
-    """What the owner says; False when there is no owner any more."""
+    """Execute the owner's requests. Return False when the owner is gone."""
     messages = lines.receive(owner)
     for message, fds in messages or ():
-        if "signal" in message:
+        if isinstance(message, Signal):
             for pid, number in workers.items():
-                if number == message["signal"]:
-                    _kill(pid, message["with"])
+                if number == message.worker:
+                    _kill(pid, message.signal)
             continue
+        assert isinstance(message, Fork)
         parent = os.getpid()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, _STOPS
-        )  # else one that comes before the worker listens is lost: we ignore it
+        # The nursery ignores these signals. Block them, so that a signal before the worker has handlers is not lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         pid = os.fork()
         if pid == 0:
             for inherited in (owner.fileno(), *wake):
                 os.close(inherited)
-            _be_worker(parent, message["target"], [*message["args"], *fds])
+            _be_worker(parent, message.target, [*message.args, *fds])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         for fd in fds:
             os.close(fd)
-        workers[pid] = message["fork"]
-        _say(owner, {"started": message["fork"], "pid": pid})
+        workers[pid] = message.worker
+        _report(owner, Started(message.worker, pid))
     return messages is not None
 
 
@@ -287,14 +349,14 @@ def _report_exits(owner: socket.socket, workers: dict[int, int]) -> None:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             _kill_group(pid)
-            _say(owner, {"exited": workers.pop(pid), "code": os.waitstatus_to_exitcode(status)})
+            _report(owner, Exited(workers.pop(pid), os.waitstatus_to_exitcode(status)))
 
 
-def _say(owner: socket.socket, message: dict[str, Any]) -> None:
+def _report(owner: socket.socket, message: Message) -> None:
     try:
         _send(owner, message)
     except OSError:
-        pass  # the owner is gone; the next read says so
+        pass  # the owner is gone, as the next read will find
 
 
 def _be_worker(parent: int, target: str, args: Sequence[Any]) -> NoReturn:
@@ -319,10 +381,14 @@ def _be_worker(parent: int, target: str, args: Sequence[Any]) -> NoReturn:
 
 
 def die_with_parent(parent: int) -> None:
-    """On Linux: this process gets SIGKILL when `parent`, its parent process, dies, whatever it is doing then."""
+    """Have the kernel kill this process when its parent process dies, on Linux.
+
+    Args:
+        parent: the parent's process id, as known before the fork. A parent that has died by now ends this process at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # the parent died before the call above
             os._exit(1)
 
 
@@ -334,7 +400,7 @@ def _kill(pid: int, which: int) -> None:
 
 
 def _kill_group(leader: int) -> None:
-    """What a worker has left behind. As long as that is there, no other process is given the worker's number."""
+    """Kill the processes that a worker has left in its group. The kernel does not reuse the number of a group that has any."""
     try:
         os.killpg(leader, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # macOS: for a group of zombies

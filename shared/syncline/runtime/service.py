@@ -1,4 +1,4 @@
-"""What every service process does around its work: logging, the event loop, signals, and errors a person can read."""
+"""The frame of every service process: logging, the event loop, signals, and errors that a person can read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ _PR_SET_NAME = 15
 
 
 def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
-    """To standard error, or to a file; standard output is for results. Raises ConfigError for a file that cannot be written."""
-    if file:  # with all that the service and its children print
+    """Log to standard error or to a file; standard output is for results.
+
+    Args:
+        file: receives the log, and the output of the service and its children.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if file:
         try:
             log_file = Path(file).open("ab", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -34,17 +41,17 @@ def set_up_logging(file: str | None = None, level: str = "INFO") -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("nats").setLevel(logging.CRITICAL)  # the bus reports what matters
+    logging.getLogger("nats").setLevel(logging.CRITICAL)  # the bus logs lost connections itself
 
 
 def name_process(name: str) -> None:
-    """On Linux: what `ps -e`, `top` and `pkill` call this process, as `syncline-a2`; longer names are cut off."""
+    """Set the name of this process in `ps -e`, `top` and `pkill`, as `syncline-a2`, on Linux; longer names are cut off."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"syncline-{name}".encode()[:15], 0, 0, 0)
 
 
 def loop_factory() -> asyncio.AbstractEventLoop:
-    """uvloop where it is to be had: faster, and with write back-pressure on every Python version."""
+    """Return a uvloop if that is installed: it is faster, and has write back-pressure on every Python version."""
     try:
         import uvloop
     except ImportError:
@@ -53,7 +60,15 @@ def loop_factory() -> asyncio.AbstractEventLoop:
 
 
 def run_service(work: Callable[[], Awaitable[Any]], *, drain: Callable[[], Awaitable[None]] | None = None) -> int:
-    """Runs `work` until it ends or a signal comes; `drain` is what to do before going. Returns the exit code."""
+    """Run a service until its work ends or a signal comes.
+
+    Args:
+        work: serves; its result, if that is an integer, is the exit code.
+        drain: is awaited after a signal, before the work is cancelled.
+
+    Returns:
+        The exit code.
+    """
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         try:
             return runner.run(_until_signal(work, drain))
@@ -62,7 +77,7 @@ def run_service(work: Callable[[], Awaitable[Any]], *, drain: Callable[[], Await
 
 
 def complain(error: Exception) -> int:
-    """Says what is wrong without a traceback, and returns the exit code that fits."""
+    """Print an error without a traceback, and return its exit code."""
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     return WRONG_INPUT if isinstance(error, ConfigError) else FAILED
 
@@ -91,5 +106,5 @@ async def _until_signal(work: Callable[[], Awaitable[Any]], drain: Callable[[], 
 
 
 def state_dir(given: str | None) -> Path:
-    """Where a service keeps what must survive it."""
+    """Return the directory for state that must survive the service."""
     return Path(given) if given else Path.home() / ".local" / "state" / "syncline"
