@@ -1,6 +1,6 @@
-"""The desk answers agents: their hellos and heartbeats. It finds the agents that are lost or slow.
+"""The desk: answers the hellos and heartbeats of agents, and finds agents that are lost or slow.
 
-Exactly one process may answer: across an account border only the first answer to a request arrives.
+Exactly one process may answer agents, since only the first answer to a request crosses the border of an account.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from syncline_coordinator.run_host import RunHost
 
 log = logging.getLogger(__name__)
 
-STOOD_STILL_S = 0.5  # a timer that comes later by this: the process was stopped, or its machine asleep
-JUST_AFTER_S = 0.001  # an agent is lost after its time, not at it
-IDLE_LOST_AFTER_S = 15.0  # agents without a run say hello every few seconds
+STOOD_STILL_S = 0.5  # a timer later than this shows that the process was stopped, or its machine asleep
+JUST_AFTER_S = 0.001  # an agent is lost after its time, not exactly then
+IDLE_LOST_AFTER_S = 15.0  # of agents without a run, which repeat their hello every few seconds
 
 
 class Desk:
-    """Knows the fleet, and assigns agents to the run that is hosted."""
+    """Keeps the list of agents, and assigns them to the run that is open."""
 
     def __init__(self, bus: Bus, events: Telemetry) -> None:
         self._bus = bus
         self._events = events
         self._fleet = Membership(IDLE_LOST_AFTER_S)
         self._hellos: dict[str, Hello] = {}
-        self._host: RunHost | None = None  # of the run that is open
+        self._host: RunHost | None = None  # the host of the open run
         self._host_changed = asyncio.Event()
 
     async def open(self) -> None:
@@ -43,16 +43,16 @@ class Desk:
         await self._bus.subscribe(f"{agents}.heartbeat", self._on_heartbeat)
 
     def __len__(self) -> int:
-        """Return the number of agents that are heard of."""
+        """Return the number of agents that send hellos or heartbeats."""
         return len(self._fleet.lives)
 
     def public_key(self, agent: str) -> str:
-        """Return the key that the agent said hello with, or '' where it has not yet."""
+        """Return the public key in the agent's hello; '' for an agent without a hello or without a key."""
         hello = self._hellos.get(agent)
         return hello.public_key if hello is not None else ""
 
     def host_opened(self, host: RunHost) -> None:
-        """Assign agents to this run from now on, and expect those that take part in it already."""
+        """Assign agents to this host's run, and expect heartbeats of the agents that take part already."""
         assert host.run is not None
         slow = host.run.slow()
         for agent in sorted(host.run.present()):
@@ -67,6 +67,7 @@ class Desk:
 
     # -- answers -------------------------------------------------------------------------------------------------------
     async def _on_hello(self, delivery: Delivery) -> None:
+        """Add an agent, or a newer process of a known agent, to the fleet, and answer with its assignment."""
         try:
             agent = subjects.checked_name("agent", subjects.agent_of(delivery.subject))
             hello = decode(Hello, delivery.data)
@@ -90,6 +91,7 @@ class Desk:
         return self._host.run if self._host is not None else None
 
     def _welcome(self, agent: str) -> Welcome:
+        """Return the agent's assignment: the open run, or the reason why the agent cannot take part."""
         run = self._run
         if run is None:
             return Welcome()
@@ -101,8 +103,10 @@ class Desk:
         return Welcome(reason=why_not) if why_not else Welcome(run=run.parts.spec.name)
 
     async def _on_heartbeat(self, delivery: Delivery) -> None:
+        """Note the agent's state and progress, pass them to its run, and answer whether the agent takes part."""
         try:
-            agent, name = subjects.agent_of(delivery.subject), subjects.run_of(delivery.subject)
+            agent = subjects.agent_of(delivery.subject)
+            name = subjects.run_of(delivery.subject)
             beat = decode(Heartbeat, delivery.data)
         except PeerError as error:
             await self.report_bad(delivery, error)
@@ -111,7 +115,8 @@ class Desk:
             known = beat.session in self._fleet.superseded
             await answer(self._bus, delivery, _superseded(agent) if known else Welcome(unknown=True))
             return
-        run, why_not = self._run, ""
+        run = self._run
+        why_not = ""
         if run is not None and run.parts.spec.name == name:
             run.loss_detector.on_heartbeat(agent, beat)
             if beat.state == "failed":
@@ -130,9 +135,9 @@ class Desk:
 
     # -- silence -------------------------------------------------------------------------------------------------------
     async def watch_silence(self) -> None:
-        """Find agents that are lost or slow when the first of them can be, until cancelled.
+        """Find lost and slow agents, until cancelled. Sleeps until the first agent may be lost or slow.
 
-        That time can come earlier while this sleeps: the median period may fall, or another run begin.
+        The sleep also ends when a run is opened or closed: its limits are different.
         """
         while True:
             run = self._run
@@ -156,12 +161,12 @@ class Desk:
             if _now() - until_s > STOOD_STILL_S:
                 log.warning("this process stood still until just now; agents get time to be heard again")
                 self._fleet.stood_still(_now())
-                if (run := self._run) is not None:  # another coordinator may drive it by now
+                if (run := self._run) is not None:  # another coordinator may drive the run by now
                     run.loss_detector.check_now()
 
 
 async def answer(bus: Bus, delivery: Delivery, record: Record) -> None:
-    """Send the answer to a request. One that cannot be sent is lost: the requester asks again."""
+    """Send the answer to a request. An answer that cannot be sent is dropped: the requester repeats its request."""
     if delivery.reply:
         try:
             await bus.publish(delivery.reply, encode(record))

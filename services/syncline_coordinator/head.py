@@ -17,7 +17,7 @@ NOTIFY_ROSTER_BYTES = 64 * 1024  # agents read a larger roster from its blob
 
 
 class Deposed(SynclineError):
-    """Another coordinator has written head. This one must stop; it has changed nothing."""
+    """Another coordinator has written head. This coordinator must stop, and has changed nothing."""
 
 
 class RolledBack(Deposed):

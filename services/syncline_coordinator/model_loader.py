@@ -17,7 +17,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 
 class ModelLoader:
-    """Starts children with the models of runs, and knows what they are doing meanwhile."""
+    """Starts child processes that load a run's task, and reports their progress."""
 
     def __init__(self, bus: Bus, start_child: Start) -> None:
         self._bus = bus
@@ -25,7 +25,7 @@ class ModelLoader:
         self._loading: dict[str, Asked] = {}  # by run
 
     def doing(self, run: str) -> str:
-        """Return what the child of a run is doing; '' where none is loading, or it has not said so."""
+        """Return the activity of the child that loads a run, as reported; '' without a report or a child."""
         child = self._loading.get(run)
         return child.doing if child is not None else ""
 

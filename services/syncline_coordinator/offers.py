@@ -65,7 +65,7 @@ class OfferReader:
     async def read(
         self, after_seq: int, verify_durable: VerifyDurable
     ) -> AsyncGenerator[tuple[Stored, Offer | PeerError], None]:
-        """Yield the messages of the stream without end, each with its offer or with the error that makes it invalid.
+        """Yield the messages of the stream without end, each with its offer or with an error.
 
         Args:
             after_seq: the sequence number after which reading starts.
@@ -121,7 +121,7 @@ class OfferReader:
             pass
 
     def _checked(self, stored: Stored) -> Offer | PeerError:
-        """Return the offer in a message, or the error that says why it is not valid."""
+        """Return the offer in a message, or the reason why the offer is not valid."""
         try:
             agent = subjects.agent_of(stored.subject)
             offer = decode(Offer, stored.data, limit=MAX_OFFER_BYTES)

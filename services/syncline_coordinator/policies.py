@@ -59,7 +59,7 @@ def policy_of(spec: RunSpec, max_agents: int) -> Policy:
 
 
 def adviser_of(spec: RunSpec) -> Adviser:
-    """Make the adviser of a run. It looks at lags, rows and norms for settings that do not fit the fleet."""
+    """Make the adviser of a run. The adviser looks at lags, rows and norms for settings that do not fit the fleet."""
     sync = spec.sync
     bounded = isinstance(sync, Async) and sync.max_ahead is not None
     return Adviser(

@@ -2,7 +2,7 @@
 
 A broker can lose writes that it has acknowledged, for example in a power failure between two flushes. The loss shows in head,
 in the stream of offers, and in the reports of agents about the heads that they have seen and the offers that they have made.
-`LossDetector` compares these with what this coordinator has read and written.
+`LossDetector` compares these with the records that this coordinator has read and written.
 
 After each loss of the connection the broker may have restarted with an older store. Before head is written, an offer is read
 or a blob is purged, the detector checks that every blob which head names is still complete.
@@ -85,7 +85,7 @@ class _MissingOffer:
 
 
 class LossDetector:
-    """Checks whether another coordinator took over, and whether the broker still holds what it has acknowledged.
+    """Checks whether another coordinator took over, and whether the broker still holds every write that was acknowledged.
 
     `watch` checks every few seconds, after a reconnect, and as soon as an agent reports a head that this coordinator does not
     know. `write_head` and `verify_durable` check before an action that relies on earlier writes.
@@ -141,7 +141,7 @@ class LossDetector:
 
     # -- reports of agents ---------------------------------------------------------------------------------------------
     def on_heartbeat(self, agent: str, beat: Heartbeat) -> None:
-        """Compare the head and the offer that an agent reports with what this coordinator knows."""
+        """Compare the head and the offer that an agent reports with this coordinator's own records."""
         if not self._is_trusted(agent):
             return
         head = self._keeper.head
@@ -160,7 +160,7 @@ class LossDetector:
     def is_version_lost(self, agent: str, term: int, version: int) -> bool:
         """Return whether a version that an agent has seen is not part of this run's history any more, and report the loss.
 
-        A version of an older term is lost where it is newer than the version from which this coordinator has started.
+        A version of an older term is lost if this coordinator has started from an older version.
         """
         if term >= self._keeper.head.term or version <= self._first_version:
             return False
@@ -171,7 +171,7 @@ class LossDetector:
         """Make the next check fail because an agent has seen something that the bus does not hold any more.
 
         Args:
-            evidence: what the agent has seen; continues a sentence that starts with the agent's name.
+            evidence: the version or round that the agent has seen; continues a sentence that starts with the agent's name.
         """
         if self._is_trusted(agent):
             self._evidence = f"{agent} {evidence}"
@@ -181,7 +181,7 @@ class LossDetector:
     def report_missing_update(self, agent: str, problem: str) -> bool:
         """Return whether an offered update that is not on the bus counts as lost by the broker, and report the loss if so.
 
-        A lying agent may offer updates that it never put. So one missing update counts for each event in `risks`, whichever
+        A lying agent may offer updates that were never put. So one missing update counts for each event in `risks`, whichever
         agent it is from; any other is the fault of its agent.
         """
         if self._missing_update_at == self.risks:
@@ -212,7 +212,7 @@ class LossDetector:
                 await self.verify_durable()
 
     async def write_head(self, head: Head, roster: Roster | None = None, *, tell: bool = True) -> None:
-        """Write head after a check that the bus holds every blob which it names. Raises Deposed and RolledBack.
+        """Write head after a check that the bus holds every blob that `head` names. Raises Deposed and RolledBack.
 
         Args:
             roster: the roster that `head` names, for the notification of the agents.
@@ -226,7 +226,7 @@ class LossDetector:
             self._check_now.set()
 
     async def verify_durable(self) -> None:
-        """Check that the bus still holds head and everything which it names. Raises Deposed and RolledBack."""
+        """Check that the bus still holds head and all blobs that head names. Raises Deposed and RolledBack."""
         await self._verify_head(self._keeper.head)
 
     def note_put(self, blob: BlobRef, risks: int) -> None:
@@ -323,7 +323,7 @@ async def head_under_new_term(bus: Bus, head: Head, lost_term: int | None) -> He
     """Return the head under which this coordinator continues a run.
 
     After a loss a new epoch of the history starts: the round is opened again, and agents discard updates whose verdict they
-    have not seen, since some of their chunks and offers are lost and others are not. A new epoch also starts where the stream
+    have not seen, since some of their chunks and offers are lost and others are not. A new epoch also starts if the stream
     of offers ends before the last offer that `head` counts as judged.
 
     Args:

@@ -56,7 +56,7 @@ class Purger:
         """Make the queued purges until cancelled.
 
         Args:
-            verify_durable: raises where the broker lost writes of this run; called before each few purges.
+            verify_durable: called before each batch of purges; raises if the broker has lost writes of this run.
         """
         while True:
             await self._woken.wait()
@@ -72,7 +72,10 @@ class Purger:
 
 
 class Retention:
-    """Decides which blobs of a run are still needed, and queues the purge of the others."""
+    """Decides which blobs of a run are still needed, and queues the purge of the others.
+
+    Models of the last `keep_models` versions are kept.
+    """
 
     def __init__(self, spec: RunSpec, head: Head, purger: Purger) -> None:
         self._run = spec.name
@@ -131,7 +134,7 @@ QUOTA_BLOBS = 2  # of one agent, neither judged nor offered
 
 @dataclass(slots=True)
 class _Unoffered:
-    """A blob in the updates stream that no offer names, as the looks at it found it."""
+    """A blob in the updates stream that no offer names."""
 
     seen_at_s: float  # first
     chunks: int = 0

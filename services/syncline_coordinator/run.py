@@ -1,8 +1,8 @@
-"""One run at the coordinator: the shell around the policy. It gathers facts, executes commands, and decides nothing.
+"""One run at the coordinator: the shell around the policy, which collects facts, executes commands and decides nothing.
 
-Participants go into head by compare-and-set before an agent trains. The plan goes into head before the first chunk is reduced.
-The commit is the compare-and-set that moves head to the next version. A coordinator that starts again reads head and goes on
-from there: it executes the plan that it finds, and judges the offers after head's `offers_seq`.
+Every step is written into head by compare-and-set before it begins: the participants before an agent trains, the plan before
+the first chunk is reduced. The commit is the compare-and-set that moves head to the next version. A coordinator that starts
+again reads head and continues: it executes the plan in head, and judges the offers after head's `offers_seq`.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ from syncline_coordinator.retention import Janitor, Purger, Retention, kept_mode
 
 log = logging.getLogger(__name__)
 
-INBOX_FACTS = 10_000
-RAISE_LOST_AFTER = "Raise agents.lost_after_s where a step may take so long"
+MAX_INBOX_FACTS = 10_000
+SLOW_HINT = "Raise agents.lost_after_s where a step may take so long"
 
 
 @dataclass(slots=True)
 class Parts:
-    """The parts of a run. The coordinator puts them together; a simulation puts in its own."""
+    """The objects that a run works with. A simulation may replace some of them."""
 
     bus: Bus
     spec: RunSpec
@@ -89,13 +89,19 @@ class Parts:
     reducer: Reducer
     telemetry: Telemetry
     offers: OfferReader
-    evaluation: Evaluation | None
-    max_agents: int
+    evaluation: Evaluation | None  # None: the center is not evaluated
+    max_agents: int  # for which space is reserved
     storage_alarm: StorageAlarm
 
 
 class Run:
-    """A run that is being driven: `resume`, then `pump` until it has ended."""
+    """A run that this coordinator drives. Call `resume`, then `pump`, which returns when the run has ended.
+
+    Args:
+        keeper: holds the head from which the run continues.
+        is_trusted: returns whether an agent's reports about lost writes count.
+        rolled_back: the run continues after a loss that this coordinator has noticed.
+    """
 
     def __init__(
         self, parts: Parts, keeper: HeadKeeper, *, is_trusted: Callable[[str], bool], rolled_back: bool = False
@@ -108,11 +114,9 @@ class Run:
         self.position = StreamPosition(keeper.head.offers_seq)
         self.ended = asyncio.Event()
         self._report = RunReport(spec, parts.telemetry, parts.max_agents)
-        self._inbox: asyncio.Queue[Fact | MergeDone] = asyncio.Queue(INBOX_FACTS)
-        self._unhandled: dict[
-            str, PresenceFact
-        ] = {}  # by agent: the newest fact in the inbox that changes its presence
-        self._wake_at_s: float | None = None
+        self._inbox: asyncio.Queue[Fact | MergeDone] = asyncio.Queue(MAX_INBOX_FACTS)
+        self._waiting_presence: dict[str, PresenceFact] = {}  # by agent: the newest such fact in the inbox
+        self._wake_at_s: float | None = None  # when the policy wants a Tick
         self._purger = Purger(parts.bus)
         self._retention = Retention(spec, keeper.head, self._purger)
         self._janitor = Janitor(parts.bus, spec.name, self._purger, parts.telemetry, self.ledger.needed_blobs)
@@ -125,13 +129,13 @@ class Run:
             rolled_back=rolled_back,
             outer_ref=parts.reducer.outer_ref if spec.state_vectors else None,
         )
-        self._diverged_at: int | None = None  # the newest version whose held-out loss was not finite
-        self._work: set[asyncio.Task[None]] = set()
+        self._diverged_at: int | None = None  # the newest version with a held-out loss that is not finite
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # -- presence ------------------------------------------------------------------------------------------------------
     def presence(self, agent: str) -> Presence:
-        """Return the agent's presence: the policy's, once it has handled the facts that wait in the inbox."""
-        match self._unhandled.get(agent):
+        """Return the agent's presence, as the policy will see it after the facts that wait in the inbox."""
+        match self._waiting_presence.get(agent):
             case AgentJoined():
                 return Presence.PRESENT
             case AgentSlow():
@@ -143,12 +147,14 @@ class Run:
 
     def present(self) -> set[str]:
         """Return the agents that take part, slow ones included."""
-        known = self.policy.live | self.policy.slow | self._unhandled.keys()
+        known = self.policy.live | self.policy.slow | self._waiting_presence.keys()
         return {agent for agent in known if self.presence(agent) != Presence.LOST}
 
     def slow(self) -> set[str]:
         """Return the agents that take part and make no progress."""
-        return {agent for agent in self.policy.slow | self._unhandled.keys() if self.presence(agent) == Presence.SLOW}
+        return {
+            agent for agent in self.policy.slow | self._waiting_presence.keys() if self.presence(agent) == Presence.SLOW
+        }
 
     def why_no_room(self, agent: str) -> str:
         """Return why the agent cannot take part, or ''."""
@@ -157,7 +163,11 @@ class Run:
         return why_not or too_many_agents(self.parts.spec, len(present | {agent}))
 
     async def joined(self, agent: str) -> str:
-        """Take the agent in; return why there is no room for it, or ''."""
+        """Note that the agent takes part from now on, or makes progress again.
+
+        Returns:
+            '', or the reason why the agent cannot take part.
+        """
         presence = self.presence(agent)
         if presence == Presence.PRESENT:
             return ""
@@ -174,18 +184,23 @@ class Run:
         return ""
 
     async def slowed(self, agent: str, reason: str) -> None:
-        """Note that the agent's heartbeats arrive and its training makes no progress."""
+        """Note that the agent sends heartbeats and its training makes no progress.
+
+        Args:
+            reason: the figures, for the event.
+        """
         if self.presence(agent) != Presence.PRESENT or self.keeper.head.phase in ENDED:
             return
         await self._presence_changed(AgentSlow(agent, reason))
-        text = f"{agent} slow: {reason}. It is not waited for until it makes progress. {RAISE_LOST_AFTER}"
+        text = f"{agent} slow: {reason}. It is not waited for until it makes progress. {SLOW_HINT}"
         await self.parts.telemetry.event("agent-slow", text, level="warning", agent=agent)
 
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
-        """Note that the agent is gone. A run that has ended reports no losses: its agents leave then.
+        """Note that the agent takes no part any more. A run that has ended ignores this, since all its agents leave.
 
         Args:
-            failed: the agent said itself that it cannot train.
+            reason: for the event.
+            failed: the agent has reported that it cannot train.
         """
         is_present = self.presence(agent) != Presence.LOST
         if self.keeper.head.phase in ENDED or not (is_present or failed):
@@ -195,17 +210,23 @@ class Run:
             await self.parts.telemetry.event("agent-lost", f"{agent} lost: {reason}", level="warning", agent=agent)
 
     async def _presence_changed(self, fact: PresenceFact) -> None:
-        self._unhandled[fact.agent] = fact
+        self._waiting_presence[fact.agent] = fact
         await self._inbox.put(fact)
 
     async def stop(self, reason: str) -> None:
-        """End the run as if it had reached its target: at once, or with the merge that is under way."""
+        """End the run as if its target were reached: at once, or with the commit of a merge that has begun."""
         await self._inbox.put(TargetReached(reason))
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def resume(self) -> None:
-        """Go on from head, as a restarted coordinator: same round, same plan, offers from head's `offers_seq` on."""
-        head, bus = self.keeper.head, self.parts.bus
+        """Continue from head: the same round, the same plan, and the offers after head's `offers_seq`.
+
+        Raises:
+            BlobGone: the bus does not hold a record that head names.
+            PeerError: a record is not valid.
+        """
+        head = self.keeper.head
+        bus = self.parts.bus
         if head.term > 1:
             kept = await kept_models(bus, head, self.parts.spec.keep_models)
             self._retention.take_over(kept, await leftovers(bus, head, kept), await uncommitted(bus, head))
@@ -221,14 +242,16 @@ class Run:
             self.policy.resume_merge(offers)
             self.ledger.resume_plan(plan, head.offers_seq + 1)
             self._begin(self._merge(plan))
-        await self._inbox.put(Tick())  # head can stand between two rounds, and no other fact may follow
+        await self._inbox.put(Tick())  # head may be between two rounds, and no other fact need follow
 
     async def pump(self) -> None:
-        """Feed the policy until the run has ended.
+        """Pass facts to the policy and execute its commands until the run has ended.
 
         Raises:
             Deposed: another coordinator took over.
             RolledBack: the broker lost writes that it had acknowledged.
+            StreamFull, StoreDown: the broker does not store any more.
+            ConfigError: the log of commits is full.
         """
         try:
             self._begin(self._read_offers())
@@ -243,11 +266,12 @@ class Run:
                 else:
                     await self._handle(fact)
         finally:
-            for task in self._work:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._work, return_exceptions=True)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _handle(self, fact: Fact) -> None:
+        """Pass a fact to the policy and execute its commands. An offer that contradicts the run's history is refused."""
         try:
             commands = self.policy.handle(fact, _now())
         except PeerError as error:
@@ -255,24 +279,21 @@ class Run:
                 self.ledger.refuse(fact.agent, fact.clock)
             await self.parts.telemetry.event("offer-refused", str(error), level="warning")
             return
-        if isinstance(fact, PresenceFact) and self._unhandled.get(fact.agent) is fact:
-            del self._unhandled[fact.agent]
+        if isinstance(fact, PresenceFact) and self._waiting_presence.get(fact.agent) is fact:
+            del self._waiting_presence[fact.agent]
         for command in commands:
             await self._execute(command)
 
     async def _next(self) -> Fact | MergeDone:
-        """Return the next fact: a Tick when the time of the last `WakeAt` has come.
-
-        Raises what a background task has raised.
-        """
-        self._look_after_work()
+        """Return the next fact, or a Tick at the time of the last `WakeAt`. Raises the error of a background task."""
+        self._raise_task_errors()
         if not self._inbox.empty():
             return self._inbox.get_nowait()
         get = asyncio.ensure_future(self._inbox.get())
         timeout = None if self._wake_at_s is None else max(0.0, self._wake_at_s - _now())
         try:
-            await asyncio.wait({get, *self._work}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            self._look_after_work()
+            await asyncio.wait({get, *self._tasks}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            self._raise_task_errors()
             if get.done():
                 return get.result()
             if self._wake_at_s is not None and _now() >= self._wake_at_s:
@@ -281,14 +302,15 @@ class Run:
         finally:
             get.cancel()
 
-    def _look_after_work(self) -> None:
-        """Raise what a background task has raised."""
-        for task in [t for t in self._work if t.done()]:
-            self._work.discard(task)
+    def _raise_task_errors(self) -> None:
+        """Forget the background tasks that have ended. Raises the error of the first that has failed."""
+        for task in [t for t in self._tasks if t.done()]:
+            self._tasks.discard(task)
             task.result()
 
     def _begin(self, work: object) -> None:
-        self._work.add(asyncio.ensure_future(work))  # type: ignore[call-overload]
+        """Run a coroutine as a background task until `pump` ends."""
+        self._tasks.add(asyncio.ensure_future(work))  # type: ignore[call-overload]
 
     # -- commands ------------------------------------------------------------------------------------------------------
     async def _execute(self, command: Command) -> None:
@@ -296,9 +318,9 @@ class Run:
             case StartRound() | LetRun():
                 await self._let_train(command)
             case Merge():
-                await self._decide(command)
+                await self._begin_merge(command)
             case Drop():
-                await self._drop(command)
+                await self._report.update_dropped(command)
             case WakeAt(at_s):
                 self._wake_at_s = at_s
             case Warn(reason):
@@ -307,63 +329,68 @@ class Run:
                 await self._finish(finish_words(reason), "failed" if failed else "done")
 
     async def _let_train(self, command: StartRound | LetRun) -> None:
-        """Write the participants into head. A round begins anew; in an asynchronous run a merge under way goes on."""
+        """Write the participants into head. In an asynchronous run a merge that has begun goes on; else the round is new."""
         before = self.keeper.head
         roster, ref = await self._put_roster(command)
-        moved: dict[str, Any] = {
+        changes: dict[str, Any] = {
             "roster": ref,
             "round": before.round + 1,
             "offers_seq": self.ledger.judged_up_to(self.position.read_up_to),
         }
         if isinstance(command, LetRun) and command.merging:
-            moved |= {"gate": command.gate}
+            changes |= {"gate": command.gate}
         else:
-            moved |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
+            changes |= {"plan": None, "phase": _phase(command), "gate": _gate(command)}
         if (isinstance(command, StartRound) and before.phase != "training") or not before.round:
             self._report.round_opened(_now())
-        await self._move(before.changed(**moved), roster)
+        await self._write_head(before.changed(**changes), roster)
 
-    async def _move(self, head: Head, roster: Roster) -> None:
-        """Write head, and purge what only the older one needed."""
+    async def _write_head(self, head: Head, roster: Roster) -> None:
+        """Write head, and queue the purge of blobs that only the older head needed."""
         before = self.keeper.head
         await self.loss_detector.write_head(head, roster)
         self._retention.head_moved(before, head, self.ledger.take_purgeable())
 
-    async def _decide(self, merge: Merge) -> None:
-        """Write the plan into head, then execute it."""
-        head, entries = self.keeper.head, self.ledger.plan_entries(merge.updates)
+    async def _begin_merge(self, merge: Merge) -> None:
+        """Write the plan into head, then begin to execute it."""
+        head = self.keeper.head
+        entries = self.ledger.plan_entries(merge.updates)
         plan = Plan(version=head.version + 1, reason=closed_words(merge.reason), merged=entries, late=list(merge.late))
         self._report.plan_made(_now())
         packed = encode(plan)
-        held = packed if len(packed) <= PLAN_INLINE_BYTES else await self._put_record(packed)
-        await self.loss_detector.write_head(head.changed(plan=held, phase="merging"), tell=False)
+        inline_or_ref = packed if len(packed) <= PLAN_INLINE_BYTES else await self._put_record(packed)
+        await self.loss_detector.write_head(head.changed(plan=inline_or_ref, phase="merging"), tell=False)
         self._begin(self._merge(plan))
 
     async def _merge(self, plan: Plan) -> None:
+        """Execute a plan. The result comes back as a fact: `MergeDone`, or `UpdateBroken` with the update at fault."""
         if self.parts.evaluation is not None:
             await self.parts.evaluation.copied()
-        began, risks = _now(), self.loss_detector.risks
+        began_s = _now()
+        risks = self.loss_detector.risks
         try:
             merged = await self.parts.reducer.merge(plan)
         except UpdateUnusable as error:
             if error.blob:
                 self._retention.purge_model(error.blob)
             if isinstance(error, UpdateGone) and self.loss_detector.report_missing_update(error.agent, error.why):
-                return  # `LossDetector.watch` raises in a moment
+                return  # `LossDetector.watch` raises RolledBack at its next check, which begins now
             await self._inbox.put(UpdateBroken(error.agent, error.clock, error.why))
             return
         self.loss_detector.note_put(merged.model, risks)
-        await self._inbox.put(MergeDone(plan, merged, _now() - began))
+        await self._inbox.put(MergeDone(plan, merged, _now() - began_s))
 
     async def _commit(self, done: MergeDone) -> None:
-        """Commit version v + 1: put roster and record on the bus, then move head by compare-and-set."""
-        parts, head, plan = self.parts, self.keeper.head, done.plan
+        """Commit a version: put the roster and the commit record, then write head with the new model."""
+        parts = self.parts
+        head = self.keeper.head
+        plan = done.plan
         commands = self.policy.handle(VersionCommitted(plan.version), _now())
         start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
-        for drop in [c for c in commands if isinstance(c, Drop)]:  # the roster of this version tells of them
-            await self._drop(drop)
+        for drop in [c for c in commands if isinstance(c, Drop)]:  # reported first, to be in this version's record
+            await self._report.update_dropped(drop)
         (roster, ref), _ = await asyncio.gather(self._put_roster(start), self._put_commit_record(done))
-        moved = {
+        changes = {
             "version": plan.version,
             "digest": done.merged.digest,
             "model": done.merged.model,
@@ -376,7 +403,7 @@ class Run:
             "offers_seq": self.ledger.judged_up_to(self.position.read_up_to),
             "reason": plan.reason[:2000],
         }
-        await self._move(head.changed(**moved), roster)
+        await self._write_head(head.changed(**changes), roster)
         if parts.evaluation is not None and plan.version % parts.spec.evaluate.every == 0:
             parts.evaluation.offer(plan.version)
         await self._report.version_committed(done, _now(), last=start is None)
@@ -385,15 +412,14 @@ class Run:
             if command is not start and not isinstance(command, Drop):
                 await self._execute(command)
 
-    async def _drop(self, drop: Drop) -> None:
-        await self._report.update_dropped(drop)
-
     async def _finish(self, reason: str, phase: Phase) -> None:
+        """End the run. A run whose last version has diverged has failed, whatever the policy says."""
         head = self.keeper.head
         if self.parts.evaluation is not None and phase == "done":
             await self.parts.evaluation.last(head.version)
         if self._diverged_at == head.version:
-            phase, reason = "failed", f"{_diverged(head.version)}. Before that: {reason}"
+            phase = "failed"
+            reason = f"{_diverged(head.version)}. Before that: {reason}"
         await self.loss_detector.write_head(head.changed(phase=phase, plan=None, reason=reason[:2000]))
         await self.parts.telemetry.metric(self.status())
         level = "info" if phase == "done" else "error"
@@ -402,6 +428,7 @@ class Run:
 
     # -- offers --------------------------------------------------------------------------------------------------------
     async def _read_offers(self) -> None:
+        """Pass every valid offer of the stream to ledger and policy, and report the others."""
         async with aclosing(
             self.parts.offers.read(self.position.read_up_to, self.loss_detector.verify_durable)
         ) as offers:
@@ -410,7 +437,7 @@ class Run:
                 agent = subjects.agent_of(stored.subject)
                 if isinstance(offer, Offer) and offer.epoch == self.keeper.head.epoch:
                     self.ledger.found(agent, offer.clock)
-                problem = offer if isinstance(offer, PeerError) else self._unacceptable(agent, offer)
+                problem = offer if isinstance(offer, PeerError) else self._offer_problem(agent, offer)
                 if problem is not None:
                     await self.parts.telemetry.event(
                         "offer-refused", f"{agent}: {problem}", level="warning", agent=agent
@@ -420,11 +447,11 @@ class Run:
                         self._report.update_offered(agent, offer)
                     await self._inbox.put(OfferReady(agent, offer.clock, offer.base, offer.samples, offer.steps))
 
-    def _unacceptable(self, agent: str, offer: Offer) -> PeerError | None:
+    def _offer_problem(self, agent: str, offer: Offer) -> PeerError | None:
+        """Return why an offer is refused, or None. Report a loss if the offer proves one."""
         if agent not in self.ledger.numbering.names:
-            if (
-                offer.epoch == self.keeper.head.epoch
-            ):  # an agent trains once head's roster has a place for it, not before
+            # An agent trains only after head's roster has named it: such a head is lost.
+            if offer.epoch == self.keeper.head.epoch:
                 self.loss_detector.report_loss(agent, "has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
         if offer.epoch != self.keeper.head.epoch or self.loss_detector.is_version_lost(agent, offer.term, offer.base):
@@ -435,12 +462,14 @@ class Run:
 
     # -- records -------------------------------------------------------------------------------------------------------
     async def _put_roster(self, start: StartRound | LetRun | None) -> tuple[Roster, BlobRef]:
+        """Put a roster with the participants of the round that starts, if one does."""
         offsets = dict(start.offsets) if isinstance(start, LetRun) else {}
         participants = start.participants if start else ()
         roster = self.ledger.roster(self.present(), participants, offsets, self.policy.presence)
         return roster, await self._put_record(encode(roster))
 
     async def _put_record(self, data: bytes) -> BlobRef:
+        """Put a record as a blob that head may name."""
         prefix = partial(subjects.model_prefix, self.parts.spec.name)
         risks = self.loss_detector.risks
         ref = await put_record(self.parts.bus, prefix, data)
@@ -448,6 +477,7 @@ class Run:
         return ref
 
     async def _put_commit_record(self, done: MergeDone) -> None:
+        """Put the record of a version into the log. Raises ConfigError if the log has reached its limit."""
         parts = self.parts
         record = self._report.commit_record(self.keeper.head, done)
         try:
@@ -461,7 +491,11 @@ class Run:
             raise ConfigError("stop.versions", problem, hint) from None
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
-        """Take in a held-out result: the target may be reached, or the training have diverged."""
+        """Compare the metrics of an evaluated version with the target, and find out whether training has diverged.
+
+        Args:
+            metrics: of the held-out data; they may hold values that are not finite.
+        """
         loss = metrics.get("loss")
         if loss is not None and not math.isfinite(loss):
             if self._diverged_at is None:
@@ -476,8 +510,10 @@ class Run:
             self._inbox.put_nowait(TargetReached(why))
 
     def status(self) -> RunStatus:
-        """Return the run's state for watchers that begin to listen late."""
-        head, spec, present = self.keeper.head, self.parts.spec, self.present()
+        """Return the run's state, published every few seconds for watchers that have missed earlier events."""
+        head = self.keeper.head
+        spec = self.parts.spec
+        present = self.present()
         return RunStatus(
             task=spec.task,
             phase=head.phase,
@@ -492,6 +528,7 @@ class Run:
 
 
 def _diverged(version: int) -> str:
+    """Return the text of a diverged version: problem and hint."""
     return (
         f"the held-out loss of version {version} is not a finite number: the training diverged. "
         "Lower local.optimizer.lr or outer.lr, or look for a division by zero in the task's loss"

@@ -1,7 +1,6 @@
-"""One run at this coordinator, from the moment it is opened to its end: everything that the coordinator keeps per run.
+"""The host of one run: opens the run, drives it to its end, and keeps this coordinator's objects of the run.
 
-A host holds nothing that it could not read again: the spec and head are in the key-value bucket, and everything else of a run
-hangs on its head.
+A host keeps no state that must survive. The spec and head are in the key-value bucket, and head names everything else.
 """
 
 from __future__ import annotations
@@ -48,20 +47,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the hosts of all runs share."""
+    """The objects that the hosts of all runs share."""
 
     bus: Bus
     loader: ModelLoader
     loss_reports: LossReports
     storage_alarm: StorageAlarm
-    executor: Executor | None  # reduces; None: inline
-    evaluation_s: float | None  # that an evaluation may take
-    public_key: Callable[[str], str]  # of an agent, '' where it is not known
-    hold: Callable[[int], None]  # takes the bytes that are reserved on the bus for the hosted run
+    executor: Executor | None  # runs the reducer's arithmetic; None: the event loop does
+    evaluation_s: float | None  # the longest time of an evaluation; None: no limit
+    public_key: Callable[[str], str]  # returns an agent's key, or '' for one without
+    hold: Callable[[int], None]  # takes the number of bytes that are reserved on the bus for the hosted run
 
 
 class RunHost:
-    """Opens a run and drives it to its end. `run` is None until it is open."""
+    """Opens a run and drives it to its end.
+
+    Attributes:
+        run: the open run; None before.
+    """
 
     def __init__(self, shared: Shared, keeper: HeadKeeper, opened: Callable[[RunHost], None]) -> None:
         """
@@ -83,18 +86,20 @@ class RunHost:
         return self._keeper.head.phase in ENDED
 
     async def stop(self, stop: Stop) -> None:
-        """End the run, at once or with the merge that is under way; a run that is being opened, when it is open."""
+        """End the run at once, or with the commit of a merge that has begun. A run that is not open yet ends when it is."""
         if self.run is None:
             self._stop_asked = stop
         else:
             await self.run.stop(stop_reason(stop))
 
     async def drive(self) -> None:
-        """Drive the run from its start, or from where head stands, to its end, unless it must be opened again.
+        """Open the run and drive it to its end.
+
+        Returns early if the run must be opened again: the broker has lost writes, or another coordinator has changed head.
 
         Raises:
-            StoreDown: the broker stores nothing now.
-            ChildDied: the child was killed from outside, for memory perhaps; opening the run again may succeed.
+            StreamFull, StoreDown: the broker does not store any more; opening the run again may succeed.
+            ChildDied: the child was killed from outside, perhaps for lack of memory; opening the run again may succeed.
             Deposed: another coordinator drives the run.
             BusError: the bus is out of reach.
         """
@@ -136,6 +141,7 @@ class RunHost:
         self._memory.close()
 
     async def _report_loss(self, error: RolledBack) -> None:
+        """Publish a loss, and the agent that is not trusted any more if this was one report too many."""
         text = f"run {self.name}: {error}. It goes on from what is there; updates not merged by then are trained again"
         await self._telemetry.event("broker-rolled-back", text, level="error")
         if agent := self._shared.loss_reports.record(self.name, error):
@@ -147,13 +153,20 @@ class RunHost:
 
     # -- opening -------------------------------------------------------------------------------------------------------
     async def _open(self) -> Run:
+        """Open the run as its spec and head say.
+
+        Raises:
+            Deposed: the run has ended, or another coordinator has changed head.
+            RolledBack: the model of version 0 is lost; it can be made again.
+            BlobGone: another blob that head names is lost.
+        """
         entry = await self._shared.bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(self.name))
         if entry is None or self.has_ended:
             raise Deposed("it was ended before it was opened")
         spec = submitted_spec(decode(Submit, entry.value))
         try:
             return await self._opened_run(spec)
-        except BlobGone:  # lost by the broker, or purged because another coordinator has moved on
+        except BlobGone:  # lost by the broker, or purged by another coordinator that has moved head
             if not await self._keeper.is_newest():
                 raise Deposed("it has moved on while it was opened") from None
             if self._keeper.head.version == 0:  # that version can be made again
@@ -161,7 +174,13 @@ class RunHost:
             raise
 
     async def _opened_run(self, spec: RunSpec) -> Run:
-        shared, keeper, bus = self._shared, self._keeper, self._shared.bus
+        """Load the model, reserve or check the space, make the center, and take over head.
+
+        The center of a new run is made by the child, and committed as version 0; that of any other run is read from the bus.
+        """
+        shared = self._shared
+        keeper = self._keeper
+        bus = shared.bus
         lost_term = shared.loss_reports.highest_term(self.name)
         anew = keeper.head.model is None or (lost_term is not None and keeper.head.version == 0)
         if not anew:

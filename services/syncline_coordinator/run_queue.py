@@ -1,6 +1,6 @@
-"""The queue of runs that have not ended, as the bus holds them, and how a run enters and leaves it.
+"""The queue of runs that have not ended: how runs enter and leave the queue.
 
-The queue lives on the bus, so that it survives every coordinator.
+The queue is on the bus, so that every coordinator finds the same one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def payload_too_small(max_payload: int) -> ConfigError:
 
 
 def gone(name: str, error: BlobGone) -> str:
-    """Return why a run fails whose head names a blob that the broker has lost."""
+    """Return the reason of a run that fails because its head names a lost blob."""
     hint = f"Give the broker its store back, or submit the run again under another name; {name} itself cannot go on"
     return f"a blob that head names is not on the bus any more: {error}. {hint}"
 
@@ -70,7 +70,7 @@ class RunQueue:
         return self.names[0] if self.names else "?"
 
     async def put(self, name: str, record: Submit) -> None:
-        """Queue an accepted run. Raises ConfigError where there is a run of that name."""
+        """Queue an accepted run. Raises ConfigError if a run of that name exists."""
         try:
             await self._bus.kv_create(subjects.RUNS_BUCKET, subjects.spec_key(name), encode(record))
         except Conflict:
@@ -114,7 +114,7 @@ class RunQueue:
         return [name for _, name in sorted(found)]
 
     async def _revision_of(self, name: str) -> int | None:
-        """Return the revision of the run's spec, or None where the run has ended."""
+        """Return the revision of the run's spec, or None for a run that has ended."""
         keeper = await HeadKeeper.read(self._bus, name)
         if keeper is not None and keeper.head.phase in ENDED:
             self._ended.add(name)

@@ -1,7 +1,7 @@
-"""The coordinator service: takes submitted runs into the queue, and drives them one after the other, the oldest first.
+"""The coordinator service: queues submitted runs, and drives them one after the other, the oldest first.
 
-It holds nothing that it could not read again from the bus. Heavy work happens elsewhere: reducing in a thread, models and
-evaluation in child processes. The desk answers agents; a host drives a run.
+The service keeps no state that must survive: everything can be read again from the bus. The desk answers agents, and a host
+drives a run. Arithmetic runs in threads, and models live in child processes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ QUEUE_AGAIN_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorSettings:
-    """What the process gives to the service."""
+    """Settings that the process gives to the service."""
 
-    broker_log: Path | None = None  # to publish permission violations that the broker logs
-    key_names: dict[str, str] = field(default_factory=dict)  # public key → name, for those
-    executor: Executor | None = None  # reduces; None: inline, as a simulation wants it
-    evaluation_s: float | None = None  # that an evaluation may take
+    broker_log: Path | None = None  # its permission violations are published as events
+    key_names: dict[str, str] = field(default_factory=dict)  # public key → name of the agent in that log
+    executor: Executor | None = None  # runs the reducer's arithmetic; None: the event loop does, as in a simulation
+    evaluation_s: float | None = None  # the longest time of an evaluation; None: no limit
 
 
 class Coordinator:
-    """Composes desk, queue and host. `serve` until cancelled."""
+    """Composes desk, queue and host, and answers the requests of users."""
 
     def __init__(self, bus: Bus, start_child: Start, settings: CoordinatorSettings) -> None:
         self._bus = bus
@@ -59,8 +59,8 @@ class Coordinator:
         self._loader = ModelLoader(bus, start_child)
         self._desk = Desk(bus, self._events)
         self._queue = RunQueue(bus)
-        self._host: RunHost | None = None  # of the run that is opened or driven
-        self._held_bytes = 0  # reserved on the bus for the run that is hosted, or that is hosted next
+        self._host: RunHost | None = None  # of the run that is being opened or driven
+        self._held_bytes = 0  # reserved on the bus for the hosted run, or for the next one
         self._shared = Shared(
             bus=bus,
             loader=self._loader,
@@ -74,7 +74,11 @@ class Coordinator:
         self._submissions = Submissions(self._accept, self._loader.doing, lambda to, record: answer(bus, to, record))
 
     async def serve(self) -> None:
-        """Serve until cancelled. Raises Deposed where another coordinator has taken over: one serves all runs."""
+        """Serve until cancelled.
+
+        Raises:
+            Deposed: another coordinator has taken over. One coordinator serves all runs.
+        """
         self._bus.when_reconnected(self._on_reconnect)
         await self._bus.ensure_bucket(RUNS)
         await self._desk.open()
@@ -118,6 +122,7 @@ class Coordinator:
             log.warning("stop: %s", error)
 
     async def _stop(self, stop: Stop) -> Stopped:
+        """End a run, hosted or not. Raises BusError and Deposed; the request is repeated then."""
         if self._host is None or self._host.name != stop.run:
             self._queue.remove(stop.run)
             return await end_undriven(self._bus, stop)
@@ -141,14 +146,23 @@ class Coordinator:
         return story_lines(host.run.policy.story(agent))
 
     async def _accept(self, spec: RunSpec, record: Submit) -> list[str]:
-        """Check all that can be checked before a run starts, and queue it. Return warnings. Raises ConfigError."""
+        """Check a submitted run as far as possible before its start, and queue it.
+
+        Returns:
+            Warnings for the submitter.
+
+        Raises:
+            ConfigError: the run is refused.
+            BusError: the bus is out of reach.
+            ChildDied: the process that makes the model died.
+        """
         if self._bus.max_payload < LEAST_PAYLOAD_BYTES:
             raise payload_too_small(self._bus.max_payload)
         if (there := await HeadKeeper.read(self._bus, spec.name)) is not None and not await there.is_orphan():
             raise exists(there.head)
         manifest = await self._loader.manifest_of(spec)
         if self._host is None and not self._queue.names:
-            await reserve(self._bus, spec, manifest)  # it is opened next
+            await reserve(self._bus, spec, manifest)  # this run is opened next
             self._hold(Reservation.of(spec, manifest, most_agents(spec)).total)
         else:
             await check_space(self._bus, spec, manifest, self._held_bytes)
@@ -159,6 +173,7 @@ class Coordinator:
 
     # -- runs ----------------------------------------------------------------------------------------------------------
     async def _take_runs(self) -> None:
+        """Drive the runs of the queue, until cancelled. A run that cannot go on now is tried again."""
         while True:
             self._queue.changed.clear()
             try:
@@ -178,6 +193,7 @@ class Coordinator:
                 pass
 
     async def _drive(self, name: str) -> None:
+        """Host a run until it ends or must be opened again."""
         keeper = await HeadKeeper.read(self._bus, name)
         if keeper is None:
             return

@@ -63,12 +63,12 @@ def no_new_epoch_is_begun(patch: pytest.MonkeyPatch) -> None:
 
 
 def offers_of_every_epoch_are_taken(patch: pytest.MonkeyPatch) -> None:
-    real = Run._unacceptable
+    real = Run._offer_problem
 
-    def unacceptable(self: Run, agent: str, offer: Offer) -> Any:
+    def problem(self: Run, agent: str, offer: Offer) -> Any:
         return real(self, agent, offer.model_copy(update={"epoch": self.keeper.head.epoch}))
 
-    patch.setattr(Run, "_unacceptable", unacceptable)
+    patch.setattr(Run, "_offer_problem", problem)
 
 
 def agents_believe_an_older_head_after_a_reconnect(patch: pytest.MonkeyPatch) -> None:

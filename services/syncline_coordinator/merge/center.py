@@ -1,6 +1,6 @@
 """The coordinator's copy of the center W and of the vectors that are committed with it.
 
-The version on the bus is authoritative: a coordinator that starts again fills its copy from there.
+The version on the bus is authoritative: a coordinator that starts again reads the copy again.
 """
 
 from __future__ import annotations

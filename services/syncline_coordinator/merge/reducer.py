@@ -11,7 +11,7 @@ passes reads the updates twice, and keeps a few numbers for each update from the
 model of C chunks the blob has S · C chunks, vector after vector. It is committed and purged with the model. Version 0 has no
 such blob: its outer state is zero.
 
-**Control variates.** Where the manifest has two sections (SCAFFOLD, arXiv:1910.06378), chunks C to 2C − 1 of an update hold the
+**Control variates.** If the manifest has two sections (SCAFFOLD, arXiv:1910.06378), chunks C to 2C − 1 of an update hold the
 change of the agent's control variate, and those of a model hold the sum of all variates. A merge adds the changes to the sum,
 without weights.
 
@@ -122,7 +122,7 @@ def chunk_bytes_for(spec: RunSpec, agents: int, max_payload: int) -> int:
 
 
 class Reducer:
-    """Executes plans: reads updates from the bus and puts the next version there.
+    """Executes plans: reads updates from the bus and puts the next version on the bus.
 
     Args:
         center: filled by `get_center`, or by the task's child before `put_center`; changed by each merge.
