@@ -182,8 +182,8 @@ async def report_refusals(log: Path | None, names: Mapping[str, str], events: Te
     violations = ViolationLog(log, dict(names)) if log is not None else None
     while violations is not None:
         for violation in violations.read():
-            text = f"{violation.who}: {violation.what} on {violation.subject} was refused by the broker"
-            await events.event("refused", text, level="warning", agent=violation.who)
+            text = f"{violation.source}: {violation.action} on {violation.subject} was refused by the broker"
+            await events.event("refused", text, level="warning", agent=violation.source)
         await asyncio.sleep(REFUSALS_S)
 
 

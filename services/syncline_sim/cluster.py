@@ -282,7 +282,7 @@ class Cluster:
 
     # -- observation ---------------------------------------------------------------------------------------------------
     def _on_operation(self, now: Operation) -> None:
-        process = self.processes.get(now.who)
+        process = self.processes.get(now.client)
         if process is not None and now.phase == "after":
             self._on_answer(now, process)
         if process is None or now.phase == "after":
@@ -296,7 +296,7 @@ class Cluster:
         if process.dead:
             raise ProcessCrashed
         count = self._operations[process.service] = self._operations.get(process.service, 0) + 1
-        self._trace.update(f"{self.loop.time()!r} {now.who} {now.name} {subject_of(now)}\n".encode())
+        self._trace.update(f"{self.loop.time()!r} {now.client} {now.name} {subject_of(now)}\n".encode())
         if now.name == "request":  # the answer told the agent to go on; else its next request is no heartbeat
             answered_s = self._beats.pop(process.connection, None)
             if answered_s is not None and ".heartbeat" in str(now.arguments[0]):

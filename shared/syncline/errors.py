@@ -1,51 +1,59 @@
-"""The errors that Syncline raises on purpose: one base, and one class for each party that can be at fault.
+"""The errors of Syncline: one base class, and one class for each party that can be at fault.
 
-An assertion is for a bug of Syncline and ends the process. Every other error names the cause, the value and the remedy.
+A bug in Syncline itself raises an AssertionError and ends the process. Every error here names the problem, the value and, where
+possible, a remedy.
 """
 
 from __future__ import annotations
 
 
 class SynclineError(Exception):
-    """Base of every error that Syncline raises on purpose."""
+    """Base class of all errors that Syncline raises on purpose."""
 
 
 class ConfigError(SynclineError):
-    """The user's input is wrong: names the setting, its value and a hint. Commands exit with 2."""
+    """The user's input is wrong. Commands exit with 2."""
 
     def __init__(self, setting: str, problem: str, hint: str = "") -> None:
-        self.setting, self.problem, self.hint = setting, problem, hint
+        """Make an error with the text `setting: problem. hint`.
+
+        Args:
+            setting: the name of the setting, option or file that the user has to correct.
+            problem: the problem, with the value.
+            hint: a way to correct the value; empty if the problem says enough.
+        """
+        self.setting = setting
+        self.problem = problem
+        self.hint = hint
         super().__init__(f"{setting}: {problem}" + (f". {hint}" if hint else ""))
 
 
 class PeerError(SynclineError):
-    """A message of another process is wrong. The reader counts it, reports it with the sender's name, drops it and goes
-    on.
-    """
+    """Another process sent wrong data. The receiver counts, reports and drops the data, and continues."""
 
 
 class RunFailed(SynclineError):
-    """The run cannot go on. Commands exit with 1."""
+    """The run cannot continue. Commands exit with 1."""
 
 
 class BusError(SynclineError):
-    """The bus did not do its work. Base of all errors that may pass when the call is repeated."""
+    """The bus did not perform an operation. Subclasses say whether another try can succeed."""
 
 
 class Unreachable(BusError):
-    """The connection is lost, or no answer came in time: the request may or may not have been carried out."""
+    """No connection, or no answer in time. The operation may or may not have happened; try again later."""
 
 
 class NoResponders(BusError):
-    """The subject has no subscriber: the service or the stream behind it is missing."""
+    """The subject has no subscriber: its service does not run, or its stream does not exist."""
 
 
 class Conflict(BusError):
-    """A compare-and-set lost: the key holds another revision than the writer knew."""
+    """A compare-and-set failed: the key has another revision than the writer expected. Read the key again."""
 
 
 class AlreadyPut(BusError):
-    """The subject of a write-once stream holds a message already."""
+    """The subject of a write-once stream has a message already."""
 
 
 class StreamFull(BusError):
@@ -53,24 +61,21 @@ class StreamFull(BusError):
 
 
 class Denied(BusError):
-    """The broker's permissions forbid the request. A repetition does not help."""
+    """The broker's permissions forbid the operation, or the broker refuses the login. Another try does not help."""
 
 
 class Unavailable(BusError):
-    """The broker cannot carry out the request: JetStream or the stream is missing, or the stream has another
-    configuration.
-    """
+    """The broker cannot perform the operation: no such stream, a stream with another configuration, or too large a message."""
 
 
 class StoreDown(Unavailable):
-    """The broker stores nothing at present: its JetStream is off. nats-server switches JetStream off when its disk is
-    full.
-    """
+    """The broker stores no messages because its JetStream is off. nats-server turns JetStream off when its disk is full."""
 
 
 class Unfit(Unavailable):
-    """The broker is too old, without TLS, or has an unknown certificate. A repetition does not help."""
+    """The broker must not be used: too old, without TLS, or with an unknown certificate. Trying again does not help."""
 
     def __init__(self, problem: str, hint: str) -> None:
-        self.problem, self.hint = problem, hint
+        self.problem = problem
+        self.hint = hint
         super().__init__(f"{problem}. {hint}")

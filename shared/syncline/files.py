@@ -1,4 +1,4 @@
-"""Replacement of files: a file is replaced whole or not at all, and the new content survives a power failure."""
+"""Atomic replacement of files: as a whole or not at all, and safe from a power failure once the call returns."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_CANNOT = (errno.EINVAL, errno.ENOTSUP)  # errors of file systems that cannot sync a directory
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)  # errors of file systems that cannot sync a directory
 
 
 @contextmanager
 def replacing(path: Path, beside: str) -> Iterator[Path]:
-    """Replace a file by the one that the body of the `with` statement writes.
+    """Replace a file by one that the body of the `with` statement writes.
 
-    If the body or the disk fails, `path` keeps its content and the new file is removed.
+    After the body, the new file is synced to the disk and takes the place of `path`. If the body or the disk fails, `path` is
+    unchanged and the new file is removed.
 
     Args:
-        path: the file to replace.
-        beside: name of the new file, in the same directory, until it takes the place of `path`.
+        path: the file to replace or create.
+        beside: the name of the new file, in the directory of `path`. An existing file of this name is removed first.
+
+    Yields:
+        The path of the new file, for the body to write.
 
     Raises:
-        OSError: the disk cannot be written.
+        OSError: the disk failed.
     """
     fresh = path.with_name(beside)
     try:
@@ -37,11 +41,11 @@ def replacing(path: Path, beside: str) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush the directory's list of names to the disk. File systems that cannot do so are skipped."""
+    """Sync the names in a directory to the disk, if the file system can. Raises OSError."""
     try:
         _sync(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
 
 

@@ -1,6 +1,4 @@
-"""The base class of all settings, and the conversion of pydantic's errors to a ConfigError with setting, value and
-hint.
-"""
+"""The base class of all settings, and the conversion of pydantic's errors into ConfigError with setting, value and hint."""
 
 from __future__ import annotations
 
@@ -17,15 +15,17 @@ Models = list[type[BaseModel]]
 
 
 def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[str, ...] = ()) -> ConfigError:
-    """Return one of pydantic's findings as a ConfigError.
+    """Convert one of pydantic's errors into a ConfigError.
 
     Args:
-        model: the class of the settings that were validated.
-        item: the finding, from `ValidationError.errors()`.
-        section: path of the model in the spec.
-        beside: names of further sections that the file may have.
+        model: the class of the settings.
+        item: an element of `ValidationError.errors()`.
+        section: the path of the settings in the spec, for the error.
+        beside: names that a file may have beside these settings, for suggestions.
     """
-    kind, value, loc = item["type"], item.get("input"), [str(part) for part in item["loc"]]
+    kind = item["type"]
+    value = item.get("input")
+    loc = [str(part) for part in item["loc"]]
     path, sections = _walk(model, loc[:-1] if kind == "extra_forbidden" else loc)
     if kind == "extra_forbidden":
         error = _unknown(model, path, loc[-1], sections, () if path else beside)
@@ -47,7 +47,7 @@ def explain(model: type[BaseModel], item: Any, section: str = "", beside: tuple[
 
 
 def unknown_setting(model: type[BaseModel], item: Any) -> list[str]:
-    """Return the path of the setting that a finding of pydantic calls unknown; [] for any other finding."""
+    """Return the path of the setting that one of pydantic's errors calls unknown; [] for any other error."""
     loc = [str(part) for part in item["loc"]]
     return [*_walk(model, loc[:-1])[0], loc[-1]] if item["type"] == "extra_forbidden" else []
 
@@ -55,7 +55,7 @@ def unknown_setting(model: type[BaseModel], item: Any) -> list[str]:
 def _unknown(
     model: type[BaseModel], path: list[str], name: str, sections: Models, beside: tuple[str, ...]
 ) -> ConfigError:
-    """Return the error for a setting that does not exist: a misspelt name, or a setting of another kind of section."""
+    """Return the error about a setting that does not exist: perhaps mistyped, perhaps a setting of another kind."""
     setting = ".".join([*path, name])
     known = sorted({*beside, *(field for section in sections for field in section.model_fields)})
     tag = _tag_at(model, path)
@@ -75,9 +75,10 @@ def _unknown(
 
 
 def _walk(model: type[BaseModel], loc: list[str]) -> tuple[list[str], Models]:
-    """Return the settings that a location of pydantic leads through, and the sections that the last one has.
+    """Follow a location of pydantic's, which has tags and alternatives between the names of the settings.
 
-    The location also holds tags and alternatives of unions, which are left out.
+    Returns:
+        The names on the way, without tags and alternatives, and the classes of the sections at the end.
     """
     path: list[str] = []
     sections: Models = [model]
@@ -100,39 +101,41 @@ def _walk(model: type[BaseModel], loc: list[str]) -> tuple[list[str], Models]:
 
 
 def _tag_at(model: type[BaseModel], path: list[str]) -> str | None:
-    """Return the setting that tells several kinds of section apart; None if the section has one kind."""
+    """Return the setting that selects the kind of the section at a path; None for a section of one kind."""
     found = [s.model_fields[path[-1]] for s in _below([model], path[:-1]) if path[-1] in s.model_fields] if path else []
     return next((f.discriminator for f in found if isinstance(f.discriminator, str)), None)
 
 
 def _below(sections: Models, path: list[str]) -> Models:
+    """Return the classes of the sections at a path below these."""
     for name in (part for part in path if not part.isdigit()):
         sections = [m for s in sections if (f := s.model_fields.get(name)) for m in _models_in(f.annotation)]
     return sections
 
 
 def _tags(sections: Models, tag: str) -> list[str]:
-    """Return the values of the setting that tells sections apart."""
+    """Return the values of the setting that selects among these sections."""
     return [value for section in sections for value in get_args(section.model_fields[tag].annotation)]
 
 
 def _models_in(annotation: Any) -> Models:
+    """Return the classes of settings in a type annotation, such as both of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
 
 
 class Settings(BaseModel):
-    """A frozen section of settings. Unknown names are refused."""
+    """A section of settings: immutable, without unknown names and without infinite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, ser_json_inf_nan="constants"
     )
-    beside: ClassVar[tuple[str, ...]] = ()  # sections that stand beside these in a file, and are read elsewhere
+    beside: ClassVar[tuple[str, ...]] = ()  # sections beside these in a file that other code reads
 
 
 def untagged(tag: str, default: str) -> BeforeValidator:
-    """Return a validator that adds `tag: default` to a section that leaves the tag out."""
+    """Return a validator that sets `tag` to a default if a section of several kinds leaves it out."""
     return BeforeValidator(lambda section: {tag: default, **section} if isinstance(section, dict) else section)
 
 
@@ -140,17 +143,17 @@ S = TypeVar("S", bound=Settings)
 
 
 def one_of(registry: Mapping[str, type[S]], base: type[S], tag: str, default: str, group: str) -> Any:
-    """Return the type of a section that is one of a registry's classes.
+    """Return the type of a section with several kinds, for use as an annotation.
 
     Args:
-        registry: the classes by their tag.
-        base: their common base.
-        tag: the setting that selects a class.
-        default: the tag of a section that leaves it out.
-        group: group of entry points by which installed packages add classes of `base`.
+        registry: the built-in kinds by name.
+        base: the base class of all kinds.
+        tag: the setting that selects the kind.
+        default: the kind of a section without `tag`.
+        group: the entry points under which installed packages add kinds.
 
     Raises:
-        ConfigError: an entry point cannot be used.
+        ConfigError: an installed package adds a kind that is not valid.
     """
     kinds = (*registry.values(), *installed(group, base, tag, known=registry))
     if len(kinds) == 1:
@@ -159,29 +162,30 @@ def one_of(registry: Mapping[str, type[S]], base: type[S], tag: str, default: st
 
 
 def installed(group: str, base: type[S], tag: str, known: Collection[str] = ()) -> list[type[S]]:
-    """Return the classes that installed packages add by entry points.
+    """Return the kinds of a section that installed packages add.
 
     Args:
-        group: the group of entry points.
-        base: the class that they have to derive from.
-        tag: the setting whose default has to be the name of the entry point.
-        known: names that are taken.
+        group: the name of their entry points. The name of an entry point is the value of `tag`.
+        base: the base class of all kinds.
+        tag: the setting that selects the kind.
+        known: names of kinds that packages may not add.
 
     Raises:
-        ConfigError: an entry point cannot be loaded, is another kind of class, or has a name that is taken.
+        ConfigError: an entry point cannot be loaded, is not a class of `base`, or has a name that is taken.
     """
     found: dict[str, type[S]] = {}
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
-        where = f"entry point {entry.name!r} of {group} ({entry.value})"
+        place = f"entry point {entry.name!r} of {group} ({entry.value})"
         try:
             kind = entry.load()
-        except Exception as error:  # its module may raise any error
-            problem = f"{where} cannot be loaded: {type(error).__name__}: {error}"
-            raise ConfigError(group, problem, "Correct its package, or uninstall it") from error
+        except Exception as error:  # a foreign module may raise any error
+            problem = f"{place} cannot be loaded: {type(error).__name__}: {error}"
+            raise ConfigError(group, problem, "Repair its package, or uninstall it") from error
         if not (isinstance(kind, type) and issubclass(kind, base)):
-            raise ConfigError(group, f"{where} is no class of {base.__name__}", "Derive it, or uninstall its package")
+            hint = f"Derive the class from {base.__name__}, or uninstall its package"
+            raise ConfigError(group, f"{place} is not a class of {base.__name__}", hint)
         if kind.model_fields[tag].default != entry.name or entry.name in {*known, *found}:
-            problem = f"{where} has {tag} = {kind.model_fields[tag].default!r}"
+            problem = f"{place} has {tag} = {kind.model_fields[tag].default!r}"
             hint = f"Give both one name that no other {base.__name__.lower()} has, or uninstall its package"
             raise ConfigError(group, problem, hint)
         found[entry.name] = kind
@@ -193,17 +197,17 @@ def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str]
 
     Args:
         model: the class of the settings.
-        data: a mapping.
-        section: path of the settings in the spec.
+        data: a mapping of names to values.
+        section: the path of the settings in the spec, for the errors.
         ignored: names of settings, as `local.steps`, that are left out if the class does not know them.
 
     Raises:
-        ConfigError: lists everything that is wrong.
+        ConfigError: the data is not a mapping or has settings that are not valid. The error lists all of them.
     """
     if not isinstance(data, dict):
         hint = f"Write settings under `{section}:`" if section else "Start with a line like `task: …`"
-        what = "is empty" if data is None else f"is a {type(data).__name__}, not a mapping"
-        raise ConfigError(section or "spec", what, hint)
+        problem = "is empty" if data is None else f"is a {type(data).__name__}, not a mapping"
+        raise ConfigError(section or "spec", problem, hint)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -217,7 +221,7 @@ def parse(model: type[S], data: Any, section: str = "", ignored: Collection[str]
 
 
 def _is_within(path: list[str], names: Collection[str]) -> bool:
-    """Return whether a setting, or a section around it, is among the names."""
+    """Return whether a setting, or a section that contains it, is among the names."""
     return any(".".join(path[:end]) in names for end in range(1, len(path) + 1))
 
 
@@ -231,12 +235,16 @@ def _without(data: dict[str, Any], paths: list[list[str]]) -> dict[str, Any]:
 
 
 def _together(problems: list[ConfigError]) -> list[ConfigError]:
-    """Join the hints of findings about the same value: pydantic reports one for each kind that is possible."""
+    """Merge the errors about one value into one. pydantic reports an error for each kind that a section may have."""
     found: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         found.setdefault((problem.setting, problem.problem), []).append(problem.hint)
-    return [ConfigError(*what, ", or ".join([hints[0], *map(_small, hints[1:])])) for what, hints in found.items()]
+    return [
+        ConfigError(setting, problem, ", or ".join([hints[0], *map(_small, hints[1:])]))
+        for (setting, problem), hints in found.items()
+    ]
 
 
 def _small(hint: str) -> str:
+    """Return the hint with a small first letter, to follow another hint."""
     return hint[:1].lower() + hint[1:]

@@ -1,8 +1,8 @@
-"""Memory that a service and its child process share. It has no name that a crash could leave behind.
+"""Memory that a service and its child process share. The memory has no name, so no process can leave a file behind.
 
-On Linux the memory is a memfd. /dev/shm (64 MB in a container by default) does not bound its size, and the system frees
-the memory with the last process that holds the descriptor. Other systems get an unlinked temporary file. The memory is
-created before the child is forked, when its size is not known yet, and is grown later.
+On Linux the memory is a memfd, which the size of /dev/shm does not limit (64 MB in a container by default), and which ends with
+the last process that uses it. Other systems use an unlinked temporary file. The service makes the memory before the fork of the
+child, while the final size is unknown, and grows it later.
 """
 
 from __future__ import annotations
@@ -16,31 +16,36 @@ class SharedMemory:
     """A growable piece of memory behind a file descriptor."""
 
     def __init__(self, fd: int | None = None) -> None:
+        """Open the memory behind `fd`, which this object then owns; None makes new memory of size 0."""
         self.fd = _new() if fd is None else fd
         self._map: mmap.mmap | None = None
 
     def grow(self, size_bytes: int) -> None:
-        """Set the size in bytes. The other process sees the new size with its next `view`."""
+        """Set the size. The other process sees the new size at its next call of `view`."""
         os.ftruncate(self.fd, size_bytes)
 
     def view(self) -> memoryview:
-        """Return the whole memory, writable. Call this method again after the other process has grown the memory."""
+        """Return the whole memory, writable. Call it again after the other process has grown the memory."""
         size_bytes = os.fstat(self.fd).st_size
         if self._map is None or len(self._map) != size_bytes:
-            self._map = mmap.mmap(self.fd, size_bytes)  # an older map goes when its last view does
+            self._map = mmap.mmap(self.fd, size_bytes)  # an older map is freed with its last view
         return memoryview(self._map)
 
     def discard(self, begin: int, end: int) -> None:
-        """Give the whole pages between two offsets back to the system. They read as zeros afterwards."""
-        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        """Give the whole pages between two byte offsets back to the system; their bytes become zero.
+
+        Nothing happens before the first `view`, and on systems that cannot free a part of a file.
+        """
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = end // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and first < last and hasattr(mmap, "MADV_REMOVE"):
             try:
                 self._map.madvise(mmap.MADV_REMOVE, first, last - first)
             except OSError:
-                pass  # a file system that cannot
+                pass  # the file system cannot free a part of a file
 
     def close(self) -> None:
-        """Close the descriptor. Views that are still in use stay valid."""
+        """Close the memory in this process. Views that are still in use stay valid."""
         self._map = None
         os.close(self.fd)
 

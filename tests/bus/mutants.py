@@ -87,8 +87,8 @@ class QueuesWithoutBound(MemoryBroker):
 
 
 class LetsAgentsSayAll(MemoryBroker):
-    def _tenant(self, who: ClientId) -> Tenant:
-        tenant = super()._tenant(who)
+    def _tenant(self, client: ClientId) -> Tenant:
+        tenant = super()._tenant(client)
         tenant.requests = tenant.publishes = (">",)
         return tenant
 

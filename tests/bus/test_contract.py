@@ -133,7 +133,7 @@ def seeded_run(seed: int) -> list[object]:
     async def run() -> None:
         now = asyncio.get_running_loop().time
         broker = MemoryBroker(Seeded(random.Random(seed), longest_s=0.05, lost=0.2))
-        broker.before_op(lambda op: seen.append((now(), op.number, op.who, op.name, op.phase)))
+        broker.before_op(lambda op: seen.append((now(), op.number, op.client, op.name, op.phase)))
 
         async def note(delivery: Delivery) -> None:
             seen.append((now(), delivery))
@@ -178,7 +178,7 @@ async def test_a_hook_sees_each_operation_before_it_when_it_is_done_and_after_it
     broker.before_op(seen.append)
     await bus.ensure_bucket(B)
     assert await outcome(bus.kv_update("b", "k", b"1", 7)) is Conflict
-    assert [(op.number, op.who, op.name, op.phase) for op in seen] == [
+    assert [(op.number, op.client, op.name, op.phase) for op in seen] == [
         (number, "x", name, phase)
         for number, name in ((1, "ensure_bucket"), (2, "kv_update"))
         for phase in ("before", "done", "after")

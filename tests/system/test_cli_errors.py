@@ -183,7 +183,7 @@ async def test_a_key_that_is_not_the_agents_own(fleet: Fleet, tmp_path: Path) ->
     try:
         assert await asyncio.to_thread(agent.ended, 60.0) == 2
         assert f"error: --key: {key} is not the key of 'a2'" in agent.err
-        assert "as 'a2': it is another's, or a reader's" in agent.err and "--name" in agent.err
+        assert "answers to 'a2': the key belongs to another name" in agent.err and "--name" in agent.err
     finally:
         agent.stop()
 

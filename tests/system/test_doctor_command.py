@@ -80,7 +80,7 @@ async def test_a_key_under_another_name_and_one_that_is_not_known(fleet: Fleet, 
     found = await asyncio.to_thread(
         doctor, tmp_path, "--connect", broker.url, "--key", str(broker.keyring.path("a1")), "--name", "a2"
     )
-    assert found["rights"]["verdict"] == "broken" and "it is another's" in found["rights"]["text"]
+    assert found["rights"]["verdict"] == "broken" and "belongs to another name" in found["rights"]["text"]
     stranger = Keyring(tmp_path / "keys").create(["a1"]).path("a1")
     found = await asyncio.to_thread(doctor, tmp_path, "--connect", broker.url, "--key", str(stranger))
     assert found["key"]["verdict"] == "broken" and "does not know this key" in found["key"]["text"]

@@ -47,7 +47,7 @@ class Address:
 
 
 def masked(text: str) -> str:
-    """Return a text with the user, password or token of every address in it replaced by `***`."""
+    """Return a text with the user, password or token of every address in the text replaced by `***`."""
     return _LOGIN.sub(r"\1\2***@", text)
 
 

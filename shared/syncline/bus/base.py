@@ -43,7 +43,7 @@ def checked_subject(subject: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A message as a stream holds it."""
+    """A message in a stream."""
 
     subject: str
     data: bytes

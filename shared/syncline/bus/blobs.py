@@ -1,11 +1,11 @@
-"""Bulk over the bus: a blob is put chunk by chunk with a window of acknowledgements in flight, and got the same way.
+"""Transfer of blobs: a blob is put chunk by chunk with several chunks in flight, and got in the same way.
 
-The window follows the link. A transfer begins with a few chunks in flight, reaches the full window on a fast link, and
-falls to a single chunk on a link that needs seconds for one, so that a lost connection costs little and small messages
-do not wait long.
+The number of chunks in flight follows the speed of the link. The number starts small, grows up to a given limit while
+answers are quick, and shrinks to one while a chunk takes seconds. So a lost connection loses few chunks, and no other
+message waits long.
 
-Bulk is never pushed. A writer repeats a chunk until the bus holds the chunk; a reader asks again for a missing one. A
-chunk that exists already counts as put, because the subject of a chunk is written once.
+The broker never pushes a tensor. A writer repeats a chunk until the bus acknowledges it, and a reader repeats the request for a
+chunk without an answer. The subject of a chunk is written once, so a chunk that exists already counts as put.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from syncline.errors import AlreadyPut, BusError, Denied, PeerError, StreamFull,
 from syncline.wire.chunks import BlobDigest, chunk_digest, content_bytes, pack_chunk, unpack_chunk
 from syncline.wire.messages import RAW, BlobRef
 
-RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # pauses; the last one repeats until `patience_s` is over
+RETRY_S = (0.05, 0.2, 1.0, 2.0, 4.0)  # pauses between tries; the last one repeats until `patience_s` is over
 PATIENCE_S = 60.0
-UNOFFERED_S = 120.0  # after this time without a new chunk, the blob of an agent that was not offered is purged
-FIRST_CHUNKS = 2  # in flight at first
-QUICK_S = 1.0  # a chunk that took less widens the window by one, a slower one narrows the window by one
-RECORD_CHUNK_BYTES = 512 * 1024  # of a chunk of a record that is too large for one message, at most
-STALE_S = 0.7 * UNOFFERED_S  # after this time a writer begins again, under another name
+UNOFFERED_S = 120.0  # an agent's blob without a new chunk for this time and without an offer is purged
+FIRST_CHUNKS = 2  # chunks in flight at first
+QUICK_S = 1.0  # a chunk that took less time adds one to the chunks in flight, a slower chunk removes one
+RECORD_CHUNK_BYTES = 512 * 1024  # the largest chunk of a record that exceeds one message: rosters, plans, manifests
+STALE_S = 0.7 * UNOFFERED_S  # after this time without a new chunk the writer starts again, before the purge
 T = TypeVar("T")
 Prefix = Callable[[str], str]  # blob id → the subject of its chunks, without the chunk number
 
 
 class BlobGone(PeerError):
-    """A chunk of the blob is not on the bus: never put, or purged since. Read head again."""
+    """A chunk of the blob is not on the bus: never put, or purged. Read head again, which may name another blob."""
 
 
 class Stale(Unreachable):
-    """The first chunks of the blob may be purged by now: put the blob again, under another name."""
+    """The chunks put so far may have been purged. Put the blob again under another id."""
 
 
 class Growth:
-    """The progress of putting a blob, and the time of its last growth. A chunk that existed before does not count as
-    growth.
+    """The progress of a put: the digests of the chunks on the bus, and the time of the last new chunk.
+
+    A chunk that existed already, from an earlier try, does not count as new: the janitor does not see the blob grow.
     """
 
     def __init__(self) -> None:
@@ -51,11 +52,20 @@ class Growth:
 
     @property
     def left_s(self) -> float:
-        """Return for how many seconds it is safe to go on with the blob, and to offer the blob."""
+        """The seconds for which it is safe to continue the blob and to offer it; negative if the blob may be purged."""
         return self._at_s + STALE_S - _now()
 
     def put(self, k: int, digest: bytes, new: bool) -> None:
-        """Note that a chunk is on the bus. Raises Stale if earlier chunks may be purged."""
+        """Note that a chunk is on the bus.
+
+        Args:
+            k: the number of the chunk.
+            digest: the digest of its payload.
+            new: whether this call of the writer stored the chunk.
+
+        Raises:
+            Stale: too much time has passed since the last new chunk.
+        """
         if self.left_s < 0:
             raise Stale(f"no new chunk for more than {STALE_S:g} s")
         self.digests[k] = digest
@@ -75,28 +85,33 @@ async def put_blob(
     sections: int = 1,
     growth: Growth | None = None,
 ) -> tuple[BlobRef, bytes]:
-    """Put all of `data` under `prefix(blob)`.k, and return the blob's reference and digest once the bus holds every
-    chunk.
+    """Put a blob and wait until the bus has acknowledged every chunk. Chunk k has the subject `prefix(blob).k`.
 
     Args:
-        prefix: the function from a blob's id to the subject of its chunks, without the chunk number.
-        data: `sections` payloads of the same size; no chunk reaches from one into the next.
-        chunk_bytes: bytes of a chunk; the last one of each section may be shorter.
-        blob: the blob's id; empty: a new one.
-        codec: the codec that made the bytes.
-        window: chunks in flight at once, at most.
-        growth: for the blob of an agent: the progress of an earlier try, from which this one goes on.
+        bus: the bus of the run.
+        prefix: blob id → subject of the blob.
+        data: the content, `sections` vectors of one size one behind the other.
+        chunk_bytes: bytes of a chunk's payload; the last one of each section may be shorter.
+        blob: the id; empty: a new random one.
+        codec: the encoding of the content, as readers expect it.
+        window: chunks in flight, at most.
+        sections: vectors in the blob; no chunk reaches from one into the next.
+        growth: the progress of an earlier try, whose chunks are not put again. None: no progress to keep.
+
+    Returns:
+        The reference of the blob, and the digest over all its chunks.
 
     Raises:
-        Stale: the blob has not grown for so long that the coordinator may have purged it.
-        StreamFull: the stream has no room.
-        Unreachable: the bus did not answer within PATIENCE_S.
+        Stale: the blob of `growth` did not grow for too long.
+        StreamFull: the stream has no room for the blob.
+        Unreachable: the bus did not answer for `PATIENCE_S`.
     """
     blob = blob or new_id()
     data = data.cast("B")
     places = _places(len(data), chunk_bytes, sections)
     n = len(places)
-    whole, before = BlobDigest(), growth.digests if growth is not None else {}
+    whole = BlobDigest()
+    before = growth.digests if growth is not None else {}
     for k, digest in before.items():
         whole.add(k, digest)
     todo = [k for k in range(n) if k not in before]
@@ -154,7 +169,7 @@ async def get_blob(
 
 
 def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
-    """Return the place of each chunk in the bytes of a blob."""
+    """Return the range of bytes of each chunk."""
     each = size // sections
     return [
         slice(begin + offset, begin + min(offset + chunk_bytes, each))
@@ -166,8 +181,16 @@ def _places(size: int, chunk_bytes: int, sections: int) -> list[slice]:
 async def put_record(bus: Bus, prefix: Prefix, data: bytes, *, blob: str = "") -> BlobRef:
     """Put a record as a blob of equal chunks, each of which fits into a message of this bus.
 
-    Size and number of chunks tell a reader the borders of the chunks, independently of the limits of its own
-    connection.
+    A reader computes the chunk size from the size and the number of chunks, so the limits of its own connection do not matter.
+
+    Args:
+        bus: the bus of the run.
+        prefix: blob id → subject of the blob.
+        data: the record.
+        blob: the id; empty: a new random one.
+
+    Returns:
+        The reference of the blob.
     """
     most = min(RECORD_CHUNK_BYTES, content_bytes(bus.max_payload))
     chunks = max(1, -(-len(data) // most))
@@ -175,7 +198,12 @@ async def put_record(bus: Bus, prefix: Prefix, data: bytes, *, blob: str = "") -
 
 
 async def get_record(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, limit: int) -> bytes:
-    """Return a record that was put by `put_record`. Raises PeerError if the record is larger than `limit` bytes."""
+    """Return a record that `put_record` has put.
+
+    Raises:
+        BlobGone: a chunk is not on the bus.
+        PeerError: the record is larger than `limit` bytes, or a chunk is not valid.
+    """
     if ref.size > limit:
         raise PeerError(f"blob {ref.id[:8]}: {ref.size} bytes are more than the {limit} allowed")
     into = bytearray(ref.size)
@@ -184,7 +212,7 @@ async def get_record(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, limit:
 
 
 def _cut(size: int, chunks: int) -> int:
-    """Return the bytes in each of so many equal chunks; the last one may be shorter."""
+    """Return the bytes of each of `chunks` equal chunks; the last one may be shorter."""
     return max(1, -(-size // chunks))
 
 
@@ -200,7 +228,7 @@ async def get_chunk(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int,
 
 
 async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int) -> Stored:
-    """Return chunk k as the stream holds the frame. Raises BlobGone."""
+    """Return the message with chunk k, not decoded. Raises BlobGone if the stream does not have it."""
     stored = await with_retries(lambda: bus.get(stream, f"{prefix(ref.id)}.{k}", bulk=True))
     if stored is None:
         raise BlobGone(f"chunk {k} of blob {ref.id[:8]} is not on the bus")
@@ -208,7 +236,7 @@ async def get_frame(bus: Bus, stream: str, prefix: Prefix, ref: BlobRef, k: int)
 
 
 async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
-    """Put one frame. Returns False if the bus has the frame already, from an earlier try."""
+    """Put one chunk. Return False if the chunk exists already, from an earlier try of the same writer."""
     try:
         await with_retries(lambda: bus.put(subject, frame, bulk=True))
     except AlreadyPut:
@@ -217,11 +245,16 @@ async def put_chunk(bus: Bus, subject: str, frame: bytes) -> bool:
 
 
 async def with_retries(ask: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
-    """Repeat a request with growing pauses while the bus is out of reach.
+    """Call a function of the bus, and repeat the call with growing pauses after errors that may pass.
+
+    Args:
+        ask: the call. An earlier call may have had its effect, so the operation must be idempotent, or the caller must expect
+            the error of a second effect, such as AlreadyPut.
+        patience_s: seconds for all tries together.
 
     Raises:
-        Unreachable: the bus did not answer within `patience_s`.
-        BusError: the request failed for a reason that a repetition does not change; raised at once.
+        AlreadyPut, Denied, StreamFull, Unavailable: at once, because another try does not help.
+        Unreachable: no try succeeded within `patience_s`.
     """
     deadline = _now() + patience_s
     for attempt in itertools.count():
@@ -238,7 +271,7 @@ async def with_retries(ask: Callable[[], Awaitable[T]], *, patience_s: float = P
 
 
 async def windowed(n: int, window: int, work: Callable[[int], Awaitable[None]]) -> None:
-    """Run `work(0)` … `work(n − 1)`, at most `window` at once. The first error cancels the rest."""
+    """Run `work(0)` … `work(n − 1)`, at most `window` at a time. The first error cancels the rest and is raised."""
     if n == 1:
         await work(0)
         return
@@ -258,7 +291,11 @@ async def windowed(n: int, window: int, work: Callable[[int], Awaitable[None]]) 
 
 
 async def paced(n: int, most: int, work: Callable[[int], Awaitable[None]]) -> None:
-    """Run like `windowed`, with as many at once as the link carries quickly, and at most `most`."""
+    """Run `work(0)` … `work(n − 1)` like `windowed`, with a window that follows the speed of the link.
+
+    The window starts at `FIRST_CHUNKS`, grows by one after a call that took less than `QUICK_S`, and shrinks by one after a
+    slower call; it stays between 1 and `most`.
+    """
     width = min(FIRST_CHUNKS, most)
     room = asyncio.Semaphore(width)
 
@@ -267,9 +304,10 @@ async def paced(n: int, most: int, work: Callable[[int], Awaitable[None]]) -> No
         await room.acquire()
         began = _now()
         await work(k)
-        before, quick = width, _now() - began < QUICK_S
+        before = width
+        quick = _now() - began < QUICK_S
         width = min(most, width + 1) if quick else max(1, width - 1)
-        for _ in range(1 + width - before):
+        for _ in range(1 + width - before):  # 0 after a slow call, 2 after a quick one, 1 at a limit
             room.release()
 
     await windowed(n, most, one)

@@ -130,7 +130,7 @@ def test_what_is_no_seed_is_refused_and_not_quoted(tmp_path: Path, kind: str) ->
     path, content = tmp_path / "a1.nk", broken_seeds()[kind]
     path.touch(mode=0o600)
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"a1\.nk holds no nkey user seed") as raised:
+    with pytest.raises(ConfigError, match=r"a1\.nk contains no nkey user seed") as raised:
         read_seed(path)
     assert not content or content.decode(errors="replace").strip()[:12] not in str(raised.value)
 

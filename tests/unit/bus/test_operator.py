@@ -117,7 +117,7 @@ def test_no_set_is_no_set(tmp_path: Path) -> None:
 
 
 def test_two_at_once_are_one_after_the_other(made: OperatorSet) -> None:
-    with operator._locked(made.directory), pytest.raises(ConfigError, match="another syncline keys is at work"):
+    with operator._locked(made.directory), pytest.raises(ConfigError, match="another `syncline keys` command"):
         made.add(["a3"])
 
 

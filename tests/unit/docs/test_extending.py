@@ -119,7 +119,7 @@ def test_an_installed_package_brings_its_own_and_a_run_is_made_with_them(tmp_pat
     ("code", "problem"),
     [
         ("import no_such_module", "cannot be loaded: ModuleNotFoundError"),
-        ("MidRange = dict", "is no class of Rule"),
+        ("MidRange = dict", "is not a class of Rule"),
         ("class MidRange(Rule):\n    rule: Literal['median'] = 'median'", "has rule = 'median'"),
     ],
 )

@@ -1,17 +1,17 @@
-"""The bus port in memory: a whole broker with its streams and accounts, in one event loop, and deterministic.
+"""The bus port in memory: a deterministic broker with streams and accounts, in one event loop.
 
-The broker is no mock. It behaves as nats-server 2.15 does behind `NatsBus`, down to the bytes that a message takes in a
-stream, and both pass one contract suite (`tests/bus/contract.py`). Services run on this bus unchanged, on real time or
-on a loop with virtual time.
+This broker is not a mock. `MemoryBus` behaves as `NatsBus` does on nats-server 2.15, down to the bytes that a message takes
+in a stream, and both pass one contract suite (`tests/bus/contract.py`). Services run on either without change, in real time
+or on an event loop with virtual time.
 
-The module uses no thread, no real time and no randomness. The time is the event loop's, requests are carried out in
-their order, and delays and losses come from a `Network` that is passed in. A test may also cut a client off, stop the
-broker, return its store to an earlier fsync, and watch every operation before and after its execution.
+The broker uses no thread, no clock but the event loop's, and no randomness. Operations take effect in the order of the
+calls, and a given `Network` decides about delays and losses. A test can also cut a client off, stop the broker, set its
+store back to an earlier fsync, and observe every operation before and after its effect.
 
-*Order of delivery.* As on a real server, a message on a stream's subject goes to the core subscribers and, on a
-separate way, into the stream. A subscriber may get the message before the stream holds it, and a `get` right after a
-`publish` may miss the message; only the acknowledgement of a `put` guarantees storage. `Network.delay("broker", stream,
-"store")` separates the two moments.
+*Order of delivery and storing.* As on a real server, a message on a stream's subject takes two independent ways: to the
+core subscribers and into the stream. A subscriber may receive the message before the stream has stored the message, and a
+`get` right after a `publish` may miss the message; only the acknowledgement of a `put` guarantees the storing.
+`Network.delay("broker", stream, "store")` separates the two moments.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ T = TypeVar("T")
 
 
 class MemoryBus:
-    """A client of a `MemoryBroker`: the bus port. Like the NATS client, each has two connections."""
+    """The bus port for one client of a `MemoryBroker`; `MemoryBroker.connect` makes one. `Bus` documents the methods.
+
+    As with NATS, a client has two connections, so that small messages do not wait behind bulk data.
+    """
 
     def __init__(self, broker: Router, control: Lane, bulk: Lane) -> None:
-        self._broker, self._control, self._bulk = broker, control, bulk
+        self._broker = broker
+        self._control = control
+        self._bulk = bulk
 
     async def close(self) -> None:
         with self._operation("close"):
@@ -135,16 +140,19 @@ class MemoryBus:
 
     # -- the JetStream API -----------------------------------------------------------------------------------------
     def _operation(self, name: str, *arguments: object) -> AbstractContextManager[Operation]:
-        return self._broker.hooks.around(self._control.who.name, name, arguments)
+        """Announce the body as one operation to the hooks of the broker."""
+        return self._broker.hooks.around(self._control.client.name, name, arguments)
 
     def _check(self, subject: str, data: bytes, headers: int = 0) -> None:
+        """Raise Unavailable for a subject that is not valid or a message that is too large. `headers`: their size in bytes."""
         checked(subject)
         if headers + len(data) > self.max_payload:
-            raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
+            raise Unavailable(f"{subject}: {len(data)} bytes exceed the broker's max_payload of {self.max_payload}")
 
     async def _put(
         self, now: Operation, subject: str, data: bytes, expected: int | None = None, *, bulk: bool = False
     ) -> int:
+        """Store a message and return its sequence number. `expected`: the revision of a compare-and-set, or None."""
         self._check(subject, data, 0 if expected is None else CAS_HEADER_BYTES)
         message = Message(subject, bytes(data), expected=expected, operation=now)
         if bulk:
@@ -154,13 +162,13 @@ class MemoryBus:
         if isinstance(result, BusError):
             raise result
         if not isinstance(result, int):
-            raise Unavailable(f"{subject}: the answer is not an acknowledgement of a stream")
+            raise Unavailable(f"{subject}: a subscriber answered, not a stream")
         return result
 
     async def _get(self, now: Operation, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
         held = partial(self._broker.stream, stream, NoResponders)
-        where = f"$JS.API.DIRECT.GET.{stream}.{subject}"
-        return await self._ask(now, where, lambda: held().last(subject), bulk=bulk)
+        api = f"$JS.API.DIRECT.GET.{stream}.{subject}"
+        return await self._ask(now, api, lambda: held().last(subject), bulk=bulk)
 
     async def _state(self, now: Operation, stream: str, subjects: str) -> StreamState:
         held = partial(self._broker.stream, stream, Unavailable)
@@ -171,15 +179,23 @@ class MemoryBus:
         await self._ask(now, f"$JS.API.STREAM.CREATE.{name}", lambda: self._broker.store.ensure(name, shape))
 
     async def _ask_now(self, now: Operation, subject: str, ask: Callable[[], T]) -> T:
+        """Act as `_ask`, but raise Unreachable at once while the connection is lost."""
         self._must_be_up(subject)
         return await self._ask(now, subject, ask)
 
-    def _must_be_up(self, what: str) -> None:
+    def _must_be_up(self, subject: str) -> None:
         if not self._control.up:
-            raise Unreachable(f"{what}: the connection to the broker is lost")
+            raise Unreachable(f"{subject}: the connection to the broker is lost")
 
     async def _ask(self, now: Operation, subject: str, ask: Callable[[], T], *, bulk: bool = False) -> T:
-        """Ask JetStream, if the permissions allow the question, and return its result."""
+        """Send a request to the JetStream API and return its result.
+
+        Args:
+            now: the bus operation, for the hooks.
+            subject: the API subject, which decides about the permission.
+            ask: the work of JetStream, done when the request arrives. A BusError is the answer.
+            bulk: whether the request uses the bulk connection and its time limit.
+        """
         message = Message(checked(subject), ask=ask, operation=now)
         if bulk:
             result = (await self._bulk.request_bulk(message, now.name, self.max_payload)).result
@@ -191,7 +207,7 @@ class MemoryBus:
 
 
 class MemoryBroker(Router):
-    """The server. Its clients come from `connect`. All times pass in the running event loop."""
+    """A broker in memory. `connect` makes clients. All delays pass on the running event loop."""
 
     stream_type: type[Stream] = Stream
     bus_type: type[MemoryBus] = MemoryBus
@@ -204,55 +220,54 @@ class MemoryBroker(Router):
         max_payload: int = MAX_PAYLOAD_BYTES,
         max_store_bytes: int | None = None,
     ) -> None:
-        """Make a broker without streams.
+        """Make a broker with an empty store.
 
         Args:
-            network: delays and losses; None: no delay and no loss.
-            clock: seconds since the epoch; None: the event loop's time plus a constant.
-            max_payload: bytes of a message, at most.
-            max_store_bytes: bytes that all streams together may reserve; None: no limit.
+            network: delays and losses; by default `Instant`.
+            clock: returns seconds since the Unix epoch; by default the event loop's time plus a constant.
+            max_payload: the size of the largest message in bytes, headers included.
+            max_store_bytes: room that all streams together can reserve; None: no limit.
         """
         super().__init__(network or Instant(), Store(self.stream_type, max_store_bytes), clock, max_payload)
         self._cut: dict[str, None] = {}
         self._running = True
 
     def connect(self, name: str, account: Account = "CORE", identity: str = "", *, inbox: str = "") -> MemoryBus:
-        """Make a client.
+        """Connect a client.
 
         Args:
-            name: any name that tells the client from others, for `cut` and `reconnect`.
-            identity: the owner of the client's key; by default `name`.
-            inbox: the name in the client's inbox; by default its identity.
+            name: the name of the client for `cut`, `reconnect`, the network and the hooks.
+            account: the account of its key.
+            identity: the owner of its key; by default `name`, or "watch" in the account WATCH.
+            inbox: the name in its inbox subjects; by default `identity`.
 
         Raises:
             Unreachable: the broker is stopped, or the client is cut off.
         """
         if not self._running or name in self._cut:
             raise Unreachable("no broker answers")
-        who = ClientId(name, account, identity or (WATCH if account == "WATCH" else name))
-        return self.bus_type(self, self._lane(who, inbox), self._lane(who, inbox))
+        client = ClientId(name, account, identity or (WATCH if account == "WATCH" else name))
+        return self.bus_type(self, self._lane(client, inbox), self._lane(client, inbox))
 
     def before_op(self, hook: Hook) -> None:
-        """Call `hook(operation)` before each bus operation, after its execution, and after its end."""
+        """Add a hook. The broker calls it in each phase of every bus operation, as `Operation` describes."""
         self.hooks.add(hook)
 
     def cut(self, name: str) -> None:
-        """Cut the connections of a client, until `reconnect`."""
+        """Break the connections of a client. The client cannot reconnect until `reconnect`."""
         self._cut[name] = None
         for lane in self._named(name):
             lane.cut()
 
     def reconnect(self, name: str) -> None:
-        """Let a client that was cut off connect again."""
+        """Let a client that was cut off reconnect, as soon as the broker runs."""
         self._cut.pop(name, None)
         for lane in self._named(name):
             if self._running:
                 lane.reconnect()
 
     def stop(self) -> None:
-        """Stop the broker: all connections are lost, with the messages on their way into streams. The content of the
-        streams stays.
-        """
+        """Break all connections. Messages on their way into a stream are lost; stored messages stay."""
         self._running = False
         for pipe in self._storing.values():
             pipe.cut()
@@ -261,27 +276,26 @@ class MemoryBroker(Router):
             lane.cut()
 
     def start(self) -> None:
-        """Start the broker again, and let its clients reconnect."""
+        """Accept connections again. Clients that are not cut off reconnect."""
         self._running = True
         for lane in list(self._lanes):
-            if lane.who.name not in self._cut:
+            if lane.client.name not in self._cut:
                 lane.reconnect()
 
     def restart(self) -> None:
+        """Stop and start: every connection is lost once, and no stored message."""
         self.stop()
         self.start()
 
     def snapshot(self) -> Store:
-        """Return a copy of the store: the state after a later power failure, if this moment were the last fsync."""
+        """Return a copy of the store, as of an fsync at this moment. `roll_back` takes it."""
         return self.store.copy()
 
     def roll_back(self, to: Store) -> None:
-        """Simulate a power failure: restart with the store of an earlier fsync. Acknowledged writes since then are
-        lost.
-        """
+        """Simulate a power failure: restart with the store of an earlier fsync. Writes acknowledged since then are lost."""
         self.stop()
         self.store, self._storing = to.copy(), {}
         self.start()
 
     def _named(self, name: str) -> list[Lane]:
-        return [lane for lane in self._lanes if lane.who.name == name]
+        return [lane for lane in self._lanes if lane.client.name == name]

@@ -1,10 +1,10 @@
-"""Faults on the bus in memory: networks that delay and lose messages, and hooks that see every operation.
+"""Faults of the bus in memory: networks that delay and lose messages, and hooks that observe every operation.
 
-A `Network` decides how long each message takes, or that the message is lost. A hook is called with an `Operation`
-before the request is sent, when the broker has carried it out, and after the answer; the hook may raise, or cut the
-connection.
+A `Network` decides how long each message takes or that the message is lost. A hook is called with an `Operation` before the
+operation is sent, when the broker has performed it, and after it; the hook may raise an error or cut the connection. This
+module knows no connection, stream or account.
 
-Only `Seeded` draws random numbers, from a generator that is passed in. The only clock is the event loop's.
+Only `Seeded` draws random numbers, from a given generator. No code here reads a clock.
 """
 
 from __future__ import annotations
@@ -15,40 +15,42 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-BROKER = "broker"  # the other end of every connection, to a `Network`
-CORE_KINDS = frozenset({"publish", "deliver"})  # kinds of messages that NATS may lose
+BROKER = "broker"  # the name of the broker to a `Network`
+CORE_KINDS = frozenset({"publish", "deliver"})  # kinds of messages that NATS itself may lose
 
 
 class Network(Protocol):
-    """The delays and losses of messages."""
+    """The delays and losses of a simulated network."""
 
     def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
-        """Return the seconds that one message takes, or None for a lost message.
+        """Return the seconds that one message takes, or None if the message is lost.
 
-        From a connection to "broker", `kind` is the name of the operation, `subscribe` among them; from "broker" to a
-        connection `kind` is `deliver` (a core message), `answer`, `refusal`, or `connect` (until a lost connection is
-        back); from "broker" to a stream's name `kind` is `store`: a real server may deliver a message to subscribers
-        before the stream holds the message.
+        Args:
+            source: the name of a client, or "broker".
+            target: the name of a client, "broker", or the name of a stream.
+            kind: from a client to the broker the name of the operation, such as `put` or `subscribe`. From the broker to a
+                client `deliver` (a core message), `answer`, `refusal`, or `connect` (the time until a lost connection is back).
+                From the broker to a stream `store`: a real server may inform subscribers of a message before storing it.
+            size_bytes: the size of the message.
         """
         ...
 
 
 class Instant:
-    """A network without delay and loss: everything happens in the order of the requests, one turn of the event loop per
-    hop.
-    """
+    """A network without delay and loss. Each hop takes one turn of the event loop and keeps the order of the calls."""
 
     def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         return 0.0
 
 
 class Seeded:
-    """Uniform delays up to `longest_s`, and the share `lost` of messages that NATS may lose. Equal generators give
-    equal runs.
-    """
+    """A network with random delays and losses. A generator with the same seed gives the same run."""
 
     def __init__(self, rng: random.Random, longest_s: float, lost: float = 0.0) -> None:
-        self._rng, self._longest_s, self._lost = rng, longest_s, lost
+        """Delays are uniform from 0 to `longest_s`. A share `lost`, from 0 to 1, of the messages of `CORE_KINDS` is lost."""
+        self._rng = rng
+        self._longest_s = longest_s
+        self._lost = lost
 
     def delay(self, source: str, target: str, kind: str, size_bytes: int) -> float | None:
         if kind in CORE_KINDS and self._rng.random() < self._lost:
@@ -61,41 +63,45 @@ Phase = Literal["before", "done", "after"]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of a bus method, as hooks see the call, up to three times.
+    """One call of a bus method, as hooks see it in up to three phases.
 
-    `before`: an error that the hook raises reaches the caller, and nothing is sent. `done`: the broker has carried out
-    the request and has not answered yet; if the hook cuts the connection, the caller never learns the outcome (an error
-    of the hook goes to the event loop's exception handler). `after`: the end of the call, with its error if it failed.
+    * `before` the operation is sent. An error of the hook is raised to the caller, and no message is sent.
+    * `done`: the broker has performed the operation and not answered yet. If the hook cuts the connection here, the caller
+      cannot learn the result. (The event loop's exception handler receives an error of the hook.)
+    * `after` the call, with its error if it failed.
     """
 
     number: int  # counts the operations of a broker's life, from 1
-    who: str  # the connection's name
-    name: str  # the bus method's
+    client: str  # the name of the client
+    name: str  # the name of the bus method
     arguments: tuple[object, ...]
     phase: Phase = "before"
     error: BaseException | None = None
 
     def at(self, phase: Phase, error: BaseException | None = None) -> Operation:
-        return Operation(self.number, self.who, self.name, self.arguments, phase, error)
+        """Return the same operation in another phase."""
+        return Operation(self.number, self.client, self.name, self.arguments, phase, error)
 
 
 Hook = Callable[[Operation], None]
 
 
 class Hooks:
-    """Calls the hooks for each operation, in the order in which they were added."""
+    """The hooks of a broker, called in the order in which they were added."""
 
     def __init__(self) -> None:
         self._hooks: list[Hook] = []
         self._count = 0
 
     def add(self, hook: Hook) -> None:
+        """Add a hook, for all later operations."""
         self._hooks.append(hook)
 
     @contextmanager
-    def around(self, who: str, name: str, arguments: tuple[object, ...]) -> Iterator[Operation]:
+    def around(self, client: str, name: str, arguments: tuple[object, ...]) -> Iterator[Operation]:
+        """Number an operation and call the hooks before and after the body, which performs the operation."""
         self._count += 1
-        now = Operation(self._count, who, name, arguments)
+        now = Operation(self._count, client, name, arguments)
         self.tell(now, "before")
         try:
             yield now
@@ -105,6 +111,7 @@ class Hooks:
         self.tell(now, "after")
 
     def tell(self, now: Operation | None, phase: Phase, error: BaseException | None = None) -> None:
+        """Call the hooks with an operation in a phase. None: the message belongs to no operation, and no hook is called."""
         if now is not None and self._hooks:
             told = now.at(phase, error)
             for hook in self._hooks:

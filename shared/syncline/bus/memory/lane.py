@@ -25,7 +25,7 @@ from syncline.errors import BusError, Denied, NoResponders, Unreachable
 
 log = logging.getLogger(__name__)
 
-PENDING_BYTES = 4 << 20  # that may wait for a lost connection, per lane
+PENDING_BYTES = 4 << 20  # of messages that wait for the reconnection of one lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class Message:
     subject: str
     data: bytes = b""
     reply: str = ""
-    expected: int | None = None  # a compare-and-set: the revision that its subject must be at
-    ask: Callable[[], object] | None = None  # a question to JetStream: the function to run at the broker
-    result: Any = None  # JetStream's answer, or its error
-    operation: Operation | None = None
+    expected: int | None = None  # a compare-and-set: the last sequence number that the subject must have
+    ask: Callable[[], object] | None = None  # a request to the JetStream API: the work that JetStream performs
+    result: Any = None  # the answer of JetStream: a value or an error
+    operation: Operation | None = None  # the bus operation, for the hooks
 
     def answered_to(self, reply: str) -> Message:
         """Return the message with another reply subject."""
@@ -65,10 +65,21 @@ class Server(Protocol):
 
     network: Network
 
-    def arrive(self, lane: Lane, message: Message) -> None: ...
-    def add_interest(self, interest: Interest) -> None: ...
-    def remove_interest(self, interest: Interest) -> None: ...
-    def forget(self, lane: Lane) -> None: ...
+    def arrive(self, lane: Lane, message: Message) -> None:
+        """Handle a message that has arrived from a client."""
+        ...
+
+    def add_interest(self, interest: Interest) -> None:
+        """Add a subscription, or refuse it."""
+        ...
+
+    def remove_interest(self, interest: Interest) -> None:
+        """Remove a subscription."""
+        ...
+
+    def forget(self, lane: Lane) -> None:
+        """Remove the subscriptions of a connection that is lost or closed."""
+        ...
 
 
 class Pipe:
@@ -76,10 +87,11 @@ class Pipe:
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
-        self._busy_until_s = 0.0
-        self._life = 0
+        self._busy_until_s = 0.0  # the arrival of the last message, by the event loop's clock
+        self._life = 0  # number of cuts, so that a timer of a dropped message does nothing
 
     def send(self, delay_s: float, arrive: Callable[[], None]) -> None:
+        """Call `arrive` after the delay, and not before the messages sent earlier have arrived."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._calls.append(arrive)
@@ -106,7 +118,9 @@ class Interest:
     kind = "answer"
 
     def __init__(self, lane: Lane, pattern: str, on_message: Callable[[Message], None]) -> None:
-        self.lane, self.pattern, self.on_message = lane, pattern, on_message
+        self.lane = lane
+        self.pattern = pattern
+        self.on_message = on_message
 
 
 class HandlerQueue(Interest):
@@ -118,7 +132,7 @@ class HandlerQueue(Interest):
         super().__init__(lane, pattern, self._push)
         self._handler = handler
         self._queue: asyncio.Queue[Message] = asyncio.Queue(limit)
-        self._bytes = 0  # that wait
+        self._bytes = 0  # of the messages that wait
         self._task = asyncio.create_task(self._serve())
 
     def _push(self, message: Message) -> None:
@@ -141,15 +155,19 @@ class HandlerQueue(Interest):
                 log.exception("the handler of %s failed", message.subject)  # our own bug; the next message is handled
 
     async def unsubscribe(self) -> None:
+        """Stop the delivery of messages. A second call changes nothing."""
         self.lane.drop(self)
 
     def end(self) -> asyncio.Task[None]:
+        """Cancel the task that calls the handler, and return the task."""
         self._task.cancel()
         return self._task
 
 
 @dataclass(slots=True)
 class _Waiting:
+    """A request that waits for its answer."""
+
     subject: str
     answer: asyncio.Future[Message]
 
@@ -159,38 +177,48 @@ class _Buffer:
     """The messages to send when the connection is back."""
 
     bytes: int = 0
-    sends: list[tuple[str, int, Callable[[], None]]] = field(default_factory=list)
+    sends: list[tuple[str, int, Callable[[], None]]] = field(default_factory=list)  # kind, bytes, arrival
 
 
 class Lane:
     """The client's half of one connection. Both halves share `state`: neither needs a ping to notice a loss."""
 
-    def __init__(self, server: Server, who: ClientId, inbox: str) -> None:
-        self.who, self.state, self.losses = who, moved(State.NEW, State.CONNECTED), 0
+    def __init__(self, server: Server, client: ClientId, inbox: str) -> None:
+        self.client = client
+        self.state = moved(State.NEW, State.CONNECTED)
+        self.losses = 0
         self.reconnected: list[Callable[[], None]] = []
         self._server = server
-        self._outgoing, self._incoming = Pipe(), Pipe()
+        self._outgoing = Pipe()
+        self._incoming = Pipe()
         self._inbox = Interest(self, f"{inbox}.*", self._on_answer)
         self._subscriptions: dict[Interest, None] = {}  # in the order of subscription
         self._waiting: dict[str, _Waiting] = {}  # by reply subject
-        self._asked = 0
+        self._asked = 0  # number of requests, for their reply subjects
         self._buffer = _Buffer()
-        self._queue = Queue()  # of bulk
-        self._silent = 0
+        self._queue = Queue()  # the bulk requests
+        self._silent = 0  # requests without an answer, in a row
 
     @property
     def up(self) -> bool:
+        """Whether the connection works."""
         return self.state is State.CONNECTED
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self.state is State.CLOSED
 
     def _move(self, to: State) -> None:
         self.state = moved(self.state, to)
 
-    # -- talking ---------------------------------------------------------------------------------------------------
+    # -- sending ---------------------------------------------------------------------------------------------------
     def publish(self, message: Message, kind: str) -> None:
+        """Send a message. `kind`: the name of the bus operation, for the network.
+
+        Raises:
+            Unreachable: the connection is closed, or is lost and its buffer is full.
+        """
         self._send(kind, message.size_bytes, partial(self._server.arrive, self, message))
 
     async def request(self, message: Message, kind: str, timeout_s: float, *, of_broker: bool = True) -> Message:
@@ -248,7 +276,7 @@ class Lane:
         reply = self._inbox.pattern.removesuffix("*") + str(self._asked)
         self._waiting[reply] = waiting
         try:
-            if self._inbox not in self._subscriptions:  # with the first request: a reader may not have an inbox
+            if self._inbox not in self._subscriptions:  # with the first request: a watcher may not have an inbox
                 self._add(self._inbox)
             self.publish(message.answered_to(reply), kind)
             answer = await waiting.answer
@@ -272,6 +300,7 @@ class Lane:
             self._send("subscribe", 0, partial(self._server.add_interest, interest))
 
     def drop(self, interest: HandlerQueue) -> None:
+        """Remove a subscription, if the connection has it."""
         if interest not in self._subscriptions:
             return
         del self._subscriptions[interest]
@@ -280,14 +309,15 @@ class Lane:
             self._send("unsubscribe", 0, partial(self._server.remove_interest, interest))
 
     def _send(self, kind: str, size: int, arrive: Callable[[], None]) -> None:
+        """Send to the broker, or keep the message while the connection is lost."""
         self._check_open()
         if not self.up:
             if self._buffer.bytes + size > PENDING_BYTES:
-                raise Unreachable("no connection to the broker, and too much waits for it already")
+                raise Unreachable(f"no connection to the broker, and the buffer of {PENDING_BYTES} bytes is full")
             self._buffer.bytes += size
             self._buffer.sends.append((kind, size, arrive))
             return
-        delay_s = self._server.network.delay(self.who.name, BROKER, kind, size)
+        delay_s = self._server.network.delay(self.client.name, BROKER, kind, size)
         if delay_s is not None:
             self._outgoing.send(delay_s, arrive)
 
@@ -295,19 +325,22 @@ class Lane:
         if self.closed:
             raise Unreachable("the connection is closed")
 
-    # -- receiving: called by the broker --------------------------------------------------------------------------
+    # -- receiving: the broker calls these -----------------------------------------------------------------------
     def receive(self, kind: str, size: int, arrive: Callable[[], None]) -> None:
+        """Let a message of the broker travel to the client, unless the connection is lost."""
         if not self.up:
             return
-        delay_s = self._server.network.delay(BROKER, self.who.name, kind, size)
+        delay_s = self._server.network.delay(BROKER, self.client.name, kind, size)
         if delay_s is not None:
             self._incoming.send(delay_s, arrive)
 
     def deliver(self, interest: Interest, message: Message) -> None:
+        """Send a message to a subscription of this connection."""
         self.receive(interest.kind, message.size_bytes, partial(self._deliver, interest, message))
 
-    def refuse(self, what: Literal["publish", "subscribe"], subject: str) -> None:
-        self.receive("refusal", len(subject), partial(self._on_refusal, what, subject))
+    def refuse(self, action: Literal["publish", "subscribe"], subject: str) -> None:
+        """Tell the client that the permissions forbid an action on a subject."""
+        self.receive("refusal", len(subject), partial(self._on_refusal, action, subject))
 
     def _deliver(self, interest: Interest, message: Message) -> None:
         if interest in self._subscriptions:
@@ -318,13 +351,13 @@ class Lane:
         if waiting is not None and not waiting.answer.done():
             waiting.answer.set_result(message)
 
-    def _on_refusal(self, what: Literal["publish", "subscribe"], subject: str) -> None:
-        denied = Denied(f"the broker's permissions forbid {what} on {subject!r}")
-        no_inbox = what == "subscribe" and subject == self._inbox.pattern  # no answer will ever come
+    def _on_refusal(self, action: Literal["publish", "subscribe"], subject: str) -> None:
+        denied = Denied(f"the broker's permissions forbid {action} on {subject!r}")
+        no_inbox = action == "subscribe" and subject == self._inbox.pattern  # no answer can ever arrive
         if no_inbox:
             self._subscriptions.pop(self._inbox, None)
         for waiting in self._waiting.values():
-            if no_inbox or (what == "publish" and waiting.subject == subject):
+            if no_inbox or (action == "publish" and waiting.subject == subject):
                 _fail(waiting, denied)
 
     # -- breaking and healing --------------------------------------------------------------------------------------
@@ -343,7 +376,7 @@ class Lane:
         if self.state is not State.LOST:
             return
         self._move(State.RECONNECTING)
-        self._incoming.send(self._server.network.delay(BROKER, self.who.name, "connect", 0) or 0.0, self._connected)
+        self._incoming.send(self._server.network.delay(BROKER, self.client.name, "connect", 0) or 0.0, self._connected)
 
     def _force_reconnect(self) -> None:
         """Give up a connection that looks alive and on which no answers come."""
@@ -362,7 +395,7 @@ class Lane:
         for kind, size, arrive in buffer.sends:
             self._send(kind, size, arrive)
         pong = partial(self._incoming.send, 0.0, self._tell_reconnected)
-        self._outgoing.send(0.0, pong)  # the broker has all that was sent before
+        self._outgoing.send(0.0, pong)  # arrives when the broker has the subscriptions and the kept messages
 
     def _tell_reconnected(self) -> None:
         for call in self.reconnected:

@@ -1,8 +1,7 @@
-"""The state of the broker in memory: streams, and the subscriptions of each account. Package-private; has no clock.
+"""The state of the broker in memory: streams, and the subscriptions of each account. Private to the package; knows no clock.
 
-Limits, sequence numbers and sizes are those of a nats-server with a file store, byte for byte, so that the same
-messages fit. The accounts are those that `syncline.bus.server.accounts` configures; the contract suite compares the
-two.
+Limits, sequence numbers and sizes equal those of a nats-server with a file store, byte for byte, so the same messages fit into
+both. The accounts have the permissions that `syncline.bus.server.accounts` configures; the contract suite compares the two.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from syncline.wire.subjects import PREFIX, RUNS_BUCKET
 
 CAS_HEADER_BYTES = len("NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: 01234567890123456789\r\n\r\n")
 NOTIFY = f"{PREFIX}.*.notify"
-FEEDS = (f"{PREFIX}.*.metrics.>", f"{PREFIX}.*.events.*")
-QUESTIONS = (
+FEEDS = (f"{PREFIX}.*.metrics.>", f"{PREFIX}.*.events.*")  # subjects that watchers receive
+QUESTIONS = (  # JetStream requests of an agent that CORE answers
     f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>",
     f"$JS.API.DIRECT.GET.KV_{RUNS_BUCKET}.$KV.{RUNS_BUCKET}.>",
 )
-SHORTEST_TTL_S = 0.1  # of a bucket, as in JetStream
+SHORTEST_TTL_S = 0.1  # JetStream accepts no shorter one
 
 
 # -- subjects ----------------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=1 << 15)  # a fleet uses few different subjects
+@lru_cache(maxsize=1 << 15)  # a fleet uses the same few subjects again and again
 def matches(pattern: str, subject: str) -> bool:
-    """Return whether a subject matches a pattern: `*` is one token, `>` one or more at the end.
+    """Return whether a subject matches a pattern.
 
-    A wildcard in the *subject* is a token like any other.
+    `*` stands for one token, `>` for one or more tokens at the end. A wildcard in the *subject* is an ordinary token.
     """
     wanted, tokens = pattern.split("."), subject.split(".")
     if "" in tokens:
@@ -58,6 +57,7 @@ def collide(a: str, b: str) -> bool:
 
 
 def checked(subject: str, *, pattern: bool = False) -> str:
+    """Return the subject if the broker accepts it. Raises Unavailable, for a misplaced wildcard only if `pattern` is true."""
     tokens = subject.split(".")
     bad = any(not t or (t not in ("*", ">") and ("*" in t or ">" in t)) for t in tokens) or ">" in tokens[:-1]
     if pattern and bad:
@@ -68,18 +68,19 @@ def checked(subject: str, *, pattern: bool = False) -> str:
 # -- streams -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The configuration of a stream, including the stream of a bucket."""
+    """The configuration of a stream. A bucket is a stream with one message per key."""
 
     subjects: tuple[str, ...]
     max_bytes: int
-    max_per_subject: int
-    refuse: bool
+    max_per_subject: int  # -1: no limit
+    refuse: bool  # whether a full stream refuses messages instead of dropping its oldest
     write_once: bool = False
-    max_value_bytes: int = -1
-    ttl_s: float = 0.0
+    max_value_bytes: int = -1  # -1: no limit
+    ttl_s: float = 0.0  # 0: messages do not expire
 
     @classmethod
     def of(cls, config: StreamConfig | BucketConfig) -> Shape:
+        """Return the configuration of the stream that holds a stream or a bucket."""
         if isinstance(config, BucketConfig):
             subjects = (f"$KV.{config.name}.>",)
             value = config.max_value_bytes
@@ -93,12 +94,15 @@ class Stream:
     """Messages in order, found by sequence number and by subject."""
 
     def __init__(self, name: str, shape: Shape) -> None:
-        self.name, self.shape = name, shape
-        self.messages: dict[int, Stored] = {}
-        self.by_subject: dict[str, dict[int, int]] = {}  # sequence number → bytes
-        self.bytes = self.last_seq = 0
+        self.name = name
+        self.shape = shape
+        self.messages: dict[int, Stored] = {}  # by sequence number, in order
+        self.by_subject: dict[str, dict[int, int]] = {}  # subject → sequence number → bytes
+        self.bytes = 0
+        self.last_seq = 0
 
     def copy(self) -> Stream:
+        """Return an independent copy."""
         other = type(self)(self.name, self.shape)
         other.messages = dict(self.messages)
         other.by_subject = {subject: dict(seqs) for subject, seqs in self.by_subject.items()}
@@ -106,21 +110,33 @@ class Stream:
         return other
 
     def fit(self) -> None:
+        """Lower the byte limit to the bytes held."""
         self.shape = replace(self.shape, max_bytes=max(1, self.bytes))
 
     def takes(self, subject: str) -> bool:
+        """Return whether the stream stores this subject."""
         return any(matches(pattern, subject) for pattern in self.shape.subjects)
 
     def store(self, subject: str, data: bytes, time_s: float, expected: int | None = None) -> int:
-        """Store a message, and return its sequence number.
+        """Append a message and drop old ones as the limits demand.
+
+        Args:
+            subject: a subject of this stream.
+            data: the content.
+            time_s: the time of storing, seconds since the Unix epoch.
+            expected: the last sequence number that the subject must have, 0 for no message; None: any.
+
+        Returns:
+            The sequence number of the message.
 
         Raises:
-            Unavailable: the value is too large for the bucket.
-            Conflict: the subject is at another revision than `expected`.
-            AlreadyPut: the stream is write-once, and the subject holds a message.
-            StreamFull: the stream has no room.
+            Unavailable: the value is too large.
+            Conflict: the subject has another last sequence number.
+            AlreadyPut: the stream is write-once and has a message of this subject.
+            StreamFull: the stream refuses messages beyond its byte limit.
         """
-        shape, mine = self.shape, self.by_subject.get(subject, {})
+        shape = self.shape
+        mine = self.by_subject.get(subject, {})
         if 0 <= shape.max_value_bytes < len(data):
             raise Unavailable(f"{subject}: message size exceeds maximum allowed")
         self.check_revision(subject, expected)
@@ -137,16 +153,18 @@ class Stream:
         self.bytes += size
         if full:
             self.remove(next(iter(mine)))
-        while self.bytes > shape.max_bytes:  # up to the new one, where that alone is larger: acknowledged, and gone
+        while self.bytes > shape.max_bytes:  # drops even the new message if it alone exceeds the limit
             self.remove(next(iter(self.messages)))
         return self.last_seq
 
     def check_revision(self, subject: str, expected: int | None) -> None:
+        """Raise Conflict if a compare-and-set expects another last sequence number of the subject."""
         last = next(reversed(self.by_subject.get(subject, {0: 0})))
         if expected is not None and expected != last:
             raise Conflict(f"{subject}: wrong last sequence: {last}")
 
     def remove(self, seq: int) -> None:
+        """Remove the message with this sequence number."""
         subject = self.messages.pop(seq).subject
         mine = self.by_subject[subject]
         self.bytes -= mine.pop(seq)
@@ -154,11 +172,12 @@ class Stream:
             del self.by_subject[subject]
 
     def last(self, subject: str) -> Stored | None:
-        """Return the last message of a subject, or of all subjects that a pattern matches."""
+        """Return the last message whose subject matches a subject or a pattern; None if the stream has no such message."""
         own = [next(reversed(seqs)) for s, seqs in self.matching(subject)]
         return self.messages[max(own)] if own else None
 
     def read(self, from_seq: int, limit: int) -> list[Stored]:
+        """Return messages in order, starting with `from_seq`: at most `limit`, and about `READ_BYTES`."""
         found: list[Stored] = []
         size = 0
         for seq in range(max(from_seq, self.first_seq), self.last_seq + 1):
@@ -170,14 +189,17 @@ class Stream:
         return found
 
     def state(self, pattern: str) -> StreamState:
+        """Return the counts, with the messages per subject for the subjects that match `pattern`; empty: for no subject."""
         counts = {s: len(seqs) for s, seqs in sorted(self.matching(pattern))} if pattern else {}
         return StreamState(len(self.messages), self.bytes, self.first_seq, self.last_seq, counts)
 
     def purge(self, pattern: str) -> None:
+        """Remove all messages whose subject matches."""
         for seq in [s for _, seqs in self.matching(pattern) for s in seqs]:
             self.remove(seq)
 
     def expire(self, time_s: float) -> None:
+        """Remove the messages whose lifetime has ended at `time_s`, seconds since the Unix epoch."""
         while self.shape.ttl_s and self.messages:
             seq, oldest = next(iter(self.messages.items()))
             if time_s < oldest.time_s + self.shape.ttl_s:
@@ -185,32 +207,45 @@ class Stream:
             self.remove(seq)
 
     def matching(self, pattern: str) -> list[tuple[str, dict[int, int]]]:
+        """Return the subjects that match, each with its sequence numbers and sizes."""
         if "*" not in pattern and ">" not in pattern:
             return [(pattern, self.by_subject[pattern])] if pattern in self.by_subject else []
-        if "*" not in pattern and pattern.endswith(".>"):  # as every purge asks
+        if "*" not in pattern and pattern.endswith(".>"):  # every purge has this form
             return [(s, seqs) for s, seqs in self.by_subject.items() if s.startswith(pattern[:-1])]
         return [(s, seqs) for s, seqs in self.by_subject.items() if matches(pattern, s)]
 
     @property
     def first_seq(self) -> int:
+        """The first sequence number; in a stream whose messages were all removed the next one, and 0 in a new stream."""
         return next(iter(self.messages), self.last_seq + 1 if self.last_seq else 0)
 
 
 class Store:
-    """All streams, and the limit of the bytes that they may reserve."""
+    """All streams, and the room that they can reserve."""
 
     def __init__(self, stream_type: type[Stream], max_bytes: int | None) -> None:
-        self._stream_type, self._max_bytes = stream_type, max_bytes
+        """Make an empty store. `max_bytes`: the sum of the byte limits of all streams; None: no limit."""
+        self._stream_type = stream_type
+        self._max_bytes = max_bytes
         self.streams: dict[str, Stream] = {}
 
     def taking(self, subject: str) -> Stream | None:
+        """Return the stream that stores a subject, or None."""
         return next((stream for stream in self.streams.values() if stream.takes(subject)), None)
 
     def ensure(self, name: str, shape: Shape) -> None:
-        there = self.streams.get(name)
-        if there is not None:
-            wanted, has = asdict(shape), asdict(there.shape)
-            differ = [f"{k} is {has[k]!r}, wanted {wanted[k]!r}" for k in wanted if has[k] != wanted[k]]
+        """Create a stream, or verify that an existing one has this configuration.
+
+        Raises:
+            Unavailable: a stream of this name has another configuration, another stream stores one of the subjects, or
+                JetStream does not accept the configuration.
+            StreamFull: the byte limits of all streams would exceed the room.
+        """
+        existing = self.streams.get(name)
+        if existing is not None:
+            wanted = asdict(shape)
+            actual = asdict(existing.shape)
+            differ = [f"{k} is {actual[k]!r}, wanted {wanted[k]!r}" for k in wanted if actual[k] != wanted[k]]
             if differ:
                 raise Unavailable(f"stream {name} exists with another configuration: {'; '.join(differ)}")
             return
@@ -227,7 +262,10 @@ class Store:
         self.streams[name] = self._stream_type(name, shape)
 
     def with_newer(self, newer: Store, names: Collection[str]) -> Store:
-        """Return the streams of `newer`: the named ones as they are in `newer`, the others as in this store, or empty."""
+        """Return a store with the streams of `newer`: in its state those in `names`, in the state of this store the others.
+
+        A stream that only `newer` has, and that is not in `names`, is empty in the result.
+        """
         other = Store(self._stream_type, self._max_bytes)
         for name, stream in newer.streams.items():
             older = self.streams.get(name) or type(stream)(name, stream.shape)
@@ -235,6 +273,7 @@ class Store:
         return other
 
     def copy(self) -> Store:
+        """Return an independent copy."""
         other = Store(self._stream_type, self._max_bytes)
         other.streams = {name: stream.copy() for name, stream in self.streams.items()}
         return other
@@ -244,12 +283,13 @@ class InterestTable:
     """The subscriptions of one account by pattern. Fast for thousands of agents with few different patterns."""
 
     def __init__(self) -> None:
-        self._numbers: dict[Interest, int] = {}
+        self._numbers: dict[Interest, int] = {}  # the order of subscription
         self._count = 0
         self._by_pattern: dict[str, dict[Interest, None]] = {}
-        self._wild: dict[str, None] = {}  # patterns that cannot be looked up by the subject
+        self._wild: dict[str, None] = {}  # patterns with a wildcard anywhere but in the last token
 
     def add(self, interest: Interest) -> None:
+        """Add a subscription."""
         self._count += 1
         self._numbers[interest] = self._count
         self._by_pattern.setdefault(interest.pattern, {})[interest] = None
@@ -257,6 +297,7 @@ class InterestTable:
             self._wild[interest.pattern] = None
 
     def remove(self, interest: Interest) -> None:
+        """Remove a subscription, if the table has it."""
         same = self._by_pattern.get(interest.pattern, {})
         same.pop(interest, None)
         self._numbers.pop(interest, None)
@@ -265,6 +306,7 @@ class InterestTable:
             self._wild.pop(interest.pattern, None)
 
     def remove_all(self, lane: Lane) -> None:
+        """Remove the subscriptions of a connection."""
         for interest in [interest for interest in self._numbers if interest.lane is lane]:
             self.remove(interest)
 
@@ -287,11 +329,12 @@ class Tenant:
     """
 
     def __init__(self, account: Account, identity: str) -> None:
-        self.account, self.interests = account, InterestTable()
+        self.account = account
+        self.interests = InterestTable()
         own = (f"{PREFIX}.*.metrics.{identity}.>", f"{PREFIX}.*.events.{identity}")
-        self.requests: tuple[str, ...] = ()  # subjects of questions that CORE answers
-        self.publishes: tuple[str, ...] = ()
-        self.subscribes: tuple[str, ...] = FEEDS
+        self.requests: tuple[str, ...] = ()  # patterns of requests that CORE answers
+        self.publishes: tuple[str, ...] = ()  # patterns that the users may publish
+        self.subscribes: tuple[str, ...] = FEEDS  # patterns that the users may subscribe to
         if account == "FLEET":
             self.requests = (f"{PREFIX}.*.agent.{identity}.>", *QUESTIONS)
             self.publishes = (*self.requests, *own)
@@ -306,5 +349,5 @@ class Tenant:
         return self.account == "CORE" or any(matches(allowed, pattern) for allowed in self.subscribes)
 
     def goes_to_core(self, subject: str) -> bool:
-        """Return whether a message of this account goes on to CORE as a question."""
+        """Return whether CORE answers this subject for the account."""
         return any(matches(pattern, subject) for pattern in self.requests)

@@ -1,7 +1,7 @@
 """The bus port over NATS JetStream.
 
-A process has two connections, control and bulk, so that a heartbeat never waits behind a tensor. The modules of this package
-are the only ones that import nats.
+A process has two connections, control and bulk, so that no heartbeat waits behind a tensor. Only the modules of this package
+import nats.
 """
 
 from __future__ import annotations
@@ -34,23 +34,37 @@ _NO_JETSTREAM = "the broker has no JetStream for this account. Start nats-server
 
 
 class _Subscription:
+    """A subscription of the control connection, by its number there."""
+
     def __init__(self, lane: Lane, i: int) -> None:
-        self._lane, self._i = lane, i
+        self._lane = lane
+        self._i = i
 
     async def unsubscribe(self) -> None:
         await self._lane.unsubscribe(self._i)
 
 
 class NatsBus:
-    """The bus port on a nats-server with JetStream. Make one with `NatsBus.connect`."""
+    """The bus port on a nats-server with JetStream. `NatsBus.connect` makes one; `Bus` documents the methods."""
 
     def __init__(self, to: Connection) -> None:
         outage = Outage(masked(to.url))
-        self._control, self._bulk = Lane(to, "control", outage), Lane(to, "bulk", outage)
+        self._control = Lane(to, "control", outage)
+        self._bulk = Lane(to, "bulk", outage)
 
     @classmethod
     async def connect(cls, to: Connection) -> NatsBus:
-        """Connect. Raises Denied for an unknown key, and Unreachable if no broker answers within `patience_s`."""
+        """Connect to a broker.
+
+        Args:
+            to: the broker's address, and the name and key of this client.
+
+        Raises:
+            ConfigError: the address or a certificate file is not valid.
+            Denied: the broker does not know the key, or asks for a key and none was given.
+            Unfit: the broker is too old, or its TLS does not fit.
+            Unreachable: no broker answered within `to.patience_s`.
+        """
         bus = cls(to)
         try:
             await bus._control.open()
@@ -127,8 +141,8 @@ class NatsBus:
                 raise
 
     async def fit_stream(self, stream: str) -> None:
-        there = await self._api(f"STREAM.INFO.{stream}")
-        config = {**there["config"], "max_bytes": max(1, there["state"]["bytes"])}
+        found = await self._api(f"STREAM.INFO.{stream}")
+        config = {**found["config"], "max_bytes": max(1, found["state"]["bytes"])}
         await self._api_now(f"STREAM.UPDATE.{stream}", config)
 
     async def put(self, subject: str, data: bytes, *, bulk: bool = False) -> int:
@@ -137,23 +151,23 @@ class NatsBus:
         return await self._put(subject, data)
 
     async def get(self, stream: str, subject: str, *, bulk: bool = False) -> Stored | None:
-        where = f"$JS.API.DIRECT.GET.{stream}.{subject}"
+        api = f"$JS.API.DIRECT.GET.{stream}.{subject}"
         if bulk:
-            answer = await self._bulk.request_bulk(where, b"", self.max_payload)
+            answer = await self._bulk.request_bulk(api, b"", self.max_payload)
         else:
-            answer = (await self._control.request(where, b"", ANSWER_S))[0]
+            answer = (await self._control.request(api, b"", ANSWER_S))[0]
         return None if status_of(answer) == "404" else _stored(answer)
 
     async def read(self, stream: str, from_seq: int, limit: int) -> list[Stored]:
-        what = {"seq": max(1, from_seq), "batch": limit, "next_by_subj": ">", "max_bytes": READ_BYTES}
-        ask = json.dumps(what).encode()
+        batch = {"seq": max(1, from_seq), "batch": limit, "next_by_subj": ">", "max_bytes": READ_BYTES}
+        ask = json.dumps(batch).encode()
         answers = await self._control.request(f"$JS.API.DIRECT.GET.{stream}", ask, ANSWER_S, many=True)
         return [_stored(a) for a in answers if not status_of(a)]
 
     async def state(self, stream: str, subjects: str = "") -> StreamState:
         ask: dict[str, Any] = {"subjects_filter": subjects} if subjects else {}
         counts: dict[str, int] = {}
-        while True:
+        while True:  # JetStream answers with the subjects page by page
             answer = await self._api(f"STREAM.INFO.{stream}", {**ask, "offset": len(counts)} if subjects else ask)
             state = answer["state"]
             page = state.get("subjects") or {}
@@ -178,23 +192,25 @@ class NatsBus:
 
     # -- the JetStream API -----------------------------------------------------------------------------------------
     async def _put(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> int:
+        """Store a message over the control connection and return its sequence number."""
         return _seq(subject, (await self._control.request(subject, data, ANSWER_S, headers))[0])
 
     async def _ensure(self, config: dict[str, Any]) -> None:
+        """Create a stream, or verify that an existing one has this configuration. `config`: as in JetStream's API."""
         wanted = {"retention": "limits", "storage": "file", "num_replicas": 1, "allow_direct": True, **config}
         try:
             await self._api(f"STREAM.CREATE.{config['name']}", wanted)
         except (_Refused, StreamFull) as error:
             if isinstance(error, _Refused) and error.code != _NAME_IN_USE:
                 raise
-            try:  # without room for another such stream, the broker refuses even one that is there
-                there = (await self._api(f"STREAM.INFO.{config['name']}"))["config"]
+            try:  # a broker without room for a second such stream refuses even a stream that exists
+                actual = (await self._api(f"STREAM.INFO.{config['name']}"))["config"]
             except _Refused:
                 raise error from None
             differ = [
-                f"{k} is {there.get(k)!r}, wanted {v!r}"
+                f"{k} is {actual.get(k)!r}, wanted {v!r}"
                 for k, v in wanted.items()
-                if there.get(k) != v and (there.get(k) or v)
+                if actual.get(k) != v and (actual.get(k) or v)  # the server leaves out values such as 0 and false
             ]
             if not differ and isinstance(error, StreamFull):
                 return
@@ -203,40 +219,43 @@ class NatsBus:
                 "Delete it with `nats stream rm`, or use another name"
             ) from None
 
-    async def _api_now(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
-        self._must_be_up(what)
-        return await self._api(what, ask)
+    async def _api_now(self, method: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Act as `_api`, but raise Unreachable at once while the connection is lost."""
+        self._must_be_up(method)
+        return await self._api(method, ask)
 
-    def _must_be_up(self, what: str) -> None:
+    def _must_be_up(self, operation: str) -> None:
         """Raise Unreachable if the connection is lost.
 
-        nats-py would keep the request until the connection is back, and the broker may come back with an older store.
+        nats-py would send the request after the reconnection, and the broker may return with an older store.
         """
         if not self._control.up:
-            raise Unreachable(f"{what}: the connection to the broker is lost")
+            raise Unreachable(f"{operation}: the connection to the broker is lost")
 
-    async def _api(self, what: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
+    async def _api(self, method: str, ask: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Call a method of the JetStream API, such as `STREAM.INFO.<name>`, and return its answer."""
         data = json.dumps(ask).encode() if ask else b""
         try:
-            answers = await self._control.request(f"$JS.API.{what}", data, ANSWER_S)
+            answers = await self._control.request(f"$JS.API.{method}", data, ANSWER_S)
         except NoResponders:
             raise StoreDown(_NO_JETSTREAM) from None
         answer: dict[str, Any] = json.loads(answers[0].data)
         if "error" in answer:
-            raise _error(what, answer["error"])
+            raise _error(method, answer["error"])
         return answer
 
 
+# Numbers of JetStream's errors.
 _NAME_IN_USE = 10058
 _STREAM_NOT_FOUND = 10059
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _NO_SPACE = (10023, 10028, 10047)
 _JETSTREAM_OFF = (10039, 10076)
-_NO_LEADER = (10008, 10009)  # a cluster elects one just now: this passes within seconds
+_NO_LEADER = (10008, 10009)  # a cluster elects a leader at the moment, which takes seconds
 
 
 class _Refused(Unavailable):
-    """An error of JetStream, with its number."""
+    """An error of JetStream for which the bus has no type of its own."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -244,42 +263,43 @@ class _Refused(Unavailable):
 
 
 def _at(revision: int) -> dict[str, str]:
-    """Return the header of a compare-and-set. Padded, so that every revision takes the same room in a bucket."""
+    """Return the header of a compare-and-set. The number is padded, so that every revision takes the same room in a bucket."""
     return {"Nats-Expected-Last-Subject-Sequence": f"{revision:020}"}
 
 
-def _error(what: str, error: dict[str, Any]) -> BusError:
-    """Return an error of JetStream as one of the bus."""
-    code, text = error.get("err_code", 0), str(error.get("description", error))
+def _error(operation: str, error: dict[str, Any]) -> BusError:
+    """Return the error of the bus port for an error of JetStream. `operation`: an API method or a subject, for the text."""
+    code = error.get("err_code", 0)
+    text = str(error.get("description", error))
     if code in _WRONG_LAST_SEQUENCE:
-        return Conflict(f"{what}: {text}")
+        return Conflict(f"{operation}: {text}")
     if "per subject exceeded" in text:
-        return AlreadyPut(f"{what}: {text}")
+        return AlreadyPut(f"{operation}: {text}")
     if code in _NO_SPACE or "exceeded" in text or "no space" in text:
-        return StreamFull(f"{what}: {text}")
+        return StreamFull(f"{operation}: {text}")
     if code in _JETSTREAM_OFF:
         return StoreDown(_NO_JETSTREAM)
     if code in _NO_LEADER:
-        return Unreachable(f"{what}: {text}")
-    return _Refused(f"{what}: {text}", code)
+        return Unreachable(f"{operation}: {text}")
+    return _Refused(f"{operation}: {text}", code)
 
 
 def _seq(subject: str, acknowledgement: Msg) -> int:
-    """Return the sequence number in an acknowledgement. Raises the error that the stream reports instead."""
+    """Return the sequence number in the acknowledgement of a put. Raises its error, or Unavailable for any other answer."""
     try:
         answer = json.loads(acknowledgement.data)
         if "error" in answer:
             raise _error(subject, answer["error"])
         return int(answer["seq"])
     except (ValueError, TypeError, KeyError):
-        raise Unavailable(f"{subject}: the answer is not an acknowledgement of a stream") from None
+        raise Unavailable(f"{subject}: a subscriber answered, not a stream") from None
 
 
 def _stored(message: Msg) -> Stored:
-    """Return the message in the answer to a direct get."""
+    """Return the stored message in an answer to a direct get. Raises Unavailable if its headers are missing."""
     headers = message.headers or {}
     try:
         time_s = datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp()
         return Stored(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), time_s)
     except (KeyError, ValueError):
-        raise Unavailable(f"direct get answered {dict(headers)}") from None
+        raise Unavailable(f"the answer to a direct get has unexpected headers {dict(headers)}") from None

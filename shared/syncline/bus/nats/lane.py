@@ -33,8 +33,9 @@ from syncline.errors import BusError, Denied, NoResponders, Unavailable, Unfit, 
 log = logging.getLogger(__name__)
 
 PING_S = 20
-PINGS = {"control": 2, "bulk": 7}  # unanswered ones: a ping waits behind the chunks, two of which may take two minutes
-PENDING_BYTES = 4 << 20
+# Pings without an answer after which nats-py reconnects. A ping waits behind the chunks, two of which may take two minutes.
+PINGS = {"control": 2, "bulk": 7}
+PENDING_BYTES = 4 << 20  # of messages that wait for the reconnection of one lane
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) (?:to|with reply) "([^"]*)"', re.IGNORECASE)
 
 
@@ -43,9 +44,9 @@ class Connection:
     """The address of a broker, and the identity to log in with."""
 
     url: str = field(repr=False)  # one server, or several of a cluster with commas between them
-    name: str  # the client's name, and its inbox prefix `_INBOX.<name>`
+    name: str  # of the client; its inbox prefix is `_INBOX.<name>`
     seed: str = field(default="", repr=False)  # nkey seed; empty: no authentication
-    patience_s: float = 5.0  # how long to try for the first connection
+    patience_s: float = 5.0  # for the first connection
     tls: Tls = field(default_factory=Tls)
 
 
@@ -59,6 +60,7 @@ class _Waiting:
     answers: list[Msg] = field(default_factory=list)
 
     def fail(self, error: BusError) -> None:
+        """End the request with an error, unless it has ended already."""
         if not self.done.done():
             self.done.set_exception(error)
 
@@ -80,20 +82,21 @@ class Lane:
         self._address = address_of(to.url)
         if to.tls.given:
             to.tls.context()
-        self._to, self._lane, self._outage = to, lane, outage
-        self._queue = Queue()  # of bulk
+        self._to = to
+        self._lane = lane
+        self._outage = outage
+        self._queue = Queue()  # the bulk requests
         self._client = Client()
         self._inbox = f"_INBOX.{to.name}.{secrets.token_hex(8)}"
-        self._waiting: dict[str, _Waiting] = {}
-        self._handlers: dict[int, tuple[str, Handler, int]] = {}
-        self._live: dict[int, NatsSubscription] = {}
+        self._waiting: dict[str, _Waiting] = {}  # by the last token of the reply subject
+        self._handlers: dict[int, tuple[str, Handler, int]] = {}  # by number: subject, handler, limit
+        self._live: dict[int, NatsSubscription] = {}  # by the same number, of the present client
         self._next_id = 0
-        self._silent = self.losses = 0
+        self._silent = 0  # requests without an answer, in a row
+        self.losses = 0
         self._last_error = ""
-        self._has_inbox = (
-            False  # the first request subscribes to the inbox: a process without requests may not be allowed one
-        )
-        self._inbox_subscription: NatsSubscription | None = None  # the subscription to the inbox
+        self._has_inbox = False  # subscribed with the first request: a reader's key may not have an inbox
+        self._inbox_subscription: NatsSubscription | None = None
         self._state = State.NEW
         self._rebuild: asyncio.Task[None] | None = None
         self.reconnected: list[Callable[[], None]] = []
@@ -122,14 +125,16 @@ class Lane:
             pause = min(1.0, 2 * pause)
 
     async def _connect_once(self) -> None:
-        client, url = Client(self._to.tls), masked(self._to.url)
+        """Try once to make a client, connect it and renew all subscriptions. Raises errors as `open` does."""
+        client = Client(self._to.tls)
+        url = masked(self._to.url)
         self._last_error = ""
         try:
             await client.connect(
                 servers=[server.url for server in self._address.servers],
                 name=f"syncline {self._to.name} {self._lane}",
                 inbox_prefix=f"_INBOX.{self._to.name}".encode(),
-                allow_reconnect=False,  # the first connection must fail with an error; later ones heal
+                allow_reconnect=False,  # the first attempt must report its error; later the client reconnects
                 connect_timeout=max(1, round(min(self._to.patience_s, ANSWER_S))),
                 max_reconnect_attempts=1,  # of one call: `open` tries again
                 reconnect_time_wait=0,
@@ -146,25 +151,28 @@ class Lane:
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
             await _give_up(client)
             if isinstance(error, Refused):
-                raise Unfit(error.why.problem, error.why.hint) from None
-            why = self._last_error or str(error) or type(error).__name__
-            if "authorization" in f"{why} {error}".lower():
-                raise Denied(f"the broker at {url} {self._why_denied()}") from None
-            raise Unreachable(f"no broker answers at {url}: {why}") from None
+                raise Unfit(error.reason.problem, error.reason.hint) from None
+            cause = self._last_error or str(error) or type(error).__name__
+            if "authorization" in f"{cause} {error}".lower():
+                raise Denied(f"the broker at {url} {self._denial()}") from None
+            raise Unreachable(f"no broker answers at {url}: {cause}") from None
         if self._state is State.CLOSED:  # while nats-py connected, which may swallow a cancellation
             await _give_up(client)
             raise Unreachable("closed")
         client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
-        self._has_inbox, self._inbox_subscription = False, None
+        self._has_inbox = False
+        self._inbox_subscription = None
         self._live = {i: await self._subscribe_at_broker(client, i) for i in list(self._handlers)}
-        self._client, self._silent = client, 0
+        self._client = client
+        self._silent = 0
         if client.is_connected and self._state is not State.CONNECTED:
             self._move(State.CONNECTED)
 
     def _move(self, to: State) -> None:
         self._state = moved(self._state, to)
 
-    def _why_denied(self) -> str:
+    def _denial(self) -> str:
+        """Return the end of the sentence about a refused login."""
         if self._to.seed:
             return "does not know this key"
         if self._address.user or self._address.token:
@@ -182,6 +190,7 @@ class Lane:
         return {"user": self._address.user, "password": self._address.password} if self._address.user else {}
 
     async def _subscribe_at_broker(self, client: Client, i: int) -> NatsSubscription:
+        """Subscribe handler number i at the broker."""
         subject, handler, limit = self._handlers[i]
 
         async def deliver(message: Msg) -> None:
@@ -226,11 +235,12 @@ class Lane:
             if self._state is not State.LOST:
                 self._move(State.LOST)
             now_s = asyncio.get_running_loop().time()
-            if self._client.last_error is not None:  # the broker's last words, for example that it refuses the key
+            if self._client.last_error is not None:  # the broker's last error, such as a refused key
                 self._outage.error(self._lane, str(self._client.last_error), now_s)
             self._outage.lost(self._lane, now_s)
 
     async def _rebuild_client(self) -> None:
+        """Try to connect a new client until an attempt succeeds or the lane is closed."""
         pause = 0.1
         while self._state is not State.CLOSED:
             if self._state is State.LOST:
@@ -245,7 +255,9 @@ class Lane:
             pause = min(5.0, 2 * pause)
 
     async def _on_error(self, error: Exception) -> None:
-        text = self._last_error = str(error) or type(error).__name__
+        """Log an error that nats-py reports. A permission error fails the requests on its subject."""
+        text = str(error) or type(error).__name__
+        self._last_error = text
         found = _VIOLATION.search(text)
         if found is None:
             log.debug("%s connection: %s", self._lane, text)
@@ -261,10 +273,14 @@ class Lane:
                 waiting.fail(denied)
 
     async def _on_inbox_denied(self) -> None:
-        """No answer will ever come. The next request tries again, for permissions may be mended."""
-        subscription, self._inbox_subscription, self._has_inbox = self._inbox_subscription, None, False
+        """Fail all requests, because no answer can arrive. The next request subscribes again: permissions may change."""
+        subscription = self._inbox_subscription
+        self._inbox_subscription = None
+        self._has_inbox = False
         self._fail_all(
-            Denied(f"the broker lets this key hear no answers as {self._to.name!r}: it is another's, or a reader's")
+            Denied(
+                f"the broker's permissions forbid answers to {self._to.name!r}: the key belongs to another name or to a watcher"
+            )
         )
         if subscription is not None:
             try:
@@ -273,6 +289,7 @@ class Lane:
                 pass  # the subscription is gone with the connection
 
     def _fail_all(self, error: BusError) -> None:
+        """Fail all open requests."""
         self._queue = Queue()
         for waiting in self._waiting.values():
             waiting.fail(error)
@@ -295,6 +312,7 @@ class Lane:
 
     @property
     def max_payload(self) -> int:
+        """The size of the largest message in bytes, headers included."""
         return int(self._client.max_payload)
 
     @property
@@ -302,18 +320,30 @@ class Lane:
         """Whether nats-py is connected at this moment."""
         return bool(self._client.is_connected)
 
-    # -- talking ---------------------------------------------------------------------------------------------------
+    # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        """Send a message.
+
+        Args:
+            subject: subject of the message.
+            data: the content.
+            reply: the subject for answers; empty: no answer.
+            headers: name → value.
+
+        Raises:
+            Unavailable: the subject is not valid, or the message is too large for the broker.
+            Unreachable: the connection is closed, or is lost and its buffer is full.
+        """
         checked_subject(subject)
-        if len(data) + size_of(headers) > self.max_payload:  # nats-py does not count headers
-            raise Unavailable(f"{subject}: {len(data)} bytes are more than the broker's max_payload")
+        if len(data) + size_of(headers) > self.max_payload:  # nats-py ignores the headers, and the server disconnects
+            raise Unavailable(f"{subject}: {len(data)} bytes exceed the broker's max_payload of {self.max_payload}")
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {str(error) or type(error).__name__}") from None
         task = asyncio.current_task()
         if task is not None and task.cancelling():
-            raise asyncio.CancelledError  # nats-py swallows a cancellation that meets its flush
+            raise asyncio.CancelledError  # nats-py drops a cancellation during its flush
 
     async def request(
         self,
@@ -342,9 +372,8 @@ class Lane:
             await self._ask(waiting, data, headers)
         except Unreachable:
             self._silent += of_broker
-            if (
-                self._silent >= SILENT_ANSWERS and self._state is not State.CLOSED
-            ):  # nats-py's read loop can die behind a live socket
+            # nats-py's read loop can end while the socket stays open.
+            if self._silent >= SILENT_ANSWERS and self._state is not State.CLOSED:
                 await self._force_reconnect()
             raise
         finally:
@@ -384,6 +413,7 @@ class Lane:
         return waiting.answers[0]
 
     async def _ask(self, waiting: _Waiting, data: bytes, headers: dict[str, str] | None) -> None:
+        """Send a request and wait until it has its answers or fails."""
         token = secrets.token_hex(8)
         self._waiting[token] = waiting
         try:
@@ -395,11 +425,12 @@ class Lane:
             del self._waiting[token]
 
     async def _force_reconnect(self) -> None:
+        """Give up a connection that looks alive and on which no answers come."""
         self._silent = 0
         await self._client.force_reconnect()
 
     async def _subscribe_inbox(self) -> None:
-        self._has_inbox = True  # before the first await: two subscriptions would count every answer twice
+        self._has_inbox = True  # before the first await: with two subscriptions every answer would come twice
         try:
             self._inbox_subscription = await self._client.subscribe(
                 f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0
@@ -409,6 +440,7 @@ class Lane:
             raise Unreachable(f"no connection to the broker: {error}") from None
 
     async def _on_answer(self, message: Msg) -> None:
+        """Give an answer to its request."""
         waiting = self._waiting.get(message.subject.rpartition(".")[2])
         if waiting is None or waiting.done.done():
             return
@@ -421,10 +453,20 @@ class Lane:
             waiting.done.set_result(None)
 
     async def subscribe(self, subject: str, handler: Handler, limit: int) -> int:
+        """Subscribe a handler. `limit`: messages that may wait for the handler.
+
+        Returns:
+            The number of the subscription, for `unsubscribe`.
+
+        Raises:
+            Unavailable: the subject is not valid.
+            Unreachable: the lane is closed.
+        """
         if self._state is State.CLOSED:
             raise Unreachable("closed")
         checked_subject(subject)
-        self._next_id = i = self._next_id + 1
+        self._next_id += 1
+        i = self._next_id
         self._handlers[i] = (subject, handler, limit)
         try:
             self._live[i] = await self._subscribe_at_broker(self._client, i)
@@ -432,10 +474,11 @@ class Lane:
             del self._handlers[i]
             raise Unavailable(f"{subject!r} is not a valid subject") from None
         except nats.errors.Error:
-            pass  # the client is built anew just now, and subscribes to all that has a handler
+            pass  # a new client is being made, and will subscribe all handlers
         return i
 
     async def unsubscribe(self, i: int) -> None:
+        """End subscription number i. A second call changes nothing."""
         self._handlers.pop(i, None)
         live = self._live.pop(i, None)
         if live is not None:

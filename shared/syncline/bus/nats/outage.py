@@ -1,7 +1,6 @@
-"""The log lines about lost connections: one for the loss, one for each cause that keeps the broker away, one for its
-return.
+"""The log lines about lost connections: one for the loss, one for each cause of failed attempts, one for the reconnection.
 
-Time is an argument.
+This module knows no broker. Time is an argument.
 """
 
 from __future__ import annotations
@@ -11,58 +10,61 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 
-JUST_NOW_S = 1.0  # an error so long before a connection is lost is its cause
-MOST_CAUSES = 8  # that are told in one outage
-REFUSED_KEY = "it refuses this key, which is unknown to it or was revoked. Ask the operator of the broker for a new one"
-NO_SERVER = "no server listens there. Is nats-server running?"
-TOO_LATE = "it does not answer in time"
-NO_CAUSE = "it answers nothing"
+JUST_NOW_S = 1.0  # an error at most this long before the loss of a connection counts as the cause
+MOST_CAUSES = 8  # log lines about causes in one outage
+REFUSED_KEY = (
+    "the broker refuses this key, which is unknown or was revoked. Ask the operator of the broker for a new key"
+)
+NO_SERVER = "no server listens at this address. Is nats-server running?"
+TOO_LATE = "the broker does not answer in time"
+NO_CAUSE = "the broker does not answer"
 
 
 @dataclass(slots=True)
 class Outage:
-    """The state of all connections of one bus, each called a lane."""
+    """The log of all connections of one bus. Each connection is called a lane. An outage lasts while any lane is down."""
 
-    where: str  # the broker's address, without passwords
-    _down: set[str] = field(default_factory=set)
-    _newest: dict[str, tuple[float, str]] = field(default_factory=dict)  # of each lane: when, and the cause
-    _told: set[str] = field(default_factory=set)  # causes, in this outage
-    _since_s: float = 0.0
+    address: str  # of the broker, without passwords
+    _down: set[str] = field(default_factory=set)  # lanes
+    _newest: dict[str, tuple[float, str]] = field(default_factory=dict)  # lane → time and cause of its last error
+    _logged: set[str] = field(default_factory=set)  # causes, in this outage
+    _since_s: float = 0.0  # the beginning of this outage
 
     def error(self, lane: str, text: str, now_s: float) -> None:
-        """Note an error of a connection; while the connection is down, log each cause once."""
+        """Note an error of a lane. While the lane is down, log each cause once."""
         cause = explained(text)
         self._newest[lane] = now_s, cause
         if lane in self._down:
-            self._tell(cause)
+            self._log_cause(cause)
 
     def lost(self, lane: str, now_s: float) -> None:
-        """Note a lost connection, and log the first loss of an outage."""
+        """Note that a lane is down, and log the beginning of an outage."""
         if lane in self._down:
             return
         first = not self._down
         self._down.add(lane)
         if first:
-            met_s, cause = self._newest.get(lane, (now_s, NO_CAUSE))
-            if now_s - met_s > JUST_NOW_S:  # another error, which the connection has survived
+            error_s, cause = self._newest.get(lane, (now_s, NO_CAUSE))
+            if now_s - error_s > JUST_NOW_S:  # an older error, which the connection survived
                 cause = NO_CAUSE
-            self._since_s, self._told = now_s, {cause}
-            log.warning("the connection to the broker at %s is lost: %s; connecting again", self.where, cause)
+            self._since_s = now_s
+            self._logged = {cause}
+            log.warning("the connection to the broker at %s is lost: %s; connecting again", self.address, cause)
 
     def back(self, lane: str, now_s: float) -> None:
-        """Note a connection that is back, and log the end of the outage with the last one."""
+        """Note that a lane is connected, and log the end of the outage if no lane is down."""
         self._down.discard(lane)
         if not self._down:
-            log.warning("connected to the broker at %s again, after %.1f s", self.where, now_s - self._since_s)
+            log.warning("connected to the broker at %s again, after %.1f s", self.address, now_s - self._since_s)
 
-    def _tell(self, cause: str) -> None:
-        if cause not in self._told and len(self._told) < MOST_CAUSES:
-            self._told.add(cause)
-            log.warning("the broker at %s is out of reach: %s", self.where, cause)
+    def _log_cause(self, cause: str) -> None:
+        if cause not in self._logged and len(self._logged) < MOST_CAUSES:
+            self._logged.add(cause)
+            log.warning("the broker at %s is out of reach: %s", self.address, cause)
 
 
 def explained(text: str) -> str:
-    """Return the cause in the operator's terms. All attempts that fail for the same cause get the same text."""
+    """Return the cause of an error in the operator's terms. All attempts that fail for one cause get the same text."""
     lower = text.lower()
     if "authorization" in lower or "authentication" in lower or "does not know" in lower:
         return REFUSED_KEY

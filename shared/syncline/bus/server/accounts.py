@@ -1,23 +1,26 @@
-"""Permissions on the bus: keys, and the nats-server configuration that knows them. Independent of connections and
-processes.
+"""Permissions on the bus: keys, and the nats-server configuration with their public halves.
 
-The demo and production share one code path: the embedded broker and an operator's own nats-server get the same text.
+This module knows no connection and no process. The embedded broker and an operator's own nats-server get the same text, so the
+demo and production have the same permissions.
 
-* `CORE`: the coordinators and the people in charge. Holds JetStream; unrestricted.
-* `FLEET`: the agents, each in an account of its own, `FLEET-<agent>`, without JetStream. An agent reaches nothing in CORE
-  but the imports of its account.
-* `WATCH`: people and dashboards. Reads metrics and events, publishes nothing.
+* `CORE`: the account of coordinators and operators. It has JetStream and no restriction.
+* `FLEET`: the agents, each in an account of its own, `FLEET-<agent>`. Such an account has no JetStream, and its agent reaches
+  only the subjects of CORE that the account imports.
+* `WATCH`: the account of people and dashboards. It receives metrics and events, and publishes nothing.
 
-Permissions alone would not do, because a permission guards the subject of a message and not its *reply* subject. In one
-account with the coordinator, an agent could make JetStream itself write to any subject, by naming `head` as the reply
-to a put of its own. In one account with other agents, an agent could have genuine answers delivered to them as if they
-were notifies; and by naming `_INBOX.>` as the reply, an agent makes nats-server (2.15.1) lose the addressees of all
-other answers, so that a few messages a second stop the whole fleet. Across an account border an answer goes to the
-account that asked, and to no other.
+Permissions alone do not suffice, because a permission guards the subject of a message and not its *reply* subject:
 
-`tests/bus/test_stolen_key.py` tries all of these attacks. Readers of the bus have to guard against the rest: the broker
-accepts any token in place of the run, `*` and `>` too, so a name taken out of a subject is checked; and streams that
-agents write to allow no roll-ups, per-message lifetimes or schedules, for those are commands in a header.
+* In one account with the coordinator, an agent could make JetStream write to any subject: it would name `head` as the reply
+  subject of its own put.
+* In one account with other agents, an agent could have genuine answers delivered to them as if they were notifies.
+* By naming `_INBOX.>` as the reply subject, an agent could make nats-server (2.15.1) lose the routes of all other answers.
+  A few such messages a second would stop the whole fleet.
+
+Across the border of an account, an answer reaches only the account that asked.
+
+`tests/bus/test_stolen_key.py` tries these attacks. Two tasks remain for the readers of the bus. The broker accepts any token in
+the place of a run's name, `*` and `>` too, so a reader must check a name that it takes from a subject. And a header can contain
+commands, so streams that agents write to must not allow roll-ups, per-message lifetimes or schedules.
 """
 
 from __future__ import annotations
@@ -41,12 +44,13 @@ Account = Literal["CORE", "FLEET", "WATCH"]
 Kind = Literal["service", "stream"]
 WATCH = "watch"
 SUFFIX = ".nk"
-AGENT_CONNECTIONS = 256  # an agent has two; the broker counts lost ones for some minutes more
+AGENT_CONNECTIONS = 256  # an agent has two, and the server counts broken ones for some minutes
 MAX_PAYLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk of 1 MiB, its frame and its headers
 _ACCOUNT_OF: dict[str, Account] = {COORDINATOR: "CORE", WATCH: "WATCH"}  # all other names are agents
 _PLACE: dict[Account, str] = {"CORE": "core", "FLEET": "agents", "WATCH": "watch"}  # of an operator's keyring
-LOG_BYTES = 16 << 20  # of a log file: the server keeps three, so that refusals cannot fill the disk
-_SEED_BYTES = 4096  # a seed has 58; a longer file is not read
+# The server starts a new log file at this size and keeps three, so that refused clients cannot fill the disk.
+LOG_BYTES = 16 << 20
+_SEED_BYTES = 4096  # bytes to read of a key file; a seed has 58
 
 _AGENTS = f"{PREFIX}.*.agent.>"
 _GET_MODEL = f"$JS.API.DIRECT.GET.*.{PREFIX}.*.model.>"
@@ -58,7 +62,7 @@ _EVENTS = f"{PREFIX}.*.events.*"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A name that the broker knows by its public key."""
+    """A user of the broker: a name, its account and its key pair."""
 
     name: str
     account: Account
@@ -67,19 +71,22 @@ class Identity:
 
     @classmethod
     def of(cls, name: str, seed: str) -> Identity:
+        """Return the identity with this name and seed. Raises ValueError if the seed is not a user's seed."""
         return cls(name, _ACCOUNT_OF.get(name, "FLEET"), public_key_of(seed), seed)
 
     @classmethod
     def new(cls, name: str) -> Identity:
+        """Return an identity with a new random key."""
         return cls.of(name, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
 
     def sign(self, data: bytes) -> bytes:
+        """Return the Ed25519 signature of the data, 64 bytes."""
         return bytes(nkeys.from_seed(bytearray(self.seed.encode())).sign(data))
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
-    """The settings of a nats-server for Syncline besides its accounts."""
+    """The settings of a nats-server for Syncline, besides its accounts."""
 
     store_dir: Path
     port: int = 4222
@@ -87,8 +94,10 @@ class BrokerSettings:
     name: str = "syncline"
     max_payload_bytes: int = MAX_PAYLOAD_BYTES
     max_file_store_bytes: int | None = None  # None: the server's default, three quarters of the disk
-    sync_interval: str = ""  # how often writes are synced to disk: "always", "10s"; empty: the server's two minutes
-    monitor: str = ""  # address and port of the server's HTTP pages, "127.0.0.1:8222"; empty: none
+    sync_interval: str = (
+        ""  # time between two syncs to disk, "always" or "10s"; empty: the server's default, two minutes
+    )
+    monitor: str = ""  # address and port of the server's HTTP pages, "127.0.0.1:8222"; empty: no HTTP
     log_path: Path | None = None  # None: standard error
     pid_path: Path | None = None
 
@@ -96,39 +105,53 @@ class BrokerSettings:
 class Keyring:
     """A directory with one seed file `<name>.nk` per identity: `coordinator`, `watch`, and every agent.
 
-    The name says the account: `coordinator` is of CORE, `watch` of WATCH, and all others are agents. An operator's keyring
-    has a directory for each kind, so that a machine or a container is given the keys of its own kind alone.
+    The name determines the account: `coordinator` belongs to CORE, `watch` to WATCH, and every other name is an agent. An
+    operator's keyring has one directory for each kind, so that a machine or container gets only the keys of its own kind.
     """
 
     def __init__(self, directory: Path, *, by_kind: bool | None = None) -> None:
-        """Open a directory of keys. `by_kind`: a directory for each kind of identity; None: as the files lie."""
+        """Open a keyring. The directory need not exist.
+
+        Args:
+            directory: place of the key files.
+            by_kind: whether each kind of identity has a directory of its own. None: as found on the disk.
+        """
         self.directory = directory
         self.by_kind = (directory / _PLACE["CORE"]).is_dir() if by_kind is None else by_kind
         self._read: dict[str, Identity] = {}
         self._names: dict[str, str] = {}
 
     def create(self, agents: Sequence[str] = ()) -> Keyring:
-        """Make the missing keys. Raises ConfigError for a name that is not allowed."""
+        """Make the missing keys of the coordinator, the watchers and these agents; keep existing keys. Idempotent.
+
+        Raises:
+            ConfigError: a name is not a valid agent name, or an existing key file cannot be used.
+        """
         for name in (COORDINATOR, WATCH, *(checked_name("agent", a) for a in agents)):
             self._ensure(name)
         return self
 
     def add_agent(self, name: str) -> Identity:
-        """Return the agent's identity, with a new key if the agent has none."""
+        """Return the identity of an agent; make its key if the keyring has none. Raises ConfigError as `create` does."""
         return self._ensure(checked_name("agent", name))
 
     @property
     def agents(self) -> list[str]:
-        """Return every agent that has a key, sorted. Raises ConfigError for a key file whose name cannot be an agent's."""
+        """The names of all agents with a key, sorted. Raises ConfigError for a key file with another name."""
         place = self._place("FLEET")
         stems = sorted(path.name.removesuffix(SUFFIX) for path in place.glob(f"*{SUFFIX}"))
         return [checked_name(f"key file in {place}", stem) for stem in stems if stem not in _ACCOUNT_OF]
 
     def path(self, name: str) -> Path:
+        """Return the path of an identity's key file, which need not exist."""
         return self._place(_ACCOUNT_OF.get(name, "FLEET")) / f"{name}{SUFFIX}"
 
     def identity(self, name: str) -> Identity:
-        """Return an identity. Raises ConfigError if its file is missing, holds no seed, or is readable by others."""
+        """Return the identity of this name.
+
+        Raises:
+            ConfigError: the key file is missing, contains no user seed, or other users can access it; or the name is not valid.
+        """
         if name not in self._read:
             if name not in _ACCOUNT_OF:
                 checked_name("agent", name)
@@ -138,16 +161,17 @@ class Keyring:
         return self._read[name]
 
     def identities(self) -> list[Identity]:
+        """Return all identities: the coordinator, the watchers, and the agents sorted by name."""
         return [self.identity(name) for name in (COORDINATOR, WATCH, *self.agents)]
 
     @property
     def names(self) -> Mapping[str, str]:
-        """Return the live map from public keys to names: the broker's log knows clients by their keys alone."""
+        """Public key → name, a live view. The broker's log names clients only by their keys."""
         self.identities()
         return MappingProxyType(self._names)
 
     def agent_of_key(self, public_key: str) -> str | None:
-        """Return the agent with this public key, or None."""
+        """Return the name with this public key, or None for an unknown key."""
         return self.names.get(public_key)
 
     def _place(self, account: Account) -> Path:
@@ -163,8 +187,10 @@ class Keyring:
 
 
 def read_seed(path: Path) -> str:
-    """Return the user seed in a key file. Raises ConfigError if the file is missing, holds no seed, or is readable by
-    others.
+    """Return the user seed in a key file.
+
+    Raises:
+        ConfigError: the file is missing, contains no user seed, or other users can access it. The error quotes no content.
     """
     try:
         with path.open("rb") as file:
@@ -179,19 +205,23 @@ def read_seed(path: Path) -> str:
     seed = content.decode("ascii", "replace").strip()
     try:
         public_key_of(seed)
-    except ValueError:  # the error must not show the content of the file
-        hint = "It should hold one line that begins with SU. Copy it again, or make a new key"
-        raise ConfigError("key file", f"{path} holds no nkey user seed", hint) from None
+    except ValueError:  # the error must not quote the content, which may be a secret
+        hint = "The file should have one line that begins with SU. Copy it again, or make a new key"
+        raise ConfigError("key file", f"{path} contains no nkey user seed", hint) from None
     return seed
 
 
 def public_key_of(seed: str) -> str:
-    """Return the public key `U…` of a seed `SU…`. Raises ValueError for anything but a user's seed, a mistyped one
-    included.
+    """Return the public key `U…` of a user seed `SU…`.
+
+    Raises:
+        ValueError: the text is not a user's seed, or its checksum does not match.
     """
     try:
         prefix, raw = nkeys.decode_seed(seed.encode())
-        whole = nkeys.encode_seed(bytes(raw), prefix).decode()  # nkeys checks no checksum; writing it anew does
+        whole = nkeys.encode_seed(
+            bytes(raw), prefix
+        ).decode()  # nkeys does not verify the checksum; encoding again does
         public = nkeys.from_seed(bytearray(seed.encode())).public_key.decode()
     except (nkeys.NkeysError, ValueError) as error:
         raise ValueError("not a seed") from error
@@ -201,7 +231,16 @@ def public_key_of(seed: str) -> str:
 
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace a file, whole or not at all. By default its owner alone may read the file, at every moment."""
+    """Replace a file as a whole or not at all.
+
+    Args:
+        path: the file to replace or create.
+        text: the new content.
+        mode: the permissions of the new file. Before they are set, only the owner can read the file.
+
+    Raises:
+        OSError: the file cannot be written; an existing file is unchanged.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with (
         replacing(path, f".{path.name}.{os.getpid()}") as fresh,
@@ -212,7 +251,7 @@ def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def accounts_config(identities: Iterable[Identity]) -> str:
-    """Return the `accounts` block of a nats-server configuration. The block holds public keys only, and is no secret."""
+    """Return the `accounts` block of a nats-server configuration. The text has public keys only and is no secret."""
     of: dict[Account, list[Identity]] = {"CORE": [], "FLEET": [], "WATCH": []}
     for identity in identities:
         of[identity.account].append(identity)
@@ -229,13 +268,13 @@ def _core(users: Sequence[Identity]) -> str:
 
 
 def _fleet(agent: Identity) -> str:
-    """Return one agent's account: its own subjects, the questions that CORE answers, and the notifies."""
-    asks = (f"{PREFIX}.*.agent.{agent.name}.>", _GET_MODEL, _GET_RUNS)
+    """Return one agent's account: the requests that CORE answers, the notifies, and the agent's own metrics and events."""
+    requests = (f"{PREFIX}.*.agent.{agent.name}.>", _GET_MODEL, _GET_RUNS)
     feeds = _feeds(agent)
-    hears = (f"_INBOX.{agent.name}.>", _NOTIFY)
+    receives = (f"_INBOX.{agent.name}.>", _NOTIFY)
     lists = {
-        "users": [_user(agent.public_key, f"allow: {_listed(*asks, *feeds)}", hears)],
-        "imports": _imports("service", "CORE", *asks) + _imports("stream", "CORE", _NOTIFY),
+        "users": [_user(agent.public_key, f"allow: {_listed(*requests, *feeds)}", receives)],
+        "imports": _imports("service", "CORE", *requests) + _imports("stream", "CORE", _NOTIFY),
         "exports": _exports("stream", *feeds),
     }
     return _account(_account_name(agent), lists, f"limits: {{max_connections: {AGENT_CONNECTIONS}}}")
@@ -251,12 +290,12 @@ def _watch(users: Sequence[Identity], agents: Sequence[Identity]) -> str:
 
 
 def server_config(settings: BrokerSettings, identities: Iterable[Identity]) -> str:
-    """Return a whole nats-server configuration, for `nats-server -c` and for a reload by SIGHUP."""
+    """Return a whole nats-server configuration. `nats-server -c` reads the file at the start and again on SIGHUP."""
     return server_settings(settings) + accounts_config(identities)
 
 
 def server_settings(settings: BrokerSettings) -> str:
-    """Return all of a nats-server configuration but the accounts."""
+    """Return a nats-server configuration without its accounts."""
     jetstream = [f"store_dir: {_quoted(settings.store_dir)}"]
     if settings.max_file_store_bytes is not None:
         jetstream.append(f"max_file_store: {settings.max_file_store_bytes}")
@@ -266,7 +305,7 @@ def server_settings(settings: BrokerSettings) -> str:
         f"server_name: {_quoted(settings.name)}",
         f"listen: {_quoted(f'{settings.host}:{settings.port}')}",
         f"max_payload: {settings.max_payload_bytes}",
-        'write_deadline: "60s"  # a slow link may take so long for a window of chunks before it is cut off',
+        'write_deadline: "60s"  # a slow link may need this long for a window of chunks',
     ]
     if settings.log_path is not None:
         lines += [f"log_file: {_quoted(settings.log_path)}", f"logfile_size_limit: {LOG_BYTES}", "logfile_max_num: 3"]
@@ -282,10 +321,12 @@ def _account_name(agent: Identity) -> str:
 
 
 def _feeds(agent: Identity) -> tuple[str, str]:
+    """Return the subjects of an agent's metrics and events."""
     return f"{PREFIX}.*.metrics.{agent.name}.>", f"{PREFIX}.*.events.{agent.name}"
 
 
 def _user(public_key: str, publish: str, subscribe: Iterable[str]) -> str:
+    """Return a user with permissions. `publish`: an `allow` or `deny` clause; `subscribe`: the allowed subjects."""
     return (
         f"{{nkey: {public_key}, permissions: {{publish: {{{publish}}}, subscribe: {{allow: {_listed(*subscribe)}}}}}}}"
     )
@@ -300,6 +341,7 @@ def _imports(kind: Kind, account: str, *subjects: str) -> list[str]:
 
 
 def _account(name: str, lists: Mapping[str, Sequence[str]], *settings: str) -> str:
+    """Return the block of one account: its settings, then its lists of users, imports and exports."""
     body = [f"    {setting}\n" for setting in settings]
     for key, items in lists.items():
         body.append(f"    {key}: [\n" + "".join(f"      {item}\n" for item in items) + "    ]\n")

@@ -1,12 +1,11 @@
-"""A nats-server on this machine, owned by this process, for the demo, local runs and tests. Independent of the bus
-port.
+"""A nats-server as a child process on this machine, for the demo, local runs and tests.
 
-The server has the accounts and the configuration of a production broker. The process that started the server ends it: a
-broker lives as long as its Python process, and no longer; `syncline.bus.server.process` says how.
+The broker has the accounts and the configuration of a production broker. Its life ends with the Python process that started it;
+`syncline.bus.server.process` explains how. This module knows processes and files, not the bus port.
 
-*One broker per store.* Two servers on one JetStream store ruin the store, and a second server opens the store before it
-finds its port taken. The server inherits a lock on the directory, so that the lock is held until the last process that
-uses the directory has ended.
+*One broker per store.* Two servers on one JetStream store destroy it, and a second server opens the store before it notices
+that its port is taken. So the directory is locked. The server inherits the lock, which is therefore held until the last
+process that uses the store has ended.
 """
 
 from __future__ import annotations
@@ -45,26 +44,24 @@ from syncline.bus.server.violations import LogTail, ViolationLog
 from syncline.errors import ConfigError, Unavailable
 from syncline.wire.subjects import COORDINATOR
 
-TEMPORARY = "syncline-broker-"  # how the name of a directory that is removed at the end begins
+TEMPORARY = "syncline-broker-"  # prefix of the names of directories that are removed at the end
 CONFIG = "broker.conf"
 READY_S = 30.0  # a large store is read before the server listens
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
-LOCK_S = 7.0  # a broker whose owner was killed needs up to GRACE_S to end
-_ASK_S = 2.0
-_PAUSE_S = (0.005, 0.1)  # the first and the longest pause between two questions
+LOCK_S = 7.0  # wait for the lock this long: a broker whose owner was killed needs up to GRACE_S to end
+_ASK_S = 2.0  # time limit of one login and question
+_PAUSE_S = (0.005, 0.1)  # the first and the longest pause between two checks
 _PORTS_TRIED = 5
 _TAIL_LINES = 12
 
 
 class EmbeddedBroker:
-    """A broker with JetStream on a free loopback port, for the body of `async with EmbeddedBroker() as broker:`.
+    """A broker with JetStream on a loopback port: `async with EmbeddedBroker() as broker:`."""
 
-    `directory` holds configuration, keys, log and store, and stays; None takes a temporary one, removed at the end.
-    """
-
+    # These three exist once the broker has started.
     port: int
     directory: Path
-    keyring: Keyring  # these three once started
+    keyring: Keyring
 
     def __init__(
         self,
@@ -76,12 +73,28 @@ class EmbeddedBroker:
         max_file_store_bytes: int | None = None,
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
     ) -> None:
+        """Describe a broker; `start` runs it.
+
+        Args:
+            directory: place of configuration, keys, log and store, kept at the end. None: a temporary one, removed at the end.
+            port: the TCP port; 0: a free one.
+            agents: names of agents that get a key at the start.
+            sync_interval: see `BrokerSettings`.
+            max_file_store_bytes: room for all streams; None: the server's default, three quarters of the disk.
+            max_payload_bytes: the size of the largest message.
+
+        Raises:
+            ConfigError: `port` is out of range.
+        """
         if not 0 <= port < 1 << 16:
-            raise ConfigError("port", f"{port} is not a port", "Use 1 to 65535, or 0 for any that is free")
-        self._given, self._fixed_port, self._agents = directory, port, tuple(agents)
-        self._sync_interval, self._max_file_store_bytes = sync_interval, max_file_store_bytes
+            raise ConfigError("port", f"{port} is out of range", "Use 1 to 65535, or 0 for a free port")
+        self._given = directory
+        self._fixed_port = port
+        self._agents = tuple(agents)
+        self._sync_interval = sync_interval
+        self._max_file_store_bytes = max_file_store_bytes
         self._max_payload_bytes = max_payload_bytes
-        self._loaded = ""  # the configuration that the server has
+        self._loaded = ""  # the configuration that the running server has read
         self._lock: int | None = None
         self._watchdog: Watchdog | None = None
         self._process: ServerProcess | None = None
@@ -95,11 +108,14 @@ class EmbeddedBroker:
         await self.stop()
 
     async def start(self) -> EmbeddedBroker:
-        """Start the broker, and return when JetStream answers.
+        """Start the broker and wait until its JetStream answers.
+
+        Returns:
+            This object.
 
         Raises:
-            ConfigError: the port is taken, the directory is in use, or nats-server is not installed.
-            Unavailable: the server did not come up. Holds the end of its log.
+            ConfigError: the port is taken, another broker uses the directory, or nats-server is not installed.
+            Unavailable: the server ended, or was not ready within `READY_S`. The error contains the end of its log.
         """
         assert self._watchdog is None, "started already"
         binary = server_binary()
@@ -107,7 +123,7 @@ class EmbeddedBroker:
             temporary = Path(tempfile.gettempdir(), f"{TEMPORARY}{secrets.token_hex(8)}")
             self.directory = (self._given or temporary).resolve()
             self._watchdog = Watchdog(str(self.directory) if self._given is None else "")
-            self._make_directory()  # only now that there is somebody to remove it
+            self._make_directory()  # after the watchdog, which removes a temporary directory
             await self._lock_directory()
             self.keyring = Keyring(self.directory / "keys").create(self._agents)
             await self._launch_on_some_port(binary)
@@ -117,7 +133,7 @@ class EmbeddedBroker:
         return self
 
     async def stop(self) -> None:
-        """Ends the broker, by force if need be, and removes a temporary directory. Stopping twice changes nothing."""
+        """End the broker, after `GRACE_S` by force, and remove a temporary directory. Idempotent."""
         try:
             await self._end(signal.SIGTERM)
         finally:
@@ -129,28 +145,35 @@ class EmbeddedBroker:
                 await watchdog.end()
 
     async def kill(self) -> None:
-        """End the broker's process like a power failure. `restart` starts the broker again."""
+        """End the broker's process without warning, by SIGKILL. `restart` starts the broker again."""
         await self._end(signal.SIGKILL)
 
     async def restart(self) -> None:
-        """Stop the broker if necessary, and start the broker again with the same port, store and keys."""
+        """Stop the broker if it runs, and start it with the same port, store and keys. Raises errors as `start` does."""
         async with self._changing:
             await self._end(signal.SIGTERM)
             await self._launch(server_binary())
 
     async def add_agent(self, name: str) -> Identity:
-        """Make the agent's key, and return when the broker knows the key. No client is disconnected."""
+        """Add one agent, as `add_agents` does."""
         return (await self.add_agents([name]))[0]
 
     async def add_agents(self, names: Sequence[str]) -> list[Identity]:
+        """Make the missing keys of these agents, and wait until the broker accepts them. Other clients stay connected.
+
+        Raises:
+            ConfigError: a name is not a valid agent name.
+            Unavailable: the broker ended, or did not load the new configuration.
+        """
         async with self._changing:
             identities = [self.keyring.add_agent(name) for name in names]
             await self._reload()
         return identities
 
-    # -- for other modules ------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------------
     @property
     def url(self) -> str:
+        """The address for clients."""
         return f"nats://{HOST}:{self.port}"
 
     @property
@@ -159,16 +182,17 @@ class EmbeddedBroker:
 
     @property
     def pid(self) -> int:
+        """The process id of the running server."""
         assert self._process is not None, "not running"
         return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
-        """Return the exit code of a server that ended unasked; None while the server runs."""
+        """The exit code of a server that ended by itself; None while the server runs, and after `stop` or `kill`."""
         return None if self._process is None else self._process.poll()
 
     def violations(self) -> ViolationLog:
-        """Return a reader of the broker's refusals from now on, with the names of the refused."""
+        """Return a reader of the operations that the broker refuses from now on, with the names of the clients."""
         return ViolationLog(self.log_path, self.keyring.names, from_end=True)
 
     # -- starting --------------------------------------------------------------------------------------------------
@@ -190,20 +214,21 @@ class EmbeddedBroker:
 
         if not await _until(locked, LOCK_S):
             problem = f"another broker runs in {self.directory}"
-            raise ConfigError("broker directory", problem, "Stop that one, or use another directory")
+            raise ConfigError("broker directory", problem, "Stop that broker, or use another directory")
 
     async def _launch_on_some_port(self, binary: Path) -> None:
         for left in reversed(range(1 if self._fixed_port else _PORTS_TRIED)):
             self.port = self._fixed_port or free_port()
             try:
                 await self._launch(binary)
-            except PortTaken:  # between our asking for a free one and the server's using it
+            except PortTaken:  # by another process, between the search for a free port and the server's start
                 if not left:
                     raise
             else:
                 return
 
     async def _launch(self, binary: Path) -> None:
+        """Start the server on `self.port` and wait until its JetStream answers. Raises PortTaken and Unavailable."""
         assert self._watchdog is not None and self._lock is not None, "not started"
         check_free(self.port)
         self._loaded = self._write_config()
@@ -230,6 +255,7 @@ class EmbeddedBroker:
             raise Unavailable(f"nats-server was not ready within {READY_S:g} s{_ending(tail.read())}")
 
     def _check_running(self, tail: LogTail) -> None:
+        """Raise PortTaken or Unavailable if the server has ended. `tail`: the log since its start."""
         assert self._process is not None
         if self._process.poll() is None:
             return
@@ -239,6 +265,7 @@ class EmbeddedBroker:
         raise Unavailable(f"nats-server ended with code {self._process.returncode}{_ending(lines)}")
 
     def _write_config(self) -> str:
+        """Write the configuration file and return its text."""
         settings = BrokerSettings(
             store_dir=self.directory / "jetstream",
             host=HOST,
@@ -255,15 +282,16 @@ class EmbeddedBroker:
 
     # -- changing and ending ---------------------------------------------------------------------------------------
     async def _reload(self) -> None:
-        """Reload the configuration twice.
+        """Make the running server read the configuration, if the configuration has changed.
 
-        With the first reload nats-server 2.15 knows a new account, but the account's service imports do not reach the
-        subscribers in CORE; with the second they do (the same family as nats-server issue 8560).
+        One reload is not enough: after the first, nats-server 2.15 knows a new account, but requests that the account imports
+        from CORE do not reach subscribers that were connected before. The second reload connects them. (nats-server issue 8560
+        is of the same family.)
         """
         tail = LogTail(self.log_path, from_end=True)
         text = self._write_config()
         if self._process is None or text == self._loaded:
-            return  # it is read at the next start, or read already
+            return  # the server reads the file at its next start, or has read the same text already
         for _ in range(2):
             await self._reload_once(self._process, tail)
         self._loaded = text
@@ -283,6 +311,7 @@ class EmbeddedBroker:
             raise Unavailable(f"the broker did not take the new agents within {READY_S:g} s")
 
     async def _end(self, by: signal.Signals) -> None:
+        """Send a signal to the server if it runs, then SIGKILL after `GRACE_S`, and wait for its end."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -302,15 +331,16 @@ class EmbeddedBroker:
 
 
 def _ending(lines: Sequence[str]) -> str:
-    return ". Its log ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) if lines else ", and its log says nothing"
+    """Return the end of an error text: the last lines of the log."""
+    return ". Its log ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) if lines else ", and its log is empty"
 
 
-async def _until(true: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
-    """Asks, with growing pauses, until the answer is yes; False when the time is over."""
+async def _until(condition: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
+    """Check a condition with growing pauses. Return True once it holds, and False after `timeout_s`."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout_s
     pause, longest = _PAUSE_S
-    while not await true():
+    while not await condition():
         if clock() > deadline:
             return False
         await asyncio.sleep(pause)
@@ -318,16 +348,19 @@ async def _until(true: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
     return True
 
 
-async def _jetstream_answers(port: int, who: Identity) -> bool:
-    """Logs in and asks JetStream about our account, in the few words of the NATS protocol that this takes: a port that
-    is open, or a server that lets us in, is not yet one that stores."""
-    inbox = f"_INBOX.{who.name}.ready"
+async def _jetstream_answers(port: int, identity: Identity) -> bool:
+    """Return whether the server accepts this identity and its JetStream answers.
+
+    An open port or an accepted login does not imply that JetStream is ready. The function speaks the few lines of the NATS
+    protocol itself, because a client library would retry and log by its own rules.
+    """
+    inbox = f"_INBOX.{identity.name}.ready"
     question = f"SUB {inbox} 1\r\nPUB $JS.API.INFO {inbox} 0\r\n\r\n"
     try:
         async with asyncio.timeout(_ASK_S):
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
-                writer.write(_connect_line(await reader.readline(), who) + question.encode())
+                writer.write(_connect_line(await reader.readline(), identity) + question.encode())
                 while (line := await reader.readline()) and not line.startswith((b"MSG ", b"-ERR ")):
                     pass
                 return line.startswith(b"MSG ") and b'"error"' not in await reader.readline()
@@ -337,9 +370,9 @@ async def _jetstream_answers(port: int, who: Identity) -> bool:
         return False
 
 
-def _connect_line(info_line: bytes, who: Identity) -> bytes:
-    """The answer to the server's greeting: its nonce, signed."""
+def _connect_line(info_line: bytes, identity: Identity) -> bytes:
+    """Return the CONNECT line that answers the server's INFO line: it contains the signed nonce."""
     info = json.loads(info_line.removeprefix(b"INFO "))
-    signature = base64.urlsafe_b64encode(who.sign(info["nonce"].encode())).rstrip(b"=").decode()
-    login = {"nkey": who.public_key, "sig": signature, "name": "syncline ready?", "lang": "python", "version": "1"}
+    signature = base64.urlsafe_b64encode(identity.sign(info["nonce"].encode())).rstrip(b"=").decode()
+    login = {"nkey": identity.public_key, "sig": signature, "name": "syncline ready?", "lang": "python", "version": "1"}
     return f"CONNECT {json.dumps({**login, 'verbose': False, 'pedantic': False})}\r\n".encode()

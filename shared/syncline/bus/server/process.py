@@ -1,13 +1,12 @@
-"""The operating system's part of an embedded broker: the nats-server binary, its process, a free port, and a watchdog.
+"""The resources of an embedded broker: the nats-server binary, its process, a free port, and a watchdog.
 
-*No process outlives this one.* Beside the broker runs a tiny shell, the watchdog, which reads a pipe whose other end
-belongs to this process alone. The broker's shell writes its process id into the pipe before it becomes the server, so
-that the watchdog knows every running broker at every instant. At the end of the pipe, whether this process closed it or
-was killed, the watchdog ends the broker and removes the directory if it was a temporary one. Both run in sessions of
-their own, so that Ctrl-C reaches this process alone. (A *forked* child of this process would hold the pipe open as long
-as it lives; a spawned child does not.)
+*The broker ends with this process.* A small shell, the watchdog, runs beside the broker and reads a pipe whose other end only
+this process holds. The broker's shell writes its process id to the pipe before it becomes the server, so the watchdog knows
+every running broker. The pipe ends when this process closes it or is killed. Then the watchdog ends the broker, and removes the
+directory if it is a temporary one. Broker and watchdog run in sessions of their own, so Ctrl-C reaches only this process. (A
+*forked* child of this process would keep the pipe open as long as it lives; a spawned child does not.)
 
-This module is independent of configuration and keys, and does not decide when a server is ready.
+This module knows no configuration and no keys, and cannot tell when a server is ready.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from pathlib import Path
 from syncline.errors import ConfigError
 
 HOST = "127.0.0.1"
-POLL_S = 0.005  # how often the end of a process is looked for
+POLL_S = 0.005  # time between two checks whether a process has ended
 
-# $1: the directory to remove, or empty. Each line of standard input is the broker's process id, or empty for none.
-# What has ended but was not yet waited for by its new parent still has a process id, but on Linux no program.
+# $1: the directory to remove, or empty. Each line of standard input is the broker's process id, or empty if no broker runs.
+# A process that has ended but was not yet waited for keeps its process id; on Linux such a process has no /proc/<id>/exe.
 _WATCHDOG = """
 runs() { kill -0 "$1" 2>/dev/null && { [ ! -e /proc/self/exe ] || [ -e "/proc/$1/exe" ]; }; }
 while read -r line; do broker=$line; done
@@ -44,28 +43,30 @@ BROKER_SHELL = 'echo $$; exec "$@" >&2'  # standard output is the watchdog's pip
 
 
 class PortTaken(ConfigError):
-    """The port of an embedded broker is in use."""
+    """Another process listens on the port."""
 
     def __init__(self, port: int) -> None:
-        super().__init__("port", f"{port} is taken", "Stop what listens there, or use 0 for any that is free")
+        super().__init__("port", f"{port} is taken", "Stop the program that listens there, or use 0 for a free port")
 
 
 class ServerProcess(subprocess.Popen[bytes]):
-    """A process that can be waited for on the event loop.
+    """A child process whose end can be awaited.
 
-    An asyncio subprocess would not do: uvloop lets the child inherit copies of its standard streams, the watchdog's
-    pipe among them, and asyncio kills running children when its loop is gone.
+    asyncio's own subprocesses do not suit: with uvloop the child inherits copies of its standard streams, the watchdog's pipe
+    among them, and asyncio kills children that still run when the event loop ends.
     """
 
     async def ended(self) -> None:
+        """Wait until the process has ended."""
         while self.poll() is None:  # noqa: ASYNC110 (there is no event to wait for)
             await asyncio.sleep(POLL_S)
 
 
 class Watchdog:
-    """The shell that outlives this process by an instant. `pipe` carries process ids to the shell."""
+    """The shell that ends the broker after this process. The watchdog reads process ids from `pipe`."""
 
     def __init__(self, remove: str) -> None:
+        """Start the shell. `remove`: the directory to remove at the end; empty: no directory."""
         theirs, self.pipe = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -82,21 +83,20 @@ class Watchdog:
             os.close(theirs)
 
     def forget(self) -> None:
-        """No broker runs: its process id may soon be another program's."""
+        """Tell the watchdog that no broker runs, because another program may soon get the same process id."""
         try:
             os.write(self.pipe, b"\n")
         except BrokenPipeError:
-            pass  # somebody ended the watchdog
+            pass  # the watchdog was killed
 
     async def end(self) -> None:
+        """Close the pipe and wait until the watchdog has ended the broker and removed the directory."""
         os.close(self.pipe)
         await asyncio.to_thread(self._process.wait)
 
 
 def server_binary() -> Path:
-    """Return the path of the nats-server of this installation, else of the one on the PATH. Raises ConfigError if both
-    are missing.
-    """
+    """Return the nats-server of this Python installation, else the one on the PATH. Raises ConfigError if none is installed."""
     user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
     places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), user, os.environ.get("PATH", "")]
     found = shutil.which("nats-server", path=os.pathsep.join(places))
@@ -107,13 +107,14 @@ def server_binary() -> Path:
 
 
 def free_port() -> int:
+    """Return a TCP port that is free at the moment. Another process may take it before the caller does."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 def check_free(port: int) -> None:
-    """Raise ConfigError for a port that is taken. The server would find that out only after it has opened the store."""
+    """Raise PortTaken if another process listens on the port. The server itself would notice only after opening its store."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

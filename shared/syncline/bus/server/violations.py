@@ -1,13 +1,13 @@
-"""The broker's refusals, read from nats-server's log. Independent of connections.
+"""Operations that the broker refused, read from nats-server's log. This module knows the log's lines and no connection.
 
-The broker tells a refusal to the refused client alone; its log is the only place in which an operator can see that a
-key is misused. The log names keys, and a `Keyring` names the agents behind them.
+The broker reports a refusal to the refused client only, so its log is the only place in which an operator can see that a key is
+misused. The log names public keys, and a `Keyring` maps them to the agents.
 
-A client chooses its own name, the subject of its attempt, and the key that it claims at login, and all of them appear
-in the log. The server quotes the words of clients, with `\\"` inside the quotes; the patterns in this module match the
-whole line with the quotes in place, so that no text of a client can be taken for the account and key that the server
-itself writes. A key *claimed* at a failed login proves nothing, for public keys are public: `who` is then the address
-of the client, which the server has seen.
+A client chooses its name, the subjects that it tries, and the key that it claims at login, and the log contains all of
+them. The server quotes texts of clients, with `\\"` inside the quotes. The patterns here match whole lines with the quotes
+in place, so that no text of a client can pass for the account and key that the server itself writes. A key *claimed* at a
+failed login proves nothing, because public keys are public; the source of such a violation is the network address, which is
+real.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-READ_BYTES = 256 << 10  # of the log per call, at most, so that a flood of refusals costs the reader no more
-What = Literal["publish", "subscribe", "reply", "login"]
+READ_BYTES = 256 << 10  # read at most this much of the log per call, which bounds the cost of a flood of refusals
+Action = Literal["publish", "subscribe", "reply", "login"]
 
 _TEXT = r'(?:[^"\\]|\\.)*'  # the text between the quotes
 _CLIENT = r"\[\d+\] \S+ \S+ \[ERR\] (?P<host>\S+):\d+ - cid:\d+ - "
@@ -36,34 +36,33 @@ _LOGIN = re.compile(rf'{_CLIENT}authentication error(?: - \w+ "(?P<claimed>{_TEX
 class Violation:
     """One refusal. `str()` is a sentence for the event feed."""
 
-    who: str  # the name behind the key; the key itself if it is unknown; at a failed login the address
-    what: What  # "reply": the subject was named as the reply subject
+    source: str  # the name of the key's owner, or the key if it is unknown; at a failed login the network address
+    action: Action  # "reply": the client named the subject as its reply subject
     subject: str  # as tried, quoted as in the log; at a failed login the name or key that was claimed, or ""
 
     def __str__(self) -> str:
-        match self.what:
+        match self.action:
             case "login":
-                return f"{self.who} was refused at login" + (f" as {self.subject}" if self.subject else "")
+                return f"{self.source} was refused at login" + (f" as {self.subject}" if self.subject else "")
             case "reply":
-                return f"{self.who} may not name {self.subject} as a reply subject"
+                return f"{self.source} may not name {self.subject} as a reply subject"
             case _:
-                return f"{self.who} may not {self.what} {self.subject}"
+                return f"{self.source} may not {self.action} {self.subject}"
 
 
 class LogTail:
-    """Reads the new whole lines of a log file that another process writes, and may truncate or rotate.
+    """A reader of new whole lines in a log file that another process writes, truncates and rotates.
 
-    If a log is rotated between two reads, its unread lines are lost: the lines are for reports, not for counting.
+    Lines that are rotated away between two reads are lost: the reader serves reports, not counts.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        """Start at the beginning of the file, or with `from_end` at its present end. The file need not exist."""
         self._path = path
         self._inode, self._offset = self._end() if from_end else (0, 0)
 
     def read(self) -> list[str]:
-        """Return the lines since the last call, at most READ_BYTES of them; an empty list while the file does not
-        exist.
-        """
+        """Return the lines since the last call, at most `READ_BYTES` in total. Empty while the file does not exist."""
         try:
             with self._path.open("rb") as file:
                 self._follow(os.fstat(file.fileno()))
@@ -73,11 +72,12 @@ class LogTail:
             return []
         end = data.rfind(b"\n") + 1
         if not end and len(data) == READ_BYTES:
-            end = len(data)  # no line of the server's is so long; go on behind it rather than stand still
+            end = len(data)  # the server writes no line this long; skip the data instead of reading it for ever
         self._offset += end
         return data[:end].decode(errors="replace").split("\n")[:-1]
 
     def _follow(self, now: os.stat_result) -> None:
+        """Start again at the beginning if the file was replaced or truncated."""
         if now.st_ino != self._inode or now.st_size < self._offset:
             self._inode, self._offset = now.st_ino, 0
 
@@ -90,24 +90,30 @@ class LogTail:
 
 
 class ViolationLog:
-    """Reads refusals as they come: `read()` now and then returns those that are new."""
+    """A reader of the refusals in a broker's log. Call `read` from time to time."""
 
     def __init__(self, path: Path, names: Mapping[str, str], *, from_end: bool = False) -> None:
         self._tail = LogTail(path, from_end=from_end)
-        self._names = names  # public key → name; may grow while we read, as `Keyring.names` does
+        self._names = names  # public key → name; a live view such as `Keyring.names` may grow between two reads
 
     def read(self) -> list[Violation]:
+        """Return the refusals since the last call."""
         found = (parse_violation(line, self._names) for line in self._tail.read())
         return [violation for violation in found if violation is not None]
 
 
 def parse_violation(line: str, names: Mapping[str, str]) -> Violation | None:
-    """Return the refusal that a line of the log reports, or None for any other line."""
+    """Return the refusal that a line of the log reports, or None for any other line.
+
+    Args:
+        line: a line of nats-server's log, without its end.
+        names: public key → name of the owner.
+    """
     if refused := _REFUSED.fullmatch(line):
-        what: What = "subscribe"
+        action: Action = "subscribe"
         if refused["kind"] == "Publish":
-            what = "reply" if refused["part"] == "Reply" else "publish"
-        return Violation(names.get(refused["key"], refused["key"]), what, refused["subject"])
+            action = "reply" if refused["part"] == "Reply" else "publish"
+        return Violation(names.get(refused["key"], refused["key"]), action, refused["subject"])
     if login := _LOGIN.fullmatch(line):
         claimed = login["claimed"] or ""
         return Violation(login["host"], "login", names.get(claimed, claimed))
