@@ -1,4 +1,4 @@
-"""A period that diverged: its update is offered, nothing of it is kept, and the next one begins as that of a new agent."""
+"""A diverged period: its update is offered, no result of it is saved, and the next period begins as that of a new agent."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_schedule_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_control_variate_stays_what_it_was(tmp_path: Path, overlap: bool) -> None:
-    """The update that was dropped leaves nothing behind, also where its verdict is not known when the next period ends."""
+    """A dropped update leaves no trace, also if its verdict is unknown when the next period ends."""
     sync = {"sync": {"kind": "async", "overlap": overlap}}
     agent = child(tmp_path, "agent", {**sync, "local": {"control_variates": "scaffold"}})
     sums = torch.zeros_like(agent.initial_P)

@@ -1,4 +1,4 @@
-"""Devices: on a host with several GPUs every agent gets one of its own, and what is not there is said with the hint."""
+"""Devices: on a host with several GPUs every agent gets one of its own; the error for a missing device has a hint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from syncline_agent.device import DeviceClaim, claim_device
 
 @pytest.fixture
 def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[DeviceClaim]]:
-    """Claims that are given back at the end; the host has no Apple GPU."""
+    """Collect claims and release them at the end; the host has no Apple GPU."""
     monkeypatch.setattr(device, "_has_mps", lambda: False)
     made: list[DeviceClaim] = []
     yield made
@@ -25,7 +25,7 @@ def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Dev
 
 
 def give_back(claim: DeviceClaim) -> None:
-    """As the kernel does when the process ends."""
+    """Release the lock, as the kernel does when the process ends."""
     if claim._lock_fd >= 0:
         os.close(claim._lock_fd)
         claim._lock_fd = -1

@@ -1,4 +1,4 @@
-"""Equal containers become different agents: a free key each, held as long as they live, and their own one again."""
+"""Equal containers become different agents: each claims a free key for its lifetime, and the same key after a restart."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def keys(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def claimed(keys: Path, tmp_path: Path) -> Iterator[Claim]:
-    """Claims a name for a host; what is still held is given back at the end."""
+    """Claim a name for a host; all locks are released at the end."""
     made: list[ClaimedName] = []
 
     def auto(host: str, **changes: Path) -> ClaimedName:
@@ -37,7 +37,7 @@ def claimed(keys: Path, tmp_path: Path) -> Iterator[Claim]:
 
 
 def give_back(one: ClaimedName) -> None:
-    """As the kernel does when the process ends."""
+    """Release the lock, as the kernel does when the process ends."""
     try:
         os.close(one.lock_fd)
     except OSError:

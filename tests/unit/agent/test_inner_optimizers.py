@@ -212,7 +212,7 @@ Make = Callable[..., Child]
 
 @pytest.fixture
 def child(tmp_path: Path) -> Make:
-    """Makes a child of a task above; with the same `file` it is the one that starts again."""
+    """Make a child of a task above; the same `file` means the same agent, restarted."""
     (tmp_path / "own.py").write_text(TASKS)
 
     def make(task: str, file: str = "a", parts: int = 1, **local: Any) -> Child:
@@ -223,7 +223,7 @@ def child(tmp_path: Path) -> Make:
 
 
 def run(child: Child, periods: int, center_P: Tensor | None = None) -> Tensor:
-    """So many periods of one agent alone: each begins where the one before ended."""
+    """Train some periods of one agent; each begins with the end of the one before."""
     center_P = child.initial_P if center_P is None else center_P
     for _ in range(periods):
         center_P = center_P + child.period(center_P).update_P
@@ -260,7 +260,7 @@ def test_an_agent_that_starts_again_goes_on_to_the_last_bit(child: Make, task: s
 
 
 def test_settings_act_on_every_optimizer(child: Make) -> None:
-    """Each is clipped by itself, pulled once a step and scheduled by its own steps, as by hand."""
+    """Each optimiser is clipped by itself, pulled once a step and scheduled by its own steps, as in a loop written by hand."""
     schedule = {"kind": "exponential", "gamma": 0.5, "per": "step"}
     agent = child("Apart", prox_mu=0.3, clip_norm=0.1, schedule=schedule)
     plain = child("Apart", "b")
@@ -317,7 +317,7 @@ def test_control_variates_want_one_optimizer(child: Make) -> None:
 
 
 def test_an_optimizer_that_is_derived_from_another_is_corrected_once_a_step(child: Make) -> None:
-    """Torch calls its hooks twice there: in the step, and in the step of the class that it is derived from."""
+    """Torch calls the hooks twice: in the step, and in the step of the base class."""
     local = {"prox_mu": 0.7, "schedule": {"kind": "exponential", "gamma": 0.5, "per": "step"}}
     assert torch.equal(*(run(child(task, task, **local), 2) for task in ("DerivedTask", "PlainTask")))
 
@@ -424,7 +424,7 @@ def test_a_task_s_state_that_is_not_finite_becomes_that_of_a_new_task(child: Mak
 
 
 def test_an_own_schedule_acts_on_the_optimizer_also_after_a_broken_period(child: Make) -> None:
-    """A new optimiser is made for its empty state, and the task keeps the one that trains."""
+    """The new optimiser only provides an empty state; the task keeps the optimiser that trains."""
     agent = child("Scheduled")
     agent.trainer._local.inner.forget()
     run(agent, 3)

@@ -1,4 +1,4 @@
-"""What an agent keeps on disk: it comes back bit for bit, and a file that cannot be used is no obstacle."""
+"""The state of an agent on its disk: bit-equal after loading, and an unusable file does not stop training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
 
 
 class Agent:
-    """A model in a flat vector and its optimiser, as the trainer has them."""
+    """A model in a flat vector, with its optimiser, as in the trainer."""
 
     def __init__(self, make: Make = OPTIMIZERS["momentum"], dtype: torch.dtype = torch.float32) -> None:
         self.model = nn.Linear(4, 3).to(dtype)

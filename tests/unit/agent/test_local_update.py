@@ -1,4 +1,4 @@
-"""What an update is, and what becomes of W_i: the table of `updates`, in float64; and that elastic averaging loses nothing."""
+"""Local updates and W_i: the table of `local_update`, in float64; elastic averaging loses no difference."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_where_an_elastic_agent_begins_its_center_is_only_what_it_is_measured_fr
 def test_what_an_agent_gives_up_is_merged_waiting_or_back(
     alpha: float, periods: list[tuple[float, float, str]]
 ) -> None:
-    """W_i + Σ merged d + Σ pending d = where it began + what training has added, whatever the verdicts and their order."""
+    """W_i + Σ merged d + Σ pending d = the first W_i + Σ training steps, for any verdicts in any order."""
     updates, own, total = ElasticUpdate(alpha), vector(1.0, -1.0), vector(1.0, -1.0)
     merged = vector(0.0, 0.0)
     verdicts: dict[Any, Any] = {}

@@ -1,4 +1,4 @@
-"""Nested values as tensors and JSON: they come back as they were, and what cannot is refused by its place."""
+"""Nested values as tensors and JSON: unchanged after a round trip; the error for another kind names its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an agent knows of its run: the newest head, its roster, and its own line in it."""
+"""An agent's view of its run: the newest head, the roster, and the agent's own line."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ N = len(CURVATURES)
 
 @pytest.fixture(autouse=True)
 def quick_and_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Random numbers of its own; and no waiting for the disk, to which an agent writes after every period."""
+    """Isolate random numbers, and skip the writes to the disk after every period."""
     monkeypatch.setattr("os.fsync", lambda fd: None)
     with torch.random.fork_rng(devices=[]):
         yield
@@ -38,7 +38,7 @@ def whole_run(steps: int, **local: Any) -> dict[str, Any]:
 
 
 class Run:
-    """Five agents, and a coordinator that adds up; in every round it drops those that `late(version, number)` names."""
+    """Five agents and a coordinator that sums; it drops the updates that `late(version, number)` selects."""
 
     def __init__(self, directory: Path, spec: dict[str, Any], late: Callable[[int, int], bool] = lambda v, i: False):
         self.spec, self.directory, self.late = spec, directory, late
@@ -61,7 +61,7 @@ class Run:
         self.version += 1
 
     def committed(self) -> Tensor:
-        """Σ c_i once every agent knows its verdict."""
+        """Return Σ c_i after every agent has applied its verdicts."""
         total = torch.zeros_like(self.sum)
         for child, verdicts in zip(self.children, self.verdicts, strict=True):
             variates = child.trainer._local.variates
@@ -77,7 +77,7 @@ def centre(number: int) -> Tensor:
 def by_the_paper(
     rounds: int, steps: int, late: Callable[[int, int], bool] = lambda v, i: False
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 with option II, η_g = 1: x and c after so many rounds."""
+    """Return x and c of algorithm 1 with option II, η_g = 1, after some rounds."""
     x, c = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     own = [torch.zeros_like(c) for _ in range(N)]
     for version in range(rounds):
@@ -113,7 +113,7 @@ def test_it_is_the_paper_s_algorithm(tmp_path: Path, steps: int, late: Callable[
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_it_finds_the_optimum_whatever_the_number_of_steps(tmp_path: Path, steps: int) -> None:
-    """Where FedAvg goes to Σ a_i c_i / Σ a_i with a_i = 1 − (1 − η h_i)^K."""
+    """FedAvg converges to Σ a_i c_i / Σ a_i with a_i = 1 − (1 − η h_i)^K instead."""
     h, c = torch.tensor(CURVATURES, dtype=torch.float64)[:, None], torch.stack([centre(i) for i in range(N)])
     optimum, a = (h * c).sum(0) / h.sum(), 1 - (1 - LR * h) ** steps
     run = Run(tmp_path, whole_run(steps, control_variates="scaffold"))
@@ -184,7 +184,7 @@ def test_an_agent_that_joins_late_has_a_variate_of_zero_and_c_stays_the_mean(tmp
 
 # -- what is pending -------------------------------------------------------------------------------------------------------
 def variates(*clocks: int) -> ControlVariates:
-    """With so many changes pending; the gradient of clock c was 10^c."""
+    """Return control variates with pending changes of these clocks; the gradient of clock c was 10^c."""
     made = ControlVariates(torch.zeros(2), along=True, overlap=True)
     for clock in clocks:
         made.begin(None, 1)
@@ -215,7 +215,7 @@ def test_only_what_was_merged_is_adopted(verdicts: dict[int, bool], own: float, 
 
 @pytest.mark.parametrize("dropped", [None, 3])
 def test_where_periods_overlap_a_variate_settles_on_the_gradient(dropped: int | None) -> None:
-    """Each verdict comes one period late, as in an asynchronous run. One that was dropped is made up for at once."""
+    """Each verdict comes one period late, as in an asynchronous run. The next change makes up for a dropped one."""
     made = ControlVariates(torch.zeros(2), along=True, overlap=True)
     for clock in range(1, 9):
         made.resolve({clock - 2: clock - 2 != dropped} if clock > 2 else {})

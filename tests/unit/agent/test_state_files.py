@@ -1,4 +1,4 @@
-"""What an agent keeps of runs, and for how long."""
+"""The files with an agent's states of runs, and their removal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shelf(bus: Any, tmp_path: Path) -> StateFiles:
 
 
 def keep(directory: Path, *runs: str, agent: str = "a1") -> None:
-    """The later one is the newer one."""
+    """Make files of runs, each newer than the one before."""
     for age, run in enumerate(reversed(runs)):
         path = directory / run / f"{agent}.safetensors"
         path.parent.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def test_what_others_keep_in_the_same_directory_stays(bus: Any, shelf: StateFile
 
 
 def test_the_run_that_an_agent_begins_with_is_none_that_is_over(bus: Any, shelf: StateFiles, tmp_path: Path) -> None:
-    """The broker may have lost its end."""
+    """The broker may have lost the record of the run's end."""
     keep(tmp_path, "now")
     tidied(bus, shelf, now="done")
     assert kept(tmp_path) == {"now"}

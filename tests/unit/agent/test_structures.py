@@ -48,7 +48,7 @@ def train(structure: Structure, path: Path, *, killed_after: int = 0) -> tuple[d
 
 
 def compare(structure: Structure, center: dict[str, Tensor], advice: list[str]) -> None:
-    """The center's tensors are those of the plain loop, and a new model that holds them is as good."""
+    """The center equals the tensors of the plain loop, and a new model with them has the same loss."""
     task, model = plain_loop(structure, PERIODS)
     expected = {name: tensor.detach() for name, tensor in tensors_of(model)}
     exported = make_model(structure.load(), SEED)
@@ -87,7 +87,7 @@ def test_it_is_refused_by_name(name: str, tmp_path: Path) -> None:
 
 # -- several agents ------------------------------------------------------------------------------------------------------
 def averaged(name: str, agents: int = 2) -> FlatModel:
-    """Return a model that holds the mean of what agents with other data have learned."""
+    """Return a model with the mean parameters of agents that trained on other data."""
     structure = STRUCTURES[name]
     task = structure.load()
     model = make_model(task, SEED)

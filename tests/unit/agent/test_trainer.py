@@ -1,4 +1,4 @@
-"""The agent's training child, inline: what its settings do to a local period, and that a restart changes no bit."""
+"""The agent's training child, inline: the effects of settings on a local period, and bit-equal restarts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def own(tmp_path: Path) -> str:
 
 
 def gradient(flat_P: Tensor, batch: Any) -> Tensor:
-    """Of the regression's loss, where the flat vector stands."""
+    """Return the gradient of the regression's loss at the flat vector."""
     task = LinearRegression()
     model: Any = task.model()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_fedprox_over_two_periods_from_moving_centers(path: Path) -> None:
 
 
 def test_asynchronous_fedprox_pulls_to_the_center_received_last_also_where_there_is_no_newer_one(path: Path) -> None:
-    """The second and third period go on from where the one before ended; x stays the first period's center."""
+    """The second and third period continue the one before; x stays the first period's center."""
     mu, local = 0.4, {"steps": 3, "optimizer": SGD, "prox_mu": 0.4}
     child = Child(path, {"local": local, "sync": {"kind": "async"}})
     w = center = child.initial_P + 0.25
@@ -206,7 +206,7 @@ def test_batch_norm_trains_where_one_row_is_left_over(path: Path, own: str, scaf
 
 # -- seconds ---------------------------------------------------------------------------------------------------------------
 def test_a_period_of_seconds_makes_the_steps_that_fit_and_the_next_one_goes_on_in_the_data(path: Path) -> None:
-    """The clock is looked at once a step here, so that a step takes one tick."""
+    """The trainer reads the clock once a step, so that a step takes one tick."""
     clock = Ticking(0.5)
     child = Child(path, {"local": {"seconds": 3.5, "batch_size": 8, "optimizer": SGD}}, clock=clock)
     w, first = child.initial_P, 0

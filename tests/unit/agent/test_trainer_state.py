@@ -1,4 +1,4 @@
-"""What the agent's training child keeps, and what it does with files and disks that are no good."""
+"""The state that a training child saves, and unusable files and disks."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ MOMENTUM = {"steps": 3, "optimizer": {"kind": "sgd", "lr": 0.5, "momentum": 0.9}
 
 
 def test_a_run_that_is_submitted_again_under_its_name_begins_anew(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its settings may be others, and its center knows of nothing."""
+    """The new submission may have other settings, and its center contains no earlier update."""
     Child(path, {"local": MOMENTUM}).period(Child(path, {"local": MOMENTUM}).initial_P)
     spec = {"local": {"steps": 3, "optimizer": {"kind": "sgd", "lr": 0.001}}, "mix": {"alpha": 0.5}}
     again, other = Child(path, spec, submission="second"), Child(path.with_name("b"), spec, submission="second")
@@ -140,12 +140,12 @@ HELD_BACK = {"local": {"steps": 3, "optimizer": {"kind": "adam"}}, "mix": {"alph
 
 
 def soon(child: Child) -> Trained:
-    """One period, a tenth of a second after the one before: too soon to be saved."""
+    """Train one period a tenth of a second after the one before: too soon for a save."""
     return child.period(child.initial_P, pause_s=0.1)
 
 
 def wait(child: Child, clock: Ticking, seconds: float) -> None:
-    """No question comes for so long, and what is due then is done."""
+    """Let time pass without a question, then save if a save is due."""
     clock.now_s += seconds
     due_in_s = child.trainer.save_due_in_s()
     if due_in_s is not None and due_in_s <= 0:
@@ -213,7 +213,7 @@ ADAM = {"local": {"steps": 3, "optimizer": {"kind": "adam"}}}
 
 
 def changed(path: Path, change: Callable[[Tensors, Metadata], Any], *, sealed: bool) -> None:
-    """`sealed`: with a digest of its own, as another version of us would write it."""
+    """Change a saved file. `sealed`: with a matching digest, as another version of Syncline would write it."""
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {k: file.get_tensor(k).clone() for k in file.keys()}, dict(file.metadata())  # noqa: SIM118
     change(tensors, metadata)
@@ -269,7 +269,7 @@ def test_a_file_that_cannot_be_used_is_no_obstacle(
 
 
 def test_a_task_whose_own_tensors_have_changed_begins_with_the_center(path: Path, own: str) -> None:
-    """What was half restored by then is made anew."""
+    """The half restored model is made anew."""
     spec = {"task": own + "AtHome", "local": {"steps": 3}}
     child = Child(path, spec)
     child.period(child.initial_P)
@@ -284,7 +284,7 @@ FULL = "No space left on device"
 
 
 class Disk:
-    """Takes half of a file where it is full."""
+    """A disk that, when full, takes half of a file."""
 
     full = False
 
@@ -306,7 +306,7 @@ def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Dis
 
 
 def test_a_full_disk_does_not_keep_an_agent_from_training(path: Path, disk: Disk) -> None:
-    """What it kept before is still there, and it is tried again, not after every period."""
+    """The old file stays, and the save is tried again, though not after every period."""
     child = Child(path, {"local": {"steps": 2}})
     assert child.period(child.initial_P).update.save.problem == ""
     disk.full = True
@@ -329,7 +329,7 @@ def test_a_full_disk_is_not_written_to_all_the_time(path: Path, disk: Disk) -> N
 
 
 def test_a_disk_that_takes_nothing_while_no_question_waits_is_told_with_the_next_period(path: Path, disk: Disk) -> None:
-    """It is tried again half a minute later, and no sooner."""
+    """The save is tried again half a minute later, and no sooner."""
     clock = Ticking()
     child = Child(path, {"local": {"steps": 2}}, clock=clock)
     child.period(child.initial_P)

@@ -1,4 +1,4 @@
-"""The service's side of a training child, with a trainer that answers inline: the wish to stop early."""
+"""The service's side of a training child: the request to stop early."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unit.trainers import Child
 
 
 class Answering:
-    """A child that notes what the service has written when it is asked."""
+    """A child that notes the request to stop at each question."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory

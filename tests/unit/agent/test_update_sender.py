@@ -1,4 +1,4 @@
-"""An agent's finished update finds its way, whatever the bus does meanwhile, unless the run goes on without it."""
+"""A finished update is offered despite faults of the bus, unless the run goes on without that update."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Simulated = Callable[[Coroutine[Any, Any, Any]], tuple[Any, float]]
 
 
 def sender(bus: Any, **head: Any) -> UpdateSender:
-    """And head, as it is read."""
+    """Make a sender, and put this head on the bus."""
     now = Head(**{"run": RUN, "term": 1, "version": 2, "phase": "training", **head})
     bus.keys[subjects.head_key(RUN)] = Entry(encode(now), 1)
     return UpdateSender(bus, RUN, ME, RunView(bus, RUN, lambda head: None), Telemetry(bus, RUN, "a1"))
 
 
 def blobs(bus: Any) -> dict[str, int]:
-    """Chunks that the bus holds, by blob."""
+    """Count the chunks on the bus, by blob."""
     found = [subject.split(".")[6] for subject in bus.held if ".update." in subject]
     return {blob: found.count(blob) for blob in found}
 

@@ -1,4 +1,4 @@
-"""How long a local period lasts: by steps or by seconds, with time as an argument."""
+"""The duration of a local period: by steps or by seconds, with time as an argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from syncline.local.duration import Duration
 
 
 def walk(period: Duration, *step_s: float) -> int:
-    """Makes steps of these lengths (the last one for ever) while there is room; returns how many."""
+    """Make steps of these lengths, the last one repeatedly, while they fit; return their number."""
     elapsed_s = 0.0
     for k in range(1_000):
         elapsed_s += step_s[min(k, len(step_s) - 1)]
@@ -31,7 +31,7 @@ def test_no_step_is_the_first_and_the_last() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 320))
 def test_at_an_even_pace_as_many_steps_are_made_as_fit(step: int, whole: int) -> None:
-    """In sixteenths of a second, so that times add up exactly."""
+    """Times are sixteenths of a second, so that their sums are exact."""
     assert walk(Duration(10**6, whole / 16), step / 16) == max(1, whole // step)
 
 
@@ -44,7 +44,7 @@ def test_steps_that_take_no_time_are_bounded() -> None:
 
 
 def test_a_slow_first_step_is_no_measure_of_those_that_follow() -> None:
-    """Loading data, waking a device: the steps after it are quick."""
+    """The first step is slow, as it loads data or wakes a device; later steps are quick."""
     assert walk(Duration(100, 4.0), 2.5, 0.25) == 1, "the second may take as long"
     assert walk(Duration(100, 6.0), 2.5, 0.25) == 15
 

@@ -1,4 +1,4 @@
-"""What is done to the gradients of a local period, held against a few lines of reference code in float64."""
+"""Changes to the gradients of a local period, compared with a few lines of reference code in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 
 
 class Agent:
-    """A small net in a flat vector, with its center, its optimiser, and batches that follow from a seed."""
+    """A small net in a flat vector, with a center, an optimiser, and batches that follow from a seed."""
 
     def __init__(self, *, dtype: torch.dtype = torch.float64, momentum: float = 0.0, **settings: Any) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -32,7 +32,7 @@ class Agent:
         self.optimizer.register_step_pre_hook(self.gradients.before_step)
 
     def gradient(self, k: int) -> Tensor:
-        """Of the loss, on batch k, where the model stands. Leaves it in `.grad` too."""
+        """Return the gradient of the loss on batch k at the model, and leave it in `.grad` too."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model(self.rows[8 * k : 8 * k + 8]).square().sum().backward()
         return torch.cat([p.grad.reshape(-1) for p in self.model.parameters() if p.grad is not None])
@@ -44,7 +44,7 @@ class Agent:
 
 
 def by_hand(steps: int, corrected: Callable[[Tensor, Tensor, Tensor], Tensor], **settings: Any) -> Tensor:
-    """W_i after so many steps of w ← w − η corrected(g, w, x)."""
+    """Return W_i after some steps of w ← w − η corrected(g, w, x)."""
     agent = Agent(**settings)
     for k in range(steps):
         g = agent.gradient(k)

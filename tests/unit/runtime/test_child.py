@@ -1,4 +1,4 @@
-"""What a child answers: always something that can be sent, whatever the user's code returned or raised."""
+"""Answers of a child: always a record that can be sent, for any result or error of the user's code."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ async def test_a_child_tells_what_it_is_doing_before_it_answers() -> None:
 
 # -- what a child does while no question waits ---------------------------------------------------------------------------
 class Served:
-    """A child with one chore, in a thread; `done`: what it has done, in its order."""
+    """A child with one chore, in a thread; `done` lists its work in order."""
 
     def __init__(self, due_in_s: float, *, asked_before: bool = False) -> None:
         self.ours, theirs = socket.socketpair()
