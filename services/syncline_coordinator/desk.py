@@ -159,7 +159,7 @@ class Desk:
             except TimeoutError:
                 pass
             if _now() - until_s > STOOD_STILL_S:
-                log.warning("this process stood still until just now; agents get time to be heard again")
+                log.warning("this process was stopped for some time; the silence of agents is measured from now on")
                 self._fleet.stood_still(_now())
                 if (run := self._run) is not None:  # another coordinator may drive the run by now
                     run.loss_detector.check_now()

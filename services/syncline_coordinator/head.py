@@ -34,7 +34,7 @@ class RolledBack(Deposed):
     def __init__(self, evidence: str, term: int, agent: str = "") -> None:
         self.term = term
         self.agent = agent
-        super().__init__(f"the broker has lost what it had acknowledged: {evidence}")
+        super().__init__(f"the broker has lost writes that it had acknowledged: {evidence}")
 
 
 class HeadKeeper:

@@ -271,12 +271,16 @@ class LossDetector:
         read_up_to = self._position.read_up_to
         state = await with_retries(partial(self._bus.state, self._offers_stream))
         if state.last_seq < read_up_to:
-            raise RolledBack(f"{self._offers_stream} ends at {state.last_seq}, and {read_up_to} was read", term)
+            raise RolledBack(
+                f"{self._offers_stream} ends at message {state.last_seq}, and message {read_up_to} was read", term
+            )
         if self._verified_risks != self.risks and self._position.last_read is not None:
             last = self._position.last_read
             for found in await with_retries(partial(self._bus.read, self._offers_stream, last.seq, 1)):
                 if found.seq == last.seq and (found.subject, found.data) != (last.subject, last.data):
-                    raise RolledBack(f"{self._offers_stream} holds another offer {last.seq} than was read", term)
+                    raise RolledBack(
+                        f"{self._offers_stream} holds another message {last.seq} than the one that was read", term
+                    )
         self._missing_offers = {
             agent: missing
             for agent, missing in self._missing_offers.items()
@@ -304,7 +308,7 @@ class LossDetector:
             state = await with_retries(partial(self._bus.state, subjects.model_stream(head.run), f"{prefix}.*"))
             if len(state.subjects) < ref.chunks and self._keeper.head is before:
                 await self._keeper.check(self._highest_seen[0])  # a coordinator that took over may have purged the blob
-                raise RolledBack(f"head names a {kind} that is gone", max(self._highest_seen[0], head.term))
+                raise RolledBack(f"head names a {kind} that is not on the bus", max(self._highest_seen[0], head.term))
         for _, _, ref in blobs:
             self.note_put(ref, risks)
 

@@ -211,4 +211,4 @@ class StorageAlarm:
         """End the alarm: a version was stored completely."""
         if self._is_full:
             self._is_full = False
-            await self._events.event("broker-has-room", "the broker takes new versions again", level="warning")
+            await self._events.event("broker-has-room", "the broker stores new versions again", level="warning")

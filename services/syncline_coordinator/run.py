@@ -75,7 +75,7 @@ from syncline_coordinator.retention import Janitor, Purger, Retention, kept_mode
 log = logging.getLogger(__name__)
 
 MAX_INBOX_FACTS = 10_000
-SLOW_HINT = "Raise agents.lost_after_s where a step may take so long"
+SLOW_HINT = "Raise agents.lost_after_s if a step may take so long"
 
 
 @dataclass(slots=True)
@@ -192,7 +192,7 @@ class Run:
         if self.presence(agent) != Presence.PRESENT or self.keeper.head.phase in ENDED:
             return
         await self._presence_changed(AgentSlow(agent, reason))
-        text = f"{agent} slow: {reason}. It is not waited for until it makes progress. {SLOW_HINT}"
+        text = f"{agent} slow: {reason}. The run does not wait for it until it makes progress. {SLOW_HINT}"
         await self.parts.telemetry.event("agent-slow", text, level="warning", agent=agent)
 
     async def lost(self, agent: str, reason: str, *, failed: bool = False) -> None:
@@ -455,7 +455,7 @@ class Run:
                 self.loss_detector.report_loss(agent, "has trained in a round that head does not know")
             return PeerError("offer: not an agent of this run")
         if offer.epoch != self.keeper.head.epoch or self.loss_detector.is_version_lost(agent, offer.term, offer.base):
-            return PeerError("offer: made before the broker lost what it had acknowledged")
+            return PeerError("offer: made before the broker lost writes that it had acknowledged")
         if offer.term > self.keeper.head.term:
             return PeerError(f"offer: made under term {offer.term}, this coordinator has {self.keeper.head.term}")
         return None
@@ -487,7 +487,7 @@ class Run:
             if not await is_log_full(parts.bus, parts.spec.name, reserved):
                 raise
             problem = f"the log of commits is full at version {self.keeper.head.version}, {reserved >> 20} MiB: {error}"
-            hint = "Export the newest version, and submit the run under another name: it gets a log of its own"
+            hint = "Export the newest version, and submit the run under another name: a new run has a log of its own"
             raise ConfigError("stop.versions", problem, hint) from None
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:

@@ -142,7 +142,10 @@ class RunHost:
 
     async def _report_loss(self, error: RolledBack) -> None:
         """Publish a loss, and the agent that is not trusted any more if this was one report too many."""
-        text = f"run {self.name}: {error}. It goes on from what is there; updates not merged by then are trained again"
+        text = (
+            f"run {self.name}: {error}. The run continues from the head that the broker has; updates that are not merged "
+            "in it are trained again"
+        )
         await self._telemetry.event("broker-rolled-back", text, level="error")
         if agent := self._shared.loss_reports.record(self.name, error):
             text = (
@@ -162,15 +165,15 @@ class RunHost:
         """
         entry = await self._shared.bus.kv_get(subjects.RUNS_BUCKET, subjects.spec_key(self.name))
         if entry is None or self.has_ended:
-            raise Deposed("it was ended before it was opened")
+            raise Deposed("the run ended before it was opened here")
         spec = submitted_spec(decode(Submit, entry.value))
         try:
             return await self._opened_run(spec)
         except BlobGone:  # lost by the broker, or purged by another coordinator that has moved head
             if not await self._keeper.is_newest():
-                raise Deposed("it has moved on while it was opened") from None
+                raise Deposed("another coordinator changed head while the run was opened") from None
             if self._keeper.head.version == 0:  # that version can be made again
-                raise RolledBack("the first version is gone", self._keeper.head.term) from None
+                raise RolledBack("the first version is not on the bus", self._keeper.head.term) from None
             raise
 
     async def _opened_run(self, spec: RunSpec) -> Run:

@@ -267,7 +267,7 @@ def test_what_the_broker_lost_is_made_again_and_counted_once() -> None:
     assert troubled.digest == calm.digest and troubled.seconds > calm.seconds + 2
     assert [c.version for c in troubled.commits] == list(range(1, 21)) and troubled.updates == 80
     assert [p.version for p in troubled.timeline] == list(range(1, 21))
-    assert any("has lost what it had acknowledged" in text for _, text in troubled.warnings)
+    assert any("has lost writes that it had acknowledged" in text for _, text in troubled.warnings)
 
 
 def test_who_is_not_drawn_for_a_round_does_nothing() -> None:

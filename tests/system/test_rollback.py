@@ -56,7 +56,7 @@ async def test_the_run_goes_on_from_what_is_there_under_a_higher_term_to_the_ver
         told = await fleet.event(run, "run-set-back")
         assert f"goes on from version {before.version}" in told["text"]
         said = (broker.directory / "logs" / "coordinator.log").read_text()
-        assert f"broker-rolled-back: run {run}: the broker has lost what it had acknowledged" in said
+        assert f"broker-rolled-back: run {run}: the broker has lost writes that it had acknowledged" in said
         records = [record for record in await fleet.log(run) if record.version > before.version]
         assert {record.term for record in records if record.version > before.version + 3} == {head.term}
         await fleet.close()

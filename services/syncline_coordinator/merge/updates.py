@@ -144,7 +144,7 @@ class UpdateReader:
         """
         for entry, digest in zip(self.entries, self._digests, strict=True):
             if digest.digest() != entry.digest:
-                raise UpdateUnusable(entry, "its content is not what it signed")
+                raise UpdateUnusable(entry, "its content does not match the digest that its agent signed")
 
     async def _frame(self, entry: PlanEntry, k: int) -> bytes:
         prefix = partial(subjects.update_prefix, self._run, entry.agent)

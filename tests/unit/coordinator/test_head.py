@@ -81,7 +81,7 @@ async def test_whoever_comes_second_is_deposed_and_changes_nothing(bus: Any) -> 
 async def test_a_head_that_is_gone_was_lost_by_the_broker(bus: Any) -> None:
     keeper = await HeadKeeper.create(bus, FIRST)
     del bus.keys[KEY]
-    with pytest.raises(RolledBack, match=f"^the broker has lost what it had acknowledged: {KEY} is gone$"):
+    with pytest.raises(RolledBack, match=f"^the broker has lost writes that it had acknowledged: {KEY} is gone$"):
         await keeper.write(SECOND)
 
 

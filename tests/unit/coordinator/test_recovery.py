@@ -140,27 +140,28 @@ async def another_coordinator(stage: Stage) -> None:
     [
         (nothing, ""),
         (an_offer_that_is_read_a_little_later, ""),
-        (an_older_head, "term 3: the broker has lost what it had acknowledged: r.head holds term 3, version 5"),
-        (no_head_at_all, "term 3: the broker has lost what it had acknowledged: r.head is gone"),
+        (an_older_head, "term 3: the broker has lost writes that it had acknowledged: r.head holds term 3, version 5"),
+        (no_head_at_all, "term 3: the broker has lost writes that it had acknowledged: r.head is gone"),
         (
             an_older_head_than_an_agent_has_seen,
-            "term 4: the broker has lost what it had acknowledged: a1 has seen term 4, version 2, round 0",
+            "term 4: the broker has lost writes that it had acknowledged: a1 has seen term 4, version 2, round 0",
         ),
         (
             a_version_that_an_agent_saw_under_an_older_term,
-            "term 3: the broker has lost what it had acknowledged: a1 has seen version 6 of term 2",
+            "term 3: the broker has lost writes that it had acknowledged: a1 has seen version 6 of term 2",
         ),
         (
             fewer_offers_than_were_read,
-            "term 3: the broker has lost what it had acknowledged: SYNCLINE_OFFERS_r ends at 0, and 4 was read",
+            "term 3: the broker has lost writes that it had acknowledged: SYNCLINE_OFFERS_r ends at message 0, "
+            "and message 4 was read",
         ),
         (
             an_offer_that_was_acknowledged_to_its_agent,
-            "term 3: the broker has lost what it had acknowledged: a1's offer of clock 6 is not in SYNCLINE_OFFERS_r",
+            "term 3: the broker has lost writes that it had acknowledged: a1's offer of clock 6 is not in SYNCLINE_OFFERS_r",
         ),
         (
             a_model_that_head_names,
-            "term 3: the broker has lost what it had acknowledged: head names a model that is gone",
+            "term 3: the broker has lost writes that it had acknowledged: head names a model that is not on the bus",
         ),
         (another_coordinator, "deposed: r.head holds term 4: another coordinator is in charge of this run"),
     ],

@@ -229,7 +229,7 @@ async def test_a_bad_control_variate_is_named_and_changes_nothing(make: Make) ->
     flipped = plan.merged[0].blob
     data = memoryview(cast(Any, vectors(1, seed=3)[0][:1024].numpy())).cast("B")
     place.put_frame(plan.merged[0], 5, pack_chunk(flipped.id, 5, 10, "raw", data))
-    assert (await unusable(place, plan)).why == "its content is not what it signed"
+    assert (await unusable(place, plan)).why == "its content does not match the digest that its agent signed"
 
 
 # -- every rule --------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ async def test_no_rule_takes_content_that_was_not_signed(make: Make, rule: str) 
     entries = [e.model_copy(update={"digest": b"x" * 32}) if e.agent == "a6" else e for e in plan.merged]
     assert (
         str(await unusable(place, plan.model_copy(update={"merged": entries})))
-        == "a6: its content is not what it signed"
+        == "a6: its content does not match the digest that its agent signed"
     )
 
 
@@ -402,7 +402,7 @@ async def test_an_update_that_is_another_one_in_the_second_pass_is_named(make: M
         return Stored(subject, pack_chunk(blob, k, 5, "raw", bytes(8 * (1024 if k < 4 else 904))), 1, 0.0)
 
     bus.get = other_the_second_time
-    assert "its content is not what it signed" in str(await unusable(place, plan))
+    assert "its content does not match the digest that its agent signed" in str(await unusable(place, plan))
 
 
 # -- the outer state ---------------------------------------------------------------------------------------------------
@@ -518,14 +518,14 @@ async def test_content_that_was_not_signed_is_named(place: Place) -> None:
     plan = await place.plan(vectors(3))
     entries = [e.model_copy(update={"digest": b"x" * 32}) if e.agent == "a3" else e for e in plan.merged]
     error = await unusable(place, plan.model_copy(update={"merged": entries}))
-    assert str(error) == "a3: its content is not what it signed"
+    assert str(error) == "a3: its content does not match the digest that its agent signed"
 
 
 async def test_content_that_was_replaced_by_another_good_frame_is_named(place: Place) -> None:
     plan = await place.plan(vectors(2))
     entry = plan.merged[0]
     place.put_frame(entry, 2, pack_chunk(entry.blob.id, 2, 5, "raw", b"\x00" * 4096))
-    assert str(await unusable(place, plan)) == "a1: its content is not what it signed"
+    assert str(await unusable(place, plan)) == "a1: its content does not match the digest that its agent signed"
 
 
 async def test_a_corrupt_frame_is_named(place: Place, bus: Any) -> None:
