@@ -35,8 +35,10 @@ demo: install
 	@$(BIN)/syncline demo
 
 SEEDS ?= 2000
+# Tests of units and simulations share nothing. Those with real services run one at a time.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 test: check docs-site
-	$(BIN)/python -m pytest tests/unit tests/sim -m long
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/sim -m long
 	$(BIN)/syncline-sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest tests/bus tests/system -m "not soak"
 
@@ -48,7 +50,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit tests/sim -m "not long"
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/sim -m "not long"
 
 bench: install
 	@$(BIN)/syncline bench round

@@ -20,13 +20,17 @@ from syncline_agent.states import (
 )
 
 PERIOD = LocalPeriod(TrainPeriod(version=0, clock=1, part=0, parts=1), base=0, term=1, epoch=0)
-LEGAL_PERIODS = [(before, after) for before, following in LOCAL_PERIOD_TRANSITIONS.items() for after in following]
+LEGAL_PERIODS = [
+    (before, after) for before, following in LOCAL_PERIOD_TRANSITIONS.items() for after in sorted(following)
+]
 ILLEGAL_PERIODS = [
     (before, after)
     for before, after in product(PeriodState, repeat=2)
     if after not in LOCAL_PERIOD_TRANSITIONS[before] and (before != after or not LOCAL_PERIOD_TRANSITIONS[before])
 ]
-LEGAL_SESSIONS = [(before, after) for before, following in AGENT_SESSION_TRANSITIONS.items() for after in following]
+LEGAL_SESSIONS = [
+    (before, after) for before, following in AGENT_SESSION_TRANSITIONS.items() for after in sorted(following)
+]
 ILLEGAL_SESSIONS = [
     (before, after)
     for before, after in product(SessionState, repeat=2)

