@@ -13,7 +13,7 @@ from functools import partial
 from syncline.bus.base import Bus
 from syncline.bus.blobs import Growth, put_blob, with_retries
 from syncline.chance import jitter, new_id
-from syncline.errors import BusError, Denied, StreamFull
+from syncline.errors import BrokerFull, BusError, Denied, StreamFull
 from syncline.model.manifest import Manifest
 from syncline.observe.telemetry import Telemetry
 from syncline.transform.codecs import Codec
@@ -46,6 +46,7 @@ class UpdateSender:
         self._identity = identity
         self._view = view
         self._telemetry = telemetry
+        self._is_full = False  # the bus had no room for the last update, and that was published
 
     async def send(self, period: LocalPeriod, content: memoryview, options: SendOptions) -> bool:
         """Put the update and offer it, however long that takes.
@@ -67,6 +68,7 @@ class UpdateSender:
                 offer = encode(self._offer(period, ref, digest))
                 put = partial(self._bus.put, subjects.offer(self._run, self._identity.agent), offer, bulk=True)
                 await with_retries(put, patience_s=growth.left_s)  # after that time the chunks may be purged
+                self._is_full = False
                 return True
             except StreamFull as error:
                 await self._tell_no_room(error)
@@ -119,8 +121,13 @@ class UpdateSender:
         return offer.model_copy(update={"signature": signature})
 
     async def _tell_no_room(self, error: StreamFull) -> None:
+        """Publish once that the update finds no room, until an update is sent again."""
+        if self._is_full:
+            return
+        self._is_full = True
         agent = self._identity.agent
-        text = f"{agent}: no room for its update on the bus: {error}. Raise agents.max, or start fewer agents"
+        hint = error.hint if isinstance(error, BrokerFull) else "Raise agents.max, or start fewer agents"
+        text = f"{agent}: no room for its update on the bus, and it tries again: {error}. {hint}"
         await self._telemetry.event("stream-full", text, level="error", agent=agent)
 
     async def _read_head(self) -> None:

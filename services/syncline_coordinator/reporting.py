@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from syncline.bus.base import Bus
 from syncline.bus.server.violations import ViolationLog
-from syncline.errors import StoreDown, StreamFull
+from syncline.errors import BusError, StoreDown, StreamFull
 from syncline.observe.telemetry import Pace, Round, Telemetry
 from syncline.policy.advice import Norms
 from syncline.policy.events import Drop
 from syncline.policy.reasons import TooStale
 from syncline.policy.words import drop_words
 from syncline.spec.run_spec import RunSpec
+from syncline.wire import subjects
 from syncline.wire.messages import Committed, Dropped, Head, Offer, Plan, clipped
 from syncline_coordinator.merge.reducer import MergedVersion
 from syncline_coordinator.policies import adviser_of
-from syncline_coordinator.reservation import LOG_REASON_BYTES, most_updates
+from syncline_coordinator.reservation import LOG_REASON_BYTES, most_updates, stream_names
 
 MAX_LATE_NAMED = 20
 MAX_METRICS_NAMED = 8
@@ -187,10 +189,7 @@ async def report_refusals(log: Path | None, names: Mapping[str, str], events: Te
         await asyncio.sleep(REFUSALS_S)
 
 
-STORAGE_HINT = (
-    "Free some of the disk that holds its JetStream store, or raise max_file_store. A nats-server whose log says that "
-    "JetStream was disabled must be started again. The run goes on by itself then"
-)
+STORAGE_CHECK_S = 5.0
 
 
 class StorageAlarm:
@@ -200,11 +199,35 @@ class StorageAlarm:
         self._events = events
         self._is_full = False
 
+    async def watch(self, bus: Bus, driven: Callable[[], tuple[str, int]]) -> None:
+        """Check the broker's store while the run makes no progress, until cancelled.
+
+        The coordinator may have nothing to write: it waits for updates, and a put has no answer while the disk is full.
+
+        Args:
+            bus: connected with the coordinator's key.
+            driven: returns the name of the run that is driven, or "", and its version.
+        """
+        while True:
+            before = driven()
+            await asyncio.sleep(STORAGE_CHECK_S)
+            if (now := driven()) != before:
+                continue
+            run, _ = now
+            try:
+                await bus.check_store(f"KV_{subjects.RUNS_BUCKET}", *(stream_names(run) if run else ()))
+            except (StreamFull, StoreDown) as error:
+                await self.raise_alarm(run, error)
+            except BusError:
+                pass  # the bus is out of reach, or the run's streams were just deleted
+
     async def raise_alarm(self, run: str, error: StreamFull | StoreDown) -> None:
-        """Publish that the broker has refused a write of this run, unless the alarm is raised already."""
+        """Publish that the broker cannot store, unless the alarm is raised already. `run`: the one that waits, or ""."""
         if not self._is_full:
             self._is_full = True
-            text = f"the broker stores nothing, and run {run} waits: {error}. {STORAGE_HINT}"
+            waits = f", and run {run} waits" if run else ""
+            goes_on = ". The run goes on by itself then" if run else ""
+            text = f"the broker stores nothing{waits}: {error}. {error.hint}{goes_on}"
             await self._events.event("broker-full", text, level="error")
 
     async def clear(self) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 
 from syncline.bus.base import BucketConfig, Bus, StreamConfig
 from syncline.bus.blobs import BlobGone, with_retries
-from syncline.errors import BusError, ConfigError, StreamFull, Unavailable, Unreachable
+from syncline.errors import BrokerFull, BusError, ConfigError, StreamFull, Unavailable, Unreachable
 from syncline.model.manifest import Manifest
 from syncline.spec.run_spec import RunSpec
 from syncline.spec.sections import Async
@@ -109,11 +109,20 @@ def log_updates(spec: RunSpec, agents: int) -> int:
     return most_updates(spec, agents) * (2 if isinstance(spec.sync, Async) else 1)
 
 
+_STREAMS = (subjects.updates_stream, subjects.offers_stream, subjects.model_stream, subjects.log_stream)
+
+
+def stream_names(run: str) -> tuple[str, ...]:
+    """Return the names of all streams of a run."""
+    return tuple(name(run) for name in _STREAMS)
+
+
 async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
     """Create the run's streams. After an error the streams created here are deleted, and existing ones stay.
 
     Raises:
         ConfigError: the streams do not fit, or another stream has one of their names or subjects.
+        BrokerFull: the broker stores nothing now, whatever the size of the run.
     """
     agents = most_agents(spec)
     space = Reservation.of(spec, manifest, agents)
@@ -124,6 +133,8 @@ async def reserve(bus: Bus, spec: RunSpec, manifest: Manifest) -> None:
             created.append(stream.name)
     except (StreamFull, Unavailable) as error:
         await _best_effort(bus.delete_stream(name) for name in created)
+        if isinstance(error, BrokerFull):
+            raise
         if isinstance(error, Unavailable):
             hint = (
                 "Choose another name for the run, or remove the stream that is in the way (`nats stream ls` lists them)"
@@ -164,6 +175,8 @@ async def check_space(bus: Bus, spec: RunSpec, manifest: Manifest, held_bytes: i
     await with_retries(remove)  # the stream of a check that was killed
     try:
         await bus.ensure_stream(probe)
+    except BrokerFull as error:
+        raise ConfigError("store_dir", f"the broker stores nothing: {error}", error.hint) from None
     except StreamFull as error:
         raise _too_large(spec, manifest, agents, space, error) from None
     finally:
@@ -210,8 +223,7 @@ async def release(bus: Bus, run: str, *, ended: bool = False) -> None:
         ended: keep models and log, with limits lowered to their present sizes. Else delete all streams of the run.
     """
     kept = (subjects.model_stream, subjects.log_stream)
-    names = (subjects.updates_stream, subjects.offers_stream, *kept)
-    await _best_effort(bus.fit_stream(n(run)) if ended and n in kept else bus.delete_stream(n(run)) for n in names)
+    await _best_effort(bus.fit_stream(n(run)) if ended and n in kept else bus.delete_stream(n(run)) for n in _STREAMS)
 
 
 async def _best_effort(operations: Iterator[Awaitable[None]]) -> None:

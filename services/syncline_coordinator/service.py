@@ -91,11 +91,17 @@ class Coordinator:
                 tasks.create_task(self._desk.watch_silence())
                 tasks.create_task(report_refusals(self._settings.broker_log, self._settings.key_names, self._events))
                 tasks.create_task(self._take_runs())
+                tasks.create_task(self._storage_alarm.watch(self._bus, self._driven))
                 tasks.create_task(tell_often(self._events, self._status))
         except* Deposed as group:
             raise group.exceptions[0] from None
         finally:
             await self._submissions.close()
+
+    def _driven(self) -> tuple[str, int]:
+        """Return the name of the run that is driven, or "", and its version."""
+        run = None if self._host is None else self._host.run
+        return ("", 0) if run is None else (run.parts.spec.name, run.keeper.head.version)
 
     def _on_reconnect(self) -> None:
         self._loss_reports.reset_trust()

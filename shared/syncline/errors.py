@@ -6,6 +6,8 @@ possible, a remedy.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class SynclineError(Exception):
     """Base class of all errors that Syncline raises on purpose."""
@@ -57,7 +59,25 @@ class AlreadyPut(BusError):
 
 
 class StreamFull(BusError):
-    """The stream's limit of bytes or messages is reached."""
+    """The stream's limit of bytes or messages is reached, or the broker has no room for the stream."""
+
+    hint: ClassVar[str] = (
+        "Give its JetStream more room: free some of the disk that holds its store, or raise max_file_store"
+    )
+
+
+class BrokerFull(StreamFull):
+    """The broker's account has reached its limit, whatever the limits of its streams are."""
+
+    hint = "Raise max_file of the account in the broker's configuration, and reload it"
+
+
+class DiskFull(BrokerFull):
+    """The disk of the broker's store is full. nats-server writes to a stream that met this only after a restart."""
+
+    hint = (
+        "Free some of the disk that holds the broker's store, and start nats-server again: until then it stores nothing"
+    )
 
 
 class Denied(BusError):
@@ -69,7 +89,10 @@ class Unavailable(BusError):
 
 
 class StoreDown(Unavailable):
-    """The broker stores no messages because its JetStream is off. nats-server turns JetStream off when its disk is full."""
+    """The broker stores no messages because its JetStream is off. A nats-server of a cluster turns JetStream off when its disk
+    is full."""
+
+    hint: ClassVar[str] = DiskFull.hint
 
 
 class Unfit(Unavailable):

@@ -38,10 +38,13 @@ class Failures:
         losses = core.losses
         await backend.stop()
         await dropped.unsubscribe()
-        for destroys in (core.purge(MODEL, ">"), core.fit_stream(MODEL), core.delete_stream(MODEL)):
-            assert (
-                await outcome(destroys) is Unreachable
-            )  # and is not kept: the broker may come back with an older store
+        for not_kept in (  # the broker may come back with an older store
+            core.purge(MODEL, ">"),
+            core.fit_stream(MODEL),
+            core.delete_stream(MODEL),
+            core.check_store(MODEL),
+        ):
+            assert await outcome(not_kept) is Unreachable
         assert await outcome(core.put("syncline.v1.r.model.b.bulk", b"", bulk=True)) is Unreachable
         assert await outcome(core.get(MODEL, "syncline.v1.r.model.b.0", bulk=True)) is Unreachable
         added = Heard()

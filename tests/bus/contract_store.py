@@ -273,6 +273,15 @@ class Streams:
         assert await outcome(bus.put("x.b", b"b")) is StreamFull
         assert await outcome(bus.fit_stream("nowhere")) is Unavailable
 
+    async def test_a_store_that_works_is_found_working_and_left_as_it_is(self, backend: Backend) -> None:
+        bus = await backend.connect("coordinator")
+        await bus.ensure_stream(S)
+        await bus.ensure_bucket(B)
+        await bus.put("s.a", b"1")
+        await bus.check_store("S", "KV_b")
+        assert (await bus.state("S", ">")).subjects == {"s.a": 1} and await bus.put("s.b", b"2") == 2
+        assert await outcome(bus.check_store("S", "nowhere")) is Unavailable
+
     async def test_a_message_may_be_as_large_as_the_broker_allows(self, backend: Backend) -> None:
         bus, back = await backend.connect("coordinator"), []
         bus.when_reconnected(lambda: back.append(1))

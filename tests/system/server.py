@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,19 +17,24 @@ READY_S = 20.0
 
 
 class Server:
-    """`with Server(config, log):` runs `nats-server -c config`."""
+    """`with Server(config, log):` runs `nats-server -c config`. `enter`: the words before that command."""
 
-    def __init__(self, config: Path, log: Path) -> None:
-        self.config, self.log = config, log
+    def __init__(self, config: Path, log: Path, enter: Sequence[str] = ()) -> None:
+        self.config, self.log, self._enter = config, log, enter
 
     def __enter__(self) -> Self:
         with self.log.open("ab") as out:
-            self.process = subprocess.Popen([str(server_binary()), "-c", str(self.config)], stderr=out, stdout=out)
+            command = [*self._enter, str(server_binary()), "-c", str(self.config)]
+            self.process = subprocess.Popen(command, stderr=out, stdout=out)
         until(lambda: "Server is ready" in self.text or self._ended(), READY_S, lambda: self.text)
         assert not self._ended(), self.text
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; what is ended already is no error."""
         self.process.terminate()
         try:
             self.process.wait(10)

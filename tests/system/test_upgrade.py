@@ -26,7 +26,7 @@ from system.server import Server, free_port
 ROOT = Path(__file__).parents[2]
 NEWER = "9.0.0"
 OLD, NEW = "old", "new"  # the versions, and the agents' names
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(180)
 
 
 def replaced(tree: Path, pattern: str, before: str, after: str) -> None:

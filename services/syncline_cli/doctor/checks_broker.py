@@ -27,7 +27,7 @@ from syncline.bus.server_version import check_version
 from syncline.bus.tls import Tls, check_info, unfit
 from syncline.chance import new_id
 from syncline.client.keys import coordinator_key
-from syncline.errors import BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable, Unfit
+from syncline.errors import BrokerFull, BusError, ConfigError, Denied, NoResponders, StreamFull, Unavailable, Unfit
 from syncline.wire import subjects
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
 from syncline.wire.messages import Heartbeat, encode
@@ -238,6 +238,14 @@ class Broker:
 
     async def space(self) -> Finding:
         """Check the free space of the store, by the broker's HTTP pages, else by reserving some of it."""
+        if self.role in ("coordinator", "anybody"):
+            try:
+                async with self._stream(1 << 20):
+                    pass
+            except BrokerFull as error:
+                return broken("space", f"the broker stores nothing: {error}", error.hint)
+            except StreamFull:
+                pass  # told below, with figures where they can be seen
         pages = await self._monitor("jsz")
         if pages is not None and "config" in pages:
             return space_finding(

@@ -123,8 +123,8 @@ class Bus(Protocol):
     and are sent after the reconnection, even if the caller has already received `Unreachable`. Two groups of operations do not
     wait and raise `Unreachable` at once:
 
-    * `kv_create`, `kv_update`, `purge`, `delete_stream` and `fit_stream`: the broker may return with an older state, in which
-      the change would be wrong.
+    * `kv_create`, `kv_update`, `purge`, `delete_stream`, `fit_stream` and `check_store`: the broker may return with an older
+      state, in which the change would be wrong.
     * `put` and `get` with `bulk`: the data would travel for a caller that has already repeated the call.
     """
 
@@ -274,6 +274,17 @@ class Bus(Protocol):
 
         Raises:
             Unavailable: the stream does not exist.
+        """
+        ...
+
+    async def check_store(self, *streams: str) -> None:
+        """Check that the broker can write to the streams. Changes nothing, and takes the permission to purge.
+
+        nats-server does not answer a put while its disk is full, so that a put raises only `Unreachable`.
+
+        Raises:
+            BrokerFull: the disk is full, or the account has reached its limit.
+            Unavailable: a stream does not exist.
         """
         ...
 

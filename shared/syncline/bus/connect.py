@@ -48,8 +48,7 @@ def connection_problem(error: BusError, url: str) -> ConfigError:
     if isinstance(error, Denied):
         return ConfigError("--key", str(error), "Name the key file made for this broker with --key or SYNCLINE_KEY")
     if isinstance(error, StreamFull):
-        hint = "Give its JetStream more room: free some of the disk that holds its store, or raise max_file_store"
-        return ConfigError("--connect", f"{url}: {error}", hint)
+        return ConfigError("--connect", f"{url}: {error}", error.hint)
     if isinstance(error, Unavailable):
         return ConfigError("--connect", f"{url}: {error}", "")
     return ConfigError("--connect", str(error), "Start the broker, or name another with --connect or SYNCLINE_NATS_URL")

@@ -11,7 +11,7 @@ import pytest
 
 from syncline.bus.base import Entry
 from syncline.bus.blobs import STALE_S
-from syncline.errors import Denied, NoResponders, StreamFull, Unavailable, Unreachable
+from syncline.errors import Denied, DiskFull, NoResponders, StreamFull, Unavailable, Unreachable
 from syncline.observe.telemetry import Telemetry
 from syncline.runtime.child_messages import PeriodReport, TrainPeriod
 from syncline.transform.codecs import RAW
@@ -102,7 +102,21 @@ def test_where_there_is_no_room_it_says_so_and_goes_on_with_the_blob_that_it_beg
     assert [what for call, what in bus.calls if call == "put"].count(next(iter(bus.held))) == 1, (
         "what is held is not put again"
     )
-    assert any(b"stream-full" in data for _, data in bus.published)
+    (told,) = [data for _, data in bus.published if b"stream-full" in data]
+    assert b"Raise agents.max" in told
+
+
+def test_a_broker_without_room_is_told_once_each_time_with_its_own_remedy(bus: Any, simulated: Simulated) -> None:
+    async def twice() -> None:
+        one = sender(bus)
+        for _ in range(2):
+            bus.fail("put", *[DiskFull("no space left on device")] * 5)
+            assert await one.send(UPDATE, CONTENT, ASYNC)
+            bus.held.clear()
+
+    simulated(twice())
+    told = [data for _, data in bus.published if b"stream-full" in data]
+    assert len(told) == 2 and all(b"Free some of the disk" in data for data in told)
 
 
 def test_where_there_is_no_room_for_long_what_was_begun_is_left_to_be_purged(bus: Any, simulated: Simulated) -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from syncline.bus.nats.outage import MOST_CAUSES, NO_CAUSE, NO_SERVER, REFUSED_KEY, TOO_LATE, Outage, explained
+from syncline.bus.nats.outage import (
+    MOST_CAUSES,
+    NO_CAUSE,
+    NO_SERVER,
+    REFUSED_KEY,
+    TOO_LATE,
+    UNANSWERED,
+    Outage,
+    explained,
+)
 
 LOST = "the connection to the broker at nats://hub:4222 is lost"
 AWAY = "the broker at nats://hub:4222 is out of reach"
@@ -49,6 +58,42 @@ def test_an_error_of_long_ago_is_no_cause(outage: Outage, caplog: pytest.LogCapt
     outage.error("control", "nats: slow consumer, messages dropped", 1.0)
     outage.lost("control", 60.0)
     assert told(caplog) == [f"{LOST}: {NO_CAUSE}; connecting again"]
+
+
+def test_a_connection_that_is_begun_anew_again_and_again_is_told_of_once_until_something_is_answered(
+    outage: Outage, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begun_anew(at_s: float) -> None:
+        outage.unanswered("bulk", at_s)
+        outage.lost("bulk", at_s)
+        outage.back("bulk", at_s + 0.25)
+
+    for at_s in (10.0, 20.0, 30.0):
+        begun_anew(at_s)
+        outage.answered("control")
+    once = [
+        f"{LOST}: {UNANSWERED}; connecting again",
+        "connected to the broker at nats://hub:4222 again, after 0.2 s",
+    ]
+    assert told(caplog) == once
+    outage.answered("bulk")
+    begun_anew(40.0)
+    assert told(caplog) == 2 * once
+
+
+def test_another_cause_is_told_of_a_connection_that_is_begun_anew_and_so_is_its_return(
+    outage: Outage, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        outage.unanswered("bulk", 1.0)
+        outage.lost("bulk", 1.0)
+        outage.error("bulk", "[Errno 111] Connect call failed ('127.0.0.1', 4222)", 2.0)
+        outage.back("bulk", 3.0)
+    lines = told(caplog)
+    assert [line.partition(":4222 ")[2] for line in lines[3:]] == [
+        f"is out of reach: {NO_SERVER}",
+        "again, after 2.0 s",
+    ]
 
 
 def test_the_next_outage_is_told_again_and_the_causes_of_one_are_bounded(

@@ -122,6 +122,12 @@ class MemoryBus:
             held = partial(self._broker.stream, stream, Unavailable)
             await self._ask_now(now, f"$JS.API.STREAM.PURGE.{stream}", lambda: held().purge(subject))
 
+    async def check_store(self, *streams: str) -> None:
+        with self._operation("check_store", *streams) as now:
+            for stream in streams:
+                held = partial(self._broker.stream, stream, Unavailable)
+                await self._ask_now(now, f"$JS.API.STREAM.PURGE.{stream}", held)
+
     # -- core ------------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes) -> None:
         with self._operation("publish", subject, data) as now:

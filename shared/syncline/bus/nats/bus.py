@@ -21,8 +21,10 @@ from syncline.bus.nats.outage import Outage
 from syncline.bus.silence import ANSWER_S
 from syncline.errors import (
     AlreadyPut,
+    BrokerFull,
     BusError,
     Conflict,
+    DiskFull,
     NoResponders,
     StoreDown,
     StreamFull,
@@ -179,6 +181,14 @@ class NatsBus:
     async def purge(self, stream: str, subject: str) -> None:
         await self._api_now(f"STREAM.PURGE.{stream}", {"filter": subject})
 
+    async def check_store(self, *streams: str) -> None:
+        for stream in streams:  # a purge of no message writes nothing, and returns the error of an earlier write
+            await self._api_now(f"STREAM.PURGE.{stream}", {"filter": _NO_SUBJECT})
+        account = await self._api_now("INFO")
+        used, most = account.get("storage", 0), account.get("limits", {}).get("max_storage", -1)
+        if 0 < most < used + self.max_payload:
+            raise BrokerFull(f"the account stores {used >> 20} MiB, and its max_file is {most >> 20} MiB")
+
     # -- core ------------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, data: bytes) -> None:
         await self._control.publish(subject, data)
@@ -250,6 +260,9 @@ _NAME_IN_USE = 10058
 _STREAM_NOT_FOUND = 10059
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _NO_SPACE = (10023, 10028, 10047)
+_ACCOUNT_FULL = 10002
+_NO_STORE = 10049  # the files of a stream cannot be created
+_NO_SUBJECT = "_"  # a subject of no stream
 _JETSTREAM_OFF = (10039, 10076)
 _NO_LEADER = (10008, 10009)  # a cluster elects a leader at the moment, which takes seconds
 
@@ -275,7 +288,11 @@ def _error(operation: str, error: dict[str, Any]) -> BusError:
         return Conflict(f"{operation}: {text}")
     if "per subject exceeded" in text:
         return AlreadyPut(f"{operation}: {text}")
-    if code in _NO_SPACE or "exceeded" in text or "no space" in text:
+    if code == _NO_STORE or "no space" in text:
+        return DiskFull(f"{operation}: {text}")
+    if code == _ACCOUNT_FULL:
+        return BrokerFull(f"{operation}: {text}")
+    if code in _NO_SPACE or "exceeded" in text:
         return StreamFull(f"{operation}: {text}")
     if code in _JETSTREAM_OFF:
         return StoreDown(_NO_JETSTREAM)

@@ -379,6 +379,7 @@ class Lane:
         finally:
             timer.cancel()
         self._silent = 0
+        self._outage.answered(self._lane)
         return waiting.answers
 
     async def request_bulk(self, subject: str, data: bytes, answer_bytes: int = 0) -> Msg:
@@ -410,6 +411,7 @@ class Lane:
             if self._state is not State.CLOSED:
                 await self._force_reconnect()
             raise
+        self._outage.answered(self._lane)
         return waiting.answers[0]
 
     async def _ask(self, waiting: _Waiting, data: bytes, headers: dict[str, str] | None) -> None:
@@ -427,6 +429,7 @@ class Lane:
     async def _force_reconnect(self) -> None:
         """Give up a connection that looks alive and on which no answers come."""
         self._silent = 0
+        self._outage.unanswered(self._lane, asyncio.get_running_loop().time())
         await self._client.force_reconnect()
 
     async def _subscribe_inbox(self) -> None:
