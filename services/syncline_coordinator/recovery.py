@@ -18,6 +18,7 @@ from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import BlobGone, with_retries
+from syncline.bus.commits import holds_commit
 from syncline.bus.records import record_of
 from syncline.chance import jitter, new_number
 from syncline.policy.ledger import Ledger
@@ -120,6 +121,7 @@ class LossDetector:
         self._other_risks = 1  # a loss may have happened before this object was made
         self._verified_risks = 0  # value of `risks` at the last check that found every blob of head
         self._blobs_verified_at: dict[str, int] = {}  # blob id → value of `risks` at which the blob was complete
+        self._commit_record = (0, 0)  # version, and value of `risks` at which the log held its record
         self._missing_update_at = (
             self.risks if rolled_back else 0
         )  # value of `risks` when a missing update counted as lost
@@ -229,6 +231,14 @@ class LossDetector:
         """Check that the bus still holds head and all blobs that head names. Raises Deposed and RolledBack."""
         await self._verify_head(self._keeper.head)
 
+    def note_commit_record(self, version: int, risks: int) -> None:
+        """Note that the record of a version was put, before head names that version.
+
+        Args:
+            risks: value of `risks` before the record was put.
+        """
+        self._commit_record = (version, risks)
+
     def note_put(self, blob: BlobRef, risks: int) -> None:
         """Note that the bus holds all of a blob.
 
@@ -243,9 +253,11 @@ class LossDetector:
         while self._verified_risks != (risks := self.risks) or self._evidence:
             await self._check_bus()
             await self._check_blobs(head, before, risks)
+            await self._check_commit_record(head, before)
             self._verified_risks = risks
         # The last verification may have been of an older head, which named other blobs.
         await self._check_blobs(head, before, self.risks)
+        await self._check_commit_record(head, before)
 
     async def _check_bus(self) -> None:
         """Compare head and the stream of offers with what was read, written and reported. Raises Deposed and RolledBack."""
@@ -311,6 +323,17 @@ class LossDetector:
                 raise RolledBack(f"head names a {kind} that is not on the bus", max(self._highest_seen[0], head.term))
         for _, _, ref in blobs:
             self.note_put(ref, risks)
+
+    async def _check_commit_record(self, head: Head, before: Head) -> None:
+        """Check that the log holds the record of the version that `head` commits, unless `before` has that version."""
+        version, risks = self._commit_record
+        if head.version != version or before.version >= version or risks == self.risks:
+            return
+        risks = self.risks
+        if not await holds_commit(self._bus, head.run, version, head.term) and self._keeper.head is before:
+            await self._keeper.check(self._highest_seen[0])  # a coordinator that took over may have purged the record
+            raise RolledBack(f"the log has no record of version {version}", max(self._highest_seen[0], head.term))
+        self._commit_record = (version, risks)
 
     def _named_blobs(self, head: Head) -> list[tuple[str, str, BlobRef]]:
         """Return kind, subject prefix and reference of each blob that `head` names, the outer state included."""

@@ -389,7 +389,9 @@ class Run:
         start = next((c for c in commands if isinstance(c, StartRound | LetRun)), None)
         for drop in [c for c in commands if isinstance(c, Drop)]:  # reported first, to be in this version's record
             await self._report.update_dropped(drop)
+        risks = self.loss_detector.risks
         (roster, ref), _ = await asyncio.gather(self._put_roster(start), self._put_commit_record(done))
+        self.loss_detector.note_commit_record(plan.version, risks)
         changes = {
             "version": plan.version,
             "digest": done.merged.digest,

@@ -12,6 +12,7 @@ from functools import partial
 
 from syncline.bus.base import Bus
 from syncline.bus.blobs import get_record, put_record, with_retries
+from syncline.errors import Unavailable
 from syncline.wire import subjects
 from syncline.wire.messages import LOG_INLINE_BYTES, MAX_BLOB_RECORD_BYTES, BlobRef, Committed, LogLine, decode, encode
 
@@ -53,6 +54,21 @@ async def line_of(bus: Bus, run: str, version: int, most_term: int) -> LogLine |
         return None
     stored = await with_retries(partial(bus.get, stream, subjects.log_record(run, version, max(terms))))
     return None if stored is None else decode(LogLine, stored.data)
+
+
+async def holds_commit(bus: Bus, run: str, version: int, term: int) -> bool:
+    """Return whether the log holds the line of this version and term, and every chunk of its record."""
+    try:
+        line = await line_of(bus, run, version, term)
+        if line is None or line.term != term:
+            return False
+        if isinstance(line.record, bytes):
+            return True
+        chunks = f"{subjects.log_blob(run, version, term, line.record.id)}.*"
+        state = await with_retries(partial(bus.state, subjects.log_stream(run), chunks))
+    except Unavailable:  # the broker has lost the stream
+        return False
+    return len(state.subjects) >= line.record.chunks
 
 
 async def record_in(bus: Bus, run: str, line: LogLine) -> Committed:
