@@ -8,7 +8,8 @@ import pytest
 
 from syncline.spec.run_spec import RunSpec
 from syncline.wire.chunks import LEAST_PAYLOAD_BYTES
-from syncline.wire.messages import BlobRef
+from syncline.wire.messages import BlobRef, Head
+from syncline_coordinator.recovery import LossDetector
 from syncline_sim.faults import Crash, Cut, Faults, Lose, shrunk
 from syncline_sim.invariants import Invariants
 from syncline_sim.rng import Rng
@@ -207,6 +208,27 @@ def test_an_outer_state_that_is_lost_is_not_named_by_head() -> None:
         digest(simulate(scenario, faults.down("coordinator", after_s=committed_s + 0.03, for_s=0.3)))
 
 
+def test_a_commit_record_that_is_lost_before_its_version_is_put_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check before head is written, a version is committed without a record."""
+    spec = small_spec(
+        agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 3}, outer={"kind": "momentum"}, **LARGE
+    )
+    scenario = Scenario(spec, ("a1", "a2"), (0.1,), longest_delay_s=0.02)
+    merged_s = when(simulate(scenario), "version 2 training")
+
+    def problems() -> list[str]:
+        times_s = [merged_s - 0.001 * k for k in range(40)]
+        outcomes = (simulate(scenario, Faults().roll_back(after_s=at, lost_s=0.02, for_s=0.1)) for at in times_s)
+        return [problem for outcome in outcomes for problem in outcome.problems]
+
+    async def never(self: LossDetector, head: Head, before: Head) -> None:
+        pass
+
+    assert not problems()
+    monkeypatch.setattr(LossDetector, "_check_commit_record", never)
+    assert any("without a record" in problem for problem in problems())
+
+
 def test_a_first_version_that_is_lost_is_made_anew_by_whoever_takes_over() -> None:
     scenario = Scenario(
         small_spec(agents={"min": 2, "lost_after_s": 10.0}, stop={"versions": 2}), ("a1", "a2"), longest_delay_s=0.02
@@ -232,7 +254,7 @@ def test_where_head_names_what_is_lost_the_run_fails_and_says_why() -> None:
         assert outcome.head is not None
         ends[outcome.head.phase] = ends.get(outcome.head.phase, 0) + 1
         if outcome.head.phase == "failed":
-            assert "what head names is not on the bus any more" in outcome.head.reason
+            assert "a blob that head names is not on the bus any more" in outcome.head.reason
     assert set(ends) == {"done", "failed"}, ends
 
 

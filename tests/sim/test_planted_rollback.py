@@ -54,13 +54,6 @@ def what_head_names_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LossDetector, "_check_blobs", check)
 
 
-def the_commit_record_is_never_looked_for(patch: pytest.MonkeyPatch) -> None:
-    async def check(self: LossDetector, head: Head, before: Head) -> None:
-        pass
-
-    patch.setattr(LossDetector, "_check_commit_record", check)
-
-
 def no_new_epoch_is_begun(patch: pytest.MonkeyPatch) -> None:
     async def same_epoch(bus: Bus, head: Head, lost_term: int | None) -> Head:
         return (await head_under_new_term(bus, head, lost_term)).model_copy(update={"epoch": head.epoch})
@@ -99,7 +92,6 @@ PLANTED: tuple[Plant, ...] = (
     an_older_head_is_no_news,
     lost_offers_are_waited_for,
     what_head_names_is_never_looked_for,
-    the_commit_record_is_never_looked_for,
     no_new_epoch_is_begun,
     offers_of_every_epoch_are_taken,
     agents_believe_an_older_head_after_a_reconnect,

@@ -99,7 +99,7 @@ async def test_who_is_late_or_lost_is_said_as_it_happens(fleet: Fleet, tmp_path:
 async def test_every_message_comes_as_a_json_line_and_the_watchers_key_is_found_beside_the_coordinators(
     fleet: Fleet, tmp_path: Path, started: list[Command]
 ) -> None:
-    run = await fleet.start(**SLOW, stop={"versions": 8})
+    run = await fleet.start(**SLOW, stop={"versions": 20})
     watch = watching(fleet, tmp_path, run, "--json")
     started.append(watch)
     assert await asyncio.to_thread(watch.ended) == 0, watch.err
