@@ -117,18 +117,6 @@ def test_the_two_commands_are_of_two_versions(newer: str) -> None:
     assert said == [f"syncline {syncline.__version__}\n", f"syncline {NEWER}\n"]
 
 
-def test_an_older_fleet_trains_what_a_newer_command_submits_and_refuses_by_name_what_it_does_not_know(
-    stage: Stage,
-) -> None:
-    stage.fleet(OLD, OLD)
-    default = stage.run(NEW, "default-newer")
-    written = stage.run(NEW, "written-newer", ", warmth: 0.5")
-    assert written.ended() == 2
-    assert written.err.startswith("error: local.warmth: there is no such setting"), written.err
-    assert f"The coordinator is Syncline {syncline.__version__}: upgrade it" in written.err
-    assert default.ended() == 0, default.err
-
-
 def test_a_newer_fleet_trains_what_an_older_command_submits(stage: Stage) -> None:
     stage.fleet(NEW, NEW)
     default = stage.run(OLD, "default-older")
@@ -170,6 +158,18 @@ async def test_services_of_two_versions_work_on_one_run(stage: Stage) -> None:
         await bus.close()
     assert ended is not None and ended.phase == "done" and ended.version == 12, ended
     assert "no such setting" not in both.out and "cannot train" not in both.out, both.out
+
+
+def test_an_older_fleet_trains_what_a_newer_command_submits_and_refuses_by_name_what_it_does_not_know(
+    stage: Stage,
+) -> None:
+    stage.fleet(OLD, OLD)
+    default = stage.run(NEW, "default-newer")
+    written = stage.run(NEW, "written-newer", ", warmth: 0.5")
+    assert written.ended() == 2
+    assert written.err.startswith("error: local.warmth: there is no such setting"), written.err
+    assert f"The coordinator is Syncline {syncline.__version__}: upgrade it" in written.err
+    assert default.ended() == 0, default.err
 
 
 async def _version(bus: NatsBus, run: Command, name: str, least: int) -> int:
