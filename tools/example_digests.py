@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -36,15 +37,16 @@ def model_digest(model: Path) -> str:
 def train(example: Path, model: Path) -> None:
     """Train an example with `syncline run --local` and write its final model to `model`."""
     agents = yaml.safe_load(example.read_text())["agents"]["min"]
+    alone = {**os.environ, "TMPDIR": str(model.parent)}  # `export` finds the fleet of this directory, and no other
     fleet = subprocess.Popen(
         [*SYNCLINE, "run", str(example), "--local", str(agents), "--stay", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone,
     )  # fmt: skip
     try:
         assert fleet.stdout
         result = json.loads(fleet.stdout.readline())
         export = [*SYNCLINE, "export", result["run"], str(model)]
-        subprocess.run(export, check=True, timeout=STOPPING_S, stdout=subprocess.DEVNULL)
+        subprocess.run(export, check=True, timeout=STOPPING_S, stdout=subprocess.DEVNULL, env=alone)
     finally:
         fleet.send_signal(signal.SIGINT)
         fleet.wait(STOPPING_S)
