@@ -107,7 +107,7 @@ async def test_every_message_comes_as_a_json_line_and_the_watchers_key_is_found_
     assert {line["run"] for line in lines} == {run}
     assert {line["sender"] for line in lines if line["kind"] == "train"} == {"a1", "a2", "a3", "a4"}
     versions = [line["version"] for line in lines if line["kind"] == "round"]
-    assert versions == sorted(versions) and versions[-1] == 8
+    assert versions == sorted(versions) and versions[-1] == 20
     assert any(line["kind"] == "event" and line["event"] == "run-done" for line in lines)
 
 
