@@ -162,7 +162,7 @@ class Session:
         try:
             self._view.hear(decode(Notify, delivery.data))
         except PeerError as error:
-            await self._events.bad_message(f"ignored a notify that is none: {error}")
+            await self._events.bad_message(f"ignored a notification that cannot be read: {error}")
 
     def look_again(self) -> None:
         """Read head again: the connection was gone, and the messages of that time are lost."""
